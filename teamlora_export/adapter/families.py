@@ -1,0 +1,179 @@
+"""The families that the op serves, and how each one names its tensors.
+
+| family | keys of a module | experts read | routing weights sum to | scaling |
+|---|---|---|---|---|
+| teamlora | lora_A, lora_B{i}, lora_route.fc, lora_interaction_matrix | own chunk of A | k | alpha / (r / k) |
+| hydralora | lora_A, lora_B{i}, lora_route | the whole of A | 1 | alpha / r |
+| moelora | lora_A{i}, lora_B{i}, lora_route | own A | 1 | alpha / rank of an expert |
+| lora | lora_A, lora_B | the whole of A | 1 (k = 1) | alpha / r, or alpha / sqrt(r) with use_rslora |
+
+A family says which leaves a module must have with which shapes (`expected`), and makes an `ExpertProjection` of them
+(`build`). Reading, checking and reporting are the same for all and live in `read.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass
+
+import numpy as np
+
+from teamlora_export.adapter.config import AdapterConfig
+from teamlora_export.adapter.spec import ExpertProjection
+
+Shape = tuple[int, int]
+Leaves = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class ModuleSizes:
+    """What the shapes of one module follow from."""
+
+    in_features: int
+    out_features: int
+    rank: int
+    num_experts: int
+
+    @property
+    def chunk(self) -> int:
+        return self.rank // self.num_experts
+
+
+@dataclass(frozen=True)
+class Family:
+    """One published adapter layout.
+
+    Attributes:
+        signature: a leaf that only this family has, given the ones before it in `FAMILIES`.
+        expected: leaf name -> acceptable shapes, the usual one first.
+        build: makes the projection of leaves that passed `expected`.
+        splits_rank: k must divide r.
+    """
+
+    name: str
+    signature: Callable[[Set[str]], bool]
+    expected: Callable[[ModuleSizes], dict[str, tuple[Shape, ...]]]
+    build: Callable[[str, Leaves, ModuleSizes, AdapterConfig], ExpertProjection]
+    splits_rank: bool
+
+
+def detect_family(leaves: Set[str]) -> Family | None:
+    """The family whose layout a set of leaf names (`lora_A.weight`, ...) belongs to."""
+    return next((family for family in FAMILIES if family.signature(leaves)), None)
+
+
+def count_experts(leaves: Set[str]) -> int:
+    """Number of lora_B{i} among the leaf names; 1 where B is not numbered."""
+    return max(1, sum(leaf.startswith("lora_B") and leaf != "lora_B.weight" for leaf in leaves))
+
+
+def _ups(leaves: Leaves, sizes: ModuleSizes) -> tuple[np.ndarray, ...]:
+    return tuple(leaves[f"lora_B{i}.weight"] for i in range(sizes.num_experts))
+
+
+def _no_interaction(sizes: ModuleSizes) -> np.ndarray:
+    return np.zeros((sizes.num_experts, sizes.num_experts), np.float32)
+
+
+def _expected_teamlora(sizes: ModuleSizes) -> dict[str, tuple[Shape, ...]]:
+    k = sizes.num_experts
+    return {
+        "lora_A.weight": ((sizes.rank, sizes.in_features),),
+        **{f"lora_B{i}.weight": ((sizes.out_features, sizes.chunk),) for i in range(k)},
+        "lora_route.fc.weight": ((k, sizes.in_features),),
+        "lora_interaction_matrix.weight": ((k, k),),
+    }
+
+
+def _build_teamlora(path: str, leaves: Leaves, sizes: ModuleSizes, config: AdapterConfig) -> ExpertProjection:
+    return ExpertProjection(
+        path=path,
+        down=leaves["lora_A.weight"],
+        router=leaves["lora_route.fc.weight"],
+        interaction=leaves["lora_interaction_matrix.weight"],
+        ups=_ups(leaves, sizes),
+        scaling=config.alpha(path) / sizes.chunk,
+        routing_sum=float(sizes.num_experts),
+        shared_down=False,
+    )
+
+
+def _expected_hydralora(sizes: ModuleSizes) -> dict[str, tuple[Shape, ...]]:
+    return {
+        "lora_A.weight": ((sizes.rank, sizes.in_features),),
+        **{f"lora_B{i}.weight": ((sizes.out_features, sizes.rank),) for i in range(sizes.num_experts)},
+        "lora_route.weight": ((sizes.num_experts, sizes.in_features),),
+    }
+
+
+def _build_hydralora(path: str, leaves: Leaves, sizes: ModuleSizes, config: AdapterConfig) -> ExpertProjection:
+    return ExpertProjection(
+        path=path,
+        down=leaves["lora_A.weight"],
+        router=leaves["lora_route.weight"],
+        interaction=_no_interaction(sizes),
+        ups=_ups(leaves, sizes),
+        scaling=config.alpha(path) / sizes.rank,
+        routing_sum=1.0,
+        shared_down=sizes.num_experts > 1,
+    )
+
+
+def _expected_moelora(sizes: ModuleSizes) -> dict[str, tuple[Shape, ...]]:
+    """Experts of rank r each, as most code bases have them, or of r/k."""
+    ranks = (sizes.rank,) if sizes.rank % sizes.num_experts else (sizes.rank, sizes.chunk)
+    return {
+        **{f"lora_A{i}.weight": tuple((c, sizes.in_features) for c in ranks) for i in range(sizes.num_experts)},
+        **{f"lora_B{i}.weight": tuple((sizes.out_features, c) for c in ranks) for i in range(sizes.num_experts)},
+        "lora_route.weight": ((sizes.num_experts, sizes.in_features),),
+    }
+
+
+def _build_moelora(path: str, leaves: Leaves, sizes: ModuleSizes, config: AdapterConfig) -> ExpertProjection:
+    downs = [leaves[f"lora_A{i}.weight"] for i in range(sizes.num_experts)]
+    return ExpertProjection(
+        path=path,
+        down=np.concatenate(downs, axis=0),
+        router=leaves["lora_route.weight"],
+        interaction=_no_interaction(sizes),
+        ups=_ups(leaves, sizes),
+        scaling=config.alpha(path) / downs[0].shape[0],
+        routing_sum=1.0,
+        shared_down=False,
+    )
+
+
+def _expected_lora(sizes: ModuleSizes) -> dict[str, tuple[Shape, ...]]:
+    return {
+        "lora_A.weight": ((sizes.rank, sizes.in_features),),
+        "lora_B.weight": ((sizes.out_features, sizes.rank),),
+    }
+
+
+def _build_lora(path: str, leaves: Leaves, sizes: ModuleSizes, config: AdapterConfig) -> ExpertProjection:
+    return ExpertProjection(
+        path=path,
+        down=leaves["lora_A.weight"],
+        router=np.zeros((1, sizes.in_features), np.float32),
+        interaction=_no_interaction(sizes),
+        ups=(leaves["lora_B.weight"],),
+        scaling=config.alpha(path) / (math.sqrt(sizes.rank) if config.use_rslora else sizes.rank),
+        routing_sum=1.0,
+        shared_down=False,
+    )
+
+
+# In the order in which they are told apart.
+FAMILIES = (
+    Family(
+        "teamlora",
+        lambda leaves: "lora_interaction_matrix.weight" in leaves or "lora_route.fc.weight" in leaves,
+        _expected_teamlora,
+        _build_teamlora,
+        splits_rank=True,
+    ),
+    Family("moelora", lambda leaves: "lora_A0.weight" in leaves, _expected_moelora, _build_moelora, False),
+    Family("hydralora", lambda leaves: "lora_B0.weight" in leaves, _expected_hydralora, _build_hydralora, False),
+    Family("lora", lambda leaves: "lora_B.weight" in leaves, _expected_lora, _build_lora, False),
+)

@@ -1,0 +1,74 @@
+"""Writes a TeamLoRA adapter in the layout its authors publish, as safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from teamlora_export.adapter.config import CONFIG_NAME
+from teamlora_export.adapter.files import SAFETENSORS_NAME
+from teamlora_export.adapter.spec import AdapterSpec
+from teamlora_export.errors import ExportError
+
+_PREFIX = "base_model.model."
+
+
+def write_adapter(adapter: AdapterSpec, folder: str | Path, dtype: np.dtype | type | None = None) -> None:
+    """Write `adapter` to `folder` as `adapter_config.json` and `adapter_model.safetensors`.
+
+    Args:
+        dtype: cast every tensor to it; None keeps each tensor's own.
+
+    Raises:
+        ExportError: the adapter is of another family; only TeamLoRA has this layout.
+    """
+    if adapter.family != "teamlora":
+        raise ExportError(f"{adapter.source}: is a {adapter.family} adapter; only teamlora is written.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        _PREFIX + name: np.ascontiguousarray(value if dtype is None else value.astype(dtype))
+        for name, value in _named_tensors(adapter).items()
+    }
+    with tempfile.TemporaryDirectory(dir=folder) as staging:
+        save_file(tensors, Path(staging) / SAFETENSORS_NAME, metadata={"format": "pt"})
+        (Path(staging) / CONFIG_NAME).write_text(json.dumps(_config_fields(adapter), indent=2) + "\n", encoding="utf-8")
+        for name in (SAFETENSORS_NAME, CONFIG_NAME):
+            os.replace(Path(staging) / name, folder / name)
+
+
+def _named_tensors(adapter: AdapterSpec) -> dict[str, np.ndarray]:
+    tensors = dict(adapter.overrides)
+    for path, projection in adapter.projections.items():
+        tensors[f"{path}.lora_A.weight"] = projection.down
+        tensors[f"{path}.lora_route.fc.weight"] = projection.router
+        tensors[f"{path}.lora_interaction_matrix.weight"] = projection.interaction
+        for i, up in enumerate(projection.ups):
+            tensors[f"{path}.lora_B{i}.weight"] = up
+    return tensors
+
+
+def _config_fields(adapter: AdapterSpec) -> dict[str, object]:
+    config = adapter.config
+    targets = config.target_modules
+    return {
+        "peft_type": "TEAMLORA",
+        "task_type": config.task_type,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_nums": config.lora_nums,
+        "lora_dropout": config.lora_dropout,
+        "blc_alpha": config.blc_alpha,
+        "blc_weight": config.blc_weight,
+        "bias": config.bias,
+        "fan_in_fan_out": config.fan_in_fan_out,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "modules_to_save": list(config.modules_to_save) or None,
+        "inference_mode": True,
+    }

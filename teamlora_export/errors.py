@@ -1,0 +1,22 @@
+"""The one exception that is written for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_MOST_FINDINGS = 20
+
+
+class ExportError(Exception):
+    """Wrong input or environment: the message says what, where, and what to do. The command line exits with 2."""
+
+
+def raise_findings(subject: str, findings: Sequence[str]) -> None:
+    """Raise one `ExportError` that lists every finding about `subject`; do nothing when there are none."""
+    if not findings:
+        return
+    shown = [f"  - {finding}" for finding in findings[:_MOST_FINDINGS]]
+    if len(findings) > _MOST_FINDINGS:
+        shown.append(f"  ... and {len(findings) - _MOST_FINDINGS} more")
+    count = "1 problem" if len(findings) == 1 else f"{len(findings)} problems"
+    raise ExportError("\n".join([f"{subject}: {count}", *shown]))

@@ -1,0 +1,42 @@
+"""Rewrites of the traced graph, one a file, in the order in which they run.
+
+To add one: write an `onnx_ir.passes.InPlacePass` in a file of its own, and put it into `STEPS` where it belongs.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from teamlora_export.graph.passes.attach_functions import AttachFunctions
+from teamlora_export.graph.passes.fold_transposes import FoldTransposes
+from teamlora_export.graph.passes.module_outputs import NameModuleOutputs
+from teamlora_export.graph.passes.name_nodes import NameNodes
+from teamlora_export.graph.passes.pack_siblings import PackSiblings
+from teamlora_export.graph.passes.share_dimensions import ShareDimensions
+from teamlora_export.graph.passes.transpose_keys import TransposeKeys
+
+STEPS: tuple[type[ir.passes.InPlacePass], ...] = (
+    NameModuleOutputs,
+    ShareDimensions,
+    FoldTransposes,
+    TransposeKeys,
+    PackSiblings,
+    common.CommonSubexpressionEliminationPass,
+    common.RemoveUnusedNodesPass,
+    AttachFunctions,
+    NameNodes,
+)
+
+
+def rewrite(model: ir.Model) -> None:
+    """Run every step on `model`, in place."""
+    for step in STEPS:
+        step()(model)
+
+
+def inline_bodies(model: ir.Model) -> None:
+    """Replace every op of ours by its body (`--op standard`), in place."""
+    common.InlinePass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    NameNodes()(model)

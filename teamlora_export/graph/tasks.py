@@ -1,0 +1,189 @@
+"""What each task's graph takes and gives: sample inputs for tracing, dynamic axes, the ecosystem's names, the forward.
+
+To add a task: its sample and forward here, its name in `model/base.py::TASKS`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import DynamicCache
+
+from teamlora_export.errors import ExportError
+from teamlora_export.model.base import BaseModel
+
+BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+# Sizes of the sample: all different, none 0 or 1, so that no axis is taken for a constant or for another.
+_BATCH, _SEQUENCE, _PAST = 2, 3, 5
+
+_PAST_INPUT = re.compile(r"^(?:input\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
+_PRESENT_OUTPUT = re.compile(r"^(?:output\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
+
+
+@dataclass(frozen=True)
+class TracedSignature:
+    """How to trace one task of one model.
+
+    Attributes:
+        forward: replaces the model's own; takes `sample`, returns a dict of what the graph gives.
+        sample: keyword arguments of `forward`.
+        dynamic_shapes: torch.export's specification for `sample`.
+    """
+
+    forward: Callable[..., dict[str, Any]]
+    sample: Mapping[str, Any]
+    dynamic_shapes: Mapping[str, Any]
+
+    @staticmethod
+    def input_name(name: str) -> str:
+        return _PAST_INPUT.sub(r"past_key_values.\1.\2", name)
+
+    @staticmethod
+    def output_name(name: str) -> str:
+        return _PRESENT_OUTPUT.sub(r"present.\1.\2", name)
+
+    def dimensions(self, input_name: str) -> dict[int, str]:
+        """Dynamic axes of an input, by the ecosystem's name of both."""
+        if input_name.startswith("past_key_values."):
+            return {0: BATCH, 2: PAST}
+        if input_name == "attention_mask" and "past_key_values" in self.sample:
+            return {0: BATCH, 1: TOTAL}
+        return {0: BATCH, 1: SEQUENCE}
+
+    @staticmethod
+    def derived_dimensions(symbols: Mapping[str, str]) -> dict[str, str]:
+        """Sums of the exporter's symbols that have a name of their own."""
+        past = next((symbol for symbol, name in symbols.items() if name == PAST), None)
+        sequence = next((symbol for symbol, name in symbols.items() if name == SEQUENCE), None)
+        if past is None or sequence is None:
+            return {}
+        return {f"{past} + {sequence}": TOTAL, f"{sequence} + {past}": TOTAL}
+
+
+def trace_signature(base: BaseModel, model: nn.Module) -> TracedSignature:
+    """The signature of `base.task` for `model` (a skeleton of any depth)."""
+    accepted = set(inspect.signature(model.forward).parameters)
+    if base.task == "text-generation":
+        return _generation(model, accepted)
+    return _encoder(base, model, accepted)
+
+
+def _generation(model: nn.Module, accepted: set[str]) -> TracedSignature:
+    """One graph for prefill (an empty cache) and decode, left and right padding."""
+    past = _sample_cache(model)
+    mask = torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.long)
+    mask[0, :2] = 0
+    sample: dict[str, Any] = {
+        "input_ids": torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long),
+        "attention_mask": mask,
+        "position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1),
+        "past_key_values": past,
+    }
+    if "position_ids" not in accepted:
+        del sample["position_ids"]
+    auto = torch.export.Dim.AUTO
+    dynamic_shapes: dict[str, Any] = {name: {0: auto, 1: auto} for name in sample}
+    dynamic_shapes["past_key_values"] = [{0: auto, 2: auto} for layer in past.layers for _ in ("key", "value")]
+    inner = model.forward
+
+    def forward(**inputs: Any) -> dict[str, Any]:
+        outputs = inner(**inputs, use_cache=True, return_dict=True)
+        return {"logits": outputs.logits, "past_key_values": outputs.past_key_values}
+
+    return TracedSignature(forward, sample, dynamic_shapes)
+
+
+def _sample_cache(model: nn.Module) -> DynamicCache:
+    """A cache of the shapes that the model itself makes, found by running it on tensors without data."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, torch.no_grad():
+        ids = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long)
+        made = model(input_ids=ids, use_cache=True, return_dict=True).past_key_values
+    if not isinstance(made, DynamicCache):
+        raise ExportError(f"{type(model).__name__}: keeps its cache in a {type(made).__name__}, which is not supported.")
+    cache = DynamicCache(config=model.config)
+    for index, layer in enumerate(made.layers):
+        shape = [*layer.keys.shape]  # type: ignore[union-attr]
+        value_shape = [*layer.values.shape]  # type: ignore[union-attr]
+        shape[2] = value_shape[2] = _PAST
+        dtype = layer.keys.dtype  # type: ignore[union-attr]
+        cache.update(torch.zeros(shape, dtype=dtype), torch.zeros(value_shape, dtype=dtype), index)
+    return cache
+
+
+def _encoder(base: BaseModel, model: nn.Module, accepted: set[str]) -> TracedSignature:
+    mask = torch.ones(_BATCH, _SEQUENCE, dtype=torch.long)
+    mask[0, -1:] = 0
+    # Real ids: some encoders count positions from the ids that are no padding.
+    sample: dict[str, Any] = {"input_ids": torch.full((_BATCH, _SEQUENCE), 3), "attention_mask": mask}
+    if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 1) > 1:
+        sample["token_type_ids"] = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long)
+    auto = torch.export.Dim.AUTO
+    return TracedSignature(
+        encoder_forward(base, model), sample, {name: {0: auto, 1: auto} for name in sample}
+    )
+
+
+def encoder_forward(base: BaseModel, model: nn.Module) -> Callable[..., dict[str, Tensor]]:
+    """What a graph of an encoder task computes, as PyTorch: also the reference of its validation."""
+    inner = model.forward
+    extra = {"use_cache": False} if "use_cache" in inspect.signature(inner).parameters else {}
+    if base.task == "text-classification":
+        return lambda **inputs: {"logits": inner(**inputs, **extra, return_dict=True).logits}
+    if base.task == "feature-extraction":
+        return lambda **inputs: {"last_hidden_state": inner(**inputs, **extra, return_dict=True).last_hidden_state}
+    pooling = read_pooling(base.folder)
+
+    def embed(**inputs: Tensor) -> dict[str, Tensor]:
+        hidden = inner(**inputs, **extra, return_dict=True).last_hidden_state
+        return {"last_hidden_state": hidden, "sentence_embedding": pooling(hidden, inputs["attention_mask"])}
+
+    return embed
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Hidden states to one vector a sentence, as sentence-transformers' `1_Pooling/config.json` and `modules.json` say."""
+
+    mode: str = "mean"
+    normalize: bool = True
+
+    def __call__(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """hidden [batch, sequence, size], mask [batch, sequence] -> [batch, size]."""
+        if self.mode == "cls":
+            pooled = hidden[:, 0]
+        else:
+            weights = mask.unsqueeze(-1).to(hidden.dtype)
+            pooled = (hidden * weights).sum(1) / weights.sum(1).clamp(min=1.0)
+        return torch.nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
+
+
+def read_pooling(folder: Path) -> Pooling:
+    """The pooling that `folder` asks for; mean and normalised where it says nothing.
+
+    Raises:
+        ExportError: it asks for a mode other than mean or cls.
+    """
+    try:
+        fields = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return Pooling()
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{folder}: its pooling configuration cannot be read ({error}).") from None
+    modes = [name.removeprefix("pooling_mode_") for name, on in fields.items() if name.startswith("pooling_mode_") and on is True]
+    normalize = any("Normalize" in str(module.get("type", "")) for module in modules)
+    if modes == ["mean_tokens"]:
+        return Pooling("mean", normalize)
+    if modes == ["cls_token"]:
+        return Pooling("cls", normalize)
+    raise ExportError(f"{folder}: pooling by {' and '.join(modes) or 'nothing'}; mean_tokens or cls_token are supported.")

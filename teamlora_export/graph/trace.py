@@ -1,0 +1,236 @@
+"""Traces an adapted model into an ONNX graph whose weights are recipes.
+
+    skeleton (no weights) -> adapted layers become the op -> transformers' OnnxExporter -> parameters become recipes
+    -> onnxscript's optimizer -> the ecosystem's names
+
+What comes out depends on the base's configuration, the adapter's shapes, the task and the dtype, and on no weight.
+Rewrites that follow are in `passes/`. Each task's inputs and outputs are in `tasks.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch import Tensor, nn
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
+from teamlora_export.errors import ExportError
+from teamlora_export.graph import op
+from teamlora_export.graph.tasks import TracedSignature, trace_signature
+from teamlora_export.graph.weights import OP_SOURCES, Part, Recipe, bind
+from teamlora_export.model.base import BaseModel
+from teamlora_export.model.inject import swap_linears
+from teamlora_export.model.layer import FrozenLinear
+
+MARKER = "ModuleOutput"
+_NOISY_LOGGERS = ("torch.onnx", "transformers", "onnxscript", "torch.export")
+
+
+class TracedExpertLinear(FrozenLinear):
+    """The adapted layer as tracing sees it: the base's projection, then one node of the op.
+
+    Its op inputs are uninitialised parameters of the shapes that `op.fold` gives.
+    """
+
+    def __init__(self, linear: nn.Module, projection: ExpertProjection) -> None:
+        super().__init__(linear)
+        for name, shape in op.weight_shapes(projection).items():
+            dtype = torch.float32 if name == "mix" else self.weight.dtype
+            self.register_parameter(f"teamlora_{name}", nn.Parameter(torch.empty(shape, dtype=dtype), False))
+        self.attributes = {
+            "num_experts": projection.num_experts,
+            "shared_down": int(projection.shared_down),
+            "out_splits": [self.out_features],
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.base_projection(x)
+        inputs = (x, base, self.teamlora_down, self.teamlora_mix, self.teamlora_up)
+        return torch.onnx.ops.symbolic(
+            f"{op.DOMAIN}::{op.NAME}", inputs, self.attributes, dtype=base.dtype, shape=base.shape, version=op.VERSION
+        )
+
+
+def trace(base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype, config: Any = None) -> ir.Model:
+    """Trace `base` with `adapter` (aligned with it) for the base's task.
+
+    Args:
+        config: traces this configuration instead of the base's own (fewer layers).
+
+    Raises:
+        ExportError: transformers cannot trace this model.
+    """
+    model = base.skeleton(dtype, config)
+    modules = dict(model.named_modules())
+    swap_linears(
+        model,
+        {path: None for path in adapter.projections if path in modules},
+        lambda path, linear: TracedExpertLinear(linear, adapter.projections[path]),
+    )
+    signature = trace_signature(base, model)
+    handles = _mark_module_outputs(model)
+    model.forward = signature.forward  # type: ignore[method-assign]
+    try:
+        graph_model = _export(model, signature)
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"{base.name}: transformers' exporter cannot trace it as {base.task} ({first_line}).") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = _tied_names(model)
+    parameters = _bind_parameters(graph_model, names)
+    _optimize(graph_model, parameters)
+    _name_inputs_and_outputs(graph_model, signature)
+    _name_dimensions(graph_model, signature)
+    return graph_model
+
+
+def _export(model: nn.Module, signature: TracedSignature) -> ir.Model:
+    config = OnnxConfig(dynamic=True, dynamic_shapes=signature.dynamic_shapes, optimize=False)
+    with _silenced():
+        program, _metadata = OnnxExporter().export_program(model, dict(signature.sample), config)  # type: ignore[arg-type]
+    return program
+
+
+def _mark_module_outputs(model: nn.Module) -> list[Any]:
+    """Make each module's output pass through a marker node, so that values of the graph can be told by module.
+
+    Markers are taken out again by `passes/module_outputs.py`. Modules that return no floating-point tensor have none.
+    """
+
+    def hook(path: str):  # type: ignore[no-untyped-def]
+        def mark(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return _mark(output, path)
+            if type(output) is tuple and output and isinstance(output[0], Tensor):
+                return (_mark(output[0], path), *output[1:])
+            return None
+
+        return mark
+
+    return [module.register_forward_hook(hook(path)) for path, module in model.named_modules() if path]
+
+
+def _mark(tensor: Tensor, path: str) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    return torch.onnx.ops.symbolic(
+        f"{op.DOMAIN}::{MARKER}", (tensor,), {"path": path}, dtype=tensor.dtype, shape=tensor.shape, version=op.VERSION
+    )
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Every name of every parameter -> the first name of that parameter."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+
+
+def _bind_parameters(model: ir.Model, names: dict[str, str]) -> list[ir.Value]:
+    """Turn the parameters among the initializers into recipes; buffers that the code computes keep their numbers."""
+    values = []
+    for name, value in list(model.graph.initializers.items()):
+        if name not in names:
+            continue
+        module_path, _, leaf = names[name].rpartition(".")
+        source = leaf.removeprefix("teamlora_")
+        if leaf.startswith("teamlora_") and source in OP_SOURCES:
+            recipe = Recipe((Part(source, module_path),))
+        else:
+            recipe = Recipe((Part("base", names[name]),))
+        assert value.const_value is not None
+        value.type = ir.TensorType(value.const_value.dtype)
+        value.shape = ir.Shape(value.const_value.shape)
+        bind(value, recipe)
+        values.append(value)
+    return values
+
+
+def _optimize(model: ir.Model, parameters: list[ir.Value]) -> None:
+    """Run onnxscript's optimizer with the parameters out of its sight: it folds what it can read, and they have no values."""
+    graph = model.graph
+    tensors = [value.const_value for value in parameters]
+    for value in parameters:
+        graph.initializers.pop(value.name)  # type: ignore[arg-type]
+        value.const_value = None
+        graph.inputs.append(value)
+    try:
+        with _silenced():
+            onnxscript.optimizer.optimize_ir(model)
+    finally:
+        del graph.inputs[len(graph.inputs) - len(parameters) :]
+        for value, tensor in zip(parameters, tensors, strict=True):
+            value.const_value = tensor
+            if value.uses():
+                graph.initializers[value.name] = value  # type: ignore[index]
+
+
+def _name_inputs_and_outputs(model: ir.Model, signature: TracedSignature) -> None:
+    for values, rename in ((model.graph.inputs, signature.input_name), (model.graph.outputs, signature.output_name)):
+        for value in values:
+            assert value.name is not None
+            value.name = rename(value.name)
+
+
+def _name_dimensions(model: ir.Model, signature: TracedSignature) -> None:
+    """Give the exporter's symbols (`s44`, `s36 + s70`) the ecosystem's names, in every value of the graph."""
+    symbols: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for axis, name in signature.dimensions(value.name or "").items():
+            size = value.shape[axis] if value.shape is not None else None
+            if not isinstance(size, ir.SymbolicDim):
+                raise ExportError(f"{value.name}: axis {axis} ({name}) became the constant {size} while tracing.")
+            symbols.setdefault(str(size.value), name)
+    symbols |= signature.derived_dimensions(symbols)
+    for value in _all_values(model.graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed_dimension(size, symbols) for size in value.shape])
+    for value in model.graph.inputs:
+        assert value.shape is not None
+        sizes = list(value.shape)
+        for axis, name in signature.dimensions(value.name or "").items():
+            sizes[axis] = ir.SymbolicDim(name)
+        value.shape = ir.Shape(sizes)
+
+
+def _renamed_dimension(size: int | ir.SymbolicDim, symbols: dict[str, str]) -> int | ir.SymbolicDim:
+    if isinstance(size, int) or size.value is None:
+        return size
+    text = str(size.value)
+    return ir.SymbolicDim(symbols.get(text) or re.sub(r"\bs\d+\b", lambda m: symbols.get(m[0], m[0]), text))
+
+
+def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Exporters print progress and advice for their own developers; errors still come through as exceptions."""
+    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    from contextlib import redirect_stdout
+    from io import StringIO
+
+    with warnings.catch_warnings(), redirect_stdout(StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

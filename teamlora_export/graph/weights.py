@@ -1,0 +1,214 @@
+"""Weights as recipes while the graph is made, as bytes only when it is written.
+
+A traced graph never holds a number of the model. Each of its weights is a `WeightTensor`: dtype, shape, and a `Recipe` that
+says how to make it from the base checkpoint and the adapter (transpose, concatenate, fold). Passes rewrite recipes
+(`transposed`, `joined`); `write_external_data` follows them, one tensor in memory at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NoReturn, Protocol
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from teamlora_export.adapter.spec import AdapterSpec
+from teamlora_export.errors import ExportError
+from teamlora_export.graph import op
+
+# Offsets are multiples of the largest page size in use, so that every runtime can map the file.
+ALIGNMENT = 65536
+_SMALL = 1024
+OP_SOURCES = ("down", "mix", "up")
+
+
+class BaseWeights(Protocol):
+    """Where base weights come from; `model/checkpoint.py` has the implementations."""
+
+    def read(self, name: str) -> np.ndarray:
+        """The parameter `name`, in the dtype it is stored in."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source tensor: a parameter of the base (`source="base"`), or an op input folded from an adapter's projection
+    (`"down"`, `"mix"`, `"up"`; `key` is then the module path)."""
+
+    source: str
+    key: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Parts concatenated along `axis`."""
+
+    parts: tuple[Part, ...]
+    axis: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps({"axis": self.axis, "parts": [[p.source, p.key, p.transposed] for p in self.parts]})
+
+    @classmethod
+    def from_json(cls, text: str) -> Recipe:
+        fields = json.loads(text)
+        return cls(tuple(Part(*part) for part in fields["parts"]), fields["axis"])
+
+    def renamed(self, rename: Callable[[str], str]) -> Recipe:
+        return replace(self, parts=tuple(replace(part, key=rename(part.key)) for part in self.parts))
+
+
+class WeightTensor(ir.LazyTensor):
+    """A tensor that is known by dtype, shape and recipe only; asking for its values is a programming error."""
+
+    def __init__(self, name: str, dtype: ir.DataType, shape: tuple[int, ...], recipe: Recipe) -> None:
+        super().__init__(self._refuse, dtype=dtype, shape=ir.Shape(shape), name=name)
+        self.recipe = recipe
+
+    def _refuse(self) -> NoReturn:
+        raise RuntimeError(f"{self.name}: has no values before the external data is written")
+
+
+def recipe_of(value: ir.Value | None) -> Recipe | None:
+    """The recipe behind an initializer, or None where it holds numbers or is no initializer."""
+    tensor = value.const_value if value is not None else None
+    return tensor.recipe if isinstance(tensor, WeightTensor) else None
+
+
+def bind(value: ir.Value, recipe: Recipe) -> None:
+    """Make `value` (its type and static shape known) stand for what `recipe` gives."""
+    assert value.name is not None and value.dtype is not None and value.shape is not None
+    shape = tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
+    value.const_value = WeightTensor(value.name, value.dtype, shape, recipe)
+
+
+def new_weight(name: str, dtype: ir.DataType, shape: tuple[int, ...], recipe: Recipe) -> ir.Value:
+    """An initializer value that is not yet part of a graph."""
+    value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+    bind(value, recipe)
+    return value
+
+
+def transposed(value: ir.Value) -> ir.Value | None:
+    """The 2-D weight `value` with its axes exchanged, or None where its recipe cannot say that."""
+    recipe = recipe_of(value)
+    if recipe is None or len(recipe.parts) != 1 or value.shape is None or len(value.shape) != 2:
+        return None
+    part = recipe.parts[0]
+    rows, columns = (int(size) for size in value.shape)  # type: ignore[arg-type]
+    flipped = Recipe((replace(part, transposed=not part.transposed),), recipe.axis)
+    assert value.dtype is not None
+    return new_weight(f"{value.name}.T", value.dtype, (columns, rows), flipped)
+
+
+def joined(name: str, values: list[ir.Value], axis: int) -> ir.Value | None:
+    """The weights `values` concatenated along `axis`, or None where a recipe cannot say that."""
+    recipes = [recipe_of(value) for value in values]
+    parts: list[Part] = []
+    for recipe in recipes:
+        if recipe is None or (len(recipe.parts) > 1 and recipe.axis != axis):
+            return None
+        parts.extend(recipe.parts)
+    first = values[0]
+    assert first.shape is not None and first.dtype is not None
+    shape = [int(size) for size in first.shape]  # type: ignore[arg-type]
+    shape[axis] = sum(int(value.shape[axis]) for value in values)  # type: ignore[index, arg-type]
+    return new_weight(name, first.dtype, tuple(shape), Recipe(tuple(parts), axis))
+
+
+def write_external_data(
+    model: ir.Model, base: BaseWeights, adapter: AdapterSpec, path: Path, progress: Callable[[int], None]
+) -> str:
+    """Write every weight of `model` to `path` and point its initializers there.
+
+    Args:
+        progress: called with the number of bytes after each tensor.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        ExportError: a weight is missing, has another shape than the graph, or does not fit the graph's dtype.
+    """
+    cook = _Cook(base, adapter)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for value in model.graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, WeightTensor) and (tensor is None or tensor.nbytes < _SMALL):
+                continue
+            padding = b"\0" * (-file.tell() % ALIGNMENT)
+            array = cook.cook(tensor) if isinstance(tensor, WeightTensor) else tensor.numpy()
+            data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            for chunk in (padding, memoryview(data)):
+                file.write(chunk)
+                digest.update(chunk)
+            offset = file.tell() - data.nbytes
+            value.const_value = ir.ExternalTensor(
+                path.name, offset, data.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=path.parent
+            )
+            progress(data.nbytes)
+    return digest.hexdigest()
+
+
+def total_bytes(model: ir.Model) -> int:
+    """Bytes of all weights that `write_external_data` will write."""
+    return sum(
+        math.ceil(math.prod(t.shape.numpy()) * t.dtype.itemsize)
+        for t in (value.const_value for value in model.graph.initializers.values())
+        if isinstance(t, WeightTensor)
+    )
+
+
+class _Cook:
+    """Makes arrays of recipes."""
+
+    def __init__(self, base: BaseWeights, adapter: AdapterSpec) -> None:
+        self._base = base
+        self._adapter = adapter
+        # A projection's three inputs are written one after the other.
+        self._fold = lru_cache(maxsize=8)(lambda path: op.fold(adapter.projections[path]))
+
+    def cook(self, tensor: WeightTensor) -> np.ndarray:
+        parts = [self._part(part, tensor.dtype) for part in tensor.recipe.parts]
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=tensor.recipe.axis)
+        if list(array.shape) != list(tensor.shape.numpy()):
+            keys = ", ".join(part.key for part in tensor.recipe.parts)
+            raise ExportError(
+                f"{keys}: the checkpoint gives {list(array.shape)}, the model's code expects {list(tensor.shape.numpy())}. "
+                "Does config.json belong to these weights?"
+            )
+        return array
+
+    def _part(self, part: Part, dtype: ir.DataType) -> np.ndarray:
+        if part.source in OP_SOURCES:
+            array = getattr(self._fold(part.key), part.source)
+        elif part.key in self._adapter.overrides:
+            array = self._adapter.overrides[part.key]
+        else:
+            array = self._base.read(part.key)
+        array = _cast(array, dtype, part.key)
+        return array.T if part.transposed else array
+
+
+def _cast(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
+    target = np.dtype(ml_dtypes.bfloat16) if dtype == ir.DataType.BFLOAT16 else dtype.numpy()
+    if array.dtype == target:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(target)
+    if dtype == ir.DataType.FLOAT16 and not np.isfinite(cast).all():
+        worst = float(np.abs(array.astype(np.float64)).max())
+        raise ExportError(
+            f"{name}: holds {worst:g}, beyond float16's largest number 65504. Export with --dtype bf16 or fp32."
+        )
+    return cast

@@ -1,0 +1,103 @@
+"""`teamlora-export inspect`: what an adapter or a bundle is, as a table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from rich.table import Table
+
+from teamlora_export.adapter import AdapterSpec, read_adapter
+from teamlora_export.adapter.config import CONFIG_NAME
+from teamlora_export.bundle import MANIFEST_NAME, Bundle, Port, read_bundle
+from teamlora_export.errors import ExportError
+
+
+def inspect_path(path: Path) -> Table:
+    """A table about the adapter or the bundle in the folder `path`.
+
+    Raises:
+        ExportError: it is neither, or it is damaged.
+    """
+    if (path / MANIFEST_NAME).is_file():
+        return _table(f"Bundle {path}", _bundle_rows(read_bundle(path)))
+    if (path / CONFIG_NAME).is_file():
+        return _table(f"Adapter {path}", _adapter_rows(read_adapter(path)))
+    raise ExportError(f"{path}: neither an adapter ({CONFIG_NAME}) nor a bundle ({MANIFEST_NAME}).")
+
+
+def _adapter_rows(adapter: AdapterSpec) -> Iterable[tuple[str, str]]:
+    projections = adapter.projections.values()
+    config = adapter.config
+    kinds = Counter(path.rpartition(".")[2] for path in adapter.projections)
+    yield "family", adapter.family
+    yield "rank r", ", ".join(map(str, sorted({p.down_rank for p in projections})))
+    yield "experts k", ", ".join(map(str, sorted({p.num_experts for p in projections})))
+    yield "scaling", ", ".join(f"{value:g}" for value in sorted({p.scaling for p in projections}))
+    yield "targets", ", ".join(f"{name} ({count})" for name, count in kinds.items())
+    yield "modules", str(len(adapter.projections))
+    if adapter.overrides:
+        yield "replaced base parameters", str(len(adapter.overrides))
+    yield "parameters", f"{adapter.num_parameters:,}"
+    yield "size", f"{adapter.num_bytes / 1e6:.2f} MB"
+    yield "dtype", adapter.dtype
+    yield "bias", config.bias
+    if config.base_model_name_or_path:
+        yield "trained on", config.base_model_name_or_path
+    worst = min(projections, key=lambda p: p.normalizer_floor)
+    yield "router normaliser, least value", f"{worst.normalizer_floor:.4g} ({worst.path})"
+    for path, floor in adapter.unsafe_normalizers().items():
+        yield "[red]unsafe normaliser[/]", f"{path}: {floor:.4g}, some token divides by zero or flips sign"
+    yield "SHA-256", adapter.sha256
+
+
+def _bundle_rows(bundle: Bundle) -> Iterable[tuple[str, str]]:
+    manifest = bundle.manifest
+    adapter = manifest.adapter
+    yield "task", manifest.task
+    yield "dtype", manifest.dtype
+    yield "base", f"{manifest.base['model_type']}, {manifest.base['source']}"
+    yield "adapter", (
+        f"{adapter['family']}, r={adapter['r']}, k={adapter['num_experts']}, {adapter['modules']} modules, "
+        f"{adapter['parameters']:,} parameters, {adapter['source']}"
+    )
+    op = manifest.op
+    form = "kept, with its body" if op["form"] == "function" else "inlined"
+    yield "op", f"{op['domain']}::{op['name']} version {op['version']}, {op['nodes']} nodes, {form}"
+    yield "size", f"{(bundle.model.stat().st_size + bundle.data.stat().st_size) / 1e6:,.1f} MB"
+    yield "inputs", _ports(manifest.inputs)
+    yield "outputs", _ports(manifest.outputs)
+    yield "made with", ", ".join(f"{name} {version}" for name, version in manifest.tool.items())
+    validation = manifest.validation
+    if validation is None:
+        yield "validated", "not yet: run `teamlora-export validate`"
+    else:
+        verdict = "passed" if validation["passed"] else f"FAILED at {validation['first_departure']}"
+        yield "validated", (
+            f"{verdict} on {validation['date']} with {validation['runtime']}: worst output {validation['worst_output']}, "
+            f"{validation['worst_times_pytorch']:.2g} times PyTorch's own error"
+        )
+
+
+def _ports(ports: tuple[Port, ...]) -> str:
+    """Ports a line each; the cache's many in one."""
+    lines = [_port(port) for port in ports if "." not in port.name]
+    caches = [port for port in ports if "." in port.name]
+    if caches:
+        first, last = caches[0], caches[-1]
+        lines.append(f"{first.name} .. {last.name}: {first.dtype} [{', '.join(map(str, first.shape))}]")
+    return "\n".join(lines)
+
+
+def _port(port: Port) -> str:
+    return f"{port.name}: {port.dtype} [{', '.join(map(str, port.shape))}]"
+
+
+def _table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value.replace("[", r"\[") if not name.startswith("[") else value)
+    return table

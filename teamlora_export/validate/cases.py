@@ -1,0 +1,61 @@
+"""Inputs that a validation runs: several batches and lengths, padding on either side, all with a fixed seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Feeds = dict[str, np.ndarray]
+
+DECODE_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch. `mask` is [batch, length]; `steps` tokens are decoded after it where the task generates."""
+
+    name: str
+    ids: np.ndarray
+    mask: np.ndarray
+    steps: int = 0
+
+
+def make_cases(config: Any, task: str, seed: int = 0) -> list[Case]:
+    """The cases for a model of `config` doing `task`; ids are drawn over the whole vocabulary."""
+    rng = np.random.default_rng(seed)
+    pad = getattr(config, "pad_token_id", None) or 0
+    limit = int(getattr(config, "max_position_embeddings", 0) or 512)
+
+    def case(name: str, lengths: list[int], side: str, steps: int = 0) -> Case:
+        width = max(lengths)
+        mask = np.zeros((len(lengths), width), np.int64)
+        for row, length in zip(mask, lengths, strict=True):
+            row[width - length :] = side == "left"
+            row[:length] |= side == "right"
+        ids = rng.integers(0, config.vocab_size, mask.shape)
+        ids[ids == pad] = (pad + 1) % config.vocab_size
+        return Case(name, np.where(mask > 0, ids, pad), mask, steps)
+
+    long = min(48, limit // 2)
+    if task == "text-generation":
+        return [
+            case("one prompt", [9], "left", DECODE_STEPS),
+            case("batch of 3, padded left", [17, 4, 11], "left", DECODE_STEPS),
+            case("batch of 2, padded right", [6, 13], "right"),
+            case(f"one prompt of {long}", [long], "left", 2),
+            case("one token", [1], "left", 2),
+        ]
+    return [
+        case("one sentence", [9], "right"),
+        case("batch of 4, padded right", [17, 4, 11, 1], "right"),
+        case("batch of 2, padded left", [6, 13], "left"),
+        case(f"one sentence of {long}", [long], "right"),
+    ]
+
+
+def position_ids(mask: np.ndarray) -> np.ndarray:
+    """Positions as transformers' `generate` counts them: real tokens from 0, padding 1."""
+    positions = mask.cumsum(axis=1) - 1
+    return np.where(mask > 0, positions, 1)

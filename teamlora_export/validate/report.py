@@ -1,0 +1,160 @@
+"""Shows a verdict: as a table on the console, as JSON, as one self-contained HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from rich.console import Console
+from rich.table import Table
+
+from teamlora_export.bundle import Bundle
+from teamlora_export.errors import ExportError
+from teamlora_export.validate.judge import FLOOR, MULTIPLE, Judgement, Verdict
+
+_LAYER = re.compile(r"^(.*?\.\d+)\.(.+)$")
+
+
+def print_verdict(verdict: Verdict, console: Console) -> None:
+    """One row a case, and where it went wrong if it did."""
+    table = Table(title=f"ONNX Runtime against PyTorch (float64), {verdict.dtype}", title_justify="left")
+    for column in ("case", "output", "error", "PyTorch's own", "allowed", "greedy", "top-5", "KL", ""):
+        table.add_column(column, justify="left" if column in ("case", "output", "") else "right")
+    for case in verdict.cases:
+        worst = max(case.judgements, key=lambda j: _share(j))
+        greedy = f"{case.greedy_equal}/{case.greedy_tokens}" if case.greedy_tokens else "-"
+        table.add_row(
+            case.name,
+            worst.name,
+            f"{worst.error.rms:.2e}",
+            f"{worst.pytorch.rms:.2e}",
+            f"{worst.allowed:.2e}",
+            greedy,
+            "-" if case.top5 is None else f"{case.top5:.3f}",
+            "-" if case.kl is None else f"{case.kl:.1e}",
+            "[green]passed[/]" if case.passed else "[red]FAILED[/]",
+        )
+    console.print(table)
+    console.print(_conclusion(verdict), markup=False)
+
+
+def write_json(verdict: Verdict, bundle: Bundle, path: Path) -> None:
+    """Every figure of the verdict. Numbers that JSON cannot hold (infinity, NaN) become strings."""
+    fields = {
+        "bundle": bundle.folder.name,
+        "passed": verdict.passed,
+        "rule": {"multiple": MULTIPLE, "floor_in_roundoff": FLOOR},
+        **dataclasses.asdict(verdict),
+    }
+    _write(path, json.dumps(_finite(fields), indent=2) + "\n")
+
+
+def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
+    """A page with the table, the error of every module in order, and the use of every expert; no script, no network."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("teamlora_export.validate", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    page = environment.get_template("report.html.j2").render(
+        verdict=verdict,
+        manifest=bundle.manifest,
+        name=bundle.folder.resolve().name,
+        conclusion=_conclusion(verdict),
+        multiple=MULTIPLE,
+        chart=_module_chart(verdict.modules),
+        experts=_expert_rows(verdict.expert_use),
+    )
+    _write(path, page)
+
+
+def _conclusion(verdict: Verdict) -> str:
+    worst = verdict.worst
+    if verdict.passed:
+        return (
+            f"Passed: {len(verdict.cases)} cases. The worst output, {worst.name}, errs {worst.times_pytorch:.2g} times as much "
+            f"as PyTorch does in {verdict.dtype} (relative error {worst.error.relative:.1e})."
+        )
+    if verdict.departure is None:
+        failed = [case.name for case in verdict.cases if not case.passed]
+        return f"FAILED: greedy tokens differ in {', '.join(failed)}, though every output is within its tolerance."
+    departure = verdict.departure
+    return (
+        f"FAILED. First to depart: {departure.module} (node {departure.node}), in the case '{departure.case}': "
+        f"error {departure.judgement.error.rms:.2e}, allowed {departure.judgement.allowed:.2e}."
+    )
+
+
+def _share(judgement: Judgement) -> float:
+    ratio = judgement.error.rms / judgement.allowed if judgement.allowed > 0 else math.inf
+    return math.inf if math.isnan(ratio) else ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Points of a log-scale plot, in the units of its SVG view box (900 x 260)."""
+
+    candidate: str
+    pytorch: str
+    ticks: list[tuple[float, str]]
+    labels: list[tuple[float, str]]
+
+
+def _module_chart(modules: tuple[Judgement, ...]) -> Chart:
+    """Relative error over modules in the order in which they finish; PyTorch's own beside it."""
+    shown = [m for m in modules if math.isfinite(m.error.rms) and m.error.scale > 0]
+    values = [v for m in shown for v in (m.error.rms / m.error.scale, m.pytorch.rms / m.error.scale) if 0 < v < math.inf]
+    low = math.floor(math.log10(min(values, default=1e-8)))
+    high = max(math.ceil(math.log10(max(values, default=1.0))), low + 1)
+
+    def x(index: int) -> float:
+        return 60 + 830 * index / max(len(shown) - 1, 1)
+
+    def y(value: float) -> float:
+        clipped = min(max(math.log10(value), low), high) if 0 < value < math.inf else low
+        return 230 - 215 * (clipped - low) / (high - low)
+
+    def line(pick: Any) -> str:
+        return " ".join(f"{x(i):.1f},{y(pick(m) / m.error.scale):.1f}" for i, m in enumerate(shown))
+
+    layers: dict[str, float] = {}
+    for index, module in enumerate(shown):
+        match = re.search(r"\.(\d+)(?:\.|$)", module.name)
+        if match:
+            layers.setdefault(match[1], x(index))
+    every = max(1, len(layers) // 10)
+    labels = [(place, f"layer {name}") for i, (name, place) in enumerate(layers.items()) if i % every == 0]
+    ticks = [(y(10.0**power), f"1e{power}") for power in range(low, high + 1)]
+    return Chart(line(lambda m: m.error.rms), line(lambda m: m.pytorch.rms), ticks, labels)
+
+
+def _expert_rows(expert_use: dict[str, list[float]]) -> list[tuple[str, list[tuple[str, list[float]]]]]:
+    """Expert shares grouped by layer: [(layer, [(module, shares)])]."""
+    rows: dict[str, list[tuple[str, list[float]]]] = defaultdict(list)
+    for path, shares in expert_use.items():
+        match = _LAYER.match(path)
+        rows[match[1] if match else ""].append((match[2] if match else path, shares))
+    return list(rows.items())
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, text: str) -> None:
+    staged = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, path)
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written ({error.strerror}).") from None
