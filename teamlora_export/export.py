@@ -43,6 +43,7 @@ def export_onnx(
     dtype: str = "fp32",
     task: str = "auto",
     op_form: str = "function",
+    every_layer: bool = False,
     reporter: Reporter | None = None,
 ) -> Bundle:
     """Export `base_source` (a folder or a hub name) with the adapter in `adapter_folder` to the bundle `out`.
@@ -51,6 +52,7 @@ def export_onnx(
         dtype: fp32, fp16 or bf16: the type of weights and activations.
         task: auto, or one of `model.base.TASKS`.
         op_form: "function" keeps the op, with its body in the model; "standard" inlines the body.
+        every_layer: trace all layers, even where they are alike and one of each kind would do.
 
     Raises:
         ExportError: wrong input or environment; nothing has been written then.
@@ -67,8 +69,8 @@ def export_onnx(
     import torch
 
     from teamlora_export.graph import weights
-    from teamlora_export.graph.passes import inline_bodies, rewrite
-    from teamlora_export.graph.trace import trace
+    from teamlora_export.graph.build import build_graph
+    from teamlora_export.graph.passes import inline_bodies
     from teamlora_export.model.base import open_base
     from teamlora_export.model.checkpoint import open_weights, weights_sha256
 
@@ -77,9 +79,7 @@ def export_onnx(
     _warn_of_normalizers(adapter, reporter)
     with staged(out) as folder:
         source = open_weights(base, base.skeleton(torch.float32))
-        with reporter.step(f"Tracing {base.config.model_type} for {base.task}, {dtype}"):
-            model = trace(base, adapter, getattr(torch, DTYPES[dtype]))
-        rewrite(model)
+        model = build_graph(base, adapter, getattr(torch, DTYPES[dtype]), reporter, every_layer=every_layer)
         _warn_of_unused(model, adapter, reporter)
         nodes = _count_op_nodes(model)
         if op_form == "standard":

@@ -39,6 +39,7 @@ def write_adapter(adapter: AdapterSpec, folder: str | Path, dtype: np.dtype | ty
         save_file(tensors, Path(staging) / SAFETENSORS_NAME, metadata={"format": "pt"})
         (Path(staging) / CONFIG_NAME).write_text(json.dumps(_config_fields(adapter), indent=2) + "\n", encoding="utf-8")
         for name in (SAFETENSORS_NAME, CONFIG_NAME):
+            (Path(staging) / name).chmod(0o644)
             os.replace(Path(staging) / name, folder / name)
 
 

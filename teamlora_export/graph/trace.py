@@ -105,7 +105,8 @@ def _export(model: nn.Module, signature: TracedSignature) -> ir.Model:
 def _mark_module_outputs(model: nn.Module) -> list[Any]:
     """Make each module's output pass through a marker node, so that values of the graph can be told by module.
 
-    Markers are taken out again by `passes/module_outputs.py`. Modules that return no floating-point tensor have none.
+    Markers are taken out again by `passes/module_outputs.py`. Modules that return no floating-point tensor have none. What
+    enters a list of layers is marked as `LIST.input`.
     """
 
     def hook(path: str):  # type: ignore[no-untyped-def]
@@ -118,7 +119,14 @@ def _mark_module_outputs(model: nn.Module) -> list[Any]:
 
         return mark
 
-    return [module.register_forward_hook(hook(path)) for path, module in model.named_modules() if path]
+    def mark_input(path: str):  # type: ignore[no-untyped-def]
+        return lambda _module, args: (_mark(args[0], path), *args[1:]) if args else None
+
+    handles: list[Any] = [module.register_forward_hook(hook(path)) for path, module in model.named_modules() if path]
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            handles.append(module[0].register_forward_pre_hook(mark_input(f"{path}.input")))
+    return handles
 
 
 def _mark(tensor: Tensor, path: str) -> Tensor:
@@ -169,8 +177,8 @@ def _optimize(model: ir.Model, parameters: list[ir.Value]) -> None:
         with _silenced():
             onnxscript.optimizer.optimize_ir(model)
     finally:
-        del graph.inputs[len(graph.inputs) - len(parameters) :]
         for value, tensor in zip(parameters, tensors, strict=True):
+            graph.inputs.remove(value)
             value.const_value = tensor
             if value.uses():
                 graph.initializers[value.name] = value  # type: ignore[index]
