@@ -251,6 +251,7 @@ class _Repeater:
             self._copy_nodes(self._cut.layers[source], values, source, target)
             residual = values[self._cut.residuals[source]]
         self._copy_nodes(self._cut.head, {**common, self._cut.residuals[-1]: residual}, source=-1, target=-1)
+        self._add_last_residual(residual)
         self._outputs.sort(key=_output_order)
         return ir.Graph(
             self._inputs,
@@ -260,6 +261,13 @@ class _Repeater:
             opset_imports=self._graph.opset_imports,
             name=self._graph.name,
         )
+
+    def _add_last_residual(self, residual: ir.Value) -> None:
+        """A model without a head returns what its last layer hands on."""
+        shallow = self._cut.residuals[-1]
+        if shallow.is_graph_output():
+            residual.name = shallow.name
+            self._outputs.append(residual)
 
     def _copy_nodes(self, nodes: list[ir.Node], values: dict[ir.Value, ir.Value], source: int, target: int) -> None:
         """Append copies of `nodes`; `values` maps what they read to what the copies read, and grows by what these make."""
@@ -277,7 +285,7 @@ class _Repeater:
             for old, new in zip(node.outputs, copy.outputs, strict=True):
                 self._describe(old, new, source, target)
                 values[old] = new
-                if old.is_graph_output():
+                if old.is_graph_output() and old is not self._cut.residuals[-1]:
                     self._outputs.append(new)
             self._nodes.append(copy)
 

@@ -110,7 +110,8 @@ def _sample_cache(model: nn.Module) -> DynamicCache:
         made = model(input_ids=ids, use_cache=True, return_dict=True).past_key_values
     if not isinstance(made, DynamicCache):
         raise ExportError(f"{type(model).__name__}: keeps its cache in a {type(made).__name__}, which is not supported.")
-    cache = DynamicCache(config=model.config)
+    # Made without a configuration, every layer keeps all tokens; the mask alone applies sliding windows.
+    cache = DynamicCache()
     for index, layer in enumerate(made.layers):
         shape = [*layer.keys.shape]  # type: ignore[union-attr]
         value_shape = [*layer.values.shape]  # type: ignore[union-attr]

@@ -1,0 +1,259 @@
+"""Reading adapters: every published layout, and every way in which one can be broken."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, random_adapter
+from safetensors.numpy import load_file, save_file
+
+from teamlora_export.adapter import AdapterConfig, align_with_base, read_adapter, write_adapter
+from teamlora_export.adapter.initialize import new_adapter
+from teamlora_export.errors import ExportError
+
+PREFIX = "base_model.model."
+IN, OUT = 12, 20
+
+
+def write(folder: Path, tensors: dict[str, np.ndarray], **config: object) -> Path:
+    fields = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def teamlora(rng: np.random.Generator, path: str = f"{PREFIX}layers.0.q_proj", r: int = 8, k: int = 4) -> dict[str, np.ndarray]:
+    def array(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    return {
+        f"{path}.lora_A.weight": array(r, IN),
+        **{f"{path}.lora_B{i}.weight": array(OUT, r // k) for i in range(k)},
+        f"{path}.lora_route.fc.weight": array(k, IN),
+        f"{path}.lora_interaction_matrix.weight": array(k, k),
+    }
+
+
+def only(folder: Path):
+    (projection,) = read_adapter(folder).projections.values()
+    return projection
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 8])
+def test_the_published_layout_is_read_for_any_k_that_divides_r(k, tmp_path, rng):
+    projection = only(write(tmp_path, teamlora(rng, k=k), lora_nums=k))
+    assert (projection.num_experts, projection.expert_rank, projection.down_rank) == (k, 8 // k, 8)
+    assert projection.scaling == 16 / (8 / k)
+    assert projection.routing_sum == k
+
+
+def test_the_prefix_may_be_missing(tmp_path, rng):
+    folder = write(tmp_path, teamlora(rng, path="layers.0.q_proj"), lora_nums=4)
+    assert list(read_adapter(folder).projections) == ["layers.0.q_proj"]
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16])
+def test_every_float_dtype_is_kept_as_it_is(dtype, tmp_path, rng):
+    tensors = {name: value.astype(dtype) for name, value in teamlora(rng).items()}
+    assert only(write(tmp_path, tensors, lora_nums=4)).down.dtype == dtype
+
+
+def test_a_bin_file_gives_what_safetensors_gives(tmp_path, rng):
+    tensors = {name: value.astype(ml_dtypes.bfloat16) for name, value in teamlora(rng).items()}
+    expected = only(write(tmp_path, tensors, lora_nums=4))
+    (tmp_path / "adapter_model.safetensors").unlink()
+    state = {name: torch.tensor(value.astype(np.float32)).bfloat16() for name, value in tensors.items()}
+    torch.save(state, tmp_path / "adapter_model.bin")
+    found = only(tmp_path)
+    assert np.array_equal(found.down, expected.down)
+    assert found.down.dtype == expected.down.dtype
+
+
+def test_target_modules_may_be_a_regular_expression(tmp_path, rng):
+    folder = write(tmp_path, teamlora(rng), lora_nums=4, target_modules=r"layers\.\d+\.[qv]_proj")
+    assert len(read_adapter(folder).projections) == 1
+
+
+def test_pefts_lora_is_one_expert(tmp_path, rng):
+    path = f"{PREFIX}layers.0.q_proj"
+    tensors = {
+        f"{path}.lora_A.weight": rng.normal(size=(8, IN)).astype(np.float32),
+        f"{path}.lora_B.weight": rng.normal(size=(OUT, 8)).astype(np.float32),
+    }
+    projection = only(write(tmp_path, tensors))
+    assert (projection.num_experts, projection.scaling, projection.routing_sum) == (1, 2.0, 1.0)
+    assert only(write(tmp_path, tensors, use_rslora=True)).scaling == pytest.approx(16 / 8**0.5)
+    assert only(write(tmp_path, tensors, alpha_pattern={"q_proj": 4})).scaling == 0.5
+
+
+def test_hydraloras_experts_share_all_of_a(tmp_path, rng):
+    path = f"{PREFIX}layers.0.q_proj"
+    tensors = {
+        f"{path}.lora_A.weight": rng.normal(size=(8, IN)).astype(np.float32),
+        **{f"{path}.lora_B{i}.weight": rng.normal(size=(OUT, 8)).astype(np.float32) for i in range(3)},
+        f"{path}.lora_route.weight": rng.normal(size=(3, IN)).astype(np.float32),
+    }
+    projection = only(write(tmp_path, tensors, lora_nums=3))
+    assert projection.shared_down
+    assert (projection.num_experts, projection.down_rank, projection.scaling) == (3, 8, 2.0)
+
+
+@pytest.mark.parametrize("c", [8, 2])
+def test_moeloras_experts_have_a_of_their_own(c, tmp_path, rng):
+    path = f"{PREFIX}layers.0.q_proj"
+    tensors = {
+        **{f"{path}.lora_A{i}.weight": rng.normal(size=(c, IN)).astype(np.float32) for i in range(4)},
+        **{f"{path}.lora_B{i}.weight": rng.normal(size=(OUT, c)).astype(np.float32) for i in range(4)},
+        f"{path}.lora_route.weight": rng.normal(size=(4, IN)).astype(np.float32),
+    }
+    projection = only(write(tmp_path, tensors, lora_nums=4))
+    assert not projection.shared_down
+    assert (projection.down_rank, projection.expert_rank, projection.scaling) == (4 * c, c, 16 / c)
+
+
+def test_biases_are_taken_over_where_the_config_trains_them(tmp_path, rng):
+    bias = {f"{PREFIX}layers.0.q_proj.bias": np.ones(OUT, np.float32), f"{PREFIX}norm.bias": np.ones(4, np.float32)}
+    adapter = read_adapter(write(tmp_path, {**teamlora(rng), **bias}, lora_nums=4, bias="all"))
+    assert set(adapter.overrides) == {"layers.0.q_proj.bias", "norm.bias"}
+    with pytest.raises(ExportError, match=r"norm\.bias"):
+        read_adapter(write(tmp_path, {**teamlora(rng), **bias}, lora_nums=4, bias="lora_only"))
+
+
+def test_what_is_written_is_read_back_equal(tmp_path, make_base):
+    adapter = random_adapter(make_base("qwen2"), ("q_proj", "down_proj"))
+    write_adapter(adapter, tmp_path)
+    found = read_adapter(tmp_path)
+    assert found.projections.keys() == adapter.projections.keys()
+    for path, projection in adapter.projections.items():
+        twin = found.projections[path]
+        assert twin.scaling == projection.scaling
+        for a, b in zip((projection.down, projection.router, *projection.ups), (twin.down, twin.router, *twin.ups), strict=True):
+            assert np.array_equal(a, b)
+
+
+BROKEN = {
+    "a missing expert": (lambda t: t.pop(f"{PREFIX}layers.0.q_proj.lora_B2.weight"), r"lora_B2\.weight is missing"),
+    "an extra expert": (
+        lambda t: t.update({f"{PREFIX}layers.0.q_proj.lora_B4.weight": np.zeros((OUT, 2), np.float32)}),
+        r"lora_B4\.weight is not a key",
+    ),
+    "a wrong shape": (
+        lambda t: t.update({f"{PREFIX}layers.0.q_proj.lora_B2.weight": np.zeros((OUT, 3), np.float32)}),
+        r"lora_B2\.weight is \[20, 3\], expected \[20, 2\] \(r=8, k=4\)",
+    ),
+    "a NaN": (lambda t: t[f"{PREFIX}layers.0.q_proj.lora_A.weight"].__setitem__((0, 0), np.nan), r"1 values that are NaN"),
+    "an unknown key": (lambda t: t.update({"head.scale": np.zeros(3, np.float32)}), r"head\.scale"),
+    "integers": (
+        lambda t: t.update({f"{PREFIX}layers.0.q_proj.lora_A.weight": np.zeros((8, IN), np.int32)}),
+        r"is int32, expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_refused_with_its_key(name, tmp_path, rng):
+    breaks, message = BROKEN[name]
+    tensors = teamlora(rng)
+    breaks(tensors)
+    with pytest.raises(ExportError, match=message):
+        read_adapter(write(tmp_path, tensors, lora_nums=4))
+
+
+def test_all_findings_are_listed_at_once(tmp_path, rng):
+    tensors = {**teamlora(rng), **teamlora(rng, f"{PREFIX}layers.1.q_proj")}
+    del tensors[f"{PREFIX}layers.0.q_proj.lora_B2.weight"]
+    tensors[f"{PREFIX}layers.1.q_proj.lora_A.weight"][3] = np.inf
+    with pytest.raises(ExportError, match=r"2 problems(.|\n)*infinite(.|\n)*lora_B2"):
+        read_adapter(write(tmp_path, tensors, lora_nums=4))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_nums": 3}, "lora_nums=3 does not divide r=8"),
+        ({"lora_nums": "4"}, "lora_nums is '4'"),
+        ({"lora_nums": 4, "r": -8}, "r is -8"),
+        ({"lora_nums": 4, "r": float("nan")}, "r is nan"),
+        ({"lora_nums": 4, "bias": "some"}, "bias is 'some'"),
+        ({"lora_nums": 4, "target_modules": "(q_proj"}, "not a regular expression"),
+        ({"lora_nums": 4, "use_dora": True}, "use_dora"),
+        ({"lora_nums": 4, "target_modules": ["v_proj"]}, "target_modules does not name it"),
+        ({}, "lora_nums is missing"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(config, message, tmp_path, rng):
+    with pytest.raises(ExportError, match=message.replace("(", r"\(")):
+        read_adapter(write(tmp_path, teamlora(rng), **config))
+
+
+def test_damaged_files_are_refused(tmp_path, rng):
+    folder = write(tmp_path, teamlora(rng), lora_nums=4)
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ExportError, match="truncated"):
+        read_adapter(folder)
+    (folder / "adapter_config.json").write_text("{")
+    with pytest.raises(ExportError, match="cannot be read as JSON"):
+        read_adapter(folder)
+    with pytest.raises(ExportError, match="no such folder"):
+        read_adapter(tmp_path / "nowhere")
+
+
+class _Payload:
+    def __reduce__(self):  # type: ignore[no-untyped-def]
+        return (Path.touch, (Path("unpickled"),))
+
+
+def test_a_bin_file_is_never_unpickled(tmp_path, rng, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = write(tmp_path, teamlora(rng), lora_nums=4)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"x": _Payload()}, folder / "adapter_model.bin")
+    with pytest.raises(ExportError, match="refused or unreadable"):
+        read_adapter(folder)
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path, rng):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    write(inside, teamlora(rng), lora_nums=4)
+    (inside / "adapter_model.safetensors").rename(outside / "x.safetensors")
+    (inside / "adapter_model.safetensors").symlink_to(outside / "x.safetensors")
+    with pytest.raises(ExportError, match="link to a file outside"):
+        read_adapter(inside)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path, make_base, make_adapter):
+    with pytest.raises(ExportError, match="the base has no linear layer of that name"):
+        align_with_base(read_adapter(make_adapter("gpt2")), make_base("llama").signature)
+    with pytest.raises(ExportError, match="Was it trained on another model"):
+        write_adapter(random_adapter(make_base("llama"), ("q_proj",)), tmp_path)
+        tensors = load_file(tmp_path / "adapter_model.safetensors")
+        wider = {n: np.pad(v, ((0, 0), (0, 4))) if "lora_A" in n or "route" in n else v for n, v in tensors.items()}
+        save_file(wider, tmp_path / "adapter_model.safetensors")
+        align_with_base(read_adapter(tmp_path), make_base("llama").signature)
+
+
+def test_targets_without_weights_are_found(tmp_path, make_base):
+    base = make_base("llama").signature
+    full = new_adapter(base, AdapterConfig(8, 16.0, 4, ("q_proj",)), 0)
+    projections = {path: p for path, p in full.projections.items() if ".2." not in path}
+    write_adapter(type(full)(full.family, full.config, projections, {}, "", ""), tmp_path)
+    with pytest.raises(ExportError, match=r"layers\.2\.self_attn\.q_proj: target_modules names it"):
+        align_with_base(read_adapter(tmp_path), base)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_an_adapter_trained_with_a_head_fits_the_body_alone(name, tmp_path, make_base):
+    base = make_base(name)
+    body = type(base)(base.name, base.folder, base.config, "feature-extraction").signature
+    targets = ARCHITECTURES[name].targets
+    adapter = align_with_base(random_adapter(base, targets), body)
+    assert set(adapter.projections) <= set(body.linears)

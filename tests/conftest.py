@@ -1,0 +1,164 @@
+"""Small real things that tests share: random models of real architectures, and adapters on all their projections."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from teamlora_export.adapter import AdapterConfig, AdapterSpec, write_adapter
+from teamlora_export.adapter.initialize import new_adapter
+from teamlora_export.bundle import Bundle
+from teamlora_export.export import export_onnx
+from teamlora_export.model.base import BaseModel, open_base
+
+transformers.logging.set_verbosity_error()
+
+_SIZES = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
+_DECODER = {**_SIZES, "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8, "pad_token_id": 0}
+_SLIDING = {"sliding_window": 6}
+_ENCODER = {**_SIZES, "max_position_embeddings": 130, "pad_token_id": 0}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How to make a tiny random model of an architecture, and which of its modules are projections."""
+
+    config_class: str
+    fields: dict[str, object]
+    targets: tuple[str, ...]
+    task: str = "text-generation"
+
+
+_LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_BERT_TARGETS = ("query", "key", "value", "dense")
+
+ARCHITECTURES = {
+    "llama": Architecture("LlamaConfig", {**_DECODER, "tie_word_embeddings": True}, _LLAMA_TARGETS),
+    "mistral": Architecture("MistralConfig", {**_DECODER, **_SLIDING}, _LLAMA_TARGETS),
+    "qwen2": Architecture("Qwen2Config", _DECODER, _LLAMA_TARGETS),
+    "qwen3": Architecture("Qwen3Config", _DECODER, _LLAMA_TARGETS),
+    "gemma2": Architecture("Gemma2Config", {**_DECODER, **_SLIDING, "query_pre_attn_scalar": 8}, _LLAMA_TARGETS),
+    "gemma3": Architecture(
+        "Gemma3TextConfig",
+        {
+            **_DECODER,
+            **_SLIDING,
+            "query_pre_attn_scalar": 8,
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        },
+        _LLAMA_TARGETS,
+    ),
+    "phi3": Architecture("Phi3Config", _DECODER, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    "gpt2": Architecture(
+        "GPT2Config",
+        {"vocab_size": 384, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2},
+        ("c_attn", "c_proj", "c_fc"),
+    ),
+    "opt": Architecture(
+        "OPTConfig",
+        {
+            "vocab_size": 384,
+            "hidden_size": 32,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "ffn_dim": 48,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": 32,
+        },
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    ),
+    "gpt_neox": Architecture(
+        "GPTNeoXConfig",
+        {**_SIZES, "max_position_embeddings": 128, "pad_token_id": 0},
+        ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    "bert": Architecture("BertConfig", _ENCODER, _BERT_TARGETS, "text-classification"),
+    "roberta": Architecture("RobertaConfig", {**_ENCODER, "pad_token_id": 1, "type_vocab_size": 1}, _BERT_TARGETS, "feature-extraction"),
+    "modernbert": Architecture(
+        "ModernBertConfig",
+        {**_ENCODER, "global_attn_every_n_layers": 3, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2},
+        ("Wqkv", "Wi", "Wo"),
+        "feature-extraction",
+    ),
+}
+_CLASSES = {
+    "text-generation": AutoModelForCausalLM,
+    "feature-extraction": AutoModel,
+    "text-classification": AutoModelForSequenceClassification,
+}
+
+
+@pytest.fixture(scope="session")
+def make_base(tmp_path_factory) -> Callable[[str], BaseModel]:
+    """A tiny random model of an architecture, saved as a Hugging Face folder; made once a session."""
+    made: dict[str, BaseModel] = {}
+
+    def make(name: str) -> BaseModel:
+        if name not in made:
+            architecture = ARCHITECTURES[name]
+            torch.manual_seed(sum(map(ord, name)))
+            config = getattr(transformers, architecture.config_class)(**architecture.fields)
+            model = _CLASSES[architecture.task].from_config(config)
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    # Biases and norms that do something.
+                    parameter.data += 0.1 * torch.randn_like(parameter)
+            folder = tmp_path_factory.mktemp(f"base-{name}")
+            model.save_pretrained(folder)
+            made[name] = open_base(str(folder), architecture.task)
+        return made[name]
+
+    return make
+
+
+def random_adapter(base: BaseModel, targets: tuple[str, ...], r: int = 8, k: int = 4, seed: int = 0) -> AdapterSpec:
+    """A TeamLoRA adapter that changes the model's answers clearly, on every target of `base`."""
+    config = AdapterConfig(r=r, lora_alpha=4.0, lora_nums=k, target_modules=targets)
+    return new_adapter(base.signature, config, seed, spread=0.3 / k)
+
+
+@pytest.fixture(scope="session")
+def make_adapter(make_base, tmp_path_factory) -> Callable[[str], Path]:
+    """A random adapter on all projections of an architecture's tiny model, as a folder; made once a session."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(f"adapter-{name}")
+            write_adapter(random_adapter(make_base(name), ARCHITECTURES[name].targets), made[name])
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_bundle(make_base, make_adapter, tmp_path_factory) -> Callable[..., Bundle]:
+    """The bundle of an architecture's tiny model, exported once a session for each dtype and form of the op."""
+    made: dict[tuple[str, str, str], Bundle] = {}
+
+    def make(name: str, dtype: str = "fp32", op_form: str = "function") -> Bundle:
+        key = (name, dtype, op_form)
+        if key not in made:
+            out = tmp_path_factory.mktemp("bundles") / "-".join(key)
+            base = make_base(name)
+            made[key] = export_onnx(base.name, make_adapter(name), out, dtype=dtype, task=base.task, op_form=op_form)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)

@@ -1,0 +1,104 @@
+"""Every supported architecture, adapter on all its projections: exported, validated, and the same graph as a full trace."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from conftest import ARCHITECTURES
+
+from teamlora_export.adapter import align_with_base, read_adapter
+from teamlora_export.graph import op
+from teamlora_export.graph.build import build_graph
+from teamlora_export.graph.stamp import same_constant, same_operation
+from teamlora_export.graph.weights import recipe_of
+from teamlora_export.progress import Reporter
+from teamlora_export.validate.run import validate_bundle
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_bundle_of_every_architecture_equals_pytorch(name, make_bundle):
+    bundle = make_bundle(name)
+    verdict = validate_bundle(bundle)
+    assert verdict.passed, verdict.departure or verdict.worst
+    assert bundle.manifest.op["nodes"] > 0
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert"])
+def test_half_precision_errs_no_more_than_pytorch_does(name, dtype, make_bundle):
+    verdict = validate_bundle(make_bundle(name, dtype))
+    assert verdict.passed, verdict.departure or verdict.worst
+
+
+@pytest.mark.parametrize("name", ["llama", "roberta"])
+def test_the_inlined_form_equals_pytorch_and_holds_standard_ops_only(name, make_bundle):
+    bundle = make_bundle(name, op_form="standard")
+    model = ir.load(bundle.model)
+    assert {node.domain for node in model.graph} == {""}
+    assert not model.functions
+    assert validate_bundle(bundle).passed
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_repeating_traced_layers_gives_the_graph_of_the_full_trace(name, make_base, make_adapter):
+    base = make_base(name)
+    adapter = align_with_base(read_adapter(make_adapter(name)), base.signature)
+    reporter = Reporter(quiet=True)
+    stamped = build_graph(base, adapter, torch.float32, reporter)
+    full = build_graph(base, adapter, torch.float32, reporter, every_layer=True)
+    assert [v.name for v in stamped.graph.inputs] == [v.name for v in full.graph.inputs]
+    assert [v.name for v in stamped.graph.outputs] == [v.name for v in full.graph.outputs]
+    assert len(stamped.graph) == len(full.graph)
+    assert_same_computation(stamped, full)
+
+
+def assert_same_computation(left: ir.Model, right: ir.Model) -> None:
+    """Walk both graphs from their outputs, in step: equal operations, equal constants, equal recipes, equal inputs."""
+    twin: dict[ir.Value, ir.Value] = {}
+    waiting = list(zip(left.graph.outputs, right.graph.outputs, strict=True))
+    while waiting:
+        a, b = waiting.pop()
+        if a in twin:
+            assert twin[a] is b or same_constant(twin[a], b), (a.name, b.name)
+            continue
+        twin[a] = b
+        m, n = a.producer(), b.producer()
+        if m is None or n is None:
+            assert m is n, (a.name, b.name)
+            same_recipe = recipe_of(a) is not None and recipe_of(a) == recipe_of(b)
+            same_input = a.is_graph_input() and a.name == b.name
+            assert same_recipe or same_input or same_constant(a, b), (a.name, b.name)
+            continue
+        assert same_operation(m, n), (m.name, n.name)
+        assert a.index() == b.index()
+        waiting.extend((x, y) for x, y in zip(m.inputs, n.inputs, strict=True) if x is not None and y is not None)
+
+
+def test_layers_of_two_kinds_are_traced_twice_each(make_base, make_adapter, capsys):
+    base = make_base("gemma3")
+    adapter = align_with_base(read_adapter(make_adapter("gemma3")), base.signature)
+    build_graph(base, adapter, torch.float32, Reporter())
+    assert "4 of 6 layers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt2"])
+def test_siblings_are_packed_with_their_base_projections(name, make_bundle):
+    model = ir.load(make_bundle(name).model)
+    nodes = [node for node in model.graph if op.is_op(node)]
+    siblings = {"llama": {1, 2, 3}, "qwen2": {1, 2, 3}, "phi3": {1}, "gpt2": {1}}[name]
+    assert {len(node.attributes["out_splits"].as_ints()) for node in nodes} == siblings
+    for node in nodes:
+        base = node.inputs[1].producer()
+        assert base.op_type in ("MatMul", "Add", "Gemm"), "sibling bases are one product, not a concatenation"
+
+
+def test_a_graph_is_strongly_typed_in_its_own_dtype(make_bundle):
+    model = ir.load(make_bundle("llama", "fp16").model)
+    for node in model.graph:
+        if op.is_op(node) or node.op_type == "MatMul":
+            kinds = {v.dtype for v in (*node.inputs, *node.outputs) if v.name and not v.name.endswith("mix")}
+            assert kinds <= {ir.DataType.FLOAT16, None}, node
+    weights = [v for v in model.graph.initializers.values() if np.prod(v.shape.numpy()) > 64]
+    assert {v.const_value.dtype for v in weights if not v.name.endswith("mix")} <= {ir.DataType.FLOAT16, ir.DataType.INT64}
