@@ -1,0 +1,106 @@
+"""The op's function body in ONNX Runtime against the formula in float64, for every form and dtype."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from formula import FAMILIES, by_formula, random_projection
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teamlora_export.graph import op
+from teamlora_export.graph.passes import inline_bodies
+from teamlora_export.graph.passes.attach_functions import AttachFunctions
+
+ROUNDOFF = {ir.DataType.FLOAT: 2.0**-24, ir.DataType.FLOAT16: 2.0**-11}
+
+
+def one_node_model(widths: list[int], num_experts: int, shared_down: bool, dtype: ir.DataType) -> ir.Model:
+    """A model of a single op node whose inputs are all graph inputs, of unknown sizes."""
+    values = []
+    for name in op.INPUTS:
+        kind = ir.DataType.FLOAT if name == "mix" else dtype
+        rank = {"x": 3, "base": 3, "down": 2, "mix": 3, "up": 2}[name]
+        shape = ir.Shape([f"{name}{axis}" for axis in range(rank)])
+        values.append(ir.Value(name=name, type=ir.TensorType(kind), shape=shape))
+    attributes = {"num_experts": num_experts, "shared_down": int(shared_down), "out_splits": widths}
+    node = ir.node(op.NAME, values, attributes, domain=op.DOMAIN)
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(dtype)
+    node.outputs[0].shape = ir.Shape(["b", "s", sum(widths)])
+    graph = ir.Graph(values, node.outputs, nodes=[node], opset_imports={"": op.BODY_OPSET}, name="one")
+    model = ir.Model(graph, ir_version=10)
+    AttachFunctions()(model)
+    return model
+
+
+def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(["y"], feeds)[0]
+
+
+def feeds_of(projections, x, base, dtype) -> dict[str, np.ndarray]:  # type: ignore[no-untyped-def]
+    folded = [op.fold(projection) for projection in projections]
+    down, up = np.concatenate([f.down for f in folded]), np.concatenate([f.up for f in folded], axis=1)
+    numeric = dtype.numpy()
+    mix = np.concatenate([f.mix for f in folded]).astype(np.float32)
+    return {"x": x.astype(numeric), "base": base.astype(numeric), "down": down.astype(numeric), "mix": mix, "up": up.astype(numeric)}
+
+
+@pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("siblings", [1, 2, 3, 4])
+def test_the_body_computes_the_formula(siblings, family, dtype, rng):
+    projections = [random_projection(rng, family, d_out=5 + g) for g in range(siblings)]
+    widths = [p.out_features for p in projections]
+    x, base = rng.normal(size=(2, 3, 7)), rng.normal(size=(2, 3, sum(widths)))
+    parts = np.split(base, np.cumsum(widths)[:-1], axis=-1)
+    expected = np.concatenate([by_formula(p, x, b) for p, b in zip(projections, parts, strict=True)], axis=-1)
+    model = one_node_model(widths, projections[0].num_experts, projections[0].shared_down, dtype)
+    found = run(model, feeds_of(projections, x, base, dtype))
+    # Inputs, u, logits and v are rounded once each, and the products add a few dozen terms of the size of the largest.
+    assert np.abs(found - expected).max() <= 64 * ROUNDOFF[dtype] * np.abs(expected).max()
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    k=st.integers(1, 8), chunk=st.integers(1, 5), d_in=st.integers(1, 40), tokens=st.integers(0, 9), seed=st.integers(0, 99)
+)
+def test_the_body_takes_any_sizes(k, chunk, d_in, tokens, seed):
+    rng = np.random.default_rng(seed)
+    FAMILIES["drawn"] = (k, k * chunk, chunk, False, float(k), True)
+    projection = random_projection(rng, "drawn", d_in=d_in)
+    del FAMILIES["drawn"]
+    x, base = rng.normal(size=(1, tokens, d_in)), rng.normal(size=(1, tokens, 6))
+    found = run(one_node_model([6], k, False, ir.DataType.FLOAT), feeds_of([projection], x, base, ir.DataType.FLOAT))
+    expected = by_formula(projection, x, base)
+    floor = projection.normalizer_floor
+    assert found.shape == expected.shape
+    if tokens and floor > 0.1:
+        assert np.abs(found - expected).max() <= 256 / floor * 2.0**-24 * max(1.0, np.abs(expected).max())
+
+
+def test_large_logits_do_not_overflow_the_routing(rng):
+    projection = random_projection(rng, "teamlora")
+    x = 1e4 * rng.normal(size=(1, 4, 7))
+    base = np.zeros((1, 4, 6))
+    found = run(one_node_model([6], 4, False, ir.DataType.FLOAT), feeds_of([projection], x, base, ir.DataType.FLOAT))
+    expected = by_formula(projection, x, base)
+    assert np.abs(found - expected).max() <= 1e-3 * np.abs(expected).max()
+
+
+def test_the_inlined_body_is_the_same_computation(rng):
+    projections = [random_projection(rng, "teamlora") for _ in range(2)]
+    x, base = rng.normal(size=(2, 3, 7)), rng.normal(size=(2, 3, 12))
+    feeds = feeds_of(projections, x, base, ir.DataType.FLOAT)
+    model = one_node_model([6, 6], 4, False, ir.DataType.FLOAT)
+    kept = run(model, feeds)
+    inline_bodies(model)
+    assert not model.functions
+    assert np.array_equal(run(model, feeds), kept)
+
+
+def test_nodes_of_a_body_have_names_of_their_own():
+    names = [node.name for g in (1, 2) for shared in (False, True) for node in op.function(op.OpForm(g, shared))]
+    assert len(names) == len(set(names))

@@ -1,0 +1,95 @@
+"""The reference layer against the formula, written here once more with einsum and loops; injection; training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import ARCHITECTURES, random_adapter
+from formula import FAMILIES, by_formula, random_projection
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+from teamlora_export.adapter import align_with_base, read_adapter
+from teamlora_export.model.balance import add_balance_loss, balance_loss
+from teamlora_export.model.inject import extract, inject
+from teamlora_export.model.layer import ExpertLinear
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_the_layer_equals_the_formula_in_float64(family, kind, rng):
+    projection = random_projection(rng, family)
+    linear = (nn.Linear(7, 6) if kind is nn.Linear else Conv1D(6, 7)).double()
+    x = torch.tensor(rng.normal(size=(2, 5, 7)))
+    expected = by_formula(projection, x.numpy(), linear(x).detach().numpy())
+    found = ExpertLinear(linear, projection)(x).detach().numpy()
+    # 1e-12: sums of a few dozen products of numbers of order one, in float64.
+    assert np.abs(found - expected).max() < 1e-12
+
+
+def test_injection_keeps_the_names_of_the_bases_parameters(make_base, make_adapter):
+    base = make_base("gpt2")
+    model = base.load(torch.float32)
+    before = set(model.state_dict())
+    inject(model, align_with_base(read_adapter(make_adapter("gpt2")), base.signature))
+    assert before <= set(model.state_dict())
+
+
+def test_what_is_extracted_is_what_was_injected(make_base):
+    base = make_base("llama")
+    adapter = random_adapter(base, ARCHITECTURES["llama"].targets)
+    model = base.load(torch.float32)
+    inject(model, adapter)
+    found = extract(model, adapter)
+    for path, projection in adapter.projections.items():
+        assert np.array_equal(found.projections[path].down, projection.down)
+        assert all(np.array_equal(a, b) for a, b in zip(found.projections[path].ups, projection.ups, strict=True))
+
+
+def test_generate_works_on_an_adapted_model_unchanged(make_base, make_adapter):
+    base = make_base("llama")
+    plain, adapted = base.load(torch.float32), base.load(torch.float32)
+    inject(adapted, align_with_base(read_adapter(make_adapter("llama")), base.signature))
+    ids = torch.tensor([[5, 9, 200, 31]])
+    texts = [m.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None) for m in (plain, adapted)]
+    assert texts[0].shape == texts[1].shape == (1, 12)
+    assert not torch.equal(texts[0], texts[1])
+
+
+def test_the_balance_loss_is_zero_for_equal_use_and_follows_its_formula():
+    class Two(nn.Module):
+        def __init__(self, shares: list[float]) -> None:
+            super().__init__()
+            projection = random_projection(np.random.default_rng(0), "lora")
+            self.layer = ExpertLinear(nn.Linear(7, 6), projection)
+            self.layer.last_routing = torch.tensor([shares, shares])
+
+    assert float(balance_loss(Two([0.5, 0.5]))) == 0.0
+    assert float(balance_loss(Two([1.0, 0.0]))) == pytest.approx(0.25)
+
+
+def test_transformers_trainer_trains_the_adapter_with_the_balance_loss(make_base, tmp_path):
+    base = make_base("llama")
+    model = base.load(torch.float32)
+    adapter = random_adapter(base, ARCHITECTURES["llama"].targets)
+    inject(model, adapter)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[2] in ("down", "router", "interaction", "up"))
+    handle = add_balance_loss(model, 0.5)
+    batch = {"input_ids": torch.randint(1, 300, (8,)), "labels": torch.randint(1, 300, (8,))}
+
+    model.train()
+    both = {name: value[None] for name, value in batch.items()}
+    with_balance = model(**both).loss
+    expected = with_balance - 0.5 * balance_loss(model)
+    handle.remove()
+    assert torch.isclose(model(**both).loss, expected)
+
+    add_balance_loss(model, 0.5)
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True)
+    Trainer(model, arguments, train_dataset=[batch] * 24).train()
+    trained = extract(model, adapter)
+    path = next(iter(adapter.projections))
+    for name in ("down", "router", "interaction"):
+        assert not np.array_equal(getattr(trained.projections[path], name), getattr(adapter.projections[path], name)), name
