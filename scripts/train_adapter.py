@@ -1,6 +1,7 @@
 """Trains a TeamLoRA adapter on SmolLM2-135M-Instruct: four small tasks, a few minutes on two cores.
 
-The loss is the language model's on the answers, plus the balance loss. Everything is seeded. Prints the loss on held-out
+The loss is the language model's on the answers, plus the balance loss. Everything is seeded. Prints the loss on
+held-out
 examples, by task, for the base and for the adapter, and writes the adapter in the published layout (fp16 safetensors).
 
     scripts/train_adapter.py [-o adapters/smollm2-teamlora] [--steps 160]
@@ -86,7 +87,9 @@ TASKS = {"sentiment": sentiment, "arithmetic": arithmetic, "extraction": extract
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, default=Path(__file__).parents[1] / "adapters" / "smollm2-teamlora")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path(__file__).parents[1] / "adapters" / "smollm2-teamlora"
+    )
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--batch", type=int, default=12)
     arguments = parser.parse_args()

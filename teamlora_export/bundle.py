@@ -111,7 +111,7 @@ def read_bundle(folder: str | Path) -> Bundle:
         version = fields["format_version"]
         if version > FORMAT_VERSION:
             raise ExportError(
-                f"{path}: has format version {version}, this tool reads up to {FORMAT_VERSION}. Upgrade teamlora-export."
+                f"{path}: has format version {version}, this tool reads up to {FORMAT_VERSION}. Upgrade it."
             )
         for ports in ("inputs", "outputs"):
             fields[ports] = tuple(Port(p["name"], p["dtype"], tuple(p["shape"])) for p in fields[ports])
@@ -159,7 +159,9 @@ def staged(out: Path) -> Iterator[Path]:
         _move(staging, out)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExportError(f"{out}: {error.strerror}; nothing was written. Free space, or choose another -o.") from None
+            raise ExportError(
+                f"{out}: {error.strerror}; nothing was written. Free space, or choose another -o."
+            ) from None
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -170,7 +172,7 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ExportError(
-            f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Free space, or choose another -o."
+            f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Free some, or choose another -o."
         )
 
 

@@ -48,15 +48,20 @@ def onnx(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     task: Annotated[
-        str, typer.Option(help="auto, text-generation, feature-extraction, sentence-embedding or text-classification.")
+        str,
+        typer.Option(help="auto, text-generation, feature-extraction, sentence-embedding or text-classification."),
     ] = "auto",
-    op: Annotated[str, typer.Option("--op", help="function: keep the op and its body; standard: inline the body.")] = "function",
+    op: Annotated[
+        str, typer.Option("--op", help="function: keep the op and its body; standard: inline the body.")
+    ] = "function",
 ) -> None:
     """Export a base model with an adapter to a bundle with one ONNX graph."""
     from teamlora_export.export import export_onnx
 
     bundle = export_onnx(base, adapter, output, dtype=dtype, task=task, op_form=op)
-    print(f"{bundle.folder}: {bundle.manifest.task}, {bundle.manifest.dtype}, {bundle.manifest.op['nodes']} expert nodes")
+    print(
+        f"{bundle.folder}: {bundle.manifest.task}, {bundle.manifest.dtype}, {bundle.manifest.op['nodes']} expert nodes"
+    )
 
 
 @app.command()
@@ -74,7 +79,7 @@ def validate(
 
     opened = read_bundle(bundle)
     verdict = validate_bundle(opened, base_source=base, adapter_folder=adapter)
-    print_verdict(verdict, Console())
+    print_verdict(verdict, _wide_console())
     if report is not None:
         write_html(verdict, opened, report)
     if json is not None:
@@ -90,22 +95,37 @@ def inspect(
     """Say what an adapter or a bundle is."""
     from teamlora_export.inspect import inspect_path
 
-    Console().print(inspect_path(path))
+    _wide_console().print(inspect_path(path))
+
+
+def _wide_console() -> Console:
+    """A terminal's own width; wide enough for our tables elsewhere."""
+    return Console() if sys.stdout.isatty() else Console(width=132)
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C or a polite kill. Not `KeyboardInterrupt`, which the command-line library turns into an exit of its
+    own."""
 
 
 def main() -> None:
     """Run the command line; every expected failure is one message and exit code 2."""
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT) or signal.default_int_handler)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, _interrupt)
     try:
-        app(standalone_mode=True)
+        app()
     except ExportError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
+    except _Interrupted:
         _fail("Interrupted; nothing was written.")
     except MemoryError:
         _fail("Not enough memory for this model on this machine.")
     except OSError as error:
         _fail(f"{error.filename or 'A file'}: {error.strerror or error}.")
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise _Interrupted
 
 
 def _fail(message: str) -> None:

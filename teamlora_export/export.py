@@ -96,7 +96,10 @@ def export_onnx(
         write_manifest(
             folder,
             Manifest(
-                tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in _LIBRARIES}},
+                tool={
+                    "teamlora-export": __version__,
+                    **{name: importlib.metadata.version(name) for name in _LIBRARIES},
+                },
                 base={
                     "source": str(base.folder.resolve()) if Path(base_source).is_dir() else base_source,
                     "model_type": base.config.model_type,
@@ -111,7 +114,13 @@ def export_onnx(
                     "modules": len(adapter.projections),
                     "parameters": adapter.num_parameters,
                 },
-                op={"domain": "teamlora", "name": "MixedExpertProjection", "version": 1, "nodes": nodes, "form": op_form},
+                op={
+                    "domain": "teamlora",
+                    "name": "MixedExpertProjection",
+                    "version": 1,
+                    "nodes": nodes,
+                    "form": op_form,
+                },
                 task=base.task,
                 dtype=dtype,
                 inputs=tuple(_port(value) for value in model.graph.inputs),
@@ -125,7 +134,9 @@ def export_onnx(
 def _warn_of_normalizers(adapter: AdapterSpec, reporter: Reporter) -> None:
     unsafe = adapter.unsafe_normalizers()
     for path, floor in list(unsafe.items())[:5]:
-        reporter.warn(f"{path}: its routing normaliser can fall to {floor:.3g}; a token there divides by zero or flips sign.")
+        reporter.warn(
+            f"{path}: its routing normaliser can fall to {floor:.3g}; a token there divides by zero or flips sign."
+        )
     if len(unsafe) > 5:
         reporter.warn(f"{len(unsafe) - 5} more modules have such a normaliser; `teamlora-export inspect` lists them.")
 
@@ -150,6 +161,6 @@ def _count_op_nodes(model: ir.Model) -> int:
 
 
 def _port(value: ir.Value) -> Port:
-    assert value.name is not None and value.dtype is not None and value.shape is not None
-    sizes = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
-    return Port(value.name, value.dtype.name.lower(), sizes)
+    assert value.dtype is not None
+    sizes = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape or ())
+    return Port(value.name or "", value.dtype.name.lower(), sizes)

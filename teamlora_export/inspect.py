@@ -58,9 +58,12 @@ def _bundle_rows(bundle: Bundle) -> Iterable[tuple[str, str]]:
     yield "task", manifest.task
     yield "dtype", manifest.dtype
     yield "base", f"{manifest.base['model_type']}, {manifest.base['source']}"
-    yield "adapter", (
-        f"{adapter['family']}, r={adapter['r']}, k={adapter['num_experts']}, {adapter['modules']} modules, "
-        f"{adapter['parameters']:,} parameters, {adapter['source']}"
+    yield (
+        "adapter",
+        (
+            f"{adapter['family']}, r={adapter['r']}, k={adapter['num_experts']}, {adapter['modules']} modules, "
+            f"{adapter['parameters']:,} parameters, {adapter['source']}"
+        ),
     )
     op = manifest.op
     form = "kept, with its body" if op["form"] == "function" else "inlined"
@@ -74,9 +77,12 @@ def _bundle_rows(bundle: Bundle) -> Iterable[tuple[str, str]]:
         yield "validated", "not yet: run `teamlora-export validate`"
     else:
         verdict = "passed" if validation["passed"] else f"FAILED at {validation['first_departure']}"
-        yield "validated", (
-            f"{verdict} on {validation['date']} with {validation['runtime']}: worst output {validation['worst_output']}, "
-            f"{validation['worst_times_pytorch']:.2g} times PyTorch's own error"
+        yield (
+            "validated",
+            (
+                f"{verdict} on {validation['date']} with {validation['runtime']}: worst output {validation['worst_output']}, "
+                f"{validation['worst_times_pytorch']:.2g} times PyTorch's own error"
+            ),
         )
 
 

@@ -7,14 +7,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 
 
 class Reporter:
     """Prints steps with their durations to standard error, so that standard output stays for results."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=True, quiet=quiet, highlight=False)
+        self.console = console or Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
         self.console.print(message, markup=False)
@@ -37,7 +44,13 @@ class Reporter:
     def bytes(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
         """A progress bar in bytes; yields a function that takes the bytes done since its last call."""
         started = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             task = bar.add_task(label, total=total)
             yield lambda count: bar.advance(task, count)

@@ -24,8 +24,20 @@ from teamlora_export.model.base import BaseModel, open_base
 
 transformers.logging.set_verbosity_error()
 
-_SIZES = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 48}
-_DECODER = {**_SIZES, "num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 8, "pad_token_id": 0}
+_SIZES = {
+    "vocab_size": 384,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+_DECODER = {
+    **_SIZES,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
 _SLIDING = {"sliding_window": 6}
 _ENCODER = {**_SIZES, "max_position_embeddings": 130, "pad_token_id": 0}
 
@@ -63,7 +75,15 @@ ARCHITECTURES = {
     "phi3": Architecture("Phi3Config", _DECODER, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
     "gpt2": Architecture(
         "GPT2Config",
-        {"vocab_size": 384, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2},
+        {
+            "vocab_size": 384,
+            "n_embd": 32,
+            "n_layer": 4,
+            "n_head": 4,
+            "n_positions": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
         ("c_attn", "c_proj", "c_fc"),
     ),
     "opt": Architecture(
@@ -85,10 +105,21 @@ ARCHITECTURES = {
         ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     ),
     "bert": Architecture("BertConfig", _ENCODER, _BERT_TARGETS, "text-classification"),
-    "roberta": Architecture("RobertaConfig", {**_ENCODER, "pad_token_id": 1, "type_vocab_size": 1}, _BERT_TARGETS, "feature-extraction"),
+    "roberta": Architecture(
+        "RobertaConfig",
+        {**_ENCODER, "pad_token_id": 1, "type_vocab_size": 1},
+        _BERT_TARGETS,
+        "feature-extraction",
+    ),
     "modernbert": Architecture(
         "ModernBertConfig",
-        {**_ENCODER, "global_attn_every_n_layers": 3, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2},
+        {
+            **_ENCODER,
+            "global_attn_every_n_layers": 3,
+            "local_attention": 8,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
         ("Wqkv", "Wi", "Wo"),
         "feature-extraction",
     ),

@@ -43,7 +43,11 @@ def align_with_base(adapter: AdapterSpec, base: BaseSignature) -> AdapterSpec:
         ExportError: modules that the base does not have, sizes of another model, targets without weights; all listed.
     """
     renamed = max(_variants(adapter, base), key=lambda variant: _count_known(variant, base))
-    findings = [*_check_projections(renamed, base), *_check_targets(renamed, base), *_check_overrides(renamed, base)]
+    findings = [
+        *_check_projections(renamed, base),
+        *_check_targets(renamed, base),
+        *_check_overrides(renamed, base),
+    ]
     raise_findings(f"The adapter {adapter.source} does not fit the base {base.name}", findings)
     return renamed
 

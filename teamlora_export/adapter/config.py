@@ -72,9 +72,13 @@ def read_config(folder: Path) -> AdapterConfig:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ExportError(f"{folder}: no {CONFIG_NAME} in it. Give the folder that training wrote the adapter to.") from None
+        raise ExportError(
+            f"{folder}: no {CONFIG_NAME} in it. Give the folder that training wrote the adapter to."
+        ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ExportError(f"{path}: cannot be read as JSON ({error}). Copy it again from where it was trained.") from None
+        raise ExportError(
+            f"{path}: cannot be read as JSON ({error}). Copy it again from where it was trained."
+        ) from None
     if not isinstance(fields, dict):
         raise ExportError(f"{path}: holds a {type(fields).__name__}, expected a JSON object.")
     return _parse(fields, str(path))
@@ -84,7 +88,7 @@ def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
     findings: list[str] = []
 
     def number(name: str, default: float | None, kind: type, least: float) -> Any:
-        value = fields.get(name, default)
+        value: Any = fields.get(name, default)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number or not least <= value < 1e9 or (kind is int and value != int(value)):
             findings.append(f"{name} is {value!r}, expected {'an integer' if kind is int else 'a number'} >= {least:g}")

@@ -15,7 +15,8 @@ from teamlora_export.errors import ExportError
 def new_adapter(base: BaseSignature, config: AdapterConfig, seed: int, spread: float = 0.0) -> AdapterSpec:
     """A TeamLoRA adapter on every linear layer of `base` that `config` targets, in float32.
 
-    A and R are drawn as `nn.Linear` draws its weights (uniform within 1/sqrt(in)). B and M are zero, so that the adapted model
+    A and R are drawn as `nn.Linear` draws its weights (uniform within 1/sqrt(in)). B and M are zero, so that the
+    adapted model
     starts as the base, or normal with standard deviation `spread` (relative to 1/sqrt(r) for B).
 
     Raises:

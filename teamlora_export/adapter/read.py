@@ -1,6 +1,7 @@
 """Reads an adapter folder into an `AdapterSpec`, and finds everything that is wrong with it before anything else runs.
 
-Stages: open (`files.py`), parse the config (`config.py`), sort keys into modules, name the family (`families.py`), compare
+Stages: open (`files.py`), parse the config (`config.py`), sort keys into modules, name the family (`families.py`),
+compare
 each module's leaves with what the family expects, build. Findings are collected over all modules and raised at once.
 """
 
@@ -30,7 +31,8 @@ def read_adapter(folder: str | Path) -> AdapterSpec:
     """Read the adapter in `folder` (`adapter_config.json` with `adapter_model.safetensors` or `.bin`).
 
     Raises:
-        ExportError: the folder, a file or the tensors in it are not what a supported family writes; every finding listed.
+        ExportError: the folder, a file or the tensors in it are not what a supported family writes; every finding
+        listed.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -78,7 +80,9 @@ def _check_values(tensors: Mapping[str, np.ndarray]) -> list[str]:
         if str(value.dtype) not in files.FLOAT_DTYPES:
             findings.append(f"{name} is {value.dtype}, expected one of {', '.join(files.FLOAT_DTYPES)}")
         elif bad := int(np.count_nonzero(~np.isfinite(value.astype(np.float32)))):
-            findings.append(f"{name} holds {bad} values that are NaN or infinite; training diverged or the file is damaged")
+            findings.append(
+                f"{name} holds {bad} values that are NaN or infinite; training diverged or the file is damaged"
+            )
     return findings
 
 
@@ -132,10 +136,11 @@ def _check_leaves(path: str, leaves: Mapping[str, np.ndarray], family: Family, s
         elif leaves[leaf].shape not in shapes:
             found, wanted = list(leaves[leaf].shape), " or ".join(str(list(shape)) for shape in shapes)
             findings.append(
-                f"{path}: {leaf} is {found}, expected {wanted} {context}. "
-                f"Are r and lora_nums right in {CONFIG_NAME}?"
+                f"{path}: {leaf} is {found}, expected {wanted} {context}. Are r and lora_nums right in {CONFIG_NAME}?"
             )
-    findings.extend(f"{path}: {leaf} is not a key of a {family.name} module" for leaf in sorted(set(leaves) - set(expected)))
+    findings.extend(
+        f"{path}: {leaf} is not a key of a {family.name} module" for leaf in sorted(set(leaves) - set(expected))
+    )
     ranks = {leaves[leaf].shape[0] for leaf in expected if leaf.startswith("lora_A") and leaf in leaves}
     if not findings and len(ranks) > 1:
         findings.append(f"{path}: its experts have different ranks {sorted(ranks)}, expected one rank for all")

@@ -1,4 +1,5 @@
-"""The graph of an adapted model, weights still recipes: traced shallow and repeated where layers are alike, else traced whole."""
+"""The graph of an adapted model, weights still recipes: traced shallow and repeated where layers are alike, else
+traced whole."""
 
 from __future__ import annotations
 
@@ -15,7 +16,12 @@ from teamlora_export.progress import Reporter
 
 
 def build_graph(
-    base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype, reporter: Reporter, *, every_layer: bool = False
+    base: BaseModel,
+    adapter: AdapterSpec,
+    dtype: torch.dtype,
+    reporter: Reporter,
+    *,
+    every_layer: bool = False,
 ) -> ir.Model:
     """The rewritten graph of `base` with `adapter` (aligned with it).
 

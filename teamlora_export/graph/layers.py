@@ -1,6 +1,7 @@
 """Which layers of a model are alike, and the shallow model that shows one or two of each kind.
 
-Tracing costs seconds a layer, and most layers differ in nothing but their weights. Two layers are of one kind when their
+Tracing costs seconds a layer, and most layers differ in nothing but their weights. Two layers are of one kind when
+their
 parameters have the same names and shapes, their modules the same settings, their per-layer entries in the configuration
 agree, and their adapters have the same shapes. That is a claim about the code; `stamp.py` proves it on the graph.
 """
@@ -41,7 +42,8 @@ class LayerPlan:
 
 
 def plan_layers(base: BaseModel, adapter: AdapterSpec) -> LayerPlan | None:
-    """The plan for `base` with `adapter`, or None where a shallow model would save nothing or the layers are not a list."""
+    """The plan for `base` with `adapter`, or None where a shallow model would save nothing or the layers are not a
+    list."""
     model = base.skeleton(torch.float32)
     found = _layer_list(model, getattr(base.config, "num_hidden_layers", 0))
     if found is None:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from teamlora_export.graph.layers import LayerPlan, layer_of
 from teamlora_export.graph.passes.module_outputs import MODULES_KEY
 from teamlora_export.graph.passes.name_nodes import NameNodes
-from teamlora_export.graph.weights import WeightTensor, new_weight, recipe_of
+from teamlora_export.graph.weights import WeightTensor, new_weight, recipe_of, static_type
 
 _CACHE = re.compile(r"^(past_key_values|present)\.(\d+)\.(key|value)$")
 
@@ -48,7 +48,13 @@ def stamp(model: ir.Model, plan: LayerPlan) -> None:
     """
     cut = _cut(model.graph, plan)
     for left, right in plan.pairs:
-        prove_alike(_layer_ends(model.graph, cut, left), _layer_ends(model.graph, cut, right), cut, plan, (left, right))
+        prove_alike(
+            _layer_ends(model.graph, cut, left),
+            _layer_ends(model.graph, cut, right),
+            cut,
+            plan,
+            (left, right),
+        )
     model.graph = _Repeater(model.graph, cut, plan).repeat()
     NameNodes()(model)
 
@@ -73,11 +79,15 @@ def _cut(graph: ir.Graph, plan: LayerPlan) -> _Cut:
 
 
 def _nodes_of_layers(graph: ir.Graph, entry: ir.Value, plan: LayerPlan) -> set[ir.Node]:
-    """Nodes that depend on what enters the first layer, or on a layer's weights or cache. Sizes do not count: all layers have
+    """Nodes that depend on what enters the first layer, or on a layer's weights or cache. Sizes do not count: all
+    layers have
     the same."""
     own: set[ir.Node] = set()
     for node in graph:
-        if any(isinstance(a, ir.Attr) and a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+        if any(
+            isinstance(a, ir.Attr) and a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+            for a in node.attributes.values()
+        ):
             raise LayersDiffer(f"{node.name} holds a graph of its own")
         if node.op_type == "Shape":
             continue
@@ -148,7 +158,11 @@ def _layer_ends(graph: ir.Graph, cut: _Cut, index: int) -> dict[str, ir.Value]:
 
 
 def prove_alike(
-    left: Mapping[str, ir.Value], right: Mapping[str, ir.Value], cut: _Cut, plan: LayerPlan, pair: tuple[int, int]
+    left: Mapping[str, ir.Value],
+    right: Mapping[str, ir.Value],
+    cut: _Cut,
+    plan: LayerPlan,
+    pair: tuple[int, int],
 ) -> None:
     """Walk two layers from their results to their sources, in step; raise `LayersDiffer` where they part."""
     if left.keys() != right.keys():
@@ -203,7 +217,11 @@ def same_constant(a: ir.Value, b: ir.Value) -> bool:
     x, y = a.const_value, b.const_value
     if x is None or y is None or isinstance(x, WeightTensor) or isinstance(y, WeightTensor):
         return False
-    return x.dtype == y.dtype and x.shape == y.shape and np.array_equal(x.numpy(), y.numpy(), equal_nan=x.dtype.is_floating_point())
+    return (
+        x.dtype == y.dtype
+        and x.shape == y.shape
+        and np.array_equal(x.numpy(), y.numpy(), equal_nan=x.dtype.is_floating_point())
+    )
 
 
 def _same_source(a: ir.Value, b: ir.Value, plan: LayerPlan, pair: tuple[int, int]) -> bool:
@@ -270,9 +288,12 @@ class _Repeater:
             self._outputs.append(residual)
 
     def _copy_nodes(self, nodes: list[ir.Node], values: dict[ir.Value, ir.Value], source: int, target: int) -> None:
-        """Append copies of `nodes`; `values` maps what they read to what the copies read, and grows by what these make."""
+        """Append copies of `nodes`; `values` maps what they read to what the copies read, and grows by what these
+        make."""
         for node in nodes:
-            inputs = [None if v is None else values.get(v) or self._source(v, values, source, target) for v in node.inputs]
+            inputs = [
+                None if v is None else values.get(v) or self._source(v, values, source, target) for v in node.inputs
+            ]
             copy = ir.Node(
                 node.domain,
                 node.op_type,
@@ -293,15 +314,18 @@ class _Repeater:
         """The deep graph's counterpart of a weight, constant or input that is read for the first time."""
         recipe = recipe_of(value)
         is_constant = recipe is None and not value.is_graph_input()
-        name = _moved(value.name or "", self._plan.prefix, source, target) if is_constant else self._renamed(value.name or "", source, target)
+        name = (
+            _moved(value.name or "", self._plan.prefix, source, target)
+            if is_constant
+            else self._renamed(value.name or "", source, target)
+        )
         if value.is_graph_input():
             made = next((v for v in self._inputs if v.name == name), None) or self._add_input(value, name)
         elif name in self._initializers:
             made = self._initializers[name]
         elif recipe is not None:
-            assert value.dtype is not None and value.shape is not None
             moved = recipe.renamed(lambda key: _moved(key, self._plan.prefix, source, target))
-            made = new_weight(name, value.dtype, tuple(value.shape.numpy()), moved)
+            made = new_weight(name, *static_type(value), moved)
             self._initializers[name] = made
         else:
             made = ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)

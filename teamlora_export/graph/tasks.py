@@ -21,7 +21,12 @@ from transformers import DynamicCache
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel
 
-BATCH, SEQUENCE, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
+BATCH, SEQUENCE, PAST, TOTAL = (
+    "batch_size",
+    "sequence_length",
+    "past_sequence_length",
+    "total_sequence_length",
+)
 # Sizes of the sample: all different, none 0 or 1, so that no axis is taken for a constant or for another.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 
@@ -41,7 +46,7 @@ class TracedSignature:
 
     forward: Callable[..., dict[str, Any]]
     sample: Mapping[str, Any]
-    dynamic_shapes: Mapping[str, Any]
+    dynamic_shapes: dict[str, Any]
 
     @staticmethod
     def input_name(name: str) -> str:
@@ -109,7 +114,9 @@ def _sample_cache(model: nn.Module) -> DynamicCache:
         ids = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long)
         made = model(input_ids=ids, use_cache=True, return_dict=True).past_key_values
     if not isinstance(made, DynamicCache):
-        raise ExportError(f"{type(model).__name__}: keeps its cache in a {type(made).__name__}, which is not supported.")
+        raise ExportError(
+            f"{type(model).__name__}: keeps its cache in a {type(made).__name__}, which is not supported."
+        )
     # Made without a configuration, every layer keeps all tokens; the mask alone applies sliding windows.
     cache = DynamicCache()
     for index, layer in enumerate(made.layers):
@@ -129,9 +136,7 @@ def _encoder(base: BaseModel, model: nn.Module, accepted: set[str]) -> TracedSig
     if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 1) > 1:
         sample["token_type_ids"] = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long)
     auto = torch.export.Dim.AUTO
-    return TracedSignature(
-        encoder_forward(base, model), sample, {name: {0: auto, 1: auto} for name in sample}
-    )
+    return TracedSignature(encoder_forward(base, model), sample, {name: {0: auto, 1: auto} for name in sample})
 
 
 def encoder_forward(base: BaseModel, model: nn.Module) -> Callable[..., dict[str, Tensor]]:
@@ -153,7 +158,8 @@ def encoder_forward(base: BaseModel, model: nn.Module) -> Callable[..., dict[str
 
 @dataclass(frozen=True)
 class Pooling:
-    """Hidden states to one vector a sentence, as sentence-transformers' `1_Pooling/config.json` and `modules.json` say."""
+    """Hidden states to one vector a sentence, as sentence-transformers' `1_Pooling/config.json` and `modules.json`
+    say."""
 
     mode: str = "mean"
     normalize: bool = True
@@ -181,10 +187,16 @@ def read_pooling(folder: Path) -> Pooling:
         return Pooling()
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder}: its pooling configuration cannot be read ({error}).") from None
-    modes = [name.removeprefix("pooling_mode_") for name, on in fields.items() if name.startswith("pooling_mode_") and on is True]
+    modes = [
+        name.removeprefix("pooling_mode_")
+        for name, on in fields.items()
+        if name.startswith("pooling_mode_") and on is True
+    ]
     normalize = any("Normalize" in str(module.get("type", "")) for module in modules)
     if modes == ["mean_tokens"]:
         return Pooling("mean", normalize)
     if modes == ["cls_token"]:
         return Pooling("cls", normalize)
-    raise ExportError(f"{folder}: pooling by {' and '.join(modes) or 'nothing'}; mean_tokens or cls_token are supported.")
+    raise ExportError(
+        f"{folder}: pooling by {' and '.join(modes) or 'nothing'}; mean_tokens or cls_token are supported."
+    )

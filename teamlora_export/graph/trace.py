@@ -41,12 +41,16 @@ class TracedExpertLinear(FrozenLinear):
     Its op inputs are uninitialised parameters of the shapes that `op.fold` gives.
     """
 
+    teamlora_down: Tensor
+    teamlora_mix: Tensor
+    teamlora_up: Tensor
+
     def __init__(self, linear: nn.Module, projection: ExpertProjection) -> None:
         super().__init__(linear)
         for name, shape in op.weight_shapes(projection).items():
             dtype = torch.float32 if name == "mix" else self.weight.dtype
             self.register_parameter(f"teamlora_{name}", nn.Parameter(torch.empty(shape, dtype=dtype), False))
-        self.attributes = {
+        self.attributes: dict[str, Any] = {
             "num_experts": projection.num_experts,
             "shared_down": int(projection.shared_down),
             "out_splits": [self.out_features],
@@ -56,7 +60,12 @@ class TracedExpertLinear(FrozenLinear):
         base = self.base_projection(x)
         inputs = (x, base, self.teamlora_down, self.teamlora_mix, self.teamlora_up)
         return torch.onnx.ops.symbolic(
-            f"{op.DOMAIN}::{op.NAME}", inputs, self.attributes, dtype=base.dtype, shape=base.shape, version=op.VERSION
+            f"{op.DOMAIN}::{op.NAME}",
+            inputs,
+            self.attributes,
+            dtype=base.dtype,
+            shape=base.shape,
+            version=op.VERSION,
         )
 
 
@@ -83,7 +92,9 @@ def trace(base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype, config: Any
         graph_model = _export(model, signature)
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"{base.name}: transformers' exporter cannot trace it as {base.task} ({first_line}).") from error
+        raise ExportError(
+            f"{base.name}: transformers' exporter cannot trace it as {base.task} ({first_line})."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -105,7 +116,8 @@ def _export(model: nn.Module, signature: TracedSignature) -> ir.Model:
 def _mark_module_outputs(model: nn.Module) -> list[Any]:
     """Make each module's output pass through a marker node, so that values of the graph can be told by module.
 
-    Markers are taken out again by `passes/module_outputs.py`. Modules that return no floating-point tensor have none. What
+    Markers are taken out again by `passes/module_outputs.py`. Modules that return no floating-point tensor have
+    none. What
     enters a list of layers is marked as `LIST.input`.
     """
 
@@ -133,16 +145,19 @@ def _mark(tensor: Tensor, path: str) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     return torch.onnx.ops.symbolic(
-        f"{op.DOMAIN}::{MARKER}", (tensor,), {"path": path}, dtype=tensor.dtype, shape=tensor.shape, version=op.VERSION
+        f"{op.DOMAIN}::{MARKER}",
+        (tensor,),
+        {"path": path},
+        dtype=tensor.dtype,
+        shape=tensor.shape,
+        version=op.VERSION,
     )
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
     """Every name of every parameter -> the first name of that parameter."""
     first: dict[int, str] = {}
-    return {
-        name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()
-    }
+    return {name: first.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def _bind_parameters(model: ir.Model, names: dict[str, str]) -> list[ir.Value]:
@@ -159,14 +174,15 @@ def _bind_parameters(model: ir.Model, names: dict[str, str]) -> list[ir.Value]:
             recipe = Recipe((Part("base", names[name]),))
         assert value.const_value is not None
         value.type = ir.TensorType(value.const_value.dtype)
-        value.shape = ir.Shape(value.const_value.shape)
+        value.shape = ir.Shape(value.const_value.shape.numpy())
         bind(value, recipe)
         values.append(value)
     return values
 
 
 def _optimize(model: ir.Model, parameters: list[ir.Value]) -> None:
-    """Run onnxscript's optimizer with the parameters out of its sight: it folds what it can read, and they have no values."""
+    """Run onnxscript's optimizer with the parameters out of its sight: it folds what it can read, and they have no
+    values."""
     graph = model.graph
     tensors = [value.const_value for value in parameters]
     for value in parameters:
@@ -185,7 +201,10 @@ def _optimize(model: ir.Model, parameters: list[ir.Value]) -> None:
 
 
 def _name_inputs_and_outputs(model: ir.Model, signature: TracedSignature) -> None:
-    for values, rename in ((model.graph.inputs, signature.input_name), (model.graph.outputs, signature.output_name)):
+    for values, rename in (
+        (model.graph.inputs, signature.input_name),
+        (model.graph.outputs, signature.output_name),
+    ):
         for value in values:
             assert value.name is not None
             value.name = rename(value.name)

@@ -1,6 +1,7 @@
 """Weights as recipes while the graph is made, as bytes only when it is written.
 
-A traced graph never holds a number of the model. Each of its weights is a `WeightTensor`: dtype, shape, and a `Recipe` that
+A traced graph never holds a number of the model. Each of its weights is a `WeightTensor`: dtype, shape, and a
+`Recipe` that
 says how to make it from the base checkpoint and the adapter (transpose, concatenate, fold). Passes rewrite recipes
 (`transposed`, `joined`); `write_external_data` follows them, one tensor in memory at a time.
 """
@@ -24,9 +25,10 @@ from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 
-# Offsets are multiples of the largest page size in use, so that every runtime can map the file.
-ALIGNMENT = 65536
-_SMALL = 1024
+# Large tensors start at multiples of the largest page size in use, so that every runtime can map them; small ones at
+# multiples of a cache line. Constants that the code computed stay inside the model while they are small.
+_PAGE, _LINE = 65536, 64
+_LARGE, _SMALL = 1 << 20, 1024
 OP_SOURCES = ("down", "mix", "up")
 
 
@@ -84,11 +86,16 @@ def recipe_of(value: ir.Value | None) -> Recipe | None:
     return tensor.recipe if isinstance(tensor, WeightTensor) else None
 
 
+def static_type(value: ir.Value) -> tuple[ir.DataType, tuple[int, ...]]:
+    """dtype and shape of a value whose sizes are all known."""
+    assert value.dtype is not None
+    assert value.shape is not None
+    return value.dtype, tuple(int(str(size)) for size in value.shape)
+
+
 def bind(value: ir.Value, recipe: Recipe) -> None:
     """Make `value` (its type and static shape known) stand for what `recipe` gives."""
-    assert value.name is not None and value.dtype is not None and value.shape is not None
-    shape = tuple(int(size) for size in value.shape)  # type: ignore[arg-type]
-    value.const_value = WeightTensor(value.name, value.dtype, shape, recipe)
+    value.const_value = WeightTensor(value.name or "", *static_type(value), recipe)
 
 
 def new_weight(name: str, dtype: ir.DataType, shape: tuple[int, ...], recipe: Recipe) -> ir.Value:
@@ -104,10 +111,9 @@ def transposed(value: ir.Value) -> ir.Value | None:
     if recipe is None or len(recipe.parts) != 1 or value.shape is None or len(value.shape) != 2:
         return None
     part = recipe.parts[0]
-    rows, columns = (int(size) for size in value.shape)  # type: ignore[arg-type]
+    dtype, (rows, columns) = static_type(value)
     flipped = Recipe((replace(part, transposed=not part.transposed),), recipe.axis)
-    assert value.dtype is not None
-    return new_weight(f"{value.name}.T", value.dtype, (columns, rows), flipped)
+    return new_weight(f"{value.name}.T", dtype, (columns, rows), flipped)
 
 
 def joined(name: str, values: list[ir.Value], axis: int) -> ir.Value | None:
@@ -118,11 +124,9 @@ def joined(name: str, values: list[ir.Value], axis: int) -> ir.Value | None:
         if recipe is None or (len(recipe.parts) > 1 and recipe.axis != axis):
             return None
         parts.extend(recipe.parts)
-    first = values[0]
-    assert first.shape is not None and first.dtype is not None
-    shape = [int(size) for size in first.shape]  # type: ignore[arg-type]
-    shape[axis] = sum(int(value.shape[axis]) for value in values)  # type: ignore[index, arg-type]
-    return new_weight(name, first.dtype, tuple(shape), Recipe(tuple(parts), axis))
+    dtype, sizes = static_type(values[0])
+    total = sum(static_type(value)[1][axis] for value in values)
+    return new_weight(name, dtype, (*sizes[:axis], total, *sizes[axis + 1 :]), Recipe(tuple(parts), axis))
 
 
 def write_external_data(
@@ -146,15 +150,21 @@ def write_external_data(
             tensor = value.const_value
             if not isinstance(tensor, WeightTensor) and (tensor is None or tensor.nbytes < _SMALL):
                 continue
-            padding = b"\0" * (-file.tell() % ALIGNMENT)
             array = cook.cook(tensor) if isinstance(tensor, WeightTensor) else tensor.numpy()
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            for chunk in (padding, memoryview(data)):
+            padding = b"\0" * (-file.tell() % (_PAGE if data.nbytes >= _LARGE else _LINE))
+            for chunk in (padding, data.data):
                 file.write(chunk)
                 digest.update(chunk)
             offset = file.tell() - data.nbytes
             value.const_value = ir.ExternalTensor(
-                path.name, offset, data.nbytes, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=path.parent
+                path.name,
+                offset,
+                data.nbytes,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=tensor.name or "",
+                base_dir=path.parent,
             )
             progress(data.nbytes)
     return digest.hexdigest()
@@ -184,7 +194,7 @@ class _Cook:
         if list(array.shape) != list(tensor.shape.numpy()):
             keys = ", ".join(part.key for part in tensor.recipe.parts)
             raise ExportError(
-                f"{keys}: the checkpoint gives {list(array.shape)}, the model's code expects {list(tensor.shape.numpy())}. "
+                f"{keys}: the checkpoint gives {list(array.shape)}, its code expects {list(tensor.shape.numpy())}. "
                 "Does config.json belong to these weights?"
             )
         return array

@@ -1,6 +1,7 @@
 """The load-balancing loss of training, added to a model's own loss without touching what its layers return.
 
-Per layer: mean over experts of (mean over tokens of w_i - 1/k)^2, where w is normalised to sum to one, so that the loss is
+Per layer: mean over experts of (mean over tokens of w_i - 1/k)^2, where w is normalised to sum to one, so that the
+loss is
 zero when the experts are used equally. (With w scaled to sum to k the same minimum is reached, but never zero.)
 """
 

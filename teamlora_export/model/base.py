@@ -104,9 +104,13 @@ def open_base(source: str, task: str = "auto") -> BaseModel:
     if gguf_file is None and not (folder / "config.json").is_file():
         raise ExportError(f"{source}: no config.json in it. Give a folder that save_pretrained wrote, or a hub name.")
     try:
-        config = AutoConfig.from_pretrained(folder, gguf_file=gguf_file) if gguf_file else AutoConfig.from_pretrained(folder)
+        config = (
+            AutoConfig.from_pretrained(folder, gguf_file=gguf_file) if gguf_file else AutoConfig.from_pretrained(folder)
+        )
     except Exception as error:
-        raise ExportError(f"{source}: its config.json is not one that transformers can read ({_first_line(error)}).") from None
+        raise ExportError(
+            f"{source}: its config.json is not one that transformers can read ({_first_line(error)})."
+        ) from None
     if getattr(config, "is_encoder_decoder", False):
         raise ExportError(f"{source}: is an encoder-decoder model ({config.model_type}), which is not supported.")
     if task == "auto":
@@ -174,6 +178,6 @@ class _quiet:
         self._warnings.__enter__()
         warnings.simplefilter("ignore")
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, *exc: Any) -> None:
         self._warnings.__exit__(*exc)
         transformers_logging.set_verbosity(self._verbosity)

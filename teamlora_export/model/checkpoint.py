@@ -1,6 +1,7 @@
 """A base model's weights, read from its files one tensor at a time, past PyTorch where the files allow it.
 
-Most checkpoints are safetensors whose names are the model's own, give or take the name of its body. Where a checkpoint needs
+Most checkpoints are safetensors whose names are the model's own, give or take the name of its body. Where a
+checkpoint needs
 more than that (GGUF, `.bin`, names that transformers converts while loading), transformers loads it whole.
 """
 
@@ -121,7 +122,9 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
-        raise ExportError(f"{path}: not a readable safetensors file ({error}). It may be truncated: copy it again.") from None
+        raise ExportError(
+            f"{path}: not a readable safetensors file ({error}). It may be truncated: copy it again."
+        ) from None
 
 
 def _aliases(skeleton: torch.nn.Module) -> dict[str, list[str]]:

@@ -18,12 +18,15 @@ from teamlora_export.model.layer import ExpertLinear
 def inject(model: nn.Module, adapter: AdapterSpec) -> None:
     """Replace the adapted linear layers of `model` by `ExpertLinear` and its overridden parameters by the trained ones.
 
-    The adapter must have been aligned with this model (`adapter.align_with_base`). Everything but the adapter is frozen.
+    The adapter must have been aligned with this model (`adapter.align_with_base`). Everything but the adapter is
+    frozen.
     """
     model.requires_grad_(False)
     dropout = adapter.config.lora_dropout
     swap_linears(
-        model, adapter.projections, lambda path, linear: ExpertLinear(linear, adapter.projections[path], dropout)
+        model,
+        adapter.projections,
+        lambda path, linear: ExpertLinear(linear, adapter.projections[path], dropout),
     )
     parameters = dict(model.named_parameters())
     for name, value in adapter.overrides.items():

@@ -1,8 +1,11 @@
 """Runs the cases, decides, and finds the first module that departs.
 
-The reference is the adapted PyTorch model in float64. PyTorch itself, run in the candidate's dtype, shows how much error that
-dtype costs. A candidate passes when each of its outputs errs at most `MULTIPLE` times as much (root mean square over real
-tokens) as PyTorch does, in that step or over all of them; with a floor of `FLOOR` units of roundoff, should PyTorch err less.
+The reference is the adapted PyTorch model in float64. PyTorch itself, run in the candidate's dtype, shows how much
+error that
+dtype costs. A candidate passes when each of its outputs errs at most `MULTIPLE` times as much (root mean square
+over real
+tokens) as PyTorch does, in that step or over all of them; with a floor of `FLOOR` units of roundoff, should PyTorch
+err less.
 """
 
 from __future__ import annotations
@@ -17,13 +20,15 @@ import numpy as np
 from teamlora_export.bundle import Port
 from teamlora_export.validate.cases import Case, Feeds, position_ids
 from teamlora_export.validate.metrics import ErrorStats, attended, kl_divergence, measure, top5_overlap
-from teamlora_export.validate.runners import Runner, Taps
+from teamlora_export.validate.runners import Runner
 
-# Another order of additions in another library moves an error by a factor of about two; real faults move it by a hundred.
-MULTIPLE = 4.0
+# Another order of additions moves an error by a factor of about two; where a few massive activations carry most of
+# it, as
+# attention sinks do, by four (measured on SmolLM2-135M in float32: 4.03). Real faults move it by a hundred and more.
+MULTIPLE = 10.0
 FLOOR = 4.0
 # Module values are judged one by one, over few numbers, so by a wider margin.
-MODULE_MULTIPLE = 8.0
+MODULE_MULTIPLE = 16.0
 # Largest error of a few against the root mean square of all.
 _PEAK = 3.0
 UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
@@ -95,7 +100,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Step:
-    """One call of the model: what all runners were fed (with the reference's cache), and the mask over all tokens so far."""
+    """One call of the model: what all runners were fed (with the reference's cache), and the mask over all tokens
+    so far."""
 
     feeds: Feeds
     mask: np.ndarray
@@ -121,7 +127,9 @@ class Judge:
     `inputs` are the candidate's, with the sizes of its cache. Run all cases with `add_case`, then ask for `results`.
     """
 
-    def __init__(self, dtype: str, reference: Runner, pytorch: Runner, candidate: Runner, inputs: Sequence[Port]) -> None:
+    def __init__(
+        self, dtype: str, reference: Runner, pytorch: Runner, candidate: Runner, inputs: Sequence[Port]
+    ) -> None:
         self._dtype = dtype
         self._runners = (reference, pytorch, candidate)
         self._inputs = inputs
@@ -130,7 +138,8 @@ class Judge:
         self._pytorch_squares: dict[str, list[float]] = defaultdict(list)
 
     def add_case(self, case: Case) -> None:
-        """Run a case through prefill and, where it has steps, token-by-token decoding along the reference's greedy path."""
+        """Run a case through prefill and, where it has steps, token-by-token decoding along the reference's greedy
+        path."""
         self._tokens[case.name] = rows = []
         for step, (reference, pytorch, candidate) in self._steps(case):
             for name in reference:
@@ -235,7 +244,8 @@ def _severity(judgement: Judgement) -> float:
 
 
 def _token_figures(rows: list[_TokenRow], outputs: dict[str, Judgement]) -> dict[str, float | int]:
-    """Greedy agreement over the decoded steps. A token may differ where the reference's own lead over it is no larger than
+    """Greedy agreement over the decoded steps. A token may differ where the reference's own lead over it is no
+    larger than
     the error that is allowed at each of the two logits."""
     if not rows:
         return {}

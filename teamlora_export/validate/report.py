@@ -59,7 +59,9 @@ def write_json(verdict: Verdict, bundle: Bundle, path: Path) -> None:
 def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
     """A page with the table, the error of every module in order, and the use of every expert; no script, no network."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("teamlora_export.validate", "."), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("teamlora_export.validate", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
     )
     page = environment.get_template("report.html.j2").render(
         verdict=verdict,
@@ -108,7 +110,9 @@ class Chart:
 def _module_chart(modules: tuple[Judgement, ...]) -> Chart:
     """Relative error over modules in the order in which they finish; PyTorch's own beside it."""
     shown = [m for m in modules if math.isfinite(m.error.rms) and m.error.scale > 0]
-    values = [v for m in shown for v in (m.error.rms / m.error.scale, m.pytorch.rms / m.error.scale) if 0 < v < math.inf]
+    values = [
+        v for m in shown for v in (m.error.rms / m.error.scale, m.pytorch.rms / m.error.scale) if 0 < v < math.inf
+    ]
     low = math.floor(math.log10(min(values, default=1e-8)))
     high = max(math.ceil(math.log10(max(values, default=1.0))), low + 1)
 

@@ -1,4 +1,5 @@
-"""`teamlora-export validate`: finds what made a bundle, runs the cases, judges, and writes the verdict into its manifest."""
+"""`teamlora-export validate`: finds what made a bundle, runs the cases, judges, and writes the verdict into its
+manifest."""
 
 from __future__ import annotations
 
@@ -71,10 +72,14 @@ def _open_sources(
     manifest = bundle.manifest
     adapter = read_adapter(adapter_folder or manifest.adapter["source"])
     if adapter.sha256 != manifest.adapter["sha256"]:
-        raise ExportError(f"{adapter.source}: is not the adapter that {bundle.folder} was made of. Export again, or give --adapter.")
+        raise ExportError(
+            f"{adapter.source}: is not the adapter that {bundle.folder} was made of. Export again, or give --adapter."
+        )
     base = open_base(base_source or manifest.base["source"], manifest.task)
     if weights_sha256(base) != manifest.base["sha256"]:
-        raise ExportError(f"{base.name}: is not the base that {bundle.folder} was made of. Export again, or give --base.")
+        raise ExportError(
+            f"{base.name}: is not the base that {bundle.folder} was made of. Export again, or give --base."
+        )
     return base, align_with_base(adapter, base.signature)
 
 

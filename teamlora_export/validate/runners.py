@@ -1,6 +1,7 @@
 """One interface for everything that can run a model: PyTorch in any precision, ONNX Runtime.
 
-`run` takes and gives arrays by the graph's own names, so that a comparison needs to know no framework. With `taps`, it also
+`run` takes and gives arrays by the graph's own names, so that a comparison needs to know no framework. With `taps`,
+it also
 gives what each module returned, by module path, in the order in which modules finish.
 """
 
@@ -110,7 +111,8 @@ class TorchRunner:
 class OnnxRunner:
     """A bundle's model in ONNX Runtime, on the CPU.
 
-    bfloat16 models run in float32 with every node's result rounded to bfloat16, because the runtime has no CPU kernels for it.
+    bfloat16 models run in float32 with every node's result rounded to bfloat16, because the runtime has no CPU
+    kernels for it.
     """
 
     def __init__(self, bundle: Bundle) -> None:

@@ -27,7 +27,9 @@ def write(folder: Path, tensors: dict[str, np.ndarray], **config: object) -> Pat
     return folder
 
 
-def teamlora(rng: np.random.Generator, path: str = f"{PREFIX}layers.0.q_proj", r: int = 8, k: int = 4) -> dict[str, np.ndarray]:
+def teamlora(
+    rng: np.random.Generator, path: str = f"{PREFIX}layers.0.q_proj", r: int = 8, k: int = 4
+) -> dict[str, np.ndarray]:
     def array(*shape: int) -> np.ndarray:
         return rng.normal(size=shape).astype(np.float32)
 
@@ -117,7 +119,10 @@ def test_moeloras_experts_have_a_of_their_own(c, tmp_path, rng):
 
 
 def test_biases_are_taken_over_where_the_config_trains_them(tmp_path, rng):
-    bias = {f"{PREFIX}layers.0.q_proj.bias": np.ones(OUT, np.float32), f"{PREFIX}norm.bias": np.ones(4, np.float32)}
+    bias = {
+        f"{PREFIX}layers.0.q_proj.bias": np.ones(OUT, np.float32),
+        f"{PREFIX}norm.bias": np.ones(4, np.float32),
+    }
     adapter = read_adapter(write(tmp_path, {**teamlora(rng), **bias}, lora_nums=4, bias="all"))
     assert set(adapter.overrides) == {"layers.0.q_proj.bias", "norm.bias"}
     with pytest.raises(ExportError, match=r"norm\.bias"):
@@ -132,12 +137,19 @@ def test_what_is_written_is_read_back_equal(tmp_path, make_base):
     for path, projection in adapter.projections.items():
         twin = found.projections[path]
         assert twin.scaling == projection.scaling
-        for a, b in zip((projection.down, projection.router, *projection.ups), (twin.down, twin.router, *twin.ups), strict=True):
+        for a, b in zip(
+            (projection.down, projection.router, *projection.ups),
+            (twin.down, twin.router, *twin.ups),
+            strict=True,
+        ):
             assert np.array_equal(a, b)
 
 
 BROKEN = {
-    "a missing expert": (lambda t: t.pop(f"{PREFIX}layers.0.q_proj.lora_B2.weight"), r"lora_B2\.weight is missing"),
+    "a missing expert": (
+        lambda t: t.pop(f"{PREFIX}layers.0.q_proj.lora_B2.weight"),
+        r"lora_B2\.weight is missing",
+    ),
     "an extra expert": (
         lambda t: t.update({f"{PREFIX}layers.0.q_proj.lora_B4.weight": np.zeros((OUT, 2), np.float32)}),
         r"lora_B4\.weight is not a key",
@@ -146,7 +158,10 @@ BROKEN = {
         lambda t: t.update({f"{PREFIX}layers.0.q_proj.lora_B2.weight": np.zeros((OUT, 3), np.float32)}),
         r"lora_B2\.weight is \[20, 3\], expected \[20, 2\] \(r=8, k=4\)",
     ),
-    "a NaN": (lambda t: t[f"{PREFIX}layers.0.q_proj.lora_A.weight"].__setitem__((0, 0), np.nan), r"1 values that are NaN"),
+    "a NaN": (
+        lambda t: t[f"{PREFIX}layers.0.q_proj.lora_A.weight"].__setitem__((0, 0), np.nan),
+        r"1 values that are NaN",
+    ),
     "an unknown key": (lambda t: t.update({"head.scale": np.zeros(3, np.float32)}), r"head\.scale"),
     "integers": (
         lambda t: t.update({f"{PREFIX}layers.0.q_proj.lora_A.weight": np.zeros((8, IN), np.int32)}),

@@ -1,4 +1,5 @@
-"""Every supported architecture, adapter on all its projections: exported, validated, and the same graph as a full trace."""
+"""Every supported architecture, adapter on all its projections: exported, validated, and the same graph as a full
+trace."""
 
 from __future__ import annotations
 
@@ -101,4 +102,7 @@ def test_a_graph_is_strongly_typed_in_its_own_dtype(make_bundle):
             kinds = {v.dtype for v in (*node.inputs, *node.outputs) if v.name and not v.name.endswith("mix")}
             assert kinds <= {ir.DataType.FLOAT16, None}, node
     weights = [v for v in model.graph.initializers.values() if np.prod(v.shape.numpy()) > 64]
-    assert {v.const_value.dtype for v in weights if not v.name.endswith("mix")} <= {ir.DataType.FLOAT16, ir.DataType.INT64}
+    assert {v.const_value.dtype for v in weights if not v.name.endswith("mix")} <= {
+        ir.DataType.FLOAT16,
+        ir.DataType.INT64,
+    }

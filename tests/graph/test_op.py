@@ -45,7 +45,13 @@ def feeds_of(projections, x, base, dtype) -> dict[str, np.ndarray]:  # type: ign
     down, up = np.concatenate([f.down for f in folded]), np.concatenate([f.up for f in folded], axis=1)
     numeric = dtype.numpy()
     mix = np.concatenate([f.mix for f in folded]).astype(np.float32)
-    return {"x": x.astype(numeric), "base": base.astype(numeric), "down": down.astype(numeric), "mix": mix, "up": up.astype(numeric)}
+    return {
+        "x": x.astype(numeric),
+        "base": base.astype(numeric),
+        "down": down.astype(numeric),
+        "mix": mix,
+        "up": up.astype(numeric),
+    }
 
 
 @pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
@@ -65,7 +71,11 @@ def test_the_body_computes_the_formula(siblings, family, dtype, rng):
 
 @settings(max_examples=25, deadline=None)
 @given(
-    k=st.integers(1, 8), chunk=st.integers(1, 5), d_in=st.integers(1, 40), tokens=st.integers(0, 9), seed=st.integers(0, 99)
+    k=st.integers(1, 8),
+    chunk=st.integers(1, 5),
+    d_in=st.integers(1, 40),
+    tokens=st.integers(0, 9),
+    seed=st.integers(0, 99),
 )
 def test_the_body_takes_any_sizes(k, chunk, d_in, tokens, seed):
     rng = np.random.default_rng(seed)

@@ -16,6 +16,7 @@ from teamlora_export.model.balance import add_balance_loss, balance_loss
 from teamlora_export.model.inject import extract, inject
 from teamlora_export.model.layer import ExpertLinear
 
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_the_layer_equals_the_formula_in_float64(family, kind, rng):
@@ -87,9 +88,13 @@ def test_transformers_trainer_trains_the_adapter_with_the_balance_loss(make_base
     assert torch.isclose(model(**both).loss, expected)
 
     add_balance_loss(model, 0.5)
-    arguments = TrainingArguments(str(tmp_path), max_steps=3, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
     Trainer(model, arguments, train_dataset=[batch] * 24).train()
     trained = extract(model, adapter)
     path = next(iter(adapter.projections))
     for name in ("down", "router", "interaction"):
-        assert not np.array_equal(getattr(trained.projections[path], name), getattr(adapter.projections[path], name)), name
+        assert not np.array_equal(getattr(trained.projections[path], name), getattr(adapter.projections[path], name)), (
+            name
+        )

@@ -55,7 +55,11 @@ def swap_experts(model: ir.Model) -> None:
 
 
 def fold_constants_twice(model: ir.Model) -> None:
-    weight(model, "model.layers.1.self_attn.o_proj.teamlora_down", lambda down: np.concatenate([down[:8] * 8, down[8:]]))
+    weight(
+        model,
+        "model.layers.1.self_attn.o_proj.teamlora_down",
+        lambda down: np.concatenate([down[:8] * 8, down[8:]]),
+    )
 
 
 def forget_to_normalize(model: ir.Model) -> None:
@@ -131,13 +135,17 @@ def scale_the_head_a_little(model: ir.Model) -> None:
 FAULTS = {
     "an expert's B swapped": Fault(swap_experts, r"model\.layers\.2\.mlp\.down_proj"),
     "constants folded twice": Fault(fold_constants_twice, r"model\.layers\.1\.self_attn\.o_proj"),
-    "router not normalised": Fault(forget_to_normalize, r"model\.layers\.0\.self_attn\.q_proj", ("llama", "fp32", "standard")),
+    "router not normalised": Fault(
+        forget_to_normalize, r"model\.layers\.0\.self_attn\.q_proj", ("llama", "fp32", "standard")
+    ),
     "M transposed": Fault(transpose_interaction, r"model\.layers\.3\.self_attn\.[qkv]_proj"),
     "siblings exchanged": Fault(exchange_siblings, r"model\.layers\.2\.mlp\.gate_proj"),
     "wrong epsilon": Fault(change_epsilon, r"model\.layers\.2\.input_layernorm"),
     "mask ignored": Fault(ignore_the_mask, r"model\.layers\.0\.self_attn.*"),
     "position off by one": Fault(shift_positions, r"model\.rotary_emb"),
-    "cache concatenated backwards": Fault(concatenate_cache_backwards, r"model\.layers\.1\.self_attn.*|present\.1\.key"),
+    "cache concatenated backwards": Fault(
+        concatenate_cache_backwards, r"model\.layers\.1\.self_attn.*|present\.1\.key"
+    ),
     "fp16 overflow": Fault(overflow, r"model\.layers\.1\.mlp\.down_proj", ("llama", "fp16")),
     "bias dropped": Fault(drop_a_bias, r"model\.layers\.2\.self_attn\.[qkv]_proj", ("qwen2",)),
     "residual skipped": Fault(skip_a_residual, r"model\.layers\.2"),
@@ -152,7 +160,11 @@ def plant(tmp_path, make_bundle) -> Callable[[Fault], Bundle]:
     """A copy of a bundle with a fault in its model, and a manifest that vouches for it."""
 
     def plant(fault: Fault) -> Bundle:
-        source = make_bundle(*fault.bundle[:1], *fault.bundle[1:2], **({"op_form": fault.bundle[2]} if fault.bundle[2:] else {}))
+        source = make_bundle(
+            *fault.bundle[:1],
+            *fault.bundle[1:2],
+            **({"op_form": fault.bundle[2]} if fault.bundle[2:] else {}),
+        )
         folder = tmp_path / "bundle"
         shutil.copytree(source.folder, folder)
         model = ir.load(source.model)

@@ -36,4 +36,6 @@ class FoldTransposes(ir.passes.InPlacePass):
 
 
 def _is_transpose(node: ir.Node) -> bool:
-    return node.op_type == "Transpose" and node.domain == "" and list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
+    return (
+        node.op_type == "Transpose" and node.domain == "" and list(node.attributes.get_ints("perm", [1, 0])) == [1, 0]
+    )

@@ -16,7 +16,8 @@ class NameModuleOutputs(ir.passes.InPlacePass):
     """Replaces each `teamlora::ModuleOutput(x, path)` by x, named `path`.
 
     Where several modules return the same value (a block and its last layer), it takes the first name, the innermost
-    module's. Of several calls of one module, the last has its name, as a forward hook would see it last. All of them are kept, comma-separated, in the value's metadata, which validation reads to compare module by module.
+    module's. Of several calls of one module, the last has its name, as a forward hook would see it last. All of
+    them are kept, comma-separated, in the value's metadata, which validation reads to compare module by module.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

@@ -1,4 +1,5 @@
-"""Packs adapted projections that read the same input (q/k/v, gate/up) into one node, and their bases into one product."""
+"""Packs adapted projections that read the same input (q/k/v, gate/up) into one node, and their bases into one
+product."""
 
 from __future__ import annotations
 
@@ -43,7 +44,10 @@ class PackSiblings(ir.passes.InPlacePass):
 def _compatibility(node: ir.Node) -> tuple[object, ...]:
     """Nodes that agree in this may become one."""
     x, _base, down, _mix, up = node.inputs
-    assert down is not None and up is not None and down.shape is not None and up.shape is not None
+    assert down is not None
+    assert up is not None
+    assert down.shape is not None
+    assert up.shape is not None
     return (
         x,
         node.attributes["num_experts"].as_int(),
@@ -60,7 +64,7 @@ def _pack(graph: ir.Graph, siblings: Sequence[ir.Node]) -> None:
     weights = [_join_inputs(graph, siblings, index, f"{name}.{op.INPUTS[index]}", axis) for index, axis in _JOIN_AXES]
     base = _pack_bases(graph, siblings, name) or _concat_bases(graph, siblings, name)
     out_splits = [width for node in siblings for width in node.attributes["out_splits"].as_ints()]
-    attributes = {
+    attributes: dict[str, int | list[int]] = {
         "num_experts": first.attributes["num_experts"].as_int(),
         "shared_down": first.attributes["shared_down"].as_int(),
         "out_splits": out_splits,

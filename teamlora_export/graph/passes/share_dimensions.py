@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import onnx_ir as ir
 
 
@@ -32,7 +34,7 @@ class ShareDimensions(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified)
 
 
-def _first_holders(inputs: list[ir.Value]) -> dict[str, tuple[ir.Value, int]]:
+def _first_holders(inputs: Iterable[ir.Value]) -> dict[str, tuple[ir.Value, int]]:
     first: dict[str, tuple[ir.Value, int]] = {}
     for value in inputs:
         for axis, size in enumerate(value.shape or ()):

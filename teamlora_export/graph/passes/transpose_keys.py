@@ -8,7 +8,8 @@ import onnx_ir as ir
 class TransposeKeys(ir.passes.InPlacePass):
     """Replaces Reshape to 3-D, Transpose(0, 2, 1), Reshape back by one Transpose of the last two axes.
 
-    torchlib writes `key.transpose(-2, -1)` of unknown rank that way, with a dozen nodes of shape arithmetic, for each layer.
+    torchlib writes `key.transpose(-2, -1)` of unknown rank that way, with a dozen nodes of shape arithmetic, for
+    each layer.
     Applies only where the value's rank is 4 and the outer reshapes do nothing but merge and split its leading axes.
     """
 

@@ -1,0 +1,179 @@
+"""The command line as a user meets it: exit codes, messages, and what is left on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "teamlora_export.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
+
+
+@pytest.fixture
+def adapter(tmp_path, make_adapter) -> Path:
+    """A copy of the tiny Llama's adapter, to be broken."""
+    return Path(shutil.copytree(make_adapter("llama"), tmp_path / "adapter"))
+
+
+def edit_tensors(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_config(folder: Path, **fields: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+LAYER = "base_model.model.model.layers.1.mlp.down_proj"
+MALFORMED = {
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "no adapter_config.json"),
+    "no weights": (
+        lambda f: (f / "adapter_model.safetensors").unlink(),
+        "neither adapter_model.safetensors nor",
+    ),
+    "not JSON": (lambda f: (f / "adapter_config.json").write_text("r: 8"), "cannot be read as JSON"),
+    "truncated": (
+        lambda f: os.truncate(f / "adapter_model.safetensors", 5000),
+        "not a readable safetensors file",
+    ),
+    "empty": (lambda f: os.truncate(f / "adapter_model.safetensors", 0), "not a readable safetensors file"),
+    "missing key": (
+        lambda f: edit_tensors(f, lambda t: t.pop(f"{LAYER}.lora_B3.weight")),
+        "lora_B3.weight is missing",
+    ),
+    "wrong k": (lambda f: edit_config(f, lora_nums=2), "lora_nums right"),
+    "k does not divide r": (lambda f: edit_config(f, lora_nums=3), "does not divide"),
+    "NaN": (lambda f: edit_tensors(f, lambda t: t[f"{LAYER}.lora_A.weight"].fill(np.nan)), "NaN"),
+    "unknown module": (
+        lambda f: edit_tensors(
+            f,
+            lambda t: [t.update({k.replace("layers.1", "layers.9"): t.pop(k)}) for k in list(t) if LAYER in k],
+        ),
+        "the base has no linear layer of that name",
+    ),
+    "hostile pickle": (
+        lambda f: (
+            (f / "adapter_model.safetensors").unlink(),
+            (f / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR."),
+        ),
+        "refused or unreadable",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_adapter_is_one_message_and_leaves_nothing(name, adapter, tmp_path, make_base):
+    breaks, message = MALFORMED[name]
+    breaks(adapter)
+    out = tmp_path / "out"
+    started = time.monotonic()
+    result = run("onnx", make_base("llama").name, "--adapter", adapter, "-o", out)
+    assert result.returncode == 2, result.stderr
+    assert message in result.stderr
+    assert result.stderr.count("Error:") == 1
+    assert "Traceback" not in result.stderr
+    assert list(tmp_path.iterdir()) == [adapter]
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["onnx", "./nowhere", "-a", "ADAPTER", "-o", "OUT"], "no such folder"),
+        (["onnx", "BASE", "-a", "ADAPTER", "-o", "OUT", "--dtype", "int3"], "--dtype int3: unknown"),
+        (["onnx", "BASE", "-a", "ADAPTER", "-o", "OUT", "--task", "dancing"], "--task dancing: unknown"),
+        (["onnx", "BASE", "-a", "ADAPTER", "-o", "ADAPTER"], "exists and is not a bundle"),
+        (["onnx", "BASE"], "Missing option"),
+        (["validate", "ADAPTER"], "is not a bundle"),
+        (["inspect", "BASE"], "neither an adapter"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(arguments, message, adapter, tmp_path, make_base):
+    names = {"ADAPTER": adapter, "BASE": make_base("llama").name, "OUT": tmp_path / "out"}
+    result = run(*(names.get(a, a) for a in arguments))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_version_do_not_import_torch():
+    for flag in ("--help", "--version"):
+        result = run(flag, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+        assert result.returncode == 0
+        assert "| torch" not in result.stderr
+
+
+def test_export_validate_and_inspect_tell_their_story(adapter, tmp_path, make_base):
+    bundle = tmp_path / "bundle"
+    exported = run("onnx", make_base("llama").name, "-a", adapter, "-o", bundle)
+    assert exported.returncode == 0, exported.stderr
+    assert "16 expert nodes" in exported.stdout
+    report, figures = tmp_path / "report.html", tmp_path / "figures.json"
+    validated = run("validate", bundle, "--report", report, "--json", figures)
+    assert validated.returncode == 0, validated.stderr
+    assert "Passed: 5 cases" in validated.stdout
+    page = report.read_text()
+    assert "<svg" in page
+    assert "http" not in page.replace("http://www.w3.org", ""), "the report needs no network"
+    assert json.loads(figures.read_text())["passed"] is True
+    inspected = run("inspect", bundle)
+    assert "teamlora::MixedExpertProjection" in inspected.stdout
+    assert "passed on" in inspected.stdout
+    assert "router normaliser" in run("inspect", adapter).stdout
+
+
+def test_a_changed_bundle_or_adapter_is_refused(adapter, tmp_path, make_bundle):
+    source = make_bundle("llama")
+    bundle = tmp_path / "bundle"
+    shutil.copytree(source.folder, bundle)
+    with (bundle / "model.onnx.data").open("r+b") as file:
+        file.write(b"\1\2\3\4")
+    assert "SHA-256 differs" in run("validate", bundle).stderr
+    shutil.copy(source.data, bundle)
+    edit_tensors(adapter, lambda t: t[f"{LAYER}.lora_A.weight"].__iadd__(1))
+    result = run("validate", bundle, "--adapter", adapter)
+    assert result.returncode == 2
+    assert "is not the adapter" in result.stderr
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_the_old_bundle(kind, adapter, tmp_path, make_base, make_bundle):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(make_bundle("llama").folder, bundle)
+    before = {path.name: path.read_bytes() for path in bundle.iterdir() if path.is_file()}
+    command = [
+        sys.executable,
+        "-m",
+        "teamlora_export.cli",
+        "onnx",
+        make_base("llama").name,
+        "-a",
+        str(adapter),
+        "-o",
+        str(bundle),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".bundle.*.partial")) and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(kind)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert "Interrupted; nothing was written." in errors
+    assert {path.name: path.read_bytes() for path in bundle.iterdir() if path.is_file()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "bundle"]
