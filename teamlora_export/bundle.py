@@ -172,7 +172,7 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ExportError(
-            f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Free some, or choose another -o."
+            f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Choose another -o."
         )
 
 

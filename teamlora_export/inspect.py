@@ -80,7 +80,8 @@ def _bundle_rows(bundle: Bundle) -> Iterable[tuple[str, str]]:
         yield (
             "validated",
             (
-                f"{verdict} on {validation['date']} with {validation['runtime']}: worst output {validation['worst_output']}, "
+                f"{verdict} on {validation['date']} with {validation['runtime']}: "
+                f"worst output {validation['worst_output']}, "
                 f"{validation['worst_times_pytorch']:.2g} times PyTorch's own error"
             ),
         )

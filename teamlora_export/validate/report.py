@@ -79,8 +79,9 @@ def _conclusion(verdict: Verdict) -> str:
     worst = verdict.worst
     if verdict.passed:
         return (
-            f"Passed: {len(verdict.cases)} cases. The worst output, {worst.name}, errs {worst.times_pytorch:.2g} times as much "
-            f"as PyTorch does in {verdict.dtype} (relative error {worst.error.relative:.1e})."
+            f"Passed: {len(verdict.cases)} cases. The worst output, {worst.name}, errs "
+            f"{worst.times_pytorch:.2g} times as much as PyTorch does in {verdict.dtype} "
+            f"(relative error {worst.error.relative:.1e})."
         )
     if verdict.departure is None:
         failed = [case.name for case in verdict.cases if not case.passed]
@@ -109,7 +110,8 @@ class Chart:
 
 def _module_chart(modules: tuple[Judgement, ...]) -> Chart:
     """Relative error over modules in the order in which they finish; PyTorch's own beside it."""
-    shown = [m for m in modules if math.isfinite(m.error.rms) and m.error.scale > 0]
+    finite = [m for m in modules if math.isfinite(m.error.rms) and m.error.scale > 0]
+    shown = [m for m in finite if not m.name.startswith("present.")]
     values = [
         v for m in shown for v in (m.error.rms / m.error.scale, m.pytorch.rms / m.error.scale) if 0 < v < math.inf
     ]

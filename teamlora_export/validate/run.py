@@ -62,7 +62,7 @@ def _check_own_files(bundle: Bundle) -> None:
     for name, expected in bundle.manifest.sha256.items():
         if sha256_of(bundle.folder / name) != expected:
             raise ExportError(
-                f"{bundle.folder / name}: is not the file that was exported (its SHA-256 differs). Export the model again."
+                f"{bundle.folder / name}: is not what was exported (its SHA-256 differs). Export the model again."
             )
 
 

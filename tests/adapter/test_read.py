@@ -248,12 +248,13 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path, rng):
 def test_an_adapter_of_another_model_is_refused(tmp_path, make_base, make_adapter):
     with pytest.raises(ExportError, match="the base has no linear layer of that name"):
         align_with_base(read_adapter(make_adapter("gpt2")), make_base("llama").signature)
+    write_adapter(random_adapter(make_base("llama"), ("q_proj",)), tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    wider = {n: np.pad(v, ((0, 0), (0, 4))) if "lora_A" in n or "route" in n else v for n, v in tensors.items()}
+    save_file(wider, tmp_path / "adapter_model.safetensors")
+    adapter = read_adapter(tmp_path)
     with pytest.raises(ExportError, match="Was it trained on another model"):
-        write_adapter(random_adapter(make_base("llama"), ("q_proj",)), tmp_path)
-        tensors = load_file(tmp_path / "adapter_model.safetensors")
-        wider = {n: np.pad(v, ((0, 0), (0, 4))) if "lora_A" in n or "route" in n else v for n, v in tensors.items()}
-        save_file(wider, tmp_path / "adapter_model.safetensors")
-        align_with_base(read_adapter(tmp_path), make_base("llama").signature)
+        align_with_base(adapter, make_base("llama").signature)
 
 
 def test_targets_without_weights_are_found(tmp_path, make_base):
