@@ -22,9 +22,9 @@ from teamlora_export.validate.cases import Case, Feeds, position_ids
 from teamlora_export.validate.metrics import ErrorStats, attended, kl_divergence, measure, top5_overlap
 from teamlora_export.validate.runners import Runner
 
-# Another order of additions moves an error by a factor of about two. ONNX Runtime's float32 Sigmoid adds to that: it is off
-# by up to 1e-7, which is 1.7 % of its value at -12, and gated MLPs multiply it into activations of hundreds (SmolLM2-135M:
-# 7 times PyTorch's error). Real faults move an error by a hundred and more.
+# Another order of additions moves an error by a factor of about two. ONNX Runtime's float32 Sigmoid adds to that: it is
+# off by up to 1e-7, which is 1.7 % of its value at -12, and gated MLPs multiply it into activations of hundreds
+# (SmolLM2-135M: 7 times PyTorch's error). Real faults move an error by a hundred and more.
 MULTIPLE = 10.0
 FLOOR = 4.0
 # Module values are judged one by one, over few numbers, so by a wider margin.
