@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from teamlora_export.graph.template import cache_folder
+
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -37,12 +39,6 @@ def get_model(name: str) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(made, folder)
     return folder
-
-
-def cache_folder() -> Path:
-    """`TEAMLORA_EXPORT_CACHE`, or `teamlora-export` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "teamlora-export"
-    return Path(os.environ.get("TEAMLORA_EXPORT_CACHE") or default)
 
 
 def make_smollm2(folder: Path) -> None:

@@ -146,7 +146,7 @@ def staged(out: Path) -> Iterator[Path]:
     Raises:
         ExportError: `out` is something other than a bundle or an empty folder, or the disk is full or read-only.
     """
-    _refuse_foreign(out)
+    refuse_foreign(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_debris(out)
@@ -176,7 +176,8 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
-def _refuse_foreign(out: Path) -> None:
+def refuse_foreign(out: Path) -> None:
+    """Refuse to put a bundle in the place of anything but a bundle or an empty folder."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ExportError(f"{out}: exists and is not a folder. Choose another -o.")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():

@@ -54,11 +54,14 @@ def onnx(
     op: Annotated[
         str, typer.Option("--op", help="function: keep the op and its body; standard: inline the body.")
     ] = "function",
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="Take the traced graph from the user's cache and keep it there.")
+    ] = True,
 ) -> None:
     """Export a base model with an adapter to a bundle with one ONNX graph."""
     from teamlora_export.export import export_onnx
 
-    bundle = export_onnx(base, adapter, output, dtype=dtype, task=task, op_form=op)
+    bundle = export_onnx(base, adapter, output, dtype=dtype, task=task, op_form=op, use_cache=cache)
     print(
         f"{bundle.folder}: {bundle.manifest.task}, {bundle.manifest.dtype}, {bundle.manifest.op['nodes']} expert nodes"
     )

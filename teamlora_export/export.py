@@ -1,13 +1,15 @@
 """`teamlora-export onnx`: base and adapter in, bundle out.
 
-    read and check the adapter -> trace -> rewrite -> write weights past PyTorch -> manifest
+    read and check the adapter -> a template (kept from before, or traced now) -> weights, past PyTorch -> manifest
 
-Everything that can be wrong with the input is found in the first step, before anything slow starts or is written.
+Everything that can be wrong with the input is found first, before anything slow starts or is written. With a kept
+template and safetensors weights, torch is never imported.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx_ir as ir
@@ -23,141 +25,172 @@ from teamlora_export.bundle import (
     Port,
     copy_companions,
     read_bundle,
+    refuse_foreign,
     require_space,
     staged,
     write_manifest,
 )
 from teamlora_export.errors import ExportError
+from teamlora_export.graph import op, weights
+from teamlora_export.graph.passes import inline_bodies
+from teamlora_export.graph.template import LIBRARIES, Template, keep_template, load_template, template_key
+from teamlora_export.model.checkpoint import open_safetensors_weights
+from teamlora_export.model.source import BaseSource, find_base, weights_sha256, weights_stamp
 from teamlora_export.progress import Reporter
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 OP_FORMS = ("function", "standard")
-_LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
+_MOST_WARNINGS = 5
 
 
 def export_onnx(
-    base_source: str,
+    base_name: str,
     adapter_folder: str | Path,
     out: str | Path,
     *,
     dtype: str = "fp32",
     task: str = "auto",
     op_form: str = "function",
-    every_layer: bool = False,
+    use_cache: bool = True,
     reporter: Reporter | None = None,
 ) -> Bundle:
-    """Export `base_source` (a folder or a hub name) with the adapter in `adapter_folder` to the bundle `out`.
+    """Export `base_name` (a folder or a hub name) with the adapter in `adapter_folder` to the bundle `out`.
 
     Args:
         dtype: fp32, fp16 or bf16: the type of weights and activations.
         task: auto, or one of `model.base.TASKS`.
         op_form: "function" keeps the op, with its body in the model; "standard" inlines the body.
-        every_layer: trace all layers, even where they are alike and one of each kind would do.
+        use_cache: take the traced graph from the user's cache and keep it there.
 
     Raises:
         ExportError: wrong input or environment; nothing has been written then.
     """
     reporter = reporter or Reporter()
-    out = Path(out)
     if dtype not in DTYPES:
         raise ExportError(f"--dtype {dtype}: unknown. Use {', '.join(DTYPES)}.")
     if op_form not in OP_FORMS:
         raise ExportError(f"--op {op_form}: unknown. Use {' or '.join(OP_FORMS)}.")
     adapter = read_adapter(adapter_folder)
-
-    # Heavy imports wait until the adapter is known to be readable.
-    import torch
-
-    from teamlora_export.graph import weights
-    from teamlora_export.graph.build import build_graph
-    from teamlora_export.graph.passes import inline_bodies
-    from teamlora_export.model.base import open_base
-    from teamlora_export.model.checkpoint import open_weights, weights_sha256
-
-    base = open_base(base_source, task)
-    adapter = align_with_base(adapter, base.signature)
+    source = find_base(base_name)
+    out = Path(out)
+    refuse_foreign(out)
+    template = _find_template(source, adapter, task, dtype, use_cache, reporter)
+    adapter = align_with_base(adapter, template.signature)
+    model = template.model
     _warn_of_normalizers(adapter, reporter)
+    _warn_of_unused(model, adapter, reporter)
+    nodes = sum(op.is_op(node) for node in model.graph)
+    if op_form == "standard":
+        inline_bodies(model)
+    model.producer_name, model.producer_version = "teamlora-export", __version__
     with staged(out) as folder:
-        source = open_weights(base, base.skeleton(torch.float32))
-        model = build_graph(base, adapter, getattr(torch, DTYPES[dtype]), reporter, every_layer=every_layer)
-        _warn_of_unused(model, adapter, reporter)
-        nodes = _count_op_nodes(model)
-        if op_form == "standard":
-            inline_bodies(model)
-        model.producer_name, model.producer_version = "teamlora-export", __version__
-        size = weights.total_bytes(model)
-        require_space(folder, size)
-        with reporter.bytes("Writing weights", size) as progress:
-            data_sha256 = weights.write_external_data(model, source, adapter, folder / DATA_NAME, progress)
+        base_sha256, data_sha256 = _write_weights(model, source, template, adapter, folder, reporter)
         ir.save(model, folder / MODEL_NAME)
-        copy_companions(base.folder, folder)
-        if base.gguf_file is not None:
-            base.save_companions(folder)
-        write_manifest(
-            folder,
-            Manifest(
-                tool={
-                    "teamlora-export": __version__,
-                    **{name: importlib.metadata.version(name) for name in _LIBRARIES},
-                },
-                base={
-                    "source": str(base.folder.resolve()) if Path(base_source).is_dir() else base_source,
-                    "model_type": base.config.model_type,
-                    "sha256": weights_sha256(base),
-                },
-                adapter={
-                    "source": adapter.source,
-                    "sha256": adapter.sha256,
-                    "family": adapter.family,
-                    "r": adapter.config.r,
-                    "num_experts": max(p.num_experts for p in adapter.projections.values()),
-                    "modules": len(adapter.projections),
-                    "parameters": adapter.num_parameters,
-                },
-                op={
-                    "domain": "teamlora",
-                    "name": "MixedExpertProjection",
-                    "version": 1,
-                    "nodes": nodes,
-                    "form": op_form,
-                },
-                task=base.task,
-                dtype=dtype,
-                inputs=tuple(_port(value) for value in model.graph.inputs),
-                outputs=tuple(_port(value) for value in model.graph.outputs),
-                sha256={MODEL_NAME: sha256_of(folder / MODEL_NAME), DATA_NAME: data_sha256},
-            ),
+        copy_companions(source.folder, folder)
+        if source.gguf_file is not None:
+            _open_base(source, template.task).save_companions(folder)
+        manifest = Manifest(
+            tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
+            base={"source": source.origin, "model_type": template.model_type, "sha256": base_sha256},
+            adapter=_describe_adapter(adapter),
+            op={"domain": op.DOMAIN, "name": op.NAME, "version": op.VERSION, "nodes": nodes, "form": op_form},
+            task=template.task,
+            dtype=dtype,
+            inputs=tuple(_port(value) for value in model.graph.inputs),
+            outputs=tuple(_port(value) for value in model.graph.outputs),
+            sha256={MODEL_NAME: sha256_of(folder / MODEL_NAME), DATA_NAME: data_sha256},
         )
+        write_manifest(folder, manifest)
     return read_bundle(out)
 
 
+def _find_template(
+    source: BaseSource, adapter: AdapterSpec, task: str, dtype: str, use_cache: bool, reporter: Reporter
+) -> Template:
+    key = template_key(source, adapter, task, dtype)
+    template = load_template(key) if use_cache else None
+    if template is not None:
+        reporter.say("Graph: taken from the cache (--no-cache traces it again)")
+        return template
+
+    # Heavy imports wait until there is something to trace.
+    import torch
+
+    from teamlora_export.graph.build import build_graph
+
+    base = _open_base(source, task)
+    aligned = align_with_base(adapter, base.signature)
+    model = build_graph(base, aligned, getattr(torch, DTYPES[dtype]), reporter)
+    template = Template(model, base.signature, base.aliases(), base.task, base.config.model_type)
+    if use_cache:
+        keep_template(key, template)
+    return template
+
+
+def _write_weights(
+    model: ir.Model, source: BaseSource, template: Template, adapter: AdapterSpec, folder: Path, reporter: Reporter
+) -> tuple[dict[str, str], str]:
+    """Write the external data; return the SHA-256 of the base's weight files and of the data."""
+    base_weights: weights.BaseWeights | None = open_safetensors_weights(
+        source, template.aliases, template.signature.body_prefix
+    )
+    if base_weights is None:
+        from teamlora_export.model.base import LoadedWeights
+
+        with reporter.step("Loading the base's weights through transformers"):
+            base_weights = LoadedWeights(_open_base(source, template.task))
+    size = weights.total_bytes(model)
+    require_space(folder, size)
+    before = weights_stamp(source)
+    with ThreadPoolExecutor(1) as pool, reporter.bytes("Writing weights", size) as progress:
+        base_sha256 = pool.submit(weights_sha256, source)
+        data_sha256 = weights.write_external_data(model, base_weights, adapter, folder / DATA_NAME, progress)
+        hashes = base_sha256.result()
+    if weights_stamp(source) != before:
+        raise ExportError(f"{source.name}: its weight files changed while they were read. Export it again.")
+    return hashes, data_sha256
+
+
+def _open_base(source: BaseSource, task: str):  # type: ignore[no-untyped-def]
+    """The base in PyTorch; imported late, because most exports do not need it."""
+    from teamlora_export.model.base import open_base
+
+    return open_base(source, task)
+
+
+def _describe_adapter(adapter: AdapterSpec) -> dict[str, object]:
+    return {
+        "source": adapter.source,
+        "sha256": adapter.sha256,
+        "family": adapter.family,
+        "r": adapter.config.r,
+        "num_experts": max(p.num_experts for p in adapter.projections.values()),
+        "modules": len(adapter.projections),
+        "parameters": adapter.num_parameters,
+    }
+
+
 def _warn_of_normalizers(adapter: AdapterSpec, reporter: Reporter) -> None:
-    unsafe = adapter.unsafe_normalizers()
-    for path, floor in list(unsafe.items())[:5]:
+    unsafe = list(adapter.unsafe_normalizers().items())
+    for path, floor in unsafe[:_MOST_WARNINGS]:
         reporter.warn(
             f"{path}: its routing normaliser can fall to {floor:.3g}; a token there divides by zero or flips sign."
         )
-    if len(unsafe) > 5:
-        reporter.warn(f"{len(unsafe) - 5} more modules have such a normaliser; `teamlora-export inspect` lists them.")
+    if len(unsafe) > _MOST_WARNINGS:
+        rest = len(unsafe) - _MOST_WARNINGS
+        reporter.warn(f"{rest} more modules have such a normaliser; `teamlora-export inspect` lists them.")
 
 
 def _warn_of_unused(model: ir.Model, adapter: AdapterSpec, reporter: Reporter) -> None:
     """Adapted modules that this task's graph never runs (a pooler, another head)."""
-    from teamlora_export.graph.weights import OP_SOURCES, recipe_of
-
-    recipes = [recipe_of(value) for value in model.graph.initializers.values()]
-    used = {part.key for recipe in recipes if recipe for part in recipe.parts if part.source in OP_SOURCES}
+    recipes = [weights.recipe_of(value) for value in model.graph.initializers.values()]
+    used = {part.key for recipe in recipes if recipe for part in recipe.parts if part.source in weights.OP_SOURCES}
     unused = sorted(set(adapter.projections) - used)
-    if unused:
-        reporter.warn(f"{len(unused)} adapted modules are not part of this task's graph: {', '.join(unused[:5])}.")
     if not used:
         raise ExportError("None of the adapted modules is part of this task's graph. Choose another --task.")
-
-
-def _count_op_nodes(model: ir.Model) -> int:
-    from teamlora_export.graph import op
-
-    return sum(op.is_op(node) for node in model.graph)
+    if unused:
+        count = "1 adapted module is" if len(unused) == 1 else f"{len(unused)} adapted modules are"
+        reporter.warn(f"{count} not part of this task's graph: {', '.join(unused[:_MOST_WARNINGS])}.")
 
 
 def _port(value: ir.Value) -> Port:

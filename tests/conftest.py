@@ -183,8 +183,9 @@ def make_bundle(make_base, make_adapter, tmp_path_factory) -> Callable[..., Bund
         key = (name, dtype, op_form)
         if key not in made:
             out = tmp_path_factory.mktemp("bundles") / "-".join(key)
+            options = {"dtype": dtype, "op_form": op_form, "use_cache": False}
             base = make_base(name)
-            made[key] = export_onnx(base.name, make_adapter(name), out, dtype=dtype, task=base.task, op_form=op_form)
+            made[key] = export_onnx(base.name, make_adapter(name), out, task=base.task, **options)
         return made[key]
 
     return make

@@ -32,6 +32,8 @@ from teamlora_export.adapter.spec import ExpertProjection
 NAME = "MixedExpertProjection"
 DOMAIN = "teamlora"
 VERSION = 1
+# What the tracer marks module outputs with; `passes/module_outputs.py` takes the marks out again.
+MARKER = "ModuleOutput"
 INPUTS = ("x", "base", "down", "mix", "up")
 ATTRIBUTES = ("num_experts", "shared_down", "out_splits")
 BODY_OPSET = 20

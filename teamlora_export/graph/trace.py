@@ -31,7 +31,6 @@ from teamlora_export.model.base import BaseModel
 from teamlora_export.model.inject import swap_linears
 from teamlora_export.model.layer import FrozenLinear
 
-MARKER = "ModuleOutput"
 _NOISY_LOGGERS = ("torch.onnx", "transformers", "onnxscript", "torch.export")
 
 
@@ -145,7 +144,7 @@ def _mark(tensor: Tensor, path: str) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     return torch.onnx.ops.symbolic(
-        f"{op.DOMAIN}::{MARKER}",
+        f"{op.DOMAIN}::{op.MARKER}",
         (tensor,),
         {"path": path},
         dtype=tensor.dtype,

@@ -12,10 +12,11 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import BinaryIO, NoReturn, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -144,30 +145,55 @@ def write_external_data(
         ExportError: a weight is missing, has another shape than the graph, or does not fit the graph's dtype.
     """
     cook = _Cook(base, adapter)
-    digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
+        writer = _HashingWriter(file)
+        pending: Future[int] | None = None
         for value in model.graph.initializers.values():
             tensor = value.const_value
             if not isinstance(tensor, WeightTensor) and (tensor is None or tensor.nbytes < _SMALL):
                 continue
             array = cook.cook(tensor) if isinstance(tensor, WeightTensor) else tensor.numpy()
+            # The next tensor is made while this one is written: two in memory, both cores at work.
+            if pending is not None:
+                progress(pending.result())
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            padding = b"\0" * (-file.tell() % (_PAGE if data.nbytes >= _LARGE else _LINE))
-            for chunk in (padding, data.data):
-                file.write(chunk)
-                digest.update(chunk)
-            offset = file.tell() - data.nbytes
+            offset = writer.place(data.nbytes)
+            pending = pool.submit(writer.write, offset, data)
+            shape, name = ir.Shape(tensor.shape.numpy()), tensor.name or ""
             value.const_value = ir.ExternalTensor(
-                path.name,
-                offset,
-                data.nbytes,
-                tensor.dtype,
-                shape=ir.Shape(tensor.shape.numpy()),
-                name=tensor.name or "",
-                base_dir=path.parent,
+                path.name, offset, data.nbytes, tensor.dtype, shape=shape, name=name, base_dir=path.parent
             )
-            progress(data.nbytes)
-    return digest.hexdigest()
+        if pending is not None:
+            progress(pending.result())
+        return writer.sha256
+
+
+class _HashingWriter:
+    """Appends to a file at aligned offsets, and hashes all of it on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self._end = 0
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
+
+    def place(self, size: int) -> int:
+        """The offset for the next `size` bytes."""
+        alignment = _PAGE if size >= _LARGE else _LINE
+        offset = self._end + -self._end % alignment
+        self._end = offset + size
+        return offset
+
+    def write(self, offset: int, data: np.ndarray) -> int:
+        """Write bytes at `offset`, which `place` gave last; return their number."""
+        padding = bytes(offset - self._file.tell())
+        for chunk in (padding, data.data):
+            self._file.write(chunk)
+            self._digest.update(chunk)
+        return data.nbytes
 
 
 def total_bytes(model: ir.Model) -> int:

@@ -1,4 +1,4 @@
-"""Opens a base model: a local folder, a GGUF file in one, or a name on the hub.
+"""Opens a base model in PyTorch.
 
 Two views of it: `skeleton`, the model's code with uninitialised parameters (tracing and checking need names and shapes
 only, and untouched memory costs nothing), and `load`, the real thing (the reference of a validation).
@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -21,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from teamlora_export.adapter.check import BaseSignature
 from teamlora_export.errors import ExportError
 from teamlora_export.model.inject import signature_of
+from teamlora_export.model.source import BaseSource, find_base
 
 TASKS = ("text-generation", "feature-extraction", "sentence-embedding", "text-classification")
 _AUTO_CLASSES: dict[str, Any] = {
@@ -29,26 +32,23 @@ _AUTO_CLASSES: dict[str, Any] = {
     "sentence-embedding": AutoModel,
     "text-classification": AutoModelForSequenceClassification,
 }
-_HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "*/config.json"]
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model on disk.
+    """A base model whose configuration transformers has read, for one of `TASKS`."""
 
-    Attributes:
-        name: as the user gave it.
-        folder: where its files are.
-        config: its transformers configuration.
-        task: one of `TASKS`.
-        gguf_file: the file inside `folder` that holds the weights, where they are GGUF.
-    """
-
-    name: str
-    folder: Path
+    source: BaseSource
     config: Any
     task: str
-    gguf_file: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def folder(self) -> Path:
+        return self.source.folder
 
     def skeleton(self, dtype: torch.dtype, config: Any = None) -> nn.Module:
         """The model with uninitialised parameters of `dtype` and real buffers; `config` replaces its own."""
@@ -70,7 +70,7 @@ class BaseModel:
         try:
             with _quiet():
                 model = _AUTO_CLASSES[self.task].from_pretrained(
-                    self.folder, config=copy.deepcopy(self.config), dtype=dtype, gguf_file=self.gguf_file
+                    self.folder, config=copy.deepcopy(self.config), dtype=dtype, gguf_file=self.source.gguf_file
                 )
         except Exception as error:
             raise ExportError(f"{self.name}: its weights cannot be loaded ({_first_line(error)}).") from error
@@ -83,57 +83,57 @@ class BaseModel:
         config = copy.deepcopy(self.config)
         with _quiet():
             config.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(self.folder, gguf_file=self.gguf_file).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(self.folder, gguf_file=self.source.gguf_file).save_pretrained(folder)
 
     @cached_property
     def signature(self) -> BaseSignature:
         return signature_of(self.skeleton(torch.float32), self.name)
 
+    def aliases(self) -> dict[str, list[str]]:
+        """Every parameter and persistent buffer by name, with the names of all tensors that it is tied to."""
+        groups: dict[int, list[str]] = {}
+        tensors = self.skeleton(torch.float32).state_dict(keep_vars=True)
+        for name, tensor in tensors.items():
+            groups.setdefault(id(tensor), []).append(name)
+        return {name: groups[id(tensor)] for name, tensor in tensors.items()}
 
-def open_base(source: str, task: str = "auto") -> BaseModel:
-    """Open the base model `source`, a local folder or a hub name, for `task`.
+
+class LoadedWeights:
+    """Tensors of a model that transformers has loaded whole: for GGUF, `.bin`, and names that it converts."""
+
+    def __init__(self, base: BaseModel) -> None:
+        self._state = base.load(torch.float32).state_dict()
+
+    def read(self, name: str) -> np.ndarray:
+        tensor = self._state[name].detach().contiguous()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+
+def open_base(name: str | BaseSource, task: str = "auto") -> BaseModel:
+    """Open the base model `name`, a local folder or a hub name, for `task`.
 
     Raises:
         ExportError: it is not there, is not a model that transformers knows, or cannot do the task.
     """
     if task not in (*TASKS, "auto"):
         raise ExportError(f"--task {task}: unknown. Use auto, {', '.join(TASKS[:-1])} or {TASKS[-1]}.")
-    folder = _find_folder(source)
-    gguf_files = sorted(folder.glob("*.gguf"))
-    gguf_file = gguf_files[0].name if gguf_files and not (folder / "config.json").exists() else None
-    if gguf_file is None and not (folder / "config.json").is_file():
-        raise ExportError(f"{source}: no config.json in it. Give a folder that save_pretrained wrote, or a hub name.")
+    source = find_base(name) if isinstance(name, str) else name
+    options = {"gguf_file": source.gguf_file} if source.gguf_file else {}
     try:
-        config = (
-            AutoConfig.from_pretrained(folder, gguf_file=gguf_file) if gguf_file else AutoConfig.from_pretrained(folder)
-        )
+        config = AutoConfig.from_pretrained(source.folder, **options)
     except Exception as error:
         raise ExportError(
-            f"{source}: its config.json is not one that transformers can read ({_first_line(error)})."
+            f"{source.name}: its config.json is not one that transformers can read ({_first_line(error)})."
         ) from None
     if getattr(config, "is_encoder_decoder", False):
-        raise ExportError(f"{source}: is an encoder-decoder model ({config.model_type}), which is not supported.")
+        raise ExportError(f"{source.name}: is an encoder-decoder model ({config.model_type}), which is not supported.")
     if task == "auto":
-        task = _guess_task(config, folder)
+        task = _guess_task(config, source.folder)
     if type(config) not in _AUTO_CLASSES[task]._model_mapping:
-        raise ExportError(f"{source}: transformers has no {task} model for {config.model_type}. Choose another --task.")
-    return BaseModel(source, folder, config, task, gguf_file)
-
-
-def _find_folder(source: str) -> Path:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise ExportError(f"{source}: no such folder. Give a folder that save_pretrained wrote, or a hub name.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=_HUB_PATTERNS))
-    except Exception as error:
-        raise ExportError(
-            f"{source}: neither a folder here nor a model that can be fetched from the hub ({_first_line(error)})."
-        ) from None
+        raise ExportError(f"{source.name}: {config.model_type} has no {task} model. Choose another --task.")
+    return BaseModel(source, config, task)
 
 
 def _guess_task(config: Any, folder: Path) -> str:

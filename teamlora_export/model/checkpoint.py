@@ -1,151 +1,129 @@
-"""A base model's weights, read from its files one tensor at a time, past PyTorch where the files allow it.
+"""A base model's weights, read from its safetensors files one tensor at a time, without torch.
 
-Most checkpoints are safetensors whose names are the model's own, give or take the name of its body. Where a
-checkpoint needs
-more than that (GGUF, `.bin`, names that transformers converts while loading), transformers loads it whole.
+Files are read, not mapped, so that a tensor that has been written no longer counts as memory in use.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 
-from teamlora_export.adapter.files import refuse_escape, sha256_of
+from teamlora_export.adapter.files import refuse_escape
 from teamlora_export.errors import ExportError
-from teamlora_export.model.base import BaseModel
+from teamlora_export.model.source import BaseSource, read_weight_map
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True)
+class _Extent:
+    """Where a tensor lies in a file."""
+
+    path: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
 
 
 class SafetensorsWeights:
     """Tensors of one or several safetensors files, by the model's parameter names."""
 
-    def __init__(self, files: Mapping[str, Path], keys: Mapping[str, str]) -> None:
-        self._files = files
-        self._keys = keys
-        self._open: dict[Path, Any] = {}
+    def __init__(self, extents: Mapping[str, _Extent]) -> None:
+        self._extents = extents
 
     def read(self, name: str) -> np.ndarray:
-        key = self._keys[name]
-        path = self._files[key]
-        if path not in self._open:
-            self._open[path] = _open_safetensors(path)
-        return self._open[path].get_tensor(key)
+        extent = self._extents[name]
+        count = math.prod(extent.shape)
+        array = np.fromfile(extent.path, extent.dtype, count, offset=extent.offset)
+        if array.size != count:
+            raise ExportError(f"{extent.path}: ends before {name} does. It may be truncated: copy it again.")
+        return array.reshape(extent.shape)
 
 
-class LoadedWeights:
-    """Tensors of a model that transformers has loaded."""
+def open_safetensors_weights(
+    source: BaseSource, aliases: Mapping[str, Sequence[str]], body_prefix: str
+) -> SafetensorsWeights | None:
+    """The weights of `source` by the model's names, or None where they are not safetensors with such names.
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._state = model.state_dict()
-
-    def read(self, name: str) -> np.ndarray:
-        tensor = self._state[name].detach().contiguous()
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
-
-
-def open_weights(base: BaseModel, skeleton: torch.nn.Module) -> SafetensorsWeights | LoadedWeights:
-    """The weights of `base` for every parameter of `skeleton`.
+    Args:
+        aliases: every tensor of the model, with the names of all tensors that it is tied to (itself among them).
+        body_prefix: what a checkpoint of the model without its head leaves out of each name.
 
     Raises:
         ExportError: a file is missing or damaged.
     """
-    files = _safetensors_files(base.folder) if base.gguf_file is None else {}
-    keys = _match_names(_aliases(skeleton), files, getattr(skeleton, "base_model_prefix", ""))
-    if keys is not None:
-        return SafetensorsWeights(files, keys)
-    return LoadedWeights(base.load(torch.float32))
+    files = _safetensors_files(source)
+    extents: dict[str, _Extent] = {}
+    for path, names in files.items():
+        refuse_escape(path, source.folder)
+        found = _read_header(path)
+        if missing := set(names) - set(found):
+            raise ExportError(f"{path}: lacks {min(missing)}, which its index says it holds.")
+        extents |= found if not names else {name: found[name] for name in names}
+    keys = _match_names(aliases, extents, body_prefix)
+    return SafetensorsWeights({name: extents[key] for name, key in keys.items()}) if keys and extents else None
 
 
-def weights_sha256(base: BaseModel) -> dict[str, str]:
-    """SHA-256 of each of the files that hold the weights of `base`, by file name."""
-    if base.gguf_file is not None:
-        paths: Iterable[Path] = [base.folder / base.gguf_file]
-    else:
-        paths = sorted(set(_safetensors_files(base.folder).values())) or sorted(base.folder.glob("*.bin"))
-    return {path.name: sha256_of(path) for path in paths}
-
-
-def _safetensors_files(folder: Path) -> dict[str, Path]:
-    """Checkpoint key -> file, from the index or the single file; empty where there is neither."""
-    index = folder / _INDEX
-    if index.is_file():
-        return _indexed_files(index, folder)
-    single = folder / _SINGLE
-    if not single.is_file():
+def _safetensors_files(source: BaseSource) -> dict[Path, list[str]]:
+    """Files, with the tensors that an index expects in each; no names means all that is there."""
+    if source.gguf_file is not None:
         return {}
-    refuse_escape(single, folder)
-    return dict.fromkeys(_open_safetensors(single).keys(), single)
+    index = source.folder / "model.safetensors.index.json"
+    if index.is_file():
+        files: dict[Path, list[str]] = {}
+        for name, file in read_weight_map(index).items():
+            files.setdefault(source.folder / file, []).append(name)
+        return files
+    single = source.folder / "model.safetensors"
+    return {single: []} if single.is_file() else {}
 
 
-def _indexed_files(index: Path, folder: Path) -> dict[str, Path]:
+def _read_header(path: Path) -> dict[str, _Extent]:
+    """Every tensor of a safetensors file. The library checks the header against the file; offsets are its own."""
     try:
-        pairs = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{index}: not a readable index of shards ({error}).") from None
-    files = {}
-    for key, name in pairs.items():
-        path = folder / str(name)
-        if Path(str(name)).name != name:
-            raise ExportError(f"{index}: names {name!r}, which is not a file of this folder.")
-        if not path.is_file():
-            raise ExportError(f"{index}: names {name}, which is missing. Download the checkpoint again.")
-        files[key] = path
-    for path in sorted(set(files.values())):
-        refuse_escape(path, folder)
-        missing = {key for key, file in files.items() if file == path} - set(_open_safetensors(path).keys())
-        if missing:
-            raise ExportError(f"{path}: lacks {min(missing)}, which {index.name} says it holds.")
-    return files
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it names {twice} twice")
-    return fields
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="np"), path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        return {
+            name: _Extent(path, 8 + size + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            for name, entry in header.items()
+        }
+    except (SafetensorError, OSError, ValueError) as error:
         raise ExportError(
             f"{path}: not a readable safetensors file ({error}). It may be truncated: copy it again."
         ) from None
-
-
-def _aliases(skeleton: torch.nn.Module) -> dict[str, list[str]]:
-    """Every parameter and persistent buffer by name, with the names of all tensors that it is tied to."""
-    groups: dict[int, list[str]] = {}
-    tensors = skeleton.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
-        groups.setdefault(id(tensor), []).append(name)
-    return {name: groups[id(tensor)] for name, tensor in tensors.items()}
+    except KeyError as error:
+        raise ExportError(f"{path}: holds tensors of type {error}, which are not supported.") from None
 
 
 def _match_names(
-    aliases: Mapping[str, list[str]], files: Mapping[str, Path], body_prefix: str
+    aliases: Mapping[str, Sequence[str]], keys: Mapping[str, object], body_prefix: str
 ) -> dict[str, str] | None:
     """Model name -> checkpoint key; None where some name has no counterpart."""
     prefix = f"{body_prefix}." if body_prefix else ""
-    keys = {}
+    matched = {}
     for name, names in aliases.items():
         candidates = [c for n in names for c in (n, prefix + n, n.removeprefix(prefix))]
-        key = next((c for c in candidates if c in files), None)
+        key = next((c for c in candidates if c in keys), None)
         if key is None:
             return None
-        keys[name] = key
-    return keys
+        matched[name] = key
+    return matched

@@ -15,7 +15,7 @@ from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import Bundle, write_manifest
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel, open_base
-from teamlora_export.model.checkpoint import weights_sha256
+from teamlora_export.model.source import weights_sha256
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.cases import make_cases
 from teamlora_export.validate.judge import Judge, Verdict
@@ -76,7 +76,7 @@ def _open_sources(
             f"{adapter.source}: is not the adapter that {bundle.folder} was made of. Export again, or give --adapter."
         )
     base = open_base(base_source or manifest.base["source"], manifest.task)
-    if weights_sha256(base) != manifest.base["sha256"]:
+    if weights_sha256(base.source) != manifest.base["sha256"]:
         raise ExportError(
             f"{base.name}: is not the base that {bundle.folder} was made of. Export again, or give --base."
         )

@@ -7,7 +7,6 @@ from collections import Counter
 import onnx_ir as ir
 
 from teamlora_export.graph import op
-from teamlora_export.graph.trace import MARKER
 
 MODULES_KEY = "teamlora.modules"
 
@@ -21,7 +20,7 @@ class NameModuleOutputs(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        markers = [node for node in model.graph if node.domain == op.DOMAIN and node.op_type == MARKER]
+        markers = [node for node in model.graph if node.domain == op.DOMAIN and node.op_type == op.MARKER]
         names: dict[ir.Value, list[str]] = {}
         calls = Counter(_path(node) for node in markers)
         for node in markers:

@@ -1,0 +1,121 @@
+"""Finds a base model's folder and names its files, without importing torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teamlora_export.adapter.files import sha256_of
+from teamlora_export.errors import ExportError
+
+CONFIG_NAME = "config.json"
+# What decides how sentences are pooled (sentence-transformers).
+POOLING_FILES = ("modules.json", "1_Pooling/config.json")
+_HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "*/config.json"]
+
+
+@dataclass(frozen=True)
+class BaseSource:
+    """A base model on disk.
+
+    Attributes:
+        name: as the user gave it.
+        folder: where its files are.
+        gguf_file: the file inside `folder` that holds everything, where there is no config.json but a GGUF file.
+    """
+
+    name: str
+    folder: Path
+    gguf_file: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """What finds it again: its folder, or its name on the hub."""
+        return str(self.folder.resolve()) if Path(self.name).is_dir() else self.name
+
+    def weight_files(self) -> list[Path]:
+        """The files that hold weights, by the names that transformers looks for, in its order of preference."""
+        if self.gguf_file is not None:
+            return [self.folder / self.gguf_file]
+        for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+            index = self.folder / f"{stem}.{suffix}.index.json"
+            if index.is_file():
+                return sorted({self.folder / name for name in set(read_weight_map(index).values())})
+            if (self.folder / f"{stem}.{suffix}").is_file():
+                return [self.folder / f"{stem}.{suffix}"]
+        raise ExportError(f"{self.name}: holds no weights (model.safetensors, its shards, pytorch_model.bin or GGUF).")
+
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of what a graph depends on: configuration and pooling, no weights."""
+        names = (self.gguf_file,) if self.gguf_file else (CONFIG_NAME, *POOLING_FILES)
+        return {name: sha256_of(self.folder / name) for name in names if (self.folder / name).is_file()}
+
+
+def find_base(name: str) -> BaseSource:
+    """The base model `name`, a local folder or a hub name.
+
+    Raises:
+        ExportError: it is not there, or holds no configuration.
+    """
+    folder = _find_folder(name)
+    gguf_files = sorted(folder.glob("*.gguf"))
+    if (folder / CONFIG_NAME).is_file():
+        return BaseSource(name, folder)
+    if gguf_files:
+        return BaseSource(name, folder, gguf_files[0].name)
+    raise ExportError(f"{name}: no config.json in it. Give a folder that save_pretrained wrote, or a hub name.")
+
+
+def weights_sha256(source: BaseSource) -> dict[str, str]:
+    """SHA-256 of each of the files that hold the weights, by file name."""
+    return {path.name: sha256_of(path) for path in source.weight_files()}
+
+
+def weights_stamp(source: BaseSource) -> dict[str, tuple[int, int]]:
+    """Size and time of each weight file: cheap to compare before and after reading them."""
+    return {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in source.weight_files()}
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name, of an index of shards.
+
+    Raises:
+        ExportError: it is not a readable index, names a tensor twice, or a file that is missing or in another folder.
+    """
+    try:
+        fields = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
+        pairs = {str(key): str(name) for key, name in fields["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ExportError(f"{index}: not a readable index of shards ({error}).") from None
+    for name in sorted(set(pairs.values())):
+        if Path(name).name != name:
+            raise ExportError(f"{index}: names {name!r}, which is not a file of this folder.")
+        if not (index.parent / name).is_file():
+            raise ExportError(f"{index}: names {name}, which is missing. Download the checkpoint again.")
+    return pairs
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it names {twice} twice")
+    return fields
+
+
+def _find_folder(name: str) -> Path:
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ExportError(f"{name}: no such folder. Give a folder that save_pretrained wrote, or a hub name.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExportError(f"{name}: neither a folder here nor a model that the hub gives ({reason}).") from None
