@@ -16,6 +16,12 @@ def fill(folder: Path, text: str) -> None:
     (folder / MANIFEST_NAME).write_text(text)
 
 
+def stage_and_raise(out: Path, error: type[BaseException]) -> None:
+    with staged(out) as folder:
+        fill(folder, "second")
+        raise error
+
+
 def test_what_was_staged_appears_whole_and_replaces_the_old(tmp_path):
     out = tmp_path / "out"
     for text in ("first", "second"):
@@ -30,9 +36,8 @@ def test_a_failure_leaves_the_old_bundle_and_no_debris(error, tmp_path):
     out = tmp_path / "out"
     with staged(out) as folder:
         fill(folder, "first")
-    with pytest.raises(error), staged(out) as folder:
-        fill(folder, "second")
-        raise error
+    with pytest.raises(error):
+        stage_and_raise(out, error)
     assert (out / MANIFEST_NAME).read_text() == "first"
     assert list(tmp_path.iterdir()) == [out]
 

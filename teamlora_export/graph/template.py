@@ -1,8 +1,9 @@
 """Traced graphs, kept: the next adapter of the same shapes on the same base needs no tracing, and no torch.
 
 A graph depends on the base's configuration, the task, the dtype, the adapter's shapes and the versions of the
-libraries that traced it, and on no weight. A template is kept in the user's cache under a hash of exactly these: the graph with its
-recipes, and what is needed to check another adapter and to read the base's weights. A damaged entry is thrown away.
+libraries that traced it, and on no weight. A template is kept in the user's cache under a hash of exactly these: the
+graph with its recipes, and what is needed to check another adapter and to read the base's weights. A damaged entry is
+thrown away.
 """
 
 from __future__ import annotations
