@@ -72,6 +72,10 @@ def validate(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     base: Annotated[str | None, typer.Option(help="The base model, should it have moved since the export.")] = None,
     adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="The adapter, should it have moved.")] = None,
+    layer_by_layer: Annotated[
+        bool | None,
+        typer.Option("--layer-by-layer/--whole", help="Hold one layer in memory at a time. Default: where it must be."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write every figure as JSON here.")] = None,
 ) -> None:
@@ -81,7 +85,7 @@ def validate(
     from teamlora_export.validate.run import validate_bundle
 
     opened = read_bundle(bundle)
-    verdict = validate_bundle(opened, base_source=base, adapter_folder=adapter)
+    verdict = validate_bundle(opened, base_source=base, adapter_folder=adapter, layer_by_layer=layer_by_layer)
     print_verdict(verdict, _wide_console())
     if report is not None:
         write_html(verdict, opened, report)

@@ -48,6 +48,9 @@ class SafetensorsWeights:
     def __init__(self, extents: Mapping[str, _Extent]) -> None:
         self._extents = extents
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._extents
+
     def read(self, name: str) -> np.ndarray:
         extent = self._extents[name]
         count = math.prod(extent.shape)

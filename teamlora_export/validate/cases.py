@@ -22,8 +22,11 @@ class Case:
     steps: int = 0
 
 
-def make_cases(config: Any, task: str, seed: int = 0) -> list[Case]:
-    """The cases for a model of `config` doing `task`; ids are drawn over the whole vocabulary."""
+def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> list[Case]:
+    """The cases for a model of `config` doing `task`; ids are drawn over the whole vocabulary.
+
+    `brief` is for models that are read from disk on every call: one padded batch, with two decoding steps.
+    """
     rng = np.random.default_rng(seed)
     pad = getattr(config, "pad_token_id", None) or 0
     limit = int(getattr(config, "max_position_embeddings", 0) or 512)
@@ -39,6 +42,8 @@ def make_cases(config: Any, task: str, seed: int = 0) -> list[Case]:
         return Case(name, np.where(mask > 0, ids, pad), mask, steps)
 
     long = min(48, limit // 2)
+    if brief:
+        return [case("batch of 2, padded left", [9, 4], "left", 2 if task == "text-generation" else 0)]
     if task == "text-generation":
         return [
             case("one prompt", [9], "left", DECODE_STEPS),

@@ -78,8 +78,9 @@ def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
 def _conclusion(verdict: Verdict) -> str:
     worst = verdict.worst
     if verdict.passed:
+        count = "1 case" if len(verdict.cases) == 1 else f"{len(verdict.cases)} cases"
         return (
-            f"Passed: {len(verdict.cases)} cases. The worst output, {worst.name}, errs "
+            f"Passed: {count}. The worst output, {worst.name}, errs "
             f"{worst.times_pytorch:.2g} times as much as PyTorch does in {verdict.dtype} "
             f"(relative error {worst.error.relative:.1e})."
         )

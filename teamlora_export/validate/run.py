@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import math
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
@@ -15,10 +17,12 @@ from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import Bundle, write_manifest
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel, open_base
+from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights
 from teamlora_export.model.source import weights_sha256
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.cases import make_cases
 from teamlora_export.validate.judge import Judge, Verdict
+from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.runners import OnnxRunner, TorchRunner
 
 _TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -29,9 +33,13 @@ def validate_bundle(
     *,
     base_source: str | None = None,
     adapter_folder: str | Path | None = None,
+    layer_by_layer: bool | None = None,
     reporter: Reporter | None = None,
 ) -> Verdict:
     """Judge `bundle` against the base and adapter that it was made of (found by its manifest, or given if they moved).
+
+    Args:
+        layer_by_layer: hold one layer in memory at a time and run fewer cases; None: only where the whole does not fit.
 
     Raises:
         ExportError: base or adapter are not there, or are not those that the bundle was made of; the bundle's own files
@@ -41,12 +49,17 @@ def validate_bundle(
     manifest = bundle.manifest
     _check_own_files(bundle)
     base, adapter = _open_sources(bundle, base_source, adapter_folder)
-    with reporter.step("Loading PyTorch in float64 and the bundle's dtype"):
-        reference = TorchRunner(base, adapter, _reference_dtype(base))
-        pytorch = TorchRunner(base, adapter, _TORCH_DTYPES[manifest.dtype])
-    candidate = OnnxRunner(bundle)
+    if layer_by_layer is None:
+        layer_by_layer = not _fits(base)
+    weights = _open_streamed(base) if layer_by_layer else None
+    if weights is not None:
+        reporter.say("Layer by layer: the weights are read from disk on every call")
+    with reporter.step("Preparing PyTorch in float64 and the bundle's dtype"):
+        reference = TorchRunner(base, adapter, torch.float64, weights)
+        pytorch = TorchRunner(base, adapter, _TORCH_DTYPES[manifest.dtype], weights)
+    candidate = OnnxRunner(bundle) if weights is None else LayerwiseOnnxRunner(bundle)
     judge = Judge(manifest.dtype, reference, pytorch, candidate, manifest.inputs)
-    for case in make_cases(base.config, base.task):
+    for case in make_cases(base.config, base.task, brief=weights is not None):
         with reporter.step(f"Case: {case.name}"):
             judge.add_case(case)
     with reporter.step("Comparing module by module"):
@@ -83,12 +96,19 @@ def _open_sources(
     return base, align_with_base(adapter, base.signature)
 
 
-def _reference_dtype(base: BaseModel) -> torch.dtype:
-    """float64 where two models in it, the one under test and working memory fit, else float32."""
-    import psutil
+def _fits(base: BaseModel) -> bool:
+    """Whether PyTorch in float64, PyTorch in the bundle's dtype, and ONNX Runtime fit into what memory is free."""
+    parameters = sum(math.prod(shape) for shape in base.signature.parameters.values())
+    return parameters * (8 + 4 + 4) * 1.3 < psutil.virtual_memory().available
 
-    parameters = sum(int(np.prod(shape)) for shape in base.signature.parameters.values())
-    return torch.float64 if parameters * (8 + 4 + 4) * 1.3 < psutil.virtual_memory().available else torch.float32
+
+def _open_streamed(base: BaseModel) -> SafetensorsWeights:
+    weights = open_safetensors_weights(base.source, base.aliases(), base.signature.body_prefix)
+    if weights is None:
+        raise ExportError(
+            f"{base.name}: does not fit into this machine's memory, and only safetensors can be read layer by layer."
+        )
+    return weights
 
 
 def _mean_share(share: np.ndarray) -> list[float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import tempfile
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +30,10 @@ from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.passes.module_outputs import MODULES_KEY
 from teamlora_export.graph.tasks import encoder_forward
 from teamlora_export.model.base import BaseModel
+from teamlora_export.model.checkpoint import SafetensorsWeights
 from teamlora_export.model.inject import inject
 from teamlora_export.model.layer import ExpertLinear
+from teamlora_export.model.streaming import stream_weights
 from teamlora_export.validate.bfloat16 import emulate_bfloat16
 from teamlora_export.validate.cases import Feeds
 
@@ -49,11 +52,18 @@ class Runner(Protocol):
 
 
 class TorchRunner:
-    """The adapted model in PyTorch, in `dtype`."""
+    """The adapted model in PyTorch, in `dtype`; with `weights`, each module's are read from there while it runs."""
 
-    def __init__(self, base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype) -> None:
-        self._model = base.load(dtype)
-        inject(self._model, adapter)
+    def __init__(
+        self, base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype, weights: SafetensorsWeights | None = None
+    ) -> None:
+        if weights is None:
+            self._model = base.load(dtype)
+            inject(self._model, adapter)
+        else:
+            self._model = base.skeleton(dtype)
+            inject(self._model, replace(adapter, overrides={}))
+            stream_weights(self._model, weights, adapter.overrides)
         self._forward = None if base.task == "text-generation" else encoder_forward(base, self._model)
         self._dtype = dtype
 
@@ -117,7 +127,6 @@ class OnnxRunner:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._model: ir.Model | None = None
         self._session: ort.InferenceSession | None = None
         self._tapped: ort.InferenceSession | None = None
         self._taps: dict[str, list[str]] = {}
@@ -126,14 +135,14 @@ class OnnxRunner:
         if self._session is None:
             emulate = self._bundle.manifest.dtype == "bf16"
             self._session = self._open_edited([]) if emulate else _open_session(self._bundle.model)
-        return _run_session(self._session, feeds)
+        return run_session(self._session, feeds)
 
     def run_with_taps(self, feeds: Feeds) -> tuple[Feeds, Taps]:
         if self._tapped is None:
             model = ir.load(self._bundle.model)
             self._taps = module_values(model)
             self._tapped = self._open_edited(list(self._taps))
-        outputs = _run_session(self._tapped, feeds)
+        outputs = run_session(self._tapped, feeds)
         taps = {module: outputs[value] for value, modules in self._taps.items() for module in modules}
         return {port.name: outputs[port.name] for port in self._bundle.manifest.outputs}, taps
 
@@ -148,19 +157,24 @@ class OnnxRunner:
         return "an input of the model"
 
     def _open_edited(self, extra_outputs: list[str]) -> ort.InferenceSession:
-        """A session on the bundle's model with some of its values as outputs, and bfloat16 emulated."""
+        """A session on the bundle's model with some of its values as outputs."""
         model = ir.load(self._bundle.model)
         present = {value.name for value in model.graph.outputs}
         values = {value.name: value for node in model.graph for value in node.outputs}
         model.graph.outputs.extend(values[name] for name in extra_outputs if name not in present)
-        if self._bundle.manifest.dtype == "bf16":
-            inline_bodies(model)
-            emulate_bfloat16(model)
-            common.RemoveUnusedNodesPass()(model)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
-            ir.save(model, path)
-            return _open_session(path, self._bundle.folder)
+        return open_model(model, self._bundle)
+
+
+def open_model(model: ir.Model, bundle: Bundle) -> ort.InferenceSession:
+    """A session on a model derived from a bundle's, with the bundle's weights; bfloat16 is emulated."""
+    if bundle.manifest.dtype == "bf16":
+        inline_bodies(model)
+        emulate_bfloat16(model)
+        common.RemoveUnusedNodesPass()(model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(model, path)
+        return _open_session(path, bundle.folder)
 
 
 def module_values(model: ir.Model) -> dict[str, list[str]]:
@@ -189,7 +203,8 @@ def _open_session(path: Path, weights_folder: Path | None = None) -> ort.Inferen
 _NUMPY_TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def _run_session(session: ort.InferenceSession, feeds: Feeds) -> Feeds:
+def run_session(session: ort.InferenceSession, feeds: Feeds) -> Feeds:
+    """Feed a session what it takes of `feeds`, cast to its types; every output by name."""
     types = {value.name: _NUMPY_TYPES[value.type] for value in session.get_inputs()}
     with np.errstate(over="ignore"):
         inputs = {name: feeds[name].astype(kind) for name, kind in types.items()}

@@ -190,3 +190,18 @@ def test_a_planted_fault_is_caught_and_located(name, plant):
 @pytest.mark.parametrize("bundle", [("llama",), ("qwen2",), ("llama", "fp16"), ("llama", "fp32", "standard")])
 def test_a_bundle_saved_again_without_a_fault_passes(bundle, plant):
     assert validate_bundle(plant(Fault(lambda model: None, "", bundle))).passed
+
+
+@pytest.mark.parametrize("name", ["M transposed", "mask ignored", "cache concatenated backwards", "residual skipped"])
+def test_a_fault_is_located_layer_by_layer_too(name, plant):
+    fault = FAULTS[name]
+    verdict = validate_bundle(plant(fault), layer_by_layer=True)
+    assert not verdict.passed
+    assert re.fullmatch(fault.located, verdict.departure.module), verdict.departure
+
+
+@pytest.mark.parametrize("bundle", [("llama",), ("gemma3",), ("gpt2",), ("roberta",), ("bert", "bf16"), ("opt",)])
+def test_a_good_bundle_passes_layer_by_layer(bundle, make_bundle):
+    verdict = validate_bundle(make_bundle(*bundle), layer_by_layer=True)
+    assert verdict.passed, verdict.departure
+    assert len(verdict.modules) > 30, "every module is compared, not the outputs alone"

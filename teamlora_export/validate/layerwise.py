@@ -1,0 +1,127 @@
+"""Runs a bundle's model one layer at a time, each in a session of its own, so that only one layer is in memory.
+
+The graph is cut at the residual stream, at the values that the tracer marked as entering and leaving the layers.
+Everything before the first cut that layers share (masks, rotary tables) depends on the graph's inputs alone, and each
+piece computes it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+from teamlora_export.bundle import Bundle
+from teamlora_export.errors import ExportError
+from teamlora_export.graph.passes.module_outputs import MODULES_KEY
+from teamlora_export.validate.cases import Feeds
+from teamlora_export.validate.runners import OnnxRunner, Taps, open_model, run_session
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of the graph: what it is entered through (None for the first), and what it gives."""
+
+    entry: str | None
+    outputs: tuple[str, ...]
+
+
+class LayerwiseOnnxRunner(OnnxRunner):
+    """`OnnxRunner` in the memory of one layer."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self._proto = onnx.load(bundle.model, load_external_data=False)
+        self._producers = {name: node for node in self._proto.graph.node for name in node.output}
+        self._types = {info.name: info for info in self._proto.graph.value_info}
+        self._modules = _marked_values(self._proto)
+        self._pieces = tuple(self._cut())
+
+    def run(self, feeds: Feeds) -> Feeds:
+        return self._run(feeds, [])[0]
+
+    def run_with_taps(self, feeds: Feeds) -> tuple[Feeds, Taps]:
+        outputs, values = self._run(feeds, list(self._modules))
+        return outputs, {module: values[name] for name, modules in self._modules.items() for module in modules}
+
+    def _run(self, feeds: Feeds, extra: Sequence[str]) -> tuple[Feeds, Feeds]:
+        wanted = [output.name for output in self._proto.graph.output]
+        values: Feeds = dict(feeds)
+        known: set[str] = set()
+        for piece in self._pieces:
+            nodes = self._nodes(piece.outputs, piece.entry)
+            inside = [name for node in nodes for name in node.output if name in extra and name not in known]
+            # What all pieces compute again is given by the first that does.
+            known.update(inside)
+            model = self._extract(nodes, piece, inside)
+            session = open_model(model, self._bundle)
+            values |= run_session(session, values)
+        return {name: values[name] for name in wanted}, values
+
+    def _cut(self) -> Iterator[_Piece]:
+        entry, residuals = self._boundaries()
+        rest = [output.name for output in self._proto.graph.output]
+        yield _Piece(None, (entry,))
+        for index, residual in enumerate(residuals):
+            made = (residual, *(name for name in rest if name.startswith(f"present.{index}.")))
+            rest = [name for name in rest if name not in made]
+            yield _Piece(entry, made)
+            entry = residual
+        if rest:
+            yield _Piece(entry, tuple(rest))
+
+    def _boundaries(self) -> tuple[str, list[str]]:
+        by_module = {module: name for name, modules in self._modules.items() for module in modules}
+        for module, entry in by_module.items():
+            prefix = module.removesuffix(".input")
+            if module != prefix and f"{prefix}.0" in by_module:
+                layers = [by_module[f"{prefix}.{i}"] for i in range(len(by_module)) if f"{prefix}.{i}" in by_module]
+                return entry, layers
+        raise ExportError(f"{self._bundle.folder}: its layers cannot be told apart. Validate it on a larger machine.")
+
+    def _nodes(self, outputs: Sequence[str], entry: str | None) -> list[onnx.NodeProto]:
+        """The nodes between `entry` and `outputs`, in the graph's order."""
+        found: set[str] = set()
+        waiting = list(outputs)
+        while waiting:
+            name = waiting.pop()
+            node = self._producers.get(name)
+            if name == entry or node is None or node.name in found:
+                continue
+            found.add(node.name)
+            waiting.extend(node.input)
+        return [node for node in self._proto.graph.node if node.name in found]
+
+    def _extract(self, nodes: Sequence[onnx.NodeProto], piece: _Piece, extra: Sequence[str]) -> ir.Model:
+        graph = self._proto.graph
+        read = {name for node in nodes for name in node.input}
+        inputs = [value for value in graph.input if value.name in read]
+        if piece.entry is not None:
+            inputs.append(self._types[piece.entry])
+        known = {value.name: value for value in graph.output} | self._types
+        outputs = [known[name] for name in dict.fromkeys([*piece.outputs, *extra])]
+        initializers = [tensor for tensor in graph.initializer if tensor.name in read]
+        made = {name for node in nodes for name in node.output}
+        infos = [info for name, info in self._types.items() if name in made]
+        sub = onnx.helper.make_graph(nodes, "piece", inputs, outputs, initializers, value_info=infos)
+        model = onnx.helper.make_model(
+            sub,
+            functions=self._proto.functions,
+            opset_imports=self._proto.opset_import,
+            ir_version=self._proto.ir_version,
+        )
+        return ir.from_proto(model)
+
+
+def _marked_values(proto: onnx.ModelProto) -> dict[str, list[str]]:
+    """Value name -> modules that returned it, in the order of the graph."""
+    marked = {}
+    infos = {info.name: info for info in (*proto.graph.value_info, *proto.graph.output)}
+    for node in proto.graph.node:
+        for name in node.output:
+            properties = {p.key: p.value for p in infos[name].metadata_props} if name in infos else {}
+            if MODULES_KEY in properties:
+                marked[name] = properties[MODULES_KEY].split(",")
+    return marked
