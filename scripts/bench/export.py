@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -182,17 +181,28 @@ def run_in_turns(runs: dict[str, Callable[[], tuple[float, float]]], repeats: in
         print(f"{name:<40}{median:>9.1f}{spread:>16}{memory:>9.2f}{median / first:>8.2f}")
 
 
+# A process inherits the peak of the one that started it, so a small one starts what is measured.
+_LAUNCHER = """
+import os, sys, time
+started = time.perf_counter()
+process = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(process, 0)
+print(time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9, status, file=open(int(os.environ["MEASURE"]), "w"))
+"""
+
+
 def measure(command: Sequence[object]) -> tuple[float, float]:
     """Seconds and peak resident gigabytes of a command."""
-    started = time.perf_counter()
-    with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen([str(word) for word in command], stdout=output, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        if status:
-            output.seek(0)
-            sys.exit(f"{command[0]} failed:\n{output.read().decode(errors='replace')[-2000:]}")
-    return seconds, usage.ru_maxrss * 1024 / 1e9
+    reading, writing = os.pipe()
+    launcher = [sys.executable, "-S", "-c", _LAUNCHER, *map(str, command)]
+    environment = {**os.environ, "MEASURE": str(writing)}
+    result = subprocess.run(launcher, capture_output=True, text=True, env=environment, pass_fds=[writing])
+    os.close(writing)
+    with open(reading) as figures:
+        seconds, memory, status = (float(figure) for figure in figures.read().split())
+    if status:
+        sys.exit(f"{command[0]} failed:\n{result.stdout[-1000:]}{result.stderr[-2000:]}")
+    return seconds, memory
 
 
 def make_environment(name: str) -> Path:

@@ -30,6 +30,7 @@ from teamlora_export.graph import op
 # multiples of a cache line. Constants that the code computed stay inside the model while they are small.
 _PAGE, _LINE = 65536, 64
 _LARGE, _SMALL = 1 << 20, 1024
+_STRIP = 64
 OP_SOURCES = ("down", "mix", "up")
 
 
@@ -213,17 +214,37 @@ class _Cook:
         self._adapter = adapter
         # A projection's three inputs are written one after the other.
         self._fold = lru_cache(maxsize=8)(lambda path: op.fold(adapter.projections[path]))
+        # One is written to disk while the other is filled.
+        self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
     def cook(self, tensor: WeightTensor) -> np.ndarray:
+        """The tensor's values, contiguous. Valid until the call after the next."""
         parts = [self._part(part, tensor.dtype) for part in tensor.recipe.parts]
-        array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=tensor.recipe.axis)
-        if list(array.shape) != list(tensor.shape.numpy()):
+        axis, shape = tensor.recipe.axis, tuple(tensor.shape.numpy())
+        given = (*parts[0].shape[:axis], sum(part.shape[axis] for part in parts), *parts[0].shape[axis + 1 :])
+        if given != shape or any(part.ndim != len(shape) for part in parts):
             keys = ", ".join(part.key for part in tensor.recipe.parts)
             raise ExportError(
-                f"{keys}: the checkpoint gives {list(array.shape)}, its code expects {list(tensor.shape.numpy())}. "
+                f"{keys}: the checkpoint gives {list(given)}, the model's code expects {list(shape)}. "
                 "Does config.json belong to these weights?"
             )
+        if len(parts) == 1 and parts[0].flags.c_contiguous:
+            return parts[0]
+        array = self._scratch(shape, parts[0].dtype)
+        start = 0
+        for part in parts:
+            end = start + part.shape[axis]
+            _copy(part, array[(slice(None),) * axis + (slice(start, end),)])
+            start = end
         return array
+
+    def _scratch(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Uninitialised memory, used again and again: fresh pages cost more than the copy into them."""
+        size = math.prod(shape) * dtype.itemsize
+        self._buffers.reverse()
+        if self._buffers[0].size < size:
+            self._buffers[0] = np.empty(size, np.uint8)
+        return self._buffers[0][:size].view(dtype).reshape(shape)
 
     def _part(self, part: Part, dtype: ir.DataType) -> np.ndarray:
         if part.source in OP_SOURCES:
@@ -234,6 +255,15 @@ class _Cook:
             array = self._base.read(part.key)
         array = _cast(array, dtype, part.key)
         return array.T if part.transposed else array
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """Copy, in strips that stay in cache where `source` is a transposed view."""
+    if source.ndim != 2 or source.flags.c_contiguous:
+        target[...] = source
+        return
+    for start in range(0, source.shape[1], _STRIP):
+        target[:, start : start + _STRIP] = source[:, start : start + _STRIP]
 
 
 def _cast(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
