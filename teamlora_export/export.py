@@ -9,7 +9,6 @@ template and safetensors weights, torch is never imported.
 from __future__ import annotations
 
 import importlib.metadata
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import onnx_ir as ir
@@ -35,7 +34,7 @@ from teamlora_export.graph import op, weights
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.template import LIBRARIES, Template, keep_template, load_template, template_key
 from teamlora_export.model.checkpoint import open_safetensors_weights
-from teamlora_export.model.source import BaseSource, find_base, weights_sha256, weights_stamp
+from teamlora_export.model.source import BaseSource, find_base, hashing_weights
 from teamlora_export.progress import Reporter
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -74,33 +73,34 @@ def export_onnx(
     source = find_base(base_name)
     out = Path(out)
     refuse_foreign(out)
-    template = _find_template(source, adapter, task, dtype, use_cache, reporter)
-    adapter = align_with_base(adapter, template.signature)
-    model = template.model
-    _warn_of_normalizers(adapter, reporter)
-    _warn_of_unused(model, adapter, reporter)
-    nodes = sum(op.is_op(node) for node in model.graph)
-    if op_form == "standard":
-        inline_bodies(model)
-    model.producer_name, model.producer_version = "teamlora-export", __version__
-    with staged(out) as folder:
-        base_sha256, data_sha256 = _write_weights(model, source, template, adapter, folder, reporter)
-        ir.save(model, folder / MODEL_NAME)
-        copy_companions(source.folder, folder)
-        if source.gguf_file is not None:
-            _open_base(source, template.task).save_companions(folder)
-        manifest = Manifest(
-            tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
-            base={"source": source.origin, "model_type": template.model_type, "sha256": base_sha256},
-            adapter=_describe_adapter(adapter),
-            op={"domain": op.DOMAIN, "name": op.NAME, "version": op.VERSION, "nodes": nodes, "form": op_form},
-            task=template.task,
-            dtype=dtype,
-            inputs=tuple(_port(value) for value in model.graph.inputs),
-            outputs=tuple(_port(value) for value in model.graph.outputs),
-            sha256={MODEL_NAME: sha256_of(folder / MODEL_NAME), DATA_NAME: data_sha256},
-        )
-        write_manifest(folder, manifest)
+    with hashing_weights(source) as finish_hashing:
+        template = _find_template(source, adapter, task, dtype, use_cache, reporter)
+        adapter = align_with_base(adapter, template.signature)
+        model = template.model
+        _warn_of_normalizers(adapter, reporter)
+        _warn_of_unused(model, adapter, reporter)
+        nodes = sum(op.is_op(node) for node in model.graph)
+        if op_form == "standard":
+            inline_bodies(model)
+        model.producer_name, model.producer_version = "teamlora-export", __version__
+        with staged(out) as folder:
+            data_sha256 = _write_weights(model, source, template, adapter, folder, reporter)
+            ir.save(model, folder / MODEL_NAME)
+            copy_companions(source.folder, folder)
+            if source.gguf_file is not None:
+                _open_base(source, template.task).save_companions(folder)
+            manifest = Manifest(
+                tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
+                base={"source": source.origin, "model_type": template.model_type, "sha256": finish_hashing()},
+                adapter=_describe_adapter(adapter),
+                op={"domain": op.DOMAIN, "name": op.NAME, "version": op.VERSION, "nodes": nodes, "form": op_form},
+                task=template.task,
+                dtype=dtype,
+                inputs=tuple(_port(value) for value in model.graph.inputs),
+                outputs=tuple(_port(value) for value in model.graph.outputs),
+                sha256={MODEL_NAME: sha256_of(folder / MODEL_NAME), DATA_NAME: data_sha256},
+            )
+            write_manifest(folder, manifest)
     return read_bundle(out)
 
 
@@ -129,8 +129,8 @@ def _find_template(
 
 def _write_weights(
     model: ir.Model, source: BaseSource, template: Template, adapter: AdapterSpec, folder: Path, reporter: Reporter
-) -> tuple[dict[str, str], str]:
-    """Write the external data; return the SHA-256 of the base's weight files and of the data."""
+) -> str:
+    """Write the external data; return its SHA-256."""
     base_weights: weights.BaseWeights | None = open_safetensors_weights(
         source, template.aliases, template.signature.body_prefix
     )
@@ -141,14 +141,8 @@ def _write_weights(
             base_weights = LoadedWeights(_open_base(source, template.task))
     size = weights.total_bytes(model)
     require_space(folder, size)
-    before = weights_stamp(source)
-    with ThreadPoolExecutor(1) as pool, reporter.bytes("Writing weights", size) as progress:
-        base_sha256 = pool.submit(weights_sha256, source)
-        data_sha256 = weights.write_external_data(model, base_weights, adapter, folder / DATA_NAME, progress)
-        hashes = base_sha256.result()
-    if weights_stamp(source) != before:
-        raise ExportError(f"{source.name}: its weight files changed while they were read. Export it again.")
-    return hashes, data_sha256
+    with reporter.bytes("Writing weights", size) as progress:
+        return weights.write_external_data(model, base_weights, adapter, folder / DATA_NAME, progress)
 
 
 def _open_base(source: BaseSource, task: str):  # type: ignore[no-untyped-def]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,7 @@ from teamlora_export.adapter.files import sha256_of
 from teamlora_export.errors import ExportError
 
 CONFIG_NAME = "config.json"
+_CHUNK = 1 << 20
 # What decides how sentences are pooled (sentence-transformers).
 POOLING_FILES = ("modules.json", "1_Pooling/config.json")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "*/config.json"]
@@ -71,6 +77,38 @@ def find_base(name: str) -> BaseSource:
 def weights_sha256(source: BaseSource) -> dict[str, str]:
     """SHA-256 of each of the files that hold the weights, by file name."""
     return {path.name: sha256_of(path) for path in source.weight_files()}
+
+
+@contextmanager
+def hashing_weights(source: BaseSource) -> Iterator[Callable[[], dict[str, str]]]:
+    """Hash the weight files in the background while the block runs.
+
+    Yields a function that waits for the result, as `weights_sha256` gives it, and raises `ExportError` where a file
+    changed since the block began. Hashing is given up where the block ends without asking.
+    """
+    before = weights_stamp(source)
+    stop = threading.Event()
+
+    def finish() -> dict[str, str]:
+        hashes = {name: future.result() for name, future in futures.items()}
+        if weights_stamp(source) != before:
+            raise ExportError(f"{source.name}: its weight files changed while they were read. Export it again.")
+        return hashes
+
+    with ThreadPoolExecutor(1) as pool:
+        futures = {path.name: pool.submit(_sha256_until, path, stop) for path in source.weight_files()}
+        try:
+            yield finish
+        finally:
+            stop.set()
+
+
+def _sha256_until(path: Path, stop: threading.Event) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while not stop.is_set() and (chunk := file.read(_CHUNK)):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def weights_stamp(source: BaseSource) -> dict[str, tuple[int, int]]:
