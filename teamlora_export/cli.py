@@ -26,6 +26,9 @@ app = typer.Typer(
     add_completion=False,
 )
 
+# Packages that come with an extra, because they are a choice or rarely needed.
+_EXTRAS = {"onnxruntime": "cpu", "gguf": "gguf"}
+
 AdapterArgument = Annotated[Path, typer.Option("--adapter", "-a", help="Folder of the trained adapter.")]
 
 
@@ -125,6 +128,11 @@ def main() -> None:
         _fail(str(error))
     except _Interrupted:
         _fail("Interrupted; nothing was written.")
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(error.name or "")
+        if extra is None:
+            raise
+        _fail(f"{error.name} is not installed, and this command needs it: pip install 'teamlora-export[{extra}]'")
     except MemoryError:
         _fail("Not enough memory for this model on this machine.")
     except OSError as error:

@@ -179,3 +179,11 @@ def test_an_interrupted_export_leaves_the_old_bundle(kind, adapter, tmp_path, ma
     assert "Interrupted; nothing was written." in errors
     assert {path.name: path.read_bytes() for path in bundle.iterdir() if path.is_file()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "bundle"]
+
+
+def test_a_missing_runtime_is_one_sentence_with_the_command_that_installs_it(make_bundle, tmp_path):
+    (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError('No module', name='onnxruntime')")
+    result = run("validate", make_bundle("llama").folder, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 2
+    assert "pip install 'teamlora-export[cpu]'" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", default="smollm2", choices=["smollm2", *SHAPES, "depth"])
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         bench = {"smollm2": bench_smollm2, "llama-70b": bench_graph, "depth": bench_depth}
         bench.get(arguments.what, bench_copy)(arguments.what, Path(folder), arguments.repeats)

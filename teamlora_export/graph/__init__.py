@@ -1,5 +1,7 @@
 """From an adapted model to an ONNX graph, and from weights on disk to its external data.
 
-`trace.py` makes a graph whose initializers are recipes, not numbers; `passes/` rewrites it; `op.py` defines the op and
-its function body; `weights.py` cooks the recipes, one tensor at a time, into the data file.
+`build.py` is the way through: `layers.py` plans a shallow model, `trace.py` makes a graph whose initializers are
+recipes, not numbers (`tasks.py`: of which inputs and outputs), `passes/` rewrites it, `stamp.py` repeats its layers.
+`op.py` defines the op and its function body. `template.py` keeps graphs for the next adapter; `weights.py` cooks the
+recipes into the data file.
 """

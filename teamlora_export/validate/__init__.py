@@ -1,6 +1,6 @@
 """Judges an artefact against PyTorch.
 
-`cases.py` makes inputs, `runners.py` runs them (PyTorch in any precision, ONNX Runtime), `metrics.py` measures,
-`judge.py`
-decides and locates, `report.py` shows. `bfloat16.py` lets a CPU run what it has no kernels for.
+`run.py` is the way through: `cases.py` makes inputs, `runners.py` runs them (PyTorch in any precision, ONNX Runtime),
+`metrics.py` measures, `judge.py` decides and locates, `report.py` shows. `bfloat16.py` lets a CPU run what it has no
+kernels for; `layerwise.py` runs a model larger than memory.
 """

@@ -98,7 +98,7 @@ def test_minilm_embeds_as_sentence_transformers_does(tmp_path):
     assert np.allclose(embedding, mean / np.linalg.norm(mean, axis=1, keepdims=True), atol=1e-6)
 
 
-def test_a_gguf_file_is_exported_as_it_is(tmp_path):
+def test_a_gguf_file_is_exported_as_it_is(tmp_path, smollm2):
     """Weights that need transformers to read them go through it, whole."""
     source = tmp_path / "gguf"
     source.mkdir()
@@ -112,4 +112,5 @@ def test_a_gguf_file_is_exported_as_it_is(tmp_path):
     from run_bundle import generate
 
     tokens = generate(bundle.folder, ids, 8)
-    assert tokens == generate(bundle.folder, ids, 8)[: len(tokens)]
+    assert tokens
+    assert tokens == generate(smollm2.folder, ids, 8), "the folder of safetensors was made of the same GGUF file"
