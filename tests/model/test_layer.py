@@ -1,4 +1,4 @@
-"""The reference layer against the formula, written here once more with einsum and loops; injection; training."""
+"""The reference layer against the formula of `tests/formula.py`; injection; training."""
 
 from __future__ import annotations
 
