@@ -1,8 +1,7 @@
 """Weights as recipes while the graph is made, as bytes only when it is written.
 
 A traced graph never holds a number of the model. Each of its weights is a `WeightTensor`: dtype, shape, and a
-`Recipe` that
-says how to make it from the base checkpoint and the adapter (transpose, concatenate, fold). Passes rewrite recipes
+`Recipe` that says how to make it from the base checkpoint and the adapter (transpose, concatenate, fold). Passes rewrite recipes
 (`transposed`, `joined`); `write_external_data` follows them, one tensor in memory at a time.
 """
 
@@ -30,7 +29,7 @@ from teamlora_export.graph import op
 # multiples of a cache line. Constants that the code computed stay inside the model while they are small.
 _PAGE, _LINE = 65536, 64
 _LARGE, _SMALL = 1 << 20, 1024
-_STRIP = 64
+_STRIP = 128
 OP_SOURCES = ("down", "mix", "up")
 
 
@@ -258,12 +257,21 @@ class _Cook:
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
-    """Copy, in strips that stay in cache where `source` is a transposed view."""
+    """Copy; a transposed view in strips that stay in cache.
+
+    A strip is first copied to rows of an odd number of cache lines: rows that lie a power of two apart, as a model's
+    do, share so few places in the cache that reading across them is four times as slow.
+    """
     if source.ndim != 2 or source.flags.c_contiguous:
         target[...] = source
         return
-    for start in range(0, source.shape[1], _STRIP):
-        target[:, start : start + _STRIP] = source[:, start : start + _STRIP]
+    rows = source.T
+    width = rows.shape[1]
+    strip = np.empty((_STRIP, width + _LINE // source.itemsize), source.dtype)
+    for start in range(0, len(rows), _STRIP):
+        part = rows[start : start + _STRIP]
+        strip[: len(part), :width] = part
+        target[:, start : start + _STRIP] = strip[: len(part), :width].T
 
 
 def _cast(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:

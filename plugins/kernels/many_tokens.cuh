@@ -1,0 +1,341 @@
+// Many tokens (prefill): both products on tensor cores for half and bfloat16.
+//
+// `many_down` makes z for a tile of tokens, routes in its epilogue and writes v, what the second product multiplies:
+// v[token, (e, j)] = w_e u_j. For 16-bit types v is kept as the sum of two numbers of that type, so that nothing is
+// rounded before y. `many_up` multiplies by `up` and adds `base` in its epilogue.
+#pragma once
+
+#include "columns.cuh"
+#include "routing.cuh"
+#include "tile.cuh"
+
+namespace teamlora {
+
+// 48 KB of shared memory are a block's without asking the driver.
+inline constexpr int kSharedLimit = 48 * 1024;
+
+struct ManyDownArguments {
+    const void* x;
+    const void* down;
+    const float* mix;
+    void* high;           // v, T [tokens, siblings, value_stride]; its rounding error goes to `low`
+    void* low;
+    float* partials;      // [blocks of the grid's x and y, splits, token tile, columns]
+    uint32_t* counters;   // [blocks of the grid's x and y], zero at the start
+    int tokens, in, num_experts, expert_rank, down_rank;
+    bool shared_down, aligned;
+    int chunks, chunk_columns, split_width, value_stride;
+};
+
+// Copies rows of 64 or 32 elements (128 bytes) from global to shared memory without waiting. Elements from `limit` on,
+// and rows for which `row_of` is negative, become zeros.
+template <typename T, int kRows, int kStageWidth, int kStride, int kThreads, typename RowOf>
+__device__ void copy_rows(T* target, const T* source, int64_t source_stride, int first, int limit, bool aligned,
+                          const RowOf& row_of) {
+    constexpr int kWidth = Pack<T>::kWidth, kPacks = kStageWidth / kWidth;
+#pragma unroll
+    for (int n = 0; n < (kRows * kPacks + kThreads - 1) / kThreads; ++n) {
+        const int i = threadIdx.x + n * kThreads, row = i / kPacks, column = i % kPacks * kWidth;
+        if (kRows * kPacks % kThreads != 0 && row >= kRows) break;
+        const int64_t from = row_of(row);
+        const int available = from < 0 ? 0 : limit - (first + column);
+        T* to = target + row * kStride + column;
+        const T* where = available > 0 ? source + from * source_stride + first + column : source;
+        if (aligned) {
+            __pipeline_memcpy_async(to, where, 16, available > 0 ? 0 : 16);
+        } else {
+            store_pack(to, load_elements(where, available));
+        }
+    }
+}
+
+template <typename T, int kTokenTiles, int kColumnTiles>
+struct ManyDown {
+    static constexpr int kTokens = kTile * kTokenTiles, kColumns = kTile * kColumnTiles;
+    // Warps along the inner dimension, and how many depths of a stage each of them takes.
+    static constexpr int kDepthWarps = kTokenTiles == 1 ? 4 : 2, kDepths = 4 / kDepthWarps;
+    static constexpr int kWarps = kTokenTiles * kDepthWarps, kThreads = 32 * kWarps;
+    static constexpr int kStageWidth = 4 * Tile<T>::kDepth;
+    // 16 bytes more than the data, so that rows start in different banks.
+    static constexpr int kStride = kStageWidth + Pack<T>::kWidth;
+    static constexpr int kStageElements = (kTokens + kColumns) * kStride;
+    static constexpr int kStages = kSharedLimit / (kStageElements * int(sizeof(T))) > 4
+                                       ? 4
+                                       : kSharedLimit / (kStageElements * int(sizeof(T)));
+    static_assert(kStages >= 2, "a stage is too large");
+    // z of a block, and after it the router's weights.
+    static constexpr int kZStride = kColumns + 4;
+    static constexpr int kZElements = kTokens * kZStride;
+    static constexpr size_t kEpilogueBytes =
+        sizeof(float) * (kZElements * (kDepthWarps / 2) + kTokens * kMaxExperts);
+    static constexpr size_t kSharedBytes = kStages * kStageElements * sizeof(T) > kEpilogueBytes
+                                               ? kStages * kStageElements * sizeof(T)
+                                               : kEpilogueBytes;
+    static_assert(kSharedBytes <= kSharedLimit, "the epilogue is too large");
+};
+
+// Whether this block is the last of its `splits`; if so, z becomes the sum over them, in the order of the splits.
+template <typename Shape>
+__device__ bool add_up_splits(float* z, float* partials, uint32_t* counter, int split, int splits) {
+    // Behind z, where the router's weights will be.
+    auto* finished_before = reinterpret_cast<uint32_t*>(z + Shape::kZElements);
+    for (int i = threadIdx.x; i < Shape::kTokens * Shape::kColumns; i += Shape::kThreads) {
+        const int token = i / Shape::kColumns, column = i % Shape::kColumns;
+        partials[split * Shape::kTokens * Shape::kColumns + i] = z[token * Shape::kZStride + column];
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) *finished_before = atomicAdd(counter, 1U);
+    __syncthreads();
+    if (*finished_before + 1 != static_cast<uint32_t>(splits)) return false;
+    __threadfence();
+    for (int i = threadIdx.x; i < Shape::kTokens * Shape::kColumns; i += Shape::kThreads) {
+        const int token = i / Shape::kColumns, column = i % Shape::kColumns;
+        float sum = 0.0F;
+        for (int s = 0; s < splits; ++s) sum += __ldcg(partials + s * Shape::kTokens * Shape::kColumns + i);
+        z[token * Shape::kZStride + column] = sum;
+    }
+    __syncthreads();
+    return true;
+}
+
+template <typename T>
+__device__ void store_value(void* high, void* low, int64_t at, float value) {
+    const T rounded = from_float<T>(value);
+    static_cast<T*>(high)[at] = rounded;
+    if (sizeof(T) == 2) {
+        const float error = value - to_float(rounded);
+        static_cast<T*>(low)[at] = from_float<T>(isinf(error) ? 0.0F : error);
+    }
+}
+
+// Grid: tiles of tokens, siblings times chunks, splits of `in`.
+template <typename T, int kTokenTiles, int kColumnTiles>
+__global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThreads) many_down(ManyDownArguments arguments) {
+    using Shape = ManyDown<T, kTokenTiles, kColumnTiles>;
+    using Product = Tile<T>;
+    TEAMLORA_DYNAMIC_SHARED(shared);
+    T* stages = reinterpret_cast<T*>(shared);
+    const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank;
+    const int sibling = blockIdx.y / arguments.chunks, column0 = blockIdx.y % arguments.chunks * arguments.chunk_columns;
+    const int columns = min(arguments.chunk_columns, a - column0);
+    const int64_t token0 = static_cast<int64_t>(blockIdx.x) * Shape::kTokens;
+    const int begin = blockIdx.z * arguments.split_width;
+    const int end = min(begin + arguments.split_width, arguments.in);
+
+    const auto token_of = [&](int row) { return token0 + row < arguments.tokens ? token0 + row : int64_t{-1}; };
+    // Columns of z: this chunk of A, then the router.
+    const auto row_of = [&](int column) -> int64_t {
+        if (column >= columns + k) return -1;
+        return sibling * (a + k) + (column < columns ? column0 + column : a + column - columns);
+    };
+    const auto fetch = [&](int step) {
+        T* stage = stages + step % Shape::kStages * Shape::kStageElements;
+        const int first = begin + step * Shape::kStageWidth;
+        copy_rows<T, Shape::kTokens, Shape::kStageWidth, Shape::kStride, Shape::kThreads>(
+            stage, static_cast<const T*>(arguments.x), arguments.in, first, end, arguments.aligned, token_of);
+        copy_rows<T, Shape::kColumns, Shape::kStageWidth, Shape::kStride, Shape::kThreads>(
+            stage + Shape::kTokens * Shape::kStride, static_cast<const T*>(arguments.down), arguments.in, first, end,
+            arguments.aligned, row_of);
+    };
+
+    const int warp = threadIdx.x / 32, token_tile = warp % kTokenTiles, depth_warp = warp / kTokenTiles;
+    typename Product::Accumulator sums[kColumnTiles];
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) Product::clear(sums[n]);
+    const int steps = (end - begin + Shape::kStageWidth - 1) / Shape::kStageWidth;
+    for (int step = 0; step < Shape::kStages - 1; ++step) {
+        if (step < steps) fetch(step);
+        __pipeline_commit();
+    }
+    for (int step = 0; step < steps; ++step) {
+        __pipeline_wait_prior(Shape::kStages - 2);
+        // All have this step's stage, and all are done with the one that is fetched next.
+        __syncthreads();
+        if (step + Shape::kStages - 1 < steps) fetch(step + Shape::kStages - 1);
+        __pipeline_commit();
+        const T* left = stages + step % Shape::kStages * Shape::kStageElements;
+        const T* right = left + Shape::kTokens * Shape::kStride;
+#pragma unroll
+        for (int u = 0; u < Shape::kDepths; ++u) {
+            const int depth = (depth_warp * Shape::kDepths + u) * Product::kDepth;
+            const auto x = Product::load_left(left + token_tile * kTile * Shape::kStride + depth, Shape::kStride);
+#pragma unroll
+            for (int n = 0; n < kColumnTiles; ++n) {
+                Product::template multiply<Order::kColumnMajor>(
+                    sums[n], x, right + n * kTile * Shape::kStride + depth, Shape::kStride);
+            }
+        }
+    }
+    __syncthreads();
+
+    // Warps along the inner dimension add their sums up, half of them at a time; z ends up in the first slot.
+    float* z = shared;
+    const int slot_offset = token_tile * kTile * Shape::kZStride;
+#pragma unroll
+    for (int half = Shape::kDepthWarps / 2; half > 0; half /= 2) {
+        if (depth_warp >= half && depth_warp < 2 * half) {
+            float* slot = z + (depth_warp - half) * Shape::kZElements + slot_offset;
+#pragma unroll
+            for (int n = 0; n < kColumnTiles; ++n) Product::store(slot + n * kTile, sums[n], Shape::kZStride);
+        }
+        __syncthreads();
+        if (depth_warp < half) {
+            const float* slot = z + depth_warp * Shape::kZElements + slot_offset;
+#pragma unroll
+            for (int n = 0; n < kColumnTiles; ++n) Product::add(sums[n], slot + n * kTile, Shape::kZStride);
+        }
+        __syncthreads();
+    }
+    if (depth_warp == 0) {
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) Product::store(z + slot_offset + n * kTile, sums[n], Shape::kZStride);
+    }
+    __syncthreads();
+
+    if (gridDim.z > 1) {
+        const int64_t block = static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y;
+        float* partials = arguments.partials + block * gridDim.z * Shape::kTokens * Shape::kColumns;
+        if (!add_up_splits<Shape>(z, partials, arguments.counters + block, blockIdx.z, gridDim.z)) return;
+    }
+    float* weights = z + Shape::kZElements;
+    route(z + columns, Shape::kZStride, Shape::kTokens, k, arguments.mix + sibling * k * k, weights);
+
+    const int64_t token_stride = static_cast<int64_t>(gridDim.y / arguments.chunks) * arguments.value_stride;
+    for (int i = threadIdx.x; i < Shape::kTokens * columns; i += Shape::kThreads) {
+        const int row = i / columns, column = i % columns;
+        if (token0 + row >= arguments.tokens) break;
+        const float u = z[row * Shape::kZStride + column];
+        const int64_t at = (token0 + row) * token_stride + sibling * arguments.value_stride + column0 + column;
+        if (arguments.shared_down) {
+            for (int expert = 0; expert < k; ++expert) {
+                store_value<T>(arguments.high, arguments.low, at + expert * c, u * weights[row * k + expert]);
+            }
+        } else {
+            store_value<T>(arguments.high, arguments.low, at, u * weights[row * k + (column0 + column) / c]);
+        }
+    }
+}
+
+struct ManyUpArguments {
+    const void* base;
+    const void* up;
+    void* y;
+    const void* high;
+    const void* low;
+    int tokens, up_rank, value_stride, out;
+    bool aligned;
+    Columns columns;
+};
+
+template <typename T>
+struct ManyUp {
+    static constexpr int kTokens = 64, kColumns = 128, kThreads = 256;
+    static constexpr int kDepth = 2 * Tile<T>::kDepth;
+    static constexpr int kParts = sizeof(T) == 2 ? 2 : 1;
+    static constexpr int kValueStride = kDepth + Pack<T>::kWidth, kUpStride = kColumns + Pack<T>::kWidth;
+    static constexpr int kResultStride = kColumns + 4;
+    static constexpr size_t kInputBytes = sizeof(T) * (kParts * kTokens * kValueStride + kDepth * kUpStride);
+    static constexpr size_t kResultBytes = sizeof(float) * kTokens * kResultStride;
+    static constexpr size_t kSharedBytes = kInputBytes > kResultBytes ? kInputBytes : kResultBytes;
+};
+
+// Grid: tiles of tokens, tiles of columns.
+template <typename T>
+__global__ void __launch_bounds__(ManyUp<T>::kThreads) many_up(ManyUpArguments arguments) {
+    using Shape = ManyUp<T>;
+    using Product = Tile<T>;
+    constexpr int kWidth = Pack<T>::kWidth, kColumnTiles = 4;
+    constexpr int kPacksAcross = Shape::kColumns / kWidth, kOwn = Shape::kTokens * kPacksAcross / Shape::kThreads;
+    TEAMLORA_DYNAMIC_SHARED(shared);
+    T* values = reinterpret_cast<T*>(shared);
+    T* weights = values + Shape::kParts * Shape::kTokens * Shape::kValueStride;
+    const ColumnTile tile = arguments.columns.tile(blockIdx.y, Shape::kColumns);
+    const int64_t token0 = static_cast<int64_t>(blockIdx.x) * Shape::kTokens, out = arguments.out;
+
+    // `base` is under way while the product is made.
+    Pack<T> base[kOwn];
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+        const int i = threadIdx.x + n * Shape::kThreads, column = i % kPacksAcross * kWidth;
+        const int64_t token = token0 + i / kPacksAcross;
+        const int available = token < arguments.tokens ? tile.width - column : 0;
+        const T* source = static_cast<const T*>(arguments.base) + (available > 0 ? token * out + tile.first + column : 0);
+        base[n] = arguments.aligned && available >= kWidth ? load_pack(source) : load_elements(source, available);
+    }
+
+    const int warp = threadIdx.x / 32, token_tile = warp % 4, column_half = warp / 4;
+    typename Product::Accumulator sums[kColumnTiles];
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) Product::clear(sums[n]);
+    const int64_t token_stride = static_cast<int64_t>(arguments.columns.num_siblings) * arguments.value_stride;
+    for (int depth0 = 0; depth0 < arguments.up_rank; depth0 += Shape::kDepth) {
+        constexpr int kPacksAlong = Shape::kDepth / kWidth;
+        for (int i = threadIdx.x; i < Shape::kParts * Shape::kTokens * kPacksAlong; i += Shape::kThreads) {
+            const int part = i / (Shape::kTokens * kPacksAlong), row = i / kPacksAlong % Shape::kTokens;
+            const int depth = depth0 + i % kPacksAlong * kWidth;
+            const int64_t token = token0 + row;
+            const int available = token < arguments.tokens ? arguments.up_rank - depth : 0;
+            const T* source = static_cast<const T*>(part == 0 ? arguments.high : arguments.low);
+            source += available > 0 ? token * token_stride + tile.sibling * arguments.value_stride + depth : 0;
+            T* target = values + (part * Shape::kTokens + row) * Shape::kValueStride + (depth - depth0);
+            store_pack(target, available >= kWidth ? load_constant(source) : load_elements(source, available));
+        }
+        for (int i = threadIdx.x; i < Shape::kDepth * kPacksAcross; i += Shape::kThreads) {
+            const int row = i / kPacksAcross, column = i % kPacksAcross * kWidth;
+            const int available = depth0 + row < arguments.up_rank ? tile.width - column : 0;
+            const T* source = static_cast<const T*>(arguments.up);
+            source += available > 0 ? (depth0 + row) * out + tile.first + column : 0;
+            const bool whole = arguments.aligned && available >= kWidth;
+            store_pack(weights + row * Shape::kUpStride + column,
+                       whole ? load_constant(source) : load_elements(source, available));
+        }
+        __syncthreads();
+#pragma unroll
+        for (int depth = 0; depth < Shape::kDepth; depth += Product::kDepth) {
+#pragma unroll
+            for (int part = 0; part < Shape::kParts; ++part) {
+                const T* left = values + (part * Shape::kTokens + token_tile * kTile) * Shape::kValueStride + depth;
+                const auto v = Product::load_left(left, Shape::kValueStride);
+#pragma unroll
+                for (int n = 0; n < kColumnTiles; ++n) {
+                    const T* right = weights + depth * Shape::kUpStride + (column_half * kColumnTiles + n) * kTile;
+                    Product::template multiply<Order::kRowMajor>(sums[n], v, right, Shape::kUpStride);
+                }
+            }
+        }
+        __syncthreads();
+    }
+
+    float* result = shared;
+#pragma unroll
+    for (int n = 0; n < kColumnTiles; ++n) {
+        float* target = result + token_tile * kTile * Shape::kResultStride + (column_half * kColumnTiles + n) * kTile;
+        Product::store(target, sums[n], Shape::kResultStride);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < kOwn; ++n) {
+        const int i = threadIdx.x + n * Shape::kThreads, row = i / kPacksAcross, column = i % kPacksAcross * kWidth;
+        const int64_t token = token0 + row;
+        const int available = token < arguments.tokens ? tile.width - column : 0;
+        if (available <= 0) continue;
+        Pack<T> pack;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+            const float delta = result[row * Shape::kResultStride + column + j];
+            pack.values[j] = from_float<T>(to_float(base[n].values[j]) + delta);
+        }
+        T* target = static_cast<T*>(arguments.y) + token * out + tile.first + column;
+        if (arguments.aligned && available >= kWidth) {
+            store_pack(target, pack);
+        } else {
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+                if (j < available) target[j] = pack.values[j];
+            }
+        }
+    }
+}
+
+}  // namespace teamlora

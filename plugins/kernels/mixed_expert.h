@@ -1,0 +1,70 @@
+// The router-mixed expert projection on a GPU: shapes, workspace, launch. Plain C++; see README.md for the design.
+//
+//     z = x downT                              [tokens, G (a + k)]
+//     w = softmax(logits) mix, normalised      [tokens, G, k]
+//     y = base + sum_e w_e (u_e up_e)          [tokens, O]
+//
+// The op's definition is teamlora_export/graph/op.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include <cuda_runtime_api.h>
+
+namespace teamlora {
+
+enum class DataType : int32_t { kFloat32, kFloat16, kBFloat16 };
+
+inline constexpr int32_t kMaxSiblings = 4;
+inline constexpr int32_t kMaxExperts = 32;
+// Rows of one sibling's `down` (a + k) and of `up` (k c): what a block of the few-tokens path keeps of one token.
+inline constexpr int32_t kMaxRank = 4096;
+
+// Sizes of one call. `down_rank` is a, `expert_rank` is c: a = k c, or a = c where every expert reads all of u.
+struct MixedExpertShape {
+    DataType dtype = DataType::kFloat16;
+    int64_t tokens = 0;
+    int32_t in = 0;
+    int32_t num_experts = 0;
+    int32_t expert_rank = 0;
+    bool shared_down = false;
+    int32_t num_siblings = 0;
+    int32_t out_splits[kMaxSiblings] = {};
+
+    int32_t up_rank() const noexcept { return num_experts * expert_rank; }
+    int32_t down_rank() const noexcept { return shared_down ? expert_rank : up_rank(); }
+    int32_t sibling_rows() const noexcept { return down_rank() + num_experts; }
+    int32_t rows() const noexcept { return num_siblings * sibling_rows(); }
+    int32_t out() const noexcept {
+        int32_t sum = 0;
+        for (int32_t g = 0; g < num_siblings; ++g) sum += out_splits[g];
+        return sum;
+    }
+};
+
+// Device pointers, dense and row-major. `y` may be `base` itself; nothing else may overlap.
+struct MixedExpertTensors {
+    const void* x;     // T [tokens, in]
+    const void* base;  // T [tokens, O]
+    const void* down;  // T [G (a + k), in]
+    const float* mix;  // [G, k, k]
+    const void* up;    // T [k c, O]
+    void* y;           // T [tokens, O]
+};
+
+// Why the kernels cannot take `shape`, or nullptr where they can. Any number of tokens is taken, none too.
+const char* unsupported(const MixedExpertShape& shape) noexcept;
+
+// Bytes of workspace that `launch` needs for exactly these sizes: a pure function of them.
+size_t workspace_bytes(const MixedExpertShape& shape) noexcept;
+
+// The most that any number of tokens from 0 to `shape.tokens` needs.
+size_t workspace_bound(const MixedExpertShape& shape) noexcept;
+
+// Enqueues the projection. No allocation, no synchronisation, no host read: CUDA graphs capture it.
+// `workspace` is 256-byte aligned and has `workspace_bytes(shape)` bytes; its content does not matter.
+cudaError_t launch(const MixedExpertShape& shape, const MixedExpertTensors& tensors, void* workspace,
+                   cudaStream_t stream) noexcept;
+
+}  // namespace teamlora

@@ -1,0 +1,204 @@
+#include "plugin.h"
+
+#include <algorithm>
+#include <exception>
+#include <memory>
+#include <utility>
+
+#include "../op.h"
+#include "logging.h"
+
+namespace teamlora {
+namespace {
+
+using nvinfer1::Dims;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::PluginTensorDesc;
+
+enum Input { kX, kBase, kDown, kMix, kUp, kNumInputs };
+
+std::optional<DataType> to_kernel_type(nvinfer1::DataType type) noexcept {
+    switch (type) {
+        case nvinfer1::DataType::kFLOAT: return DataType::kFloat32;
+        case nvinfer1::DataType::kHALF: return DataType::kFloat16;
+        case nvinfer1::DataType::kBF16: return DataType::kBFloat16;
+        default: return std::nullopt;
+    }
+}
+
+std::string to_text(const Dims& dims) {
+    std::string text = "[";
+    for (int32_t i = 0; i < dims.nbDims; ++i) text += (i > 0 ? ", " : "") + std::to_string(dims.d[i]);
+    return text + "]";
+}
+
+bool same_leading(const Dims& a, const Dims& b) noexcept {
+    return a.nbDims == b.nbDims && a.nbDims >= 1 && std::equal(a.d, a.d + a.nbDims - 1, b.d);
+}
+
+}  // namespace
+
+MixedExpertPlugin::MixedExpertPlugin(std::string node, Attributes attributes)
+    : node_(std::move(node)), attributes_(std::move(attributes)) {
+    using nvinfer1::PluginFieldType;
+    const auto& splits = attributes_.out_splits;
+    fields_ = {{kOpAttributes[0], &attributes_.num_experts, PluginFieldType::kINT32, 1},
+               {kOpAttributes[1], &attributes_.shared_down, PluginFieldType::kINT32, 1},
+               {kOpAttributes[2], splits.data(), PluginFieldType::kINT32, static_cast<int32_t>(splits.size())}};
+    serialized_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
+}
+
+nvinfer1::IPluginCapability* MixedExpertPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
+    switch (type) {
+        case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+        case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<BuildCapability*>(this);
+        case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+    }
+    return nullptr;
+}
+
+nvinfer1::IPluginV3* MixedExpertPlugin::clone() noexcept {
+    try {
+        return std::make_unique<MixedExpertPlugin>(node_, attributes_).release();
+    } catch (const std::exception& error) {
+        log_error(node_, error.what());
+        return nullptr;
+    }
+}
+
+const nvinfer1::AsciiChar* MixedExpertPlugin::getPluginName() const noexcept { return kOpName; }
+const nvinfer1::AsciiChar* MixedExpertPlugin::getPluginVersion() const noexcept { return kOpVersionText; }
+const nvinfer1::AsciiChar* MixedExpertPlugin::getPluginNamespace() const noexcept { return ""; }
+
+int32_t MixedExpertPlugin::getOutputDataTypes(nvinfer1::DataType* outputTypes, int32_t nbOutputs,
+                                              const nvinfer1::DataType* inputTypes, int32_t nbInputs) const noexcept {
+    if (nbInputs != kNumInputs || nbOutputs != 1) {
+        log_error(node_, "takes 5 inputs (x, base, down, mix, up) and gives 1 output, not " + std::to_string(nbInputs) +
+                             " and " + std::to_string(nbOutputs));
+        return -1;
+    }
+    outputTypes[0] = inputTypes[kBase];
+    return 0;
+}
+
+int32_t MixedExpertPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t nbInputs,
+                                           const nvinfer1::DimsExprs*, int32_t, nvinfer1::DimsExprs* outputs,
+                                           int32_t nbOutputs, nvinfer1::IExprBuilder&) noexcept {
+    if (nbInputs != kNumInputs || nbOutputs != 1 || inputs[kX].nbDims != inputs[kBase].nbDims || inputs[kX].nbDims < 1) {
+        log_error(node_, "x and base must have the same number of dimensions, at least one");
+        return -1;
+    }
+    outputs[0] = inputs[kBase];
+    return 0;
+}
+
+bool MixedExpertPlugin::supportsFormatCombination(int32_t pos, const DynamicPluginTensorDesc* inOut, int32_t nbInputs,
+                                                  int32_t nbOutputs) noexcept {
+    if (nbInputs != kNumInputs || nbOutputs != 1 || pos < 0 || pos > kNumInputs) return false;
+    const PluginTensorDesc& tensor = inOut[pos].desc;
+    if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
+    if (pos == kMix) return tensor.type == nvinfer1::DataType::kFLOAT;
+    return to_kernel_type(tensor.type).has_value() && tensor.type == inOut[kX].desc.type;
+}
+
+int32_t MixedExpertPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t nbInputs,
+                                           const DynamicPluginTensorDesc* out, int32_t nbOutputs) noexcept {
+    if (nbInputs != kNumInputs || nbOutputs != 1) return -1;
+    const Dims dims[] = {in[kX].max, in[kBase].max, in[kDown].max, in[kMix].max, in[kUp].max, out[0].max};
+    return shape_of(in[kX].desc.type, dims) ? 0 : -1;
+}
+
+size_t MixedExpertPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t nbInputs,
+                                           const DynamicPluginTensorDesc* outputs, int32_t nbOutputs) const noexcept {
+    if (nbInputs != kNumInputs || nbOutputs != 1) return 0;
+    const Dims dims[] = {inputs[kX].max,   inputs[kBase].max, inputs[kDown].max,
+                         inputs[kMix].max, inputs[kUp].max,   outputs[0].max};
+    const auto shape = shape_of(inputs[kX].desc.type, dims);
+    return shape ? workspace_bound(*shape) : 0;
+}
+
+#if TEAMLORA_ALIASED_OUTPUT
+int32_t MixedExpertPlugin::getAliasedInput(int32_t outputIndex) noexcept { return outputIndex == 0 ? kBase : -1; }
+#endif
+
+int32_t MixedExpertPlugin::onShapeChange(const PluginTensorDesc* in, int32_t nbInputs, const PluginTensorDesc* out,
+                                         int32_t nbOutputs) noexcept {
+    if (nbInputs != kNumInputs || nbOutputs != 1) return -1;
+    return shape_of(in, out) ? 0 : -1;
+}
+
+int32_t MixedExpertPlugin::enqueue(const PluginTensorDesc* inputDesc, const PluginTensorDesc* outputDesc,
+                                   const void* const* inputs, void* const* outputs, void* workspace,
+                                   cudaStream_t stream) noexcept {
+    const auto shape = shape_of(inputDesc, outputDesc);
+    if (!shape) return -1;
+    const MixedExpertTensors tensors{inputs[kX],
+                                     inputs[kBase],
+                                     inputs[kDown],
+                                     static_cast<const float*>(inputs[kMix]),
+                                     inputs[kUp],
+                                     outputs[0]};
+    const cudaError_t error = launch(*shape, tensors, workspace, stream);
+    if (error == cudaSuccess) return 0;
+    log_error(node_, "its kernels could not be launched: " + std::string(cudaGetErrorString(error)));
+    return -1;
+}
+
+nvinfer1::IPluginV3* MixedExpertPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept { return clone(); }
+
+const nvinfer1::PluginFieldCollection* MixedExpertPlugin::getFieldsToSerialize() noexcept { return &serialized_; }
+
+std::optional<MixedExpertShape> MixedExpertPlugin::shape_of(const PluginTensorDesc* in,
+                                                            const PluginTensorDesc* out) const noexcept {
+    for (const int input : {kX, kBase, kDown, kMix, kUp}) {
+        const nvinfer1::DataType expected = input == kMix ? nvinfer1::DataType::kFLOAT : in[kX].type;
+        if (in[input].type != expected || in[input].format != nvinfer1::TensorFormat::kLINEAR) {
+            log_error(node_, std::string(kOpInputs[input]) + " has another type or format than the engine was built for");
+            return std::nullopt;
+        }
+    }
+    if (out[0].type != in[kX].type || out[0].format != nvinfer1::TensorFormat::kLINEAR) {
+        log_error(node_, "y has another type or format than x");
+        return std::nullopt;
+    }
+    const Dims dims[] = {in[kX].dims, in[kBase].dims, in[kDown].dims, in[kMix].dims, in[kUp].dims, out[0].dims};
+    return shape_of(in[kX].type, dims);
+}
+
+std::optional<MixedExpertShape> MixedExpertPlugin::shape_of(nvinfer1::DataType type, const Dims* dims) const noexcept {
+    const Dims &x = dims[kX], &base = dims[kBase], &down = dims[kDown], &mix = dims[kMix], &up = dims[kUp],
+               &y = dims[kNumInputs];
+    const auto refuse = [&](const std::string& reason) {
+        log_error(node_, reason + ": x " + to_text(x) + ", base " + to_text(base) + ", down " + to_text(down) + ", mix " +
+                             to_text(mix) + ", up " + to_text(up) + ", y " + to_text(y));
+        return std::nullopt;
+    };
+    const auto dtype = to_kernel_type(type);
+    if (!dtype) return refuse("x is none of float32, float16, bfloat16");
+    if (!same_leading(x, base) || !same_leading(base, y) || down.nbDims != 2 || mix.nbDims != 3 || up.nbDims != 2) {
+        return refuse("the inputs' dimensions do not belong together");
+    }
+    const auto siblings = static_cast<int32_t>(attributes_.out_splits.size());
+    const int32_t k = attributes_.num_experts;
+    if (siblings < 1 || siblings > kMaxSiblings || k < 1) return refuse("wrong attributes");
+    MixedExpertShape shape;
+    shape.dtype = *dtype;
+    shape.tokens = 1;
+    for (int32_t i = 0; i + 1 < x.nbDims; ++i) shape.tokens *= x.d[i];
+    shape.in = static_cast<int32_t>(down.d[1]);
+    shape.num_experts = k;
+    shape.expert_rank = static_cast<int32_t>(up.d[0]) / k;
+    shape.shared_down = attributes_.shared_down != 0;
+    shape.num_siblings = siblings;
+    std::copy(attributes_.out_splits.begin(), attributes_.out_splits.end(), shape.out_splits);
+    if (const char* reason = unsupported(shape)) return refuse(reason);
+    const int32_t out = shape.out();
+    if (x.d[x.nbDims - 1] != shape.in || base.d[base.nbDims - 1] != out || y.d[y.nbDims - 1] != out || up.d[1] != out ||
+        up.d[0] != shape.up_rank() || down.d[0] != shape.rows() || mix.d[0] != siblings || mix.d[1] != k ||
+        mix.d[2] != k) {
+        return refuse("the inputs' sizes do not belong together (num_experts " + std::to_string(k) + ")");
+    }
+    return shape;
+}
+
+}  // namespace teamlora

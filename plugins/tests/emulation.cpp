@@ -1,0 +1,312 @@
+#include "emulation.h"
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstdlib>
+#include <deque>
+#include <exception>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace emulation {
+namespace {
+
+constexpr size_t kStackBytes = 48 * 1024;
+// Blocks that have begun and not ended.
+constexpr size_t kMostResident = 12;
+
+struct Copy {
+    void* target;
+    const void* source;
+    size_t size, zeros;
+};
+
+// A place to go on from. swapcontext asks the kernel for the signal mask each time, so it only starts a fiber;
+// AddressSanitizer follows nothing else.
+struct Context {
+    ucontext_t start;
+    jmp_buf resume;
+    bool started = false;
+};
+
+enum class State { kRunnable, kAtWarpBarrier, kAtBlockBarrier, kFinished };
+
+struct Fiber {
+    Thread thread;
+    State state = State::kRunnable;
+    std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
+    Context context;
+    std::vector<Copy> open_copies;
+    std::vector<std::vector<Copy>> groups;
+};
+
+struct Warp {
+    char slots[32][kSlotBytes];
+};
+
+std::mt19937_64 generator;
+uint64_t schedule_seed = 0;
+
+std::vector<size_t> order(size_t count) {
+    std::vector<size_t> all(count);
+    std::iota(all.begin(), all.end(), size_t{0});
+    if (schedule_seed == 1) std::reverse(all.begin(), all.end());
+    if (schedule_seed > 1) std::shuffle(all.begin(), all.end(), generator);
+    return all;
+}
+
+bool coin() { return schedule_seed == 0 ? false : schedule_seed == 1 ? true : generator() % 2 == 0; }
+
+void fiber_main();
+
+// One block of threads. `run` goes on until all have finished, or one of them touched what blocks share.
+class Block {
+public:
+    Block(dim3 size, size_t shared_bytes) : fibers_(size.x), warps_((size.x + 31) / 32), shared_bytes_(shared_bytes) {
+        // On a boundary of 128 bytes, as on a GPU, and no longer than what was asked for.
+        void* memory = nullptr;
+        if (posix_memalign(&memory, 128, shared_bytes) != 0) throw std::bad_alloc();
+        shared_.reset(static_cast<float*>(memory));
+    }
+
+    void start(dim3 index) {
+        this->index = index;
+        std::fill_n(shared_.get(), shared_bytes_ / sizeof(float), std::numeric_limits<float>::quiet_NaN());
+        for (size_t i = 0; i < fibers_.size(); ++i) prepare(fibers_[i], i);
+    }
+
+    bool finished() const { return count_in(State::kFinished) == fibers_.size(); }
+    void run();
+
+    float* shared() { return shared_.get(); }
+    void* slot(const Fiber& fiber, int lane) { return warps_[(&fiber - fibers_.data()) / 32].slots[lane]; }
+
+    dim3 index;
+    // Set by a thread that touched what blocks share: the others of the block wait until other blocks have run.
+    bool yielding = false;
+
+private:
+    static void prepare(Fiber& fiber, size_t i) {
+        fiber.thread = {dim3(static_cast<unsigned>(i), 0, 0), static_cast<int>(i % 32)};
+        fiber.state = State::kRunnable;
+        fiber.open_copies.clear();
+        fiber.groups.clear();
+        fiber.context.started = false;
+        ucontext_t& start = fiber.context.start;
+        getcontext(&start);
+        start.uc_stack.ss_sp = fiber.stack.get();
+        start.uc_stack.ss_size = kStackBytes;
+        start.uc_link = nullptr;
+        makecontext(&start, fiber_main, 0);
+    }
+
+    void run_warp(size_t warp, const std::vector<size_t>& lanes);
+    void release_barrier();
+    void unwind();
+
+    size_t count_in(State state) const {
+        return std::count_if(fibers_.begin(), fibers_.end(), [&](const Fiber& fiber) { return fiber.state == state; });
+    }
+
+    std::vector<Fiber> fibers_;
+    std::vector<Warp> warps_;
+    std::unique_ptr<float, decltype(&std::free)> shared_{nullptr, std::free};
+    size_t shared_bytes_;
+};
+
+Block* running_block = nullptr;
+Fiber* running = nullptr;
+const std::function<void()>* running_kernel = nullptr;
+std::exception_ptr failure;
+Context scheduler;
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_size = 0;
+
+void switch_context(Context& from, Context& to, const void* stack, size_t size) {
+#if defined(__SANITIZE_ADDRESS__)
+    void* fake_stack = nullptr;
+    __sanitizer_start_switch_fiber(&fake_stack, stack, size);
+    swapcontext(&from.start, &to.start);
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+#else
+    static_cast<void>(stack);
+    static_cast<void>(size);
+    if (_setjmp(from.resume) != 0) return;
+    if (std::exchange(to.started, true)) _longjmp(to.resume, 1);
+    setcontext(&to.start);
+#endif
+}
+
+void to_scheduler() { switch_context(running->context, scheduler, scheduler_stack, scheduler_stack_size); }
+
+void pause(State state) {
+    running->state = state;
+    to_scheduler();
+    if (failure) std::rethrow_exception(failure);
+}
+
+void fiber_main() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+#endif
+    try {
+        (*running_kernel)();
+    } catch (...) {
+        if (!failure) failure = std::current_exception();
+    }
+    running->state = State::kFinished;
+    to_scheduler();
+}
+
+void resume(Fiber& fiber) {
+    running = &fiber;
+    fiber.state = State::kRunnable;
+    switch_context(scheduler, fiber.context, fiber.stack.get(), kStackBytes);
+    running = nullptr;
+}
+
+void Block::run() {
+    running_block = this;
+    yielding = false;
+    while (!finished() && !yielding) {
+        const std::vector<size_t> lanes = order(32);
+        for (const size_t warp : order(warps_.size())) {
+            if (!yielding) run_warp(warp, lanes);
+        }
+        if (failure) return unwind();
+        if (!yielding) release_barrier();
+    }
+}
+
+// As far as this warp can go without the others.
+void Block::run_warp(size_t warp, const std::vector<size_t>& lanes) {
+    for (bool progress = true; progress;) {
+        progress = false;
+        size_t waiting = 0, present = 0;
+        for (const size_t lane : lanes) {
+            if (warp * 32 + lane >= fibers_.size()) continue;
+            Fiber& fiber = fibers_[warp * 32 + lane];
+            if (fiber.state == State::kRunnable) {
+                resume(fiber);
+                progress = true;
+                if (yielding) return;
+            }
+            ++present;
+            waiting += fiber.state == State::kAtWarpBarrier;
+        }
+        if (waiting < present) continue;
+        progress = true;
+        for (const size_t lane : lanes) {
+            if (warp * 32 + lane < fibers_.size()) fibers_[warp * 32 + lane].state = State::kRunnable;
+        }
+    }
+}
+
+void Block::release_barrier() {
+    if (count_in(State::kAtBlockBarrier) == fibers_.size()) {
+        for (Fiber& fiber : fibers_) fiber.state = State::kRunnable;
+    } else if (!finished()) {
+        failure = std::make_exception_ptr(std::logic_error("a barrier that not all threads of a block reach"));
+        unwind();
+    }
+}
+
+// Lets every thread leave its kernel with the failure.
+void Block::unwind() {
+    running_block = this;
+    for (Fiber& fiber : fibers_) {
+        while (fiber.state != State::kFinished) resume(fiber);
+    }
+}
+
+void carry_out(const std::vector<Copy>& copies) {
+    for (const Copy& copy : copies) {
+        std::memcpy(copy.target, copy.source, copy.size - copy.zeros);
+        std::memset(static_cast<char*>(copy.target) + copy.size - copy.zeros, 0, copy.zeros);
+    }
+}
+
+}  // namespace
+
+dim3 current_grid, current_block_size;
+
+void set_schedule(uint64_t seed) {
+    schedule_seed = seed;
+    generator.seed(seed);
+}
+
+const Thread& current() { return running->thread; }
+dim3 current_block() { return running_block->index; }
+float* dynamic_shared() { return running_block->shared(); }
+void block_barrier() { pause(State::kAtBlockBarrier); }
+void warp_barrier() { pause(State::kAtWarpBarrier); }
+void* lane_slot(int lane) { return running_block->slot(*running, lane); }
+
+void let_other_blocks_run() {
+    running_block->yielding = true;
+    pause(State::kRunnable);
+}
+
+void copy_async(void* target, const void* source, size_t size, size_t zeros) {
+    const auto misaligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 != 0; };
+    if (size != 16 || misaligned(target) || misaligned(source)) throw std::logic_error("an unaligned asynchronous copy");
+    const Copy copy{target, source, size, zeros};
+    if (coin()) {
+        carry_out({copy});
+    } else {
+        running->open_copies.push_back(copy);
+    }
+}
+
+void commit_copies() { running->groups.push_back(std::exchange(running->open_copies, {})); }
+
+void wait_copies(int still_open) {
+    auto& groups = running->groups;
+    while (groups.size() > static_cast<size_t>(still_open)) {
+        carry_out(groups.front());
+        groups.erase(groups.begin());
+    }
+}
+
+void run_grid(dim3 grid, dim3 block_size, size_t shared_bytes, const std::function<void()>& kernel) {
+    running_kernel = &kernel;
+    current_grid = grid;
+    current_block_size = block_size;
+    scheduler.started = true;
+    std::vector<std::unique_ptr<Block>> idle;
+    std::deque<std::unique_ptr<Block>> resident;
+    const std::vector<size_t> blocks = order(size_t{grid.x} * grid.y * grid.z);
+    for (size_t next = 0; (next < blocks.size() || !resident.empty()) && !failure;) {
+        if (next < blocks.size() && resident.size() < kMostResident) {
+            const size_t index = blocks[next++];
+            if (idle.empty()) idle.push_back(std::make_unique<Block>(block_size, shared_bytes));
+            resident.push_front(std::move(idle.back()));
+            idle.pop_back();
+            resident.front()->start(dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y));
+        }
+        // The one that began last goes first; those that touched what blocks share go on when no other can begin.
+        std::unique_ptr<Block> block = std::move(resident.front());
+        resident.pop_front();
+        block->run();
+        (block->finished() ? static_cast<void>(idle.push_back(std::move(block)))
+                           : static_cast<void>(resident.push_back(std::move(block))));
+    }
+    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+}
+
+}  // namespace emulation
+
+// The one call of CUDA's runtime that the kernels' launch makes.
+extern "C" cudaError_t cudaMemsetAsync(void* target, int value, size_t count, cudaStream_t) {
+    std::memset(target, value, count);
+    return cudaSuccess;
+}

@@ -1,0 +1,214 @@
+// Runs the CUDA kernels on the CPU: what device.cuh includes in place of CUDA's device headers.
+//
+// One fiber for each thread of a block, switched at barriers and warp operations; blocks run one after another, but stop
+// at atomic operations to let others run. CUDA's own headers give half and bfloat16 on the host. What a GPU leaves open is decided by the schedule's seed, the worst
+// way where one can tell: the order of blocks, warps and lanes, and whether an asynchronous copy happens at once or when
+// it is waited for. Shared memory starts as NaN. Fragments of tensor-core tiles are spread over the lanes, as on a GPU.
+//
+// Caught here: a missing or divergent barrier (a thread runs ahead and reads NaN or old values; a block that cannot go
+// on is an error), reads and writes past an array (under AddressSanitizer), a forgotten wait. Not caught: a missing
+// __threadfence, since memory is always coherent here.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <type_traits>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+// CUDA's headers give the host compiler empty or foreign definitions of these.
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __launch_bounds__
+#define __global__
+#define __device__
+#define __host__
+#define __launch_bounds__(...)
+#define TEAMLORA_DYNAMIC_SHARED(name) float* name = emulation::dynamic_shared()
+
+using std::isinf;
+using std::max;
+using std::min;
+
+namespace emulation {
+
+// Decides what a GPU leaves open. Seed 0 is in order, 1 in reverse order, others are shuffled.
+void set_schedule(uint64_t seed);
+
+struct Thread {
+    dim3 index;
+    int lane;
+};
+
+const Thread& current();
+dim3 current_block();
+extern dim3 current_grid, current_block_size;
+
+float* dynamic_shared();
+void block_barrier();
+void warp_barrier();
+// A thread touched what blocks share: others run before the rest of its own block does.
+void let_other_blocks_run();
+
+// A place of this warp's where lane `lane` can leave `size` bytes for the others.
+void* lane_slot(int lane);
+inline constexpr size_t kSlotBytes = 64;
+
+void copy_async(void* target, const void* source, size_t size, size_t zeros);
+void commit_copies();
+void wait_copies(int still_open);
+
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+
+}  // namespace emulation
+
+#define threadIdx (emulation::current().index)
+#define blockIdx (emulation::current_block())
+#define gridDim (emulation::current_grid)
+#define blockDim (emulation::current_block_size)
+
+inline void __syncthreads() { emulation::block_barrier(); }
+inline void __threadfence() {}
+
+template <typename T>
+T __ldg(const T* address) {
+    return *address;
+}
+template <typename T>
+T __ldcg(const T* address) {
+    return *address;
+}
+inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
+    const uint32_t before = *address;
+    *address += value;
+    emulation::let_other_blocks_run();
+    return before;
+}
+
+inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
+    if (mask != 0xffffffffU) throw std::logic_error("a shuffle among some lanes only");
+    const int lane = emulation::current().lane;
+    std::memcpy(emulation::lane_slot(lane), &value, sizeof(value));
+    emulation::warp_barrier();
+    float other;
+    std::memcpy(&other, emulation::lane_slot(lane ^ distance), sizeof(other));
+    emulation::warp_barrier();
+    return other;
+}
+
+inline void __pipeline_memcpy_async(void* target, const void* source, size_t size, size_t zeros = 0) {
+    emulation::copy_async(target, source, size, zeros);
+}
+inline void __pipeline_commit() { emulation::commit_copies(); }
+inline void __pipeline_wait_prior(int still_open) { emulation::wait_copies(still_open); }
+
+namespace nvcuda::wmma {
+
+struct matrix_a;
+struct matrix_b;
+struct accumulator;
+struct row_major;
+struct col_major;
+enum layout_t { mem_row_major, mem_col_major };
+
+// A 16x16 tile: lane l holds its elements 8 l to 8 l + 7, in row-major order.
+template <typename Use, int M, int N, int K, typename T, typename Layout = void>
+struct fragment {
+    static_assert(M == 16 && N == 16 && K == 16, "only 16x16x16 is emulated");
+    static constexpr int num_elements = 8;
+    T x[num_elements];
+};
+
+template <typename Fragment, typename T>
+void fill_fragment(Fragment& tile, T value) {
+    std::fill_n(tile.x, tile.num_elements, value);
+}
+
+inline void require_alignment(const void* address, int stride, size_t element) {
+    if (reinterpret_cast<uintptr_t>(address) % 32 != 0) throw std::logic_error("a tile is not 32-byte aligned");
+    if (stride * element % 16 != 0) throw std::logic_error("a tile's rows are not 16-byte aligned");
+}
+
+template <typename Use, int M, int N, int K, typename T, typename Layout>
+void load_matrix_sync(fragment<Use, M, N, K, T, Layout>& tile, const T* source, int stride) {
+    require_alignment(source, stride, sizeof(T));
+    emulation::warp_barrier();
+    for (int i = 0; i < tile.num_elements; ++i) {
+        const int at = emulation::current().lane * 8 + i, row = at / 16, column = at % 16;
+        const bool by_rows = std::is_same_v<Layout, row_major>;
+        tile.x[i] = source[by_rows ? row * stride + column : column * stride + row];
+    }
+    emulation::warp_barrier();
+}
+
+template <int M, int N, int K>
+void load_matrix_sync(fragment<accumulator, M, N, K, float>& tile, const float* source, int stride, layout_t layout) {
+    require_alignment(source, stride, sizeof(float));
+    if (layout != mem_row_major) throw std::logic_error("only row-major accumulators are emulated");
+    emulation::warp_barrier();
+    for (int i = 0; i < tile.num_elements; ++i) {
+        const int at = emulation::current().lane * 8 + i;
+        tile.x[i] = source[at / 16 * stride + at % 16];
+    }
+    emulation::warp_barrier();
+}
+
+template <int M, int N, int K>
+void store_matrix_sync(float* target, const fragment<accumulator, M, N, K, float>& tile, int stride, layout_t layout) {
+    require_alignment(target, stride, sizeof(float));
+    if (layout != mem_row_major) throw std::logic_error("only row-major accumulators are emulated");
+    emulation::warp_barrier();
+    for (int i = 0; i < tile.num_elements; ++i) {
+        const int at = emulation::current().lane * 8 + i;
+        target[at / 16 * stride + at % 16] = tile.x[i];
+    }
+    emulation::warp_barrier();
+}
+
+template <typename T, typename LayoutA, typename LayoutB>
+void mma_sync(fragment<accumulator, 16, 16, 16, float>& result, const fragment<matrix_a, 16, 16, 16, T, LayoutA>& a,
+              const fragment<matrix_b, 16, 16, 16, T, LayoutB>& b,
+              const fragment<accumulator, 16, 16, 16, float>& sum) {
+    struct Deposit {
+        T a[8], b[8];
+    };
+    static_assert(sizeof(Deposit) <= emulation::kSlotBytes);
+    const int lane = emulation::current().lane;
+    Deposit mine;
+    std::copy_n(a.x, 8, mine.a);
+    std::copy_n(b.x, 8, mine.b);
+    std::memcpy(emulation::lane_slot(lane), &mine, sizeof(mine));
+    emulation::warp_barrier();
+    const int row = lane / 2, column0 = lane % 2 * 8;
+    float sums[8];
+    std::copy_n(sum.x, 8, sums);
+    for (int depth = 0; depth < 16; ++depth) {
+        const auto* left = static_cast<const Deposit*>(emulation::lane_slot(row * 2 + depth / 8));
+        const auto* right = static_cast<const Deposit*>(emulation::lane_slot(depth * 2 + column0 / 8));
+        const float value = static_cast<float>(left->a[depth % 8]);
+        for (int j = 0; j < 8; ++j) sums[j] += value * static_cast<float>(right->b[j]);
+    }
+    std::copy_n(sums, 8, result.x);
+    emulation::warp_barrier();
+}
+
+}  // namespace nvcuda::wmma
+
+namespace teamlora {
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                          const Arguments&... arguments) {
+    if (shared_bytes > 48 * 1024 || block.x > 1024 || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidValue;
+    emulation::run_grid(grid, block, shared_bytes, [&] { kernel(arguments...); });
+    return cudaSuccess;
+}
+
+}  // namespace teamlora
