@@ -20,12 +20,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from teamlora_export.adapter.files import sha256_of
 from teamlora_export.errors import ExportError
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+# Names of the dynamic axes.
+BATCH, SEQUENCE, PAST, TOTAL = (
+    "batch_size",
+    "sequence_length",
+    "past_sequence_length",
+    "total_sequence_length",
+)
 
 # What a runtime or a tokenizer needs beside the model.
 _COMPANIONS = (
@@ -65,6 +73,7 @@ class Manifest:
         base, adapter: source, SHA-256 of the weights, and what describes them.
         op: domain, name, version, nodes (how many) and form ("function" or "standard").
         validation: figures of the last `validate`, None before the first.
+        refit: what exchanging the adapter in an engine needs; None in bundles of older versions.
     """
 
     tool: Mapping[str, str]
@@ -77,6 +86,7 @@ class Manifest:
     outputs: tuple[Port, ...]
     sha256: Mapping[str, str]
     validation: Mapping[str, Any] | None = None
+    refit: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -122,6 +132,19 @@ def read_bundle(folder: str | Path) -> Bundle:
         if not (folder / name).is_file():
             raise ExportError(f"{folder}: {name} is missing. Export the model again.")
     return Bundle(folder, manifest)
+
+
+def check_files(bundle: Bundle) -> None:
+    """Refuse a bundle whose model or weights are not those that were exported.
+
+    Raises:
+        ExportError: the SHA-256 of one differs from the manifest's.
+    """
+    for name, expected in bundle.manifest.sha256.items():
+        if sha256_of(bundle.folder / name) != expected:
+            raise ExportError(
+                f"{bundle.folder / name}: is not what was exported (its SHA-256 differs). Export the model again."
+            )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -10,9 +10,10 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 from rich.console import Console
 
 from teamlora_export import __version__
@@ -27,9 +28,28 @@ app = typer.Typer(
 )
 
 # Packages that come with an extra, because they are a choice or rarely needed.
-_EXTRAS = {"onnxruntime": "cpu", "gguf": "gguf"}
+_EXTRAS = {"onnxruntime": "cpu", "gguf": "gguf", "polygraphy": "tensorrt"}
 
 AdapterArgument = Annotated[Path, typer.Option("--adapter", "-a", help="Folder of the trained adapter.")]
+
+
+class _BuildByDefault(typer.core.TyperGroup):
+    """`trt BUNDLE` builds; `trt refit` is a command of its own."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["build", *args]
+        return super().parse_args(ctx, args)
+
+
+trt_app = typer.Typer(
+    cls=_BuildByDefault,
+    help="Build a TensorRT or TensorRT-RTX engine of a bundle: trt BUNDLE [--fp16], or `trt build --help`.",
+    no_args_is_help=True,
+)
+plugins_app = typer.Typer(help="Build and describe the TensorRT plugin.", no_args_is_help=True)
+app.add_typer(trt_app, name="trt")
+app.add_typer(plugins_app, name="plugins")
 
 
 @app.callback(invoke_without_command=True)
@@ -79,6 +99,10 @@ def validate(
         bool | None,
         typer.Option("--layer-by-layer/--whole", help="Hold one layer in memory at a time. Default: where it must be."),
     ] = None,
+    engine: Annotated[str | None, typer.Option(help="Judge this engine of the bundle instead of its graph.")] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(help="The plugin library, should it not be the one built here.")
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write every figure as JSON here.")] = None,
 ) -> None:
@@ -88,7 +112,14 @@ def validate(
     from teamlora_export.validate.run import validate_bundle
 
     opened = read_bundle(bundle)
-    verdict = validate_bundle(opened, base_source=base, adapter_folder=adapter, layer_by_layer=layer_by_layer)
+    verdict = validate_bundle(
+        opened,
+        base_source=base,
+        adapter_folder=adapter,
+        layer_by_layer=layer_by_layer,
+        engine_name=engine,
+        plugin=plugin,
+    )
     print_verdict(verdict, _wide_console())
     if report is not None:
         write_html(verdict, opened, report)
@@ -100,12 +131,107 @@ def validate(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of an adapter or of a bundle.")],
+    path: Annotated[Path, typer.Argument(help="Folder of an adapter or of a bundle, or an engine.")],
 ) -> None:
-    """Say what an adapter or a bundle is."""
+    """Say what an adapter, a bundle or an engine is."""
     from teamlora_export.inspect import inspect_path
 
     _wide_console().print(inspect_path(path))
+
+
+@trt_app.command("build")
+def trt_build(
+    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="NAME.engine to write. Default: in the bundle's engines folder."),
+    ] = None,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Weights and activations in float32.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="In float16; norms, softmax and routing in float32.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="In bfloat16; norms, softmax and routing in float32.")] = False,
+    runtime: Annotated[str, typer.Option(help="auto, tensorrt, or rtx (TensorRT-RTX, which needs no GPU).")] = "auto",
+    shapes: Annotated[
+        str | None,
+        typer.Option(
+            help="BATCHxTOKENS at least, best, at most: 1x1,1x256,4x2048. Tokens: prompt and answer together."
+        ),
+    ] = None,
+    plugin: Annotated[Path | None, typer.Option(help="Use this plugin library.")] = None,
+    no_plugin: Annotated[bool, typer.Option("--no-plugin", help="Inline the op's body instead.")] = False,
+    compute_capability: Annotated[
+        str | None, typer.Option(help="For RTX: the GPUs to build for, such as 8.9,12.0. Default: this one, or all.")
+    ] = None,
+    memory: Annotated[float | None, typer.Option(help="Workspace at most, in GB.")] = None,
+    optimization_level: Annotated[int | None, typer.Option(min=0, max=5, help="TensorRT's, 0 to 5.")] = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Let `trt refit` exchange the adapter later.")] = False,
+    strip_weights: Annotated[
+        bool,
+        typer.Option("--strip-weights", help="Leave the weights out; they come from the bundle when it is loaded."),
+    ] = False,
+    timing_cache: Annotated[Path | None, typer.Option(help="Keep tactic timings in this file.")] = None,
+) -> None:
+    """Build an engine: NAME.engine and NAME.json. Default dtype: the bundle's."""
+    from teamlora_export.bundle import read_bundle
+    from teamlora_export.engine.build import BuildOptions, build_engine
+
+    chosen = [name for name, given in (("fp32", fp32), ("fp16", fp16), ("bf16", bf16)) if given]
+    if len(chosen) > 1:
+        raise ExportError(f"--{' and --'.join(chosen)} exclude each other.")
+    options = BuildOptions(
+        dtype=chosen[0] if chosen else None,
+        runtime=runtime,
+        shapes=shapes,
+        use_plugin=not no_plugin,
+        plugin=plugin,
+        capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
+        memory_gb=memory,
+        optimization_level=optimization_level,
+        refit=refit,
+        strip_weights=strip_weights,
+        timing_cache=timing_cache,
+    )
+    path, facts = build_engine(read_bundle(bundle), options, output)
+    print(f"{path}: {facts.dtype}, {facts.size / 1e6:,.0f} MB, for {', '.join(facts.targets)}")
+
+
+@trt_app.command("refit")
+def trt_refit(
+    engine: Annotated[Path, typer.Argument(help="NAME.engine, built with --refit.")],
+    adapter: AdapterArgument,
+    bundle: Annotated[
+        Path | None, typer.Option(help="The bundle it was built from. Default: the one whose folder it is in.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write another NAME.engine.")] = None,
+    plugin: Annotated[Path | None, typer.Option(help="Use this plugin library.")] = None,
+) -> None:
+    """Exchange the adapter of an engine without building it anew."""
+    from teamlora_export.bundle import read_bundle
+    from teamlora_export.engine.refit import refit_engine
+
+    path, facts = refit_engine(engine, read_bundle(bundle or engine.resolve().parents[1]), adapter, output, plugin)
+    print(f"{path}: adapter {facts.adapter_sha256[:12]}")
+
+
+@plugins_app.command("build")
+def plugins_build(
+    arch: Annotated[
+        str | None, typer.Option(help="Compute capabilities without the dot: 80,89. Default: 80,86,89,90,100,120.")
+    ] = None,
+) -> None:
+    """Compile the TensorRT plugin for this machine's TensorRT headers; kept in the user's cache."""
+    from teamlora_export.engine.plugin import ARCHITECTURES, build_plugin
+
+    print(build_plugin(tuple(arch.split(",")) if arch else ARCHITECTURES).path)
+
+
+@plugins_app.command("info")
+def plugins_info(
+    library: Annotated[Path | None, typer.Argument(help="A library. Default: the one built here.")] = None,
+) -> None:
+    """Say what a plugin library holds."""
+    from teamlora_export.inspect import inspect_plugin
+
+    _wide_console().print(inspect_plugin(library))
 
 
 def _wide_console() -> Console:
@@ -127,7 +253,9 @@ def main() -> None:
     except ExportError as error:
         _fail(str(error))
     except _Interrupted:
-        _fail("Interrupted; nothing was written.")
+        _report("Interrupted; nothing was written.")
+        # At once: a builder of TensorRT may still be at work in its thread.
+        os._exit(2)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(error.name or "")
         if extra is None:
@@ -144,11 +272,16 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 
 def _fail(message: str) -> None:
+    _report(message)
+    sys.exit(2)
+
+
+def _report(message: str) -> None:
     if os.environ.get("TEAMLORA_EXPORT_DEBUG"):
         traceback.print_exc()
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"Error: {message}", style="red", markup=False)
+    sys.stdout.flush()
     sys.stderr.flush()
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from teamlora_export import __version__
-from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
+from teamlora_export.adapter import AdapterSpec, BaseSignature, align_with_base, read_adapter
 from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import (
     DATA_NAME,
@@ -80,6 +80,7 @@ def export_onnx(
         _warn_of_normalizers(adapter, reporter)
         _warn_of_unused(model, adapter, reporter)
         nodes = sum(op.is_op(node) for node in model.graph)
+        refit = _describe_refit(model, adapter, template.signature)
         if op_form == "standard":
             inline_bodies(model)
         model.producer_name, model.producer_version = "teamlora-export", __version__
@@ -99,6 +100,7 @@ def export_onnx(
                 inputs=tuple(_port(value) for value in model.graph.inputs),
                 outputs=tuple(_port(value) for value in model.graph.outputs),
                 sha256={MODEL_NAME: sha256_of(folder / MODEL_NAME), DATA_NAME: data_sha256},
+                refit=refit,
             )
             write_manifest(folder, manifest)
     return read_bundle(out)
@@ -161,6 +163,27 @@ def _describe_adapter(adapter: AdapterSpec) -> dict[str, object]:
         "num_experts": max(p.num_experts for p in adapter.projections.values()),
         "modules": len(adapter.projections),
         "parameters": adapter.num_parameters,
+    }
+
+
+def _describe_refit(model: ir.Model, adapter: AdapterSpec, signature: BaseSignature) -> dict[str, object]:
+    """What exchanging the adapter needs: the recipes of its weights, and what another adapter is checked against."""
+    recipes = {
+        value.name: recipe for value in model.graph.initializers.values() if (recipe := weights.recipe_of(value))
+    }
+    own = {
+        name: recipe.to_json()
+        for name, recipe in recipes.items()
+        if any(part.source in weights.OP_SOURCES or part.key in adapter.overrides for part in recipe.parts)
+    }
+    return {
+        "weights": own,
+        "projections": {
+            path: [p.in_features, p.out_features, p.down_rank, p.num_experts, p.expert_rank]
+            for path, p in adapter.projections.items()
+        },
+        "overrides": {name: list(value.shape) for name, value in adapter.overrides.items()},
+        "body_prefix": signature.body_prefix,
     }
 
 

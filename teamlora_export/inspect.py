@@ -1,4 +1,4 @@
-"""`teamlora-export inspect`: what an adapter or a bundle is, as a table."""
+"""`teamlora-export inspect` and `plugins info`: what an adapter, a bundle, an engine or a library is, as a table."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from rich.table import Table
 from teamlora_export.adapter import AdapterSpec, read_adapter
 from teamlora_export.adapter.config import CONFIG_NAME
 from teamlora_export.bundle import MANIFEST_NAME, Bundle, Port, read_bundle
+from teamlora_export.engine.facts import EngineFacts, read_facts
+from teamlora_export.engine.plugin import PluginLibrary, latest_plugin, read_plugin
 from teamlora_export.errors import ExportError
 
 
 def inspect_path(path: Path) -> Table:
-    """A table about the adapter or the bundle in the folder `path`.
+    """A table about the adapter or the bundle in the folder `path`, or the engine of that name.
 
     Raises:
         ExportError: it is neither, or it is damaged.
@@ -24,7 +26,19 @@ def inspect_path(path: Path) -> Table:
         return _table(f"Bundle {path}", _bundle_rows(read_bundle(path)))
     if (path / CONFIG_NAME).is_file():
         return _table(f"Adapter {path}", _adapter_rows(read_adapter(path)))
-    raise ExportError(f"{path}: neither an adapter ({CONFIG_NAME}) nor a bundle ({MANIFEST_NAME}).")
+    if path.suffix == ".engine":
+        return _table(f"Engine {path}", _engine_rows(read_facts(path)))
+    raise ExportError(f"{path}: neither an adapter ({CONFIG_NAME}) nor a bundle ({MANIFEST_NAME}) nor NAME.engine.")
+
+
+def inspect_plugin(path: Path | None) -> Table:
+    """A table about the plugin library at `path`, or about the one that was built here.
+
+    Raises:
+        ExportError: there is none, or it is none of ours.
+    """
+    library = read_plugin(path or latest_plugin())
+    return _table(f"Plugin {library.path}", _plugin_rows(library))
 
 
 def _adapter_rows(adapter: AdapterSpec) -> Iterable[tuple[str, str]]:
@@ -85,6 +99,37 @@ def _bundle_rows(bundle: Bundle) -> Iterable[tuple[str, str]]:
                 f"{validation['worst_times_pytorch']:.2g} times PyTorch's own error"
             ),
         )
+
+
+def _engine_rows(facts: EngineFacts) -> Iterable[tuple[str, str]]:
+    yield "runtime", f"{facts.runtime} {facts.runtime_version}"
+    yield "built for", ", ".join(facts.targets)
+    yield "task", facts.task
+    yield "dtype", facts.dtype
+    for profile in facts.profiles:
+        shapes = [
+            f"{name}: {' / '.join(str(list(shape)) for shape in points)}"
+            for name, points in profile.inputs.items()
+            if not name.startswith("past_key_values.") or name == "past_key_values.0.key"
+        ]
+        yield f"profile {profile.name}", "\n".join(shapes)
+    plugin = facts.plugin
+    yield "op", f"plugin, version {plugin['op_version']}, build {plugin['build']}" if plugin else "inlined"
+    yield "adapter", facts.adapter_sha256
+    yield "refit", f"{len(facts.refit_weights)} weights of the adapter" if facts.refit_weights else "no"
+    yield "weights", "left out" if facts.stripped else "in the engine"
+    yield "size", f"{facts.size / 1e6:,.1f} MB"
+    yield "made with", f"teamlora-export {facts.tool_version}"
+
+
+def _plugin_rows(library: PluginLibrary) -> Iterable[tuple[str, str]]:
+    yield "op", f"{library.op} version {library.op_version} ({', '.join(library.attributes)})"
+    yield "GPUs", ", ".join(f"sm_{name}" for name in library.architectures)
+    yield "TensorRT headers", library.tensorrt
+    yield "CUDA", library.cuda
+    yield "build", library.build
+    yield "size", f"{library.path.stat().st_size / 1e6:,.1f} MB"
+    yield "SHA-256", library.sha256
 
 
 def _ports(ports: tuple[Port, ...]) -> str:

@@ -50,7 +50,8 @@ __global__ void __launch_bounds__(kDownThreads) few_down(FewDownArguments argume
     }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-        tokens[t] = static_cast<const T*>(arguments.x) + static_cast<int64_t>(min(token0 + t, arguments.tokens - 1)) * in;
+        tokens[t] =
+            static_cast<const T*>(arguments.x) + static_cast<int64_t>(min(token0 + t, arguments.tokens - 1)) * in;
     }
 
     float z[kDownRows][kTokens] = {};
@@ -111,9 +112,9 @@ __global__ void __launch_bounds__(kUpThreads) few_up(FewUpArguments arguments) {
     TEAMLORA_DYNAMIC_SHARED(shared);
     const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank;
     const int up_rank = k * c, sibling_rows = a + k, thread = threadIdx.x;
-    float* z = shared;                                // [tokens, a + k]
-    float* weights = z + kTokens * sibling_rows;      // [tokens, k]
-    float* sums = weights + kTokens * k;              // [warps, tokens, columns]
+    float* z = shared;                            // [tokens, a + k]
+    float* weights = z + kTokens * sibling_rows;  // [tokens, k]
+    float* sums = weights + kTokens * k;          // [warps, tokens, columns]
     const ColumnTile tile = arguments.columns.tile(blockIdx.x, kColumns);
     const int token0 = blockIdx.y * kTokens;
     const int64_t out = arguments.out;
@@ -124,7 +125,8 @@ __global__ void __launch_bounds__(kUpThreads) few_up(FewUpArguments arguments) {
     const T* up = static_cast<const T*>(arguments.up) + tile.first + lane_column;
     const auto load_up = [&](int row) {
         if (available <= 0 || row >= up_rank) return load_elements(up, 0);
-        return kAligned && available >= kWidth ? load_constant(up + row * out) : load_elements(up + row * out, available);
+        return kAligned && available >= kWidth ? load_constant(up + row * out)
+                                               : load_elements(up + row * out, available);
     };
     Pack<T> next = load_up(row0);
     T base[kOwn];
@@ -132,13 +134,14 @@ __global__ void __launch_bounds__(kUpThreads) few_up(FewUpArguments arguments) {
     for (int n = 0; n < kOwn; ++n) {
         const int i = thread + n * kUpThreads, column = i % kColumns, token = token0 + i / kColumns;
         const bool inside = i < kTokens * kColumns && column < tile.width && token < arguments.tokens;
-        base[n] = inside ? static_cast<const T*>(arguments.base)[token * out + tile.first + column] : from_float<T>(0.0F);
+        base[n] =
+            inside ? static_cast<const T*>(arguments.base)[token * out + tile.first + column] : from_float<T>(0.0F);
     }
 
     for (int i = thread; i < kTokens * sibling_rows; i += kUpThreads) {
         const int token = min(token0 + i / sibling_rows, arguments.tokens - 1), row = i % sibling_rows;
-        const float* partial = arguments.partials + static_cast<int64_t>(token) * arguments.rows +
-                               tile.sibling * sibling_rows + row;
+        const float* partial =
+            arguments.partials + static_cast<int64_t>(token) * arguments.rows + tile.sibling * sibling_rows + row;
         float sum = 0.0F;
         for (int s = 0; s < arguments.slices; ++s) {
             sum += __ldg(partial + static_cast<int64_t>(s) * arguments.tokens * arguments.rows);

@@ -39,9 +39,10 @@ cudaError_t launch_few(const MixedExpertShape& shape, const MixedExpertTensors& 
     if (error != cudaSuccess) return error;
 
     const Columns columns = columns_of(shape);
-    const FewUpArguments up{tensors.base,        tensors.mix,       tensors.up,  tensors.y,    partials,
-                            tokens,              shape.num_experts, shape.expert_rank, shape.down_rank(), plan.slices,
-                            shape.rows(),        shape.out(),       shape.shared_down, columns};
+    const FewUpArguments up{tensors.base,      tensors.mix, tensors.up,        tensors.y,
+                            partials,          tokens,      shape.num_experts, shape.expert_rank,
+                            shape.down_rank(), plan.slices, shape.rows(),      shape.out(),
+                            shape.shared_down, columns};
     const dim3 up_grid(columns.num_tiles(kUpLanes * Pack<T>::kWidth), token_tiles);
     const auto up_kernel = aligned_outputs(shape, tensors) ? few_up<T, kTokens, true> : few_up<T, kTokens, false>;
     return launch_kernel(up_kernel, up_grid, kUpThreads, plan.shared_bytes, stream, up);
@@ -52,9 +53,12 @@ cudaError_t launch_few(const MixedExpertShape& shape, const MixedExpertTensors& 
                        cudaStream_t stream) noexcept {
     const FewTokensPlan plan = plan_few_tokens(shape);
     switch (plan.token_tile) {
-        case 1: return launch_few<T, 1>(shape, tensors, plan, workspace, stream);
-        case 4: return launch_few<T, 4>(shape, tensors, plan, workspace, stream);
-        default: return launch_few<T, 8>(shape, tensors, plan, workspace, stream);
+        case 1:
+            return launch_few<T, 1>(shape, tensors, plan, workspace, stream);
+        case 4:
+            return launch_few<T, 4>(shape, tensors, plan, workspace, stream);
+        default:
+            return launch_few<T, 8>(shape, tensors, plan, workspace, stream);
     }
 }
 
@@ -68,9 +72,12 @@ cudaError_t launch_down(const ManyDownArguments& arguments, dim3 grid, cudaStrea
 template <typename T, int kTokenTiles>
 cudaError_t launch_down(const ManyDownArguments& arguments, int column_tiles, dim3 grid, cudaStream_t stream) noexcept {
     switch (column_tiles) {
-        case 1: return launch_down<T, kTokenTiles, 1>(arguments, grid, stream);
-        case 3: return launch_down<T, kTokenTiles, 3>(arguments, grid, stream);
-        default: return launch_down<T, kTokenTiles, 6>(arguments, grid, stream);
+        case 1:
+            return launch_down<T, kTokenTiles, 1>(arguments, grid, stream);
+        case 3:
+            return launch_down<T, kTokenTiles, 3>(arguments, grid, stream);
+        default:
+            return launch_down<T, kTokenTiles, 6>(arguments, grid, stream);
     }
 }
 
@@ -137,9 +144,12 @@ cudaError_t launch(const MixedExpertShape& shape, const MixedExpertTensors& tens
     if (unsupported(shape) != nullptr) return cudaErrorInvalidValue;
     if (shape.tokens == 0) return cudaSuccess;
     switch (shape.dtype) {
-        case DataType::kFloat32: return launch_typed<float>(shape, tensors, workspace, stream);
-        case DataType::kFloat16: return launch_typed<__half>(shape, tensors, workspace, stream);
-        case DataType::kBFloat16: return launch_typed<__nv_bfloat16>(shape, tensors, workspace, stream);
+        case DataType::kFloat32:
+            return launch_typed<float>(shape, tensors, workspace, stream);
+        case DataType::kFloat16:
+            return launch_typed<__half>(shape, tensors, workspace, stream);
+        case DataType::kBFloat16:
+            return launch_typed<__nv_bfloat16>(shape, tensors, workspace, stream);
     }
     return cudaErrorInvalidValue;
 }

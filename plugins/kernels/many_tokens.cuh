@@ -18,10 +18,10 @@ struct ManyDownArguments {
     const void* x;
     const void* down;
     const float* mix;
-    void* high;           // v, T [tokens, siblings, value_stride]; its rounding error goes to `low`
+    void* high;  // v, T [tokens, siblings, value_stride]; its rounding error goes to `low`
     void* low;
-    float* partials;      // [blocks of the grid's x and y, splits, token tile, columns]
-    uint32_t* counters;   // [blocks of the grid's x and y], zero at the start
+    float* partials;     // [blocks of the grid's x and y, splits, token tile, columns]
+    uint32_t* counters;  // [blocks of the grid's x and y], zero at the start
     int tokens, in, num_experts, expert_rank, down_rank;
     bool shared_down, aligned;
     int chunks, chunk_columns, split_width, value_stride;
@@ -59,18 +59,15 @@ struct ManyDown {
     // 16 bytes more than the data, so that rows start in different banks.
     static constexpr int kStride = kStageWidth + Pack<T>::kWidth;
     static constexpr int kStageElements = (kTokens + kColumns) * kStride;
-    static constexpr int kStages = kSharedLimit / (kStageElements * int(sizeof(T))) > 4
-                                       ? 4
-                                       : kSharedLimit / (kStageElements * int(sizeof(T)));
+    static constexpr int kStages =
+        kSharedLimit / (kStageElements * int(sizeof(T))) > 4 ? 4 : kSharedLimit / (kStageElements * int(sizeof(T)));
     static_assert(kStages >= 2, "a stage is too large");
     // z of a block, and after it the router's weights.
     static constexpr int kZStride = kColumns + 4;
     static constexpr int kZElements = kTokens * kZStride;
-    static constexpr size_t kEpilogueBytes =
-        sizeof(float) * (kZElements * (kDepthWarps / 2) + kTokens * kMaxExperts);
-    static constexpr size_t kSharedBytes = kStages * kStageElements * sizeof(T) > kEpilogueBytes
-                                               ? kStages * kStageElements * sizeof(T)
-                                               : kEpilogueBytes;
+    static constexpr size_t kEpilogueBytes = sizeof(float) * (kZElements * (kDepthWarps / 2) + kTokens * kMaxExperts);
+    static constexpr size_t kSharedBytes =
+        kStages * kStageElements * sizeof(T) > kEpilogueBytes ? kStages * kStageElements * sizeof(T) : kEpilogueBytes;
     static_assert(kSharedBytes <= kSharedLimit, "the epilogue is too large");
 };
 
@@ -111,13 +108,15 @@ __device__ void store_value(void* high, void* low, int64_t at, float value) {
 
 // Grid: tiles of tokens, siblings times chunks, splits of `in`.
 template <typename T, int kTokenTiles, int kColumnTiles>
-__global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThreads) many_down(ManyDownArguments arguments) {
+__global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThreads)
+    many_down(ManyDownArguments arguments) {
     using Shape = ManyDown<T, kTokenTiles, kColumnTiles>;
     using Product = Tile<T>;
     TEAMLORA_DYNAMIC_SHARED(shared);
     T* stages = reinterpret_cast<T*>(shared);
     const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank;
-    const int sibling = blockIdx.y / arguments.chunks, column0 = blockIdx.y % arguments.chunks * arguments.chunk_columns;
+    const int sibling = blockIdx.y / arguments.chunks,
+              column0 = blockIdx.y % arguments.chunks * arguments.chunk_columns;
     const int columns = min(arguments.chunk_columns, a - column0);
     const int64_t token0 = static_cast<int64_t>(blockIdx.x) * Shape::kTokens;
     const int begin = blockIdx.z * arguments.split_width;
@@ -162,8 +161,8 @@ __global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThrea
             const auto x = Product::load_left(left + token_tile * kTile * Shape::kStride + depth, Shape::kStride);
 #pragma unroll
             for (int n = 0; n < kColumnTiles; ++n) {
-                Product::template multiply<Order::kColumnMajor>(
-                    sums[n], x, right + n * kTile * Shape::kStride + depth, Shape::kStride);
+                Product::template multiply<Order::kColumnMajor>(sums[n], x, right + n * kTile * Shape::kStride + depth,
+                                                                Shape::kStride);
             }
         }
     }
@@ -260,7 +259,8 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads) many_up(ManyUpArguments a
         const int i = threadIdx.x + n * Shape::kThreads, column = i % kPacksAcross * kWidth;
         const int64_t token = token0 + i / kPacksAcross;
         const int available = token < arguments.tokens ? tile.width - column : 0;
-        const T* source = static_cast<const T*>(arguments.base) + (available > 0 ? token * out + tile.first + column : 0);
+        const T* source =
+            static_cast<const T*>(arguments.base) + (available > 0 ? token * out + tile.first + column : 0);
         base[n] = arguments.aligned && available >= kWidth ? load_pack(source) : load_elements(source, available);
     }
 

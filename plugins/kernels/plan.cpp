@@ -68,8 +68,7 @@ ManyTokensPlan plan_many_tokens(const MixedExpertShape& shape) noexcept {
 
     const bool split = plan.splits > 1;
     const size_t counters = split ? blocks * sizeof(uint32_t) : 0;
-    const size_t partials =
-        split ? sizeof(float) * plan.splits * blocks * plan.token_tile * 16 * plan.column_tiles : 0;
+    const size_t partials = split ? sizeof(float) * plan.splits * blocks * plan.token_tile * 16 * plan.column_tiles : 0;
     const size_t values =
         static_cast<size_t>(shape.tokens) * shape.num_siblings * plan.value_stride * element_size(shape.dtype);
     plan.counters_offset = 0;

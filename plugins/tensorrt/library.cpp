@@ -48,13 +48,13 @@ extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCrea
 
 // JSON; needs neither TensorRT nor a GPU.
 extern "C" const char* teamlora_plugin_info() {
-    static const std::string info = std::string("{\"op\": \"") + teamlora::kOpDomain + "::" + teamlora::kOpName +
-                                    "\", \"op_version\": " + teamlora::kOpVersionText +
-                                    ", \"attributes\": [\"" + teamlora::kOpAttributes[0] + "\", \"" +
-                                    teamlora::kOpAttributes[1] + "\", \"" + teamlora::kOpAttributes[2] +
-                                    "\"], \"tensorrt\": \"" TEAMLORA_NUMBER(NV_TENSORRT_MAJOR) "." TEAMLORA_NUMBER(
-                                        NV_TENSORRT_MINOR) "." TEAMLORA_NUMBER(NV_TENSORRT_PATCH) "\"" +
-                                    ", \"cuda\": \"" TEAMLORA_CUDA_VERSION "\", \"architectures\": \"" TEAMLORA_ARCHITECTURES
-                                    "\", \"build\": \"" TEAMLORA_BUILD_ID "\"}";
+    static const std::string info =
+        std::string("{\"op\": \"") + teamlora::kOpDomain + "::" + teamlora::kOpName +
+        "\", \"op_version\": " + teamlora::kOpVersionText + ", \"attributes\": [\"" + teamlora::kOpAttributes[0] +
+        "\", \"" + teamlora::kOpAttributes[1] + "\", \"" + teamlora::kOpAttributes[2] +
+        "\"], \"tensorrt\": \"" TEAMLORA_NUMBER(NV_TENSORRT_MAJOR) "." TEAMLORA_NUMBER(
+            NV_TENSORRT_MINOR) "." TEAMLORA_NUMBER(NV_TENSORRT_PATCH) "\"" +
+        ", \"cuda\": \"" TEAMLORA_CUDA_VERSION "\", \"architectures\": \"" TEAMLORA_ARCHITECTURES
+        "\", \"build\": \"" TEAMLORA_BUILD_ID "\"}";
     return info.c_str();
 }

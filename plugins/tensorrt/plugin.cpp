@@ -19,10 +19,14 @@ enum Input { kX, kBase, kDown, kMix, kUp, kNumInputs };
 
 std::optional<DataType> to_kernel_type(nvinfer1::DataType type) noexcept {
     switch (type) {
-        case nvinfer1::DataType::kFLOAT: return DataType::kFloat32;
-        case nvinfer1::DataType::kHALF: return DataType::kFloat16;
-        case nvinfer1::DataType::kBF16: return DataType::kBFloat16;
-        default: return std::nullopt;
+        case nvinfer1::DataType::kFLOAT:
+            return DataType::kFloat32;
+        case nvinfer1::DataType::kHALF:
+            return DataType::kFloat16;
+        case nvinfer1::DataType::kBF16:
+            return DataType::kBFloat16;
+        default:
+            return std::nullopt;
     }
 }
 
@@ -50,9 +54,12 @@ MixedExpertPlugin::MixedExpertPlugin(std::string node, Attributes attributes)
 
 nvinfer1::IPluginCapability* MixedExpertPlugin::getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept {
     switch (type) {
-        case nvinfer1::PluginCapabilityType::kCORE: return static_cast<nvinfer1::IPluginV3OneCore*>(this);
-        case nvinfer1::PluginCapabilityType::kBUILD: return static_cast<BuildCapability*>(this);
-        case nvinfer1::PluginCapabilityType::kRUNTIME: return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+        case nvinfer1::PluginCapabilityType::kCORE:
+            return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+        case nvinfer1::PluginCapabilityType::kBUILD:
+            return static_cast<BuildCapability*>(this);
+        case nvinfer1::PluginCapabilityType::kRUNTIME:
+            return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
     }
     return nullptr;
 }
@@ -84,7 +91,8 @@ int32_t MixedExpertPlugin::getOutputDataTypes(nvinfer1::DataType* outputTypes, i
 int32_t MixedExpertPlugin::getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t nbInputs,
                                            const nvinfer1::DimsExprs*, int32_t, nvinfer1::DimsExprs* outputs,
                                            int32_t nbOutputs, nvinfer1::IExprBuilder&) noexcept {
-    if (nbInputs != kNumInputs || nbOutputs != 1 || inputs[kX].nbDims != inputs[kBase].nbDims || inputs[kX].nbDims < 1) {
+    if (nbInputs != kNumInputs || nbOutputs != 1 || inputs[kX].nbDims != inputs[kBase].nbDims ||
+        inputs[kX].nbDims < 1) {
         log_error(node_, "x and base must have the same number of dimensions, at least one");
         return -1;
     }
@@ -132,12 +140,8 @@ int32_t MixedExpertPlugin::enqueue(const PluginTensorDesc* inputDesc, const Plug
                                    cudaStream_t stream) noexcept {
     const auto shape = shape_of(inputDesc, outputDesc);
     if (!shape) return -1;
-    const MixedExpertTensors tensors{inputs[kX],
-                                     inputs[kBase],
-                                     inputs[kDown],
-                                     static_cast<const float*>(inputs[kMix]),
-                                     inputs[kUp],
-                                     outputs[0]};
+    const MixedExpertTensors tensors{inputs[kX],  inputs[kBase], inputs[kDown], static_cast<const float*>(inputs[kMix]),
+                                     inputs[kUp], outputs[0]};
     const cudaError_t error = launch(*shape, tensors, workspace, stream);
     if (error == cudaSuccess) return 0;
     log_error(node_, "its kernels could not be launched: " + std::string(cudaGetErrorString(error)));
@@ -153,7 +157,8 @@ std::optional<MixedExpertShape> MixedExpertPlugin::shape_of(const PluginTensorDe
     for (const int input : {kX, kBase, kDown, kMix, kUp}) {
         const nvinfer1::DataType expected = input == kMix ? nvinfer1::DataType::kFLOAT : in[kX].type;
         if (in[input].type != expected || in[input].format != nvinfer1::TensorFormat::kLINEAR) {
-            log_error(node_, std::string(kOpInputs[input]) + " has another type or format than the engine was built for");
+            log_error(node_,
+                      std::string(kOpInputs[input]) + " has another type or format than the engine was built for");
             return std::nullopt;
         }
     }
@@ -169,8 +174,8 @@ std::optional<MixedExpertShape> MixedExpertPlugin::shape_of(nvinfer1::DataType t
     const Dims &x = dims[kX], &base = dims[kBase], &down = dims[kDown], &mix = dims[kMix], &up = dims[kUp],
                &y = dims[kNumInputs];
     const auto refuse = [&](const std::string& reason) {
-        log_error(node_, reason + ": x " + to_text(x) + ", base " + to_text(base) + ", down " + to_text(down) + ", mix " +
-                             to_text(mix) + ", up " + to_text(up) + ", y " + to_text(y));
+        log_error(node_, reason + ": x " + to_text(x) + ", base " + to_text(base) + ", down " + to_text(down) +
+                             ", mix " + to_text(mix) + ", up " + to_text(up) + ", y " + to_text(y));
         return std::nullopt;
     };
     const auto dtype = to_kernel_type(type);

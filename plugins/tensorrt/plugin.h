@@ -58,7 +58,8 @@ public:
     int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, int32_t nbInputs,
                             const nvinfer1::DynamicPluginTensorDesc* out, int32_t nbOutputs) noexcept override;
     size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t nbInputs,
-                            const nvinfer1::DynamicPluginTensorDesc* outputs, int32_t nbOutputs) const noexcept override;
+                            const nvinfer1::DynamicPluginTensorDesc* outputs,
+                            int32_t nbOutputs) const noexcept override;
 #if TEAMLORA_ALIASED_OUTPUT
     int32_t getAliasedInput(int32_t outputIndex) noexcept override;
 #endif
@@ -67,7 +68,8 @@ public:
     int32_t onShapeChange(const nvinfer1::PluginTensorDesc* in, int32_t nbInputs, const nvinfer1::PluginTensorDesc* out,
                           int32_t nbOutputs) noexcept override;
     int32_t enqueue(const nvinfer1::PluginTensorDesc* inputDesc, const nvinfer1::PluginTensorDesc* outputDesc,
-                    const void* const* inputs, void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
+                    const void* const* inputs, void* const* outputs, void* workspace,
+                    cudaStream_t stream) noexcept override;
     nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* context) noexcept override;
     const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
 

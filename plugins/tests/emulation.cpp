@@ -258,7 +258,8 @@ void let_other_blocks_run() {
 
 void copy_async(void* target, const void* source, size_t size, size_t zeros) {
     const auto misaligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 != 0; };
-    if (size != 16 || misaligned(target) || misaligned(source)) throw std::logic_error("an unaligned asynchronous copy");
+    if (size != 16 || misaligned(target) || misaligned(source))
+        throw std::logic_error("an unaligned asynchronous copy");
     const Copy copy{target, source, size, zeros};
     if (coin()) {
         carry_out({copy});

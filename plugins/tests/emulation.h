@@ -1,9 +1,10 @@
 // Runs the CUDA kernels on the CPU: what device.cuh includes in place of CUDA's device headers.
 //
-// One fiber for each thread of a block, switched at barriers and warp operations; blocks run one after another, but stop
-// at atomic operations to let others run. CUDA's own headers give half and bfloat16 on the host. What a GPU leaves open is decided by the schedule's seed, the worst
-// way where one can tell: the order of blocks, warps and lanes, and whether an asynchronous copy happens at once or when
-// it is waited for. Shared memory starts as NaN. Fragments of tensor-core tiles are spread over the lanes, as on a GPU.
+// One fiber for each thread of a block, switched at barriers and warp operations; blocks run one after another, but
+// stop at atomic operations to let others run. CUDA's own headers give half and bfloat16 on the host. What a GPU leaves
+// open is decided by the schedule's seed, the worst way where one can tell: the order of blocks, warps and lanes, and
+// whether an asynchronous copy happens at once or when it is waited for. Shared memory starts as NaN. Fragments of
+// tensor-core tiles are spread over the lanes, as on a GPU.
 //
 // Caught here: a missing or divergent barrier (a thread runs ahead and reads NaN or old values; a block that cannot go
 // on is an error), reads and writes past an array (under AddressSanitizer), a forgotten wait. Not caught: a missing

@@ -77,8 +77,12 @@ PluginTensorDesc tensor(std::vector<int64_t> sizes, DataType type = DataType::kH
 
 // x, base, down, mix, up, y of q/k/v with 4 experts of rank 2: out 64 + 32 + 32.
 std::vector<PluginTensorDesc> tensors(int64_t batch, int64_t sequence, DataType type = DataType::kHALF) {
-    return {tensor({batch, sequence, 64}, type), tensor({batch, sequence, 128}, type), tensor({36, 64}, type),
-            tensor({3, 4, 4}, DataType::kFLOAT), tensor({8, 128}, type), tensor({batch, sequence, 128}, type)};
+    return {tensor({batch, sequence, 64}, type),
+            tensor({batch, sequence, 128}, type),
+            tensor({36, 64}, type),
+            tensor({3, 4, 4}, DataType::kFLOAT),
+            tensor({8, 128}, type),
+            tensor({batch, sequence, 128}, type)};
 }
 
 std::vector<DynamicPluginTensorDesc> dynamic(DataType type, int64_t most) {
@@ -147,20 +151,24 @@ void types_and_shapes_follow_the_inputs(const Capabilities& plugin) {
     DataType output{};
     const DataType inputs[] = {DataType::kBF16, DataType::kBF16, DataType::kBF16, DataType::kFLOAT, DataType::kBF16};
     check(plugin.build->getNbOutputs() == 1, "there is one output");
-    check(plugin.build->getOutputDataTypes(&output, 1, inputs, 5) == 0 && output == DataType::kBF16, "y has base's type");
-    check(plugin.build->getOutputDataTypes(&output, 1, inputs, 4) != 0 && the_log.tells("layer0.q"), "four inputs are refused");
+    check(plugin.build->getOutputDataTypes(&output, 1, inputs, 5) == 0 && output == DataType::kBF16,
+          "y has base's type");
+    check(plugin.build->getOutputDataTypes(&output, 1, inputs, 4) != 0 && the_log.tells("layer0.q"),
+          "four inputs are refused");
     // Expressions are only handed on, so addresses will do.
     int symbols[8];
     DimsExprs shapes[5]{}, result{};
     for (int i = 0; i < 5; ++i) {
         shapes[i].nbDims = i == 2 || i == 4 ? 2 : 3;
-        for (int d = 0; d < 3; ++d) shapes[i].d[d] = reinterpret_cast<const IDimensionExpr*>(&symbols[i == 1 ? d : 4 + d]);
+        for (int d = 0; d < 3; ++d)
+            shapes[i].d[d] = reinterpret_cast<const IDimensionExpr*>(&symbols[i == 1 ? d : 4 + d]);
     }
     Expressions expressions;
     const bool done = plugin.build->getOutputShapes(shapes, 5, nullptr, 0, &result, 1, expressions) == 0;
     check(done && result.nbDims == 3 && std::equal(result.d, result.d + 3, shapes[1].d), "y has base's shape");
     shapes[0].nbDims = 2;
-    check(plugin.build->getOutputShapes(shapes, 5, nullptr, 0, &result, 1, expressions) != 0 && the_log.tells("dimensions"),
+    check(plugin.build->getOutputShapes(shapes, 5, nullptr, 0, &result, 1, expressions) != 0 &&
+              the_log.tells("dimensions"),
           "x and base of another rank are refused");
 }
 
@@ -210,19 +218,23 @@ void enqueue_refuses_what_it_was_not_built_for(const Capabilities& plugin) {
         return run(descs);
     };
     check(run(tensors(0, 5)) == 0, "no tokens are no work");
-    check(changed(0, tensor({1, 4, 64})) != 0 && the_log.tells("do not belong together"), "x and base of different lengths");
+    check(changed(0, tensor({1, 4, 64})) != 0 && the_log.tells("do not belong together"),
+          "x and base of different lengths");
     check(changed(0, tensor({1, 3, 65})) != 0 && the_log.tells("x [1, 3, 65]"), "x of another width");
     check(changed(1, tensor({1, 3, 127})) != 0 && the_log.tells("base"), "base of another width");
     check(changed(2, tensor({36})) != 0 && the_log.tells("dimensions"), "down of another rank");
-    check(changed(3, tensor({3, 4, 5}, DataType::kFLOAT)) != 0 && the_log.tells("num_experts 4"), "mix of another size");
+    check(changed(3, tensor({3, 4, 5}, DataType::kFLOAT)) != 0 && the_log.tells("num_experts 4"),
+          "mix of another size");
     check(changed(3, tensor({3, 4, 4})) != 0 && the_log.tells("mix has another type"), "mix of another type");
     check(changed(4, tensor({9, 128})) != 0 && the_log.tells("up [9, 128]"), "up of a rank that k does not divide");
-    check(changed(5, tensor({1, 3, 128}, DataType::kFLOAT)) != 0 && the_log.tells("y has another type"), "y of another type");
+    check(changed(5, tensor({1, 3, 128}, DataType::kFLOAT)) != 0 && the_log.tells("y has another type"),
+          "y of another type");
     auto strided = tensor({1, 3, 64});
     strided.format = TensorFormat::kHWC8;
     check(changed(0, strided) != 0 && the_log.tells("format"), "another format");
     // The sizes are right: what is left to fail here is the missing GPU.
-    check(run(tensors(1, 3)) == 0 || the_log.tells("could not be launched"), "a failed launch is an error with its reason");
+    check(run(tensors(1, 3)) == 0 || the_log.tells("could not be launched"),
+          "a failed launch is an error with its reason");
 }
 
 void a_stored_plugin_comes_back(IPluginCreatorV3One& creator, const Capabilities& plugin) {
@@ -251,8 +263,9 @@ void a_stored_plugin_comes_back(IPluginCreatorV3One& creator, const Capabilities
     const PluginFieldCollection* twice = again.runtime->getFieldsToSerialize();
     bool equal = twice->nbFields == stored->nbFields;
     for (int32_t i = 0; equal && i < stored->nbFields; ++i) {
-        equal = twice->fields[i].length == stored->fields[i].length &&
-                std::memcmp(twice->fields[i].data, stored->fields[i].data, stored->fields[i].length * sizeof(int32_t)) == 0;
+        equal =
+            twice->fields[i].length == stored->fields[i].length &&
+            std::memcmp(twice->fields[i].data, stored->fields[i].data, stored->fields[i].length * sizeof(int32_t)) == 0;
     }
     check(equal, "a copy stores what the original stored");
 }
@@ -289,7 +302,8 @@ int run(const char* path) {
     configuration_and_workspace(plugin);
 #if NV_TENSORRT_MAJOR > 10 || NV_TENSORRT_MINOR >= 3
     const InterfaceInfo info = plugin.build->getInterfaceInfo();
-    check(info.major == 2 && static_cast<IPluginV3OneBuildV2*>(plugin.build)->getAliasedInput(0) == 1, "y may be base's memory");
+    check(info.major == 2 && static_cast<IPluginV3OneBuildV2*>(plugin.build)->getAliasedInput(0) == 1,
+          "y may be base's memory");
 #endif
     enqueue_refuses_what_it_was_not_built_for(plugin);
     a_stored_plugin_comes_back(creator, plugin);

@@ -2,8 +2,8 @@
 //
 //     sweep [--cases N] [--seed S]
 //
-// Outputs and workspace start as NaN, and lie between guard bytes. The allowed error follows from the arithmetic: float32
-// sums in any order, one rounding of y. Prints the first failures and exits with 1 where there are any.
+// Outputs and workspace start as NaN, and lie between guard bytes. The allowed error follows from the arithmetic:
+// float32 sums in any order, one rounding of y. Prints the first failures and exits with 1 where there are any.
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
@@ -22,7 +22,9 @@ namespace {
 constexpr double kFloatRoundoff = 1.0 / (1 << 24);
 
 double roundoff(DataType dtype) {
-    return dtype == DataType::kFloat32 ? kFloatRoundoff : dtype == DataType::kFloat16 ? 1.0 / (1 << 11) : 1.0 / (1 << 8);
+    return dtype == DataType::kFloat32   ? kFloatRoundoff
+           : dtype == DataType::kFloat16 ? 1.0 / (1 << 11)
+                                         : 1.0 / (1 << 8);
 }
 
 // An array of the op's dtype in memory of its own, with guards before and behind.
@@ -96,7 +98,8 @@ void reference(const MixedExpertShape& s, const Inputs& in, int64_t token, int g
     std::vector<double> z(rows), error(rows);
     for (int row = 0; row < rows; ++row) {
         for (int i = 0; i < s.in; ++i) {
-            const double term = in.x.get(token * s.in + i) * in.down.get((static_cast<size_t>(g) * rows + row) * s.in + i);
+            const double term =
+                in.x.get(token * s.in + i) * in.down.get((static_cast<size_t>(g) * rows + row) * s.in + i);
             z[row] += term;
             error[row] += gamma * std::abs(term);
         }
@@ -135,8 +138,8 @@ void reference(const MixedExpertShape& s, const Inputs& in, int64_t token, int g
                      split * std::abs(term);
         }
         y[column] = value;
-        allowed[column] = bound + (k * c + 8) * kFloatRoundoff * size + roundoff(s.dtype) * (std::abs(value) + bound) +
-                          tiny;
+        allowed[column] =
+            bound + (k * c + 8) * kFloatRoundoff * size + roundoff(s.dtype) * (std::abs(value) + bound) + tiny;
     }
 }
 
@@ -145,8 +148,9 @@ std::string check(const Case& tried, std::mt19937_64& generator) {
     const MixedExpertShape& s = tried.shape;
     const auto tokens = static_cast<size_t>(s.tokens);
     const size_t offset = tried.misaligned ? element_size(s.dtype) : 0;
-    Array x(s.dtype, tokens * s.in, offset), base(s.dtype, tokens * s.out(), offset), down(s.dtype, size_t(s.rows()) * s.in),
-        up(s.dtype, size_t(s.up_rank()) * s.out()), y(s.dtype, tokens * s.out());
+    Array x(s.dtype, tokens * s.in, offset), base(s.dtype, tokens * s.out(), offset),
+        down(s.dtype, size_t(s.rows()) * s.in), up(s.dtype, size_t(s.up_rank()) * s.out()),
+        y(s.dtype, tokens * s.out());
     std::normal_distribution<double> normal;
     const auto fill = [&](Array& array, size_t count, double scale) {
         for (size_t i = 0; i < count; ++i) array.set(i, scale * normal(generator));
@@ -205,26 +209,27 @@ MixedExpertShape make(DataType dtype, int64_t tokens, int in, int k, int c, bool
 std::vector<Case> edges() {
     std::vector<Case> cases;
     for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
-        const auto add = [&](int64_t tokens, int in, int k, int c, bool shared, std::vector<int> out, bool in_place = false,
-                             bool misaligned = false) {
-            cases.push_back({make(dtype, tokens, in, k, c, shared, std::move(out)), in_place, misaligned, cases.size() % 5});
+        const auto add = [&](int64_t tokens, int in, int k, int c, bool shared, std::vector<int> out,
+                             bool in_place = false, bool misaligned = false) {
+            cases.push_back(
+                {make(dtype, tokens, in, k, c, shared, std::move(out)), in_place, misaligned, cases.size() % 5});
         };
         for (const int64_t tokens : {0, 1, 2, 4, 5, 8, 9, 31, 32, 33, 64, 65}) add(tokens, 64, 4, 2, false, {32});
-        add(1, 576, 4, 8, false, {576, 192, 192});       // SmolLM2's q/k/v
+        add(1, 576, 4, 8, false, {576, 192, 192});  // SmolLM2's q/k/v
         add(40, 576, 4, 8, false, {576, 192, 192});
-        add(3, 2048, 4, 2, false, {136});                // slices of `in`
-        add(35, 1100, 4, 2, false, {136, 8});            // splits of `in`, with a tail
-        add(40, 521, 3, 3, false, {13, 1, 7, 29});       // nothing divides anything
+        add(3, 2048, 4, 2, false, {136});           // slices of `in`
+        add(35, 1100, 4, 2, false, {136, 8});       // splits of `in`, with a tail
+        add(40, 521, 3, 3, false, {13, 1, 7, 29});  // nothing divides anything
         add(7, 521, 3, 3, false, {13, 1, 7, 29});
-        add(40, 64, 4, 30, false, {130});                // chunks of columns
-        add(40, 64, 32, 4, true, {16, 24});              // many experts, all read the whole of u
+        add(40, 64, 4, 30, false, {130});    // chunks of columns
+        add(40, 64, 32, 4, true, {16, 24});  // many experts, all read the whole of u
         add(6, 64, 32, 4, true, {16, 24});
-        add(40, 48, 1, 8, false, {64});                  // plain LoRA
+        add(40, 48, 1, 8, false, {64});  // plain LoRA
         add(1, 1, 1, 1, false, {1});
         add(33, 1, 1, 1, false, {1});
-        add(34, 96, 2, 8, false, {64}, true);            // y is base
+        add(34, 96, 2, 8, false, {64}, true);  // y is base
         add(5, 96, 2, 8, false, {64}, true);
-        add(34, 96, 2, 8, false, {64}, false, true);     // x and base off 16 bytes
+        add(34, 96, 2, 8, false, {64}, false, true);  // x and base off 16 bytes
         add(5, 96, 2, 8, false, {64}, false, true);
     }
     cases.push_back({make(DataType::kFloat16, 8200, 8, 2, 2, false, {8}), false, false, 2});  // large token tiles
@@ -236,7 +241,9 @@ std::vector<Case> edges() {
 
 Case draw(std::mt19937_64& generator) {
     const auto below = [&](int count) { return static_cast<int>(generator() % count); };
-    const auto size = [&](int most) { return below(3) == 0 ? 1 + below(most) : std::max(8, 8 * (1 + below(most / 8))); };
+    const auto size = [&](int most) {
+        return below(3) == 0 ? 1 + below(most) : std::max(8, 8 * (1 + below(most / 8)));
+    };
     const int k = 1 << below(6), siblings = 1 + below(4);
     std::vector<int> out;
     for (int g = 0; g < siblings; ++g) out.push_back(size(160));

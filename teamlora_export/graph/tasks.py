@@ -18,15 +18,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
+from teamlora_export.bundle import BATCH, PAST, SEQUENCE, TOTAL
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel
 
-BATCH, SEQUENCE, PAST, TOTAL = (
-    "batch_size",
-    "sequence_length",
-    "past_sequence_length",
-    "total_sequence_length",
-)
 # Sizes of the sample: all different, none 0 or 1, so that no axis is taken for a constant or for another.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
 

@@ -1,8 +1,8 @@
 """Weights as recipes while the graph is made, as bytes only when it is written.
 
 A traced graph never holds a number of the model. Each of its weights is a `WeightTensor`: dtype, shape, and a
-`Recipe` that says how to make it from the base checkpoint and the adapter (transpose, concatenate, fold). Passes rewrite recipes
-(`transposed`, `joined`); `write_external_data` follows them, one tensor in memory at a time.
+`Recipe` that says how to make it from the base checkpoint and the adapter (transpose, concatenate, fold). Passes
+rewrite recipes (`transposed`, `joined`); `write_external_data` follows them, one tensor in memory at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -168,6 +168,25 @@ def write_external_data(
         return writer.sha256
 
 
+def adapter_weights(
+    recipes: Mapping[str, Recipe], adapter: AdapterSpec, dtype: ir.DataType
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The weights that an adapter alone decides, by name, made one at a time. An array is valid until the next but one.
+
+    Raises:
+        ExportError: a recipe needs a weight of the base.
+    """
+    cook = _Cook(_NoBase(), adapter)
+    for name, recipe in recipes.items():
+        kind = ir.DataType.FLOAT if recipe.parts[0].source == "mix" else dtype
+        yield name, cook.make(recipe, kind)
+
+
+class _NoBase:
+    def read(self, name: str) -> np.ndarray:
+        raise ExportError(f"{name}: is the base's, and the adapter does not replace it. Export and build again.")
+
+
 class _HashingWriter:
     """Appends to a file at aligned offsets, and hashes all of it on the way."""
 
@@ -218,17 +237,29 @@ class _Cook:
 
     def cook(self, tensor: WeightTensor) -> np.ndarray:
         """The tensor's values, contiguous. Valid until the call after the next."""
-        parts = [self._part(part, tensor.dtype) for part in tensor.recipe.parts]
-        axis, shape = tensor.recipe.axis, tuple(tensor.shape.numpy())
-        given = (*parts[0].shape[:axis], sum(part.shape[axis] for part in parts), *parts[0].shape[axis + 1 :])
-        if given != shape or any(part.ndim != len(shape) for part in parts):
+        array = self.make(tensor.recipe, tensor.dtype)
+        given, shape = array.shape, tuple(tensor.shape.numpy())
+        if given != shape:
             keys = ", ".join(part.key for part in tensor.recipe.parts)
             raise ExportError(
                 f"{keys}: the checkpoint gives {list(given)}, the model's code expects {list(shape)}. "
                 "Does config.json belong to these weights?"
             )
+        return array
+
+    def make(self, recipe: Recipe, dtype: ir.DataType) -> np.ndarray:
+        """What a recipe gives, contiguous. Valid until the call after the next."""
+        parts = [self._part(part, dtype) for part in recipe.parts]
         if len(parts) == 1 and parts[0].flags.c_contiguous:
             return parts[0]
+        axis, first = recipe.axis, parts[0].shape
+        others = {(*part.shape[:axis], *part.shape[axis + 1 :]) for part in parts}
+        if len(others) > 1:
+            sizes = ", ".join(
+                f"{part.key} {list(array.shape)}" for part, array in zip(recipe.parts, parts, strict=True)
+            )
+            raise ExportError(f"{sizes}: do not fit beside each other. Does config.json belong to these weights?")
+        shape = (*first[:axis], sum(part.shape[axis] for part in parts), *first[axis + 1 :])
         array = self._scratch(shape, parts[0].dtype)
         start = 0
         for part in parts:
@@ -252,7 +283,7 @@ class _Cook:
             array = self._adapter.overrides[part.key]
         else:
             array = self._base.read(part.key)
-        array = _cast(array, dtype, part.key)
+        array = cast_weight(array, dtype, part.key)
         return array.T if part.transposed else array
 
 
@@ -274,7 +305,12 @@ def _copy(source: np.ndarray, target: np.ndarray) -> None:
         target[:, start : start + _STRIP] = strip[: len(part), :width].T
 
 
-def _cast(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
+def cast_weight(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
+    """`array` in `dtype`.
+
+    Raises:
+        ExportError: it holds a number beyond float16's range.
+    """
     target = np.dtype(ml_dtypes.bfloat16) if dtype == ir.DataType.BFLOAT16 else dtype.numpy()
     if array.dtype == target:
         return array

@@ -87,6 +87,7 @@ class Verdict:
     modules: tuple[Judgement, ...] = ()
     departure: Departure | None = None
     expert_use: dict[str, list[float]] = field(default_factory=dict)
+    candidate: str = "ONNX Runtime"
 
     @property
     def passed(self) -> bool:

@@ -24,7 +24,7 @@ _LAYER = re.compile(r"^(.*?\.\d+)\.(.+)$")
 
 def print_verdict(verdict: Verdict, console: Console) -> None:
     """One row a case, and where it went wrong if it did."""
-    table = Table(title=f"ONNX Runtime against PyTorch (float64), {verdict.dtype}", title_justify="left")
+    table = Table(title=f"{verdict.candidate} against PyTorch (float64), {verdict.dtype}", title_justify="left")
     for column in ("case", "output", "error", "PyTorch's own", "allowed", "greedy", "top-5", "KL", ""):
         table.add_column(column, justify="left" if column in ("case", "output", "") else "right")
     for case in verdict.cases:

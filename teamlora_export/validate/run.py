@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,15 @@ import psutil
 import torch
 
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
-from teamlora_export.adapter.files import sha256_of
-from teamlora_export.bundle import Bundle, write_manifest
+from teamlora_export.bundle import Bundle, check_files, write_manifest
+from teamlora_export.engine.facts import EngineFacts, find_engine, read_facts, write_facts
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights
 from teamlora_export.model.source import weights_sha256
 from teamlora_export.progress import Reporter
-from teamlora_export.validate.cases import make_cases
+from teamlora_export.validate.cases import Case, make_cases
+from teamlora_export.validate.engine_runner import EngineRunner, cases_within
 from teamlora_export.validate.judge import Judge, Verdict
 from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.runners import OnnxRunner, TorchRunner
@@ -34,12 +36,16 @@ def validate_bundle(
     base_source: str | None = None,
     adapter_folder: str | Path | None = None,
     layer_by_layer: bool | None = None,
+    engine_name: str | None = None,
+    plugin: Path | None = None,
     reporter: Reporter | None = None,
 ) -> Verdict:
     """Judge `bundle` against the base and adapter that it was made of (found by its manifest, or given if they moved).
 
     Args:
         layer_by_layer: hold one layer in memory at a time and run fewer cases; None: only where the whole does not fit.
+        engine_name: judge this engine instead of the graph; its verdict goes into its own facts.
+        plugin: the library for an engine that needs the plugin.
 
     Raises:
         ExportError: base or adapter are not there, or are not those that the bundle was made of; the bundle's own files
@@ -47,8 +53,11 @@ def validate_bundle(
     """
     reporter = reporter or Reporter()
     manifest = bundle.manifest
-    _check_own_files(bundle)
-    base, adapter = _open_sources(bundle, base_source, adapter_folder)
+    check_files(bundle)
+    engine = _open_engine(bundle, engine_name, plugin, reporter) if engine_name else None
+    dtype = engine.facts.dtype if engine else manifest.dtype
+    adapter_sha256 = engine.facts.adapter_sha256 if engine else manifest.adapter["sha256"]
+    base, adapter = _open_sources(bundle, base_source, adapter_folder, adapter_sha256)
     if layer_by_layer is None:
         layer_by_layer = not _fits(base)
     weights = _open_streamed(base) if layer_by_layer else None
@@ -56,37 +65,70 @@ def validate_bundle(
         reporter.say("Layer by layer: the weights are read from disk on every call")
     with reporter.step("Preparing PyTorch in float64 and the bundle's dtype"):
         reference = TorchRunner(base, adapter, torch.float64, weights)
-        pytorch = TorchRunner(base, adapter, _TORCH_DTYPES[manifest.dtype], weights)
-    candidate = OnnxRunner(bundle) if weights is None else LayerwiseOnnxRunner(bundle)
-    judge = Judge(manifest.dtype, reference, pytorch, candidate, manifest.inputs)
-    for case in make_cases(base.config, base.task, brief=weights is not None):
+        pytorch = TorchRunner(base, adapter, _TORCH_DTYPES[dtype], weights)
+    candidate = engine.runner if engine else OnnxRunner(bundle) if weights is None else LayerwiseOnnxRunner(bundle)
+    judge = Judge(dtype, reference, pytorch, candidate, manifest.inputs)
+    cases = make_cases(base.config, base.task, brief=weights is not None)
+    for case in engine.choose(cases, reporter) if engine else cases:
         with reporter.step(f"Case: {case.name}"):
             judge.add_case(case)
     with reporter.step("Comparing module by module"):
         modules = tuple(judge.judge_modules())
         expert_use = {path: _mean_share(share) for path, share in reference.expert_use().items()}
         departure = judge.locate(candidate.producer_of)
-    verdict = Verdict(manifest.dtype, judge.results(), modules, departure, expert_use)
-    write_manifest(bundle.folder, dataclasses.replace(manifest, validation=_summary(verdict)))
+    label = engine.label if engine else "ONNX Runtime"
+    verdict = Verdict(dtype, judge.results(), modules, departure, expert_use, label)
+    if engine:
+        write_facts(dataclasses.replace(engine.facts, validation=_summary(verdict)), engine.path)
+    else:
+        write_manifest(bundle.folder, dataclasses.replace(manifest, validation=_summary(verdict)))
     return verdict
 
 
-def _check_own_files(bundle: Bundle) -> None:
-    for name, expected in bundle.manifest.sha256.items():
-        if sha256_of(bundle.folder / name) != expected:
-            raise ExportError(
-                f"{bundle.folder / name}: is not what was exported (its SHA-256 differs). Export the model again."
-            )
+@dataclass(frozen=True)
+class _Engine:
+    """An engine that is open."""
+
+    path: Path
+    facts: EngineFacts
+    runner: EngineRunner
+
+    @property
+    def label(self) -> str:
+        return f"{'TensorRT-RTX' if self.facts.runtime == 'rtx' else 'TensorRT'} ({self.path.name})"
+
+    def choose(self, cases: list[Case], reporter: Reporter) -> list[Case]:
+        """The cases that the engine's profiles take.
+
+        Raises:
+            ExportError: there are none.
+        """
+        chosen = cases_within(cases, self.facts.profiles)
+        if not chosen:
+            raise ExportError(f"{self.path}: its profiles take none of the cases. Build it with wider --shapes.")
+        skipped = [case.name for case in cases if case not in chosen]
+        if skipped:
+            reporter.warn(f"Outside of the engine's profiles, left out: {', '.join(skipped)}.")
+        return chosen
+
+
+def _open_engine(bundle: Bundle, name: str, plugin: Path | None, reporter: Reporter) -> _Engine:
+    """Opened before PyTorch loads anything: most that can be wrong is found here."""
+    path = find_engine(bundle, name)
+    facts = read_facts(path)
+    if dict(facts.model_sha256) != dict(bundle.manifest.sha256):
+        raise ExportError(f"{path}: was not built from {bundle.folder} as it is now. Build it again.")
+    return _Engine(path, facts, EngineRunner(path, facts, bundle, plugin, reporter))
 
 
 def _open_sources(
-    bundle: Bundle, base_source: str | None, adapter_folder: str | Path | None
+    bundle: Bundle, base_source: str | None, adapter_folder: str | Path | None, adapter_sha256: str
 ) -> tuple[BaseModel, AdapterSpec]:
     manifest = bundle.manifest
     adapter = read_adapter(adapter_folder or manifest.adapter["source"])
-    if adapter.sha256 != manifest.adapter["sha256"]:
+    if adapter.sha256 != adapter_sha256:
         raise ExportError(
-            f"{adapter.source}: is not the adapter that {bundle.folder} was made of. Export again, or give --adapter."
+            f"{adapter.source}: is not the adapter that is judged here. Give that one with --adapter, or export again."
         )
     base = open_base(base_source or manifest.base["source"], manifest.task)
     if weights_sha256(base.source) != manifest.base["sha256"]:
@@ -121,7 +163,7 @@ def _summary(verdict: Verdict) -> dict[str, object]:
     return {
         "passed": verdict.passed,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "runtime": "onnxruntime",
+        "runtime": verdict.candidate,
         "cases": len(verdict.cases),
         "worst_output": worst.name,
         "worst_relative_error": worst.error.relative,

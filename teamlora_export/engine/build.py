@@ -1,0 +1,335 @@
+"""`teamlora-export trt`: a bundle in, an engine and its facts out.
+
+    prepare the graph -> parse -> profiles and flags -> build -> write both files aside, then move them
+
+The same code drives TensorRT and TensorRT-RTX, whose packages have one interface; what differs is in `runtime.py` and
+in `_target` and `_set_up_plugin` below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from teamlora_export import __version__
+from teamlora_export.bundle import Bundle, check_files, require_space
+from teamlora_export.engine.facts import FOLDER, EngineFacts, facts_path, write_facts
+from teamlora_export.engine.plugin import PluginLibrary, find_plugin
+from teamlora_export.engine.prepare import prepared_model
+from teamlora_export.engine.profiles import ShapeProfile, make_profiles
+from teamlora_export.engine.progress import BuildProgress, run_cancellable
+from teamlora_export.engine.runtime import Messages, TensorRT, open_runtime
+from teamlora_export.errors import ExportError
+from teamlora_export.graph.precision import DTYPES
+from teamlora_export.graph.template import cache_folder
+from teamlora_export.progress import Reporter
+
+_MOST_WARNINGS = 3
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a user can choose.
+
+    Attributes:
+        dtype: fp32, fp16 or bf16; None: the bundle's.
+        runtime: auto, tensorrt or rtx.
+        shapes: as `make_profiles` takes them.
+        use_plugin: leave the op to the plugin where the runtime takes plugins; else its body is inlined.
+        plugin: a library to use instead of the one that is built here.
+        capabilities: compute capabilities that an RTX engine is for, such as "8.9"; none: the machine's GPU, or all.
+        memory_gb: of workspace at most.
+        optimization_level: 0 to 5, as TensorRT defines them.
+        refit: the adapter's weights can be exchanged later.
+        strip_weights: the engine holds no weights, and gets the bundle's when it is loaded.
+        timing_cache: a file to keep tactic timings in; None: one in the user's cache for this GPU and version.
+    """
+
+    dtype: str | None = None
+    runtime: str = "auto"
+    shapes: str | None = None
+    use_plugin: bool = True
+    plugin: Path | None = None
+    capabilities: tuple[str, ...] = ()
+    memory_gb: float | None = None
+    optimization_level: int | None = None
+    refit: bool = False
+    strip_weights: bool = False
+    timing_cache: Path | None = None
+
+
+def build_engine(
+    bundle: Bundle, options: BuildOptions, output: Path | None = None, reporter: Reporter | None = None
+) -> tuple[Path, EngineFacts]:
+    """Build an engine of `bundle`; returns its path and its facts.
+
+    Args:
+        output: NAME.engine to write; None: `engines/DTYPE-RUNTIME.engine` in the bundle. NAME.json comes beside it.
+
+    Raises:
+        ExportError: wrong options or environment, or TensorRT refuses the graph; no file has been touched then.
+    """
+    reporter = reporter or Reporter()
+    dtype = options.dtype or bundle.manifest.dtype
+    if dtype not in DTYPES:
+        raise ExportError(f"dtype {dtype}: unknown. Use {', '.join(DTYPES)}.")
+    if options.refit and bundle.manifest.refit is None:
+        raise ExportError(f"{bundle.folder}: was exported by a version that knew no refit. Export it again.")
+    profiles = make_profiles(bundle, options.shapes)
+    runtime = open_runtime(options.runtime, reporter.say)
+    capabilities = _capabilities(runtime, options.capabilities)
+    if runtime.name == "rtx" and runtime.gpu is None and (options.refit or options.strip_weights):
+        raise ExportError("--refit and --strip-weights: TensorRT-RTX builds such engines on a GPU; there is none here.")
+    check_files(bundle)
+    path = output or bundle.folder / FOLDER / f"{dtype}-{runtime.name}.engine"
+    if path.suffix != ".engine":
+        raise ExportError(f"{path}: an engine's name ends in .engine, because NAME.json comes beside it.")
+    use_plugin = options.use_plugin and runtime.takes_plugins
+    plugin = find_plugin(options.plugin, reporter) if use_plugin else None
+    with (
+        _created(path.parent),
+        prepared_model(bundle, dtype, path.parent, for_plugin=use_plugin, reporter=reporter) as model,
+    ):
+        engine = _Builder(runtime, options, reporter).build(model, bundle, profiles, capabilities, plugin)
+    facts = EngineFacts(
+        runtime=runtime.name,
+        runtime_version=runtime.version,
+        targets=_targets(runtime, capabilities),
+        task=bundle.manifest.task,
+        dtype=dtype,
+        profiles=profiles,
+        plugin=_describe(plugin) if plugin else None,
+        model_sha256=dict(bundle.manifest.sha256),
+        adapter_sha256=bundle.manifest.adapter["sha256"],
+        refit_weights=dict(bundle.manifest.refit["weights"]) if options.refit and bundle.manifest.refit else None,
+        stripped=options.strip_weights,
+        size=len(engine),
+        sha256=hashlib.sha256(engine).hexdigest(),
+        tool_version=__version__,
+    )
+    write_engine(engine, facts, path)
+    return path, facts
+
+
+def write_engine(engine: memoryview | bytes, facts: EngineFacts, path: Path) -> None:
+    """Write an engine and its facts; each is written aside and moved, the engine first."""
+    require_space(path.parent, len(engine))
+    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        staged.write_bytes(engine)
+        # Never old facts beside a new engine: better none.
+        facts_path(path).unlink(missing_ok=True)
+        os.replace(staged, path)
+        write_facts(facts, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+class _Builder:
+    def __init__(self, runtime: TensorRT, options: BuildOptions, reporter: Reporter) -> None:
+        self._runtime, self._trt = runtime, runtime.trt
+        self._options = options
+        self._reporter = reporter
+        self._messages = Messages()
+        self._logger = runtime.logger(self._messages)
+
+    def build(
+        self,
+        model: Path,
+        bundle: Bundle,
+        profiles: Sequence[ShapeProfile],
+        capabilities: Sequence[str],
+        plugin: PluginLibrary | None,
+    ) -> memoryview:
+        """The serialised engine."""
+        if plugin is not None:
+            self._set_up_plugin(plugin)
+        builder = self._trt.Builder(self._logger)
+        network = builder.create_network(self._network_flags())
+        parser = self._trt.OnnxParser(network, self._logger)
+        with self._reporter.step("Parsing the graph"):
+            if not run_cancellable(lambda: parser.parse_from_file(str(model)), lambda: None):
+                raise self._parse_error(parser)
+        if self._options.refit and bundle.manifest.refit is not None:
+            self._mark_refittable(network, bundle.manifest.refit["weights"])
+        with BuildProgress(self._trt, self._reporter) as progress:
+            config = self._configure(builder, network, profiles, capabilities)
+            config.progress_monitor = progress.monitor
+            names = " and ".join(profile.name for profile in profiles)
+            with self._reporter.step(f"Building for {names}"):
+                # The parser owns the weights that the network refers to.
+                work = _holding(parser, lambda: builder.build_serialized_network(network, config))
+                engine = run_cancellable(work, progress.cancel)
+        for warning in self._messages.notable_warnings()[:_MOST_WARNINGS]:
+            self._reporter.warn(warning)
+        if engine is None:
+            raise ExportError(f"{self._title()} could not build the engine: {self._messages.reason()}")
+        self._keep_timings(config)
+        return memoryview(engine)
+
+    def _title(self) -> str:
+        return f"{'TensorRT-RTX' if self._runtime.name == 'rtx' else 'TensorRT'} {self._runtime.version}"
+
+    def _network_flags(self) -> int:
+        """Precision is the graph's own; TensorRT 11 knows nothing else and has no flag for it."""
+        flags = self._trt.NetworkDefinitionCreationFlag
+        return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+
+    def _set_up_plugin(self, plugin: PluginLibrary) -> None:
+        if self._trt.get_plugin_registry().load_library(str(plugin.path)) is None:
+            raise ExportError(f"{plugin.path}: {self._title()} cannot load it: {self._messages.reason()}")
+        if plugin.tensorrt.split(".")[0] != self._runtime.version.split(".")[0]:
+            self._reporter.warn(
+                f"{plugin.path} was built with the headers of TensorRT {plugin.tensorrt}, "
+                f"and this is {self._runtime.version}."
+            )
+
+    def _parse_error(self, parser: Any) -> ExportError:
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        places = [
+            f"{error.node_name() or 'the graph'} ({error.node_operator() or '-'}): {error.desc()}" for error in errors
+        ]
+        return ExportError(f"{self._title()} cannot take the graph: {places[0] if places else self._messages.reason()}")
+
+    def _mark_refittable(self, network: Any, names: Mapping[str, str]) -> None:
+        for name in names:
+            if not network.mark_weights_refittable(name):
+                raise ExportError(
+                    f"{name}: {self._title()} cannot make these weights refittable. Build without --refit."
+                )
+
+    def _configure(
+        self, builder: Any, network: Any, profiles: Sequence[ShapeProfile], capabilities: Sequence[str]
+    ) -> Any:
+        trt, options = self._trt, self._options
+        config = builder.create_builder_config()
+        # What was asked for as float32 is not to be rounded to TF32.
+        config.clear_flag(trt.BuilderFlag.TF32)
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if options.memory_gb is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.memory_gb * 1e9))
+        if options.optimization_level is not None:
+            config.builder_optimization_level = options.optimization_level
+        if options.refit:
+            config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+        if options.strip_weights:
+            config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+            if not options.refit:
+                config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)
+        for profile in profiles:
+            shapes = builder.create_optimization_profile()
+            for name, points in profile.inputs.items():
+                shapes.set_shape(name, *points)
+            config.add_optimization_profile(shapes)
+        if self._runtime.name == "rtx":
+            config.num_compute_capabilities = len(capabilities)
+            for index, name in enumerate(capabilities):
+                config.set_compute_capability(_rtx_capability(trt, name), index)
+        else:
+            self._load_timings(config)
+        return config
+
+    def _timing_file(self) -> Path:
+        gpu = re.sub(r"\W+", "-", self._runtime.gpu.name if self._runtime.gpu else "none")
+        return self._options.timing_cache or cache_folder() / "timings" / f"{self._runtime.version}-{gpu}.cache"
+
+    def _load_timings(self, config: Any) -> None:
+        path = self._timing_file()
+        held = path.read_bytes() if path.is_file() else b""
+        if not config.set_timing_cache(config.create_timing_cache(held), ignore_mismatch=False):
+            self._reporter.warn(f"{path}: is a timing cache of another GPU or version; it is made anew.")
+            config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
+
+    def _keep_timings(self, config: Any) -> None:
+        """A cache that cannot be written is no reason to lose the engine."""
+        if self._runtime.name == "rtx":
+            return
+        path = self._timing_file()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
+            staged.write_bytes(memoryview(config.get_timing_cache().serialize()))
+            os.replace(staged, path)
+        except OSError as error:
+            self._reporter.warn(f"{path}: the timing cache cannot be written ({error.strerror}).")
+
+
+def _holding(held: object, work: Callable[[], Any]) -> Callable[[], Any]:
+    """`work`, which keeps `held` alive while it runs."""
+
+    def run() -> Any:
+        result = work()
+        del held_until_done[:]
+        return result
+
+    held_until_done = [held]
+    return run
+
+
+def _capabilities(runtime: TensorRT, wanted: Sequence[str]) -> tuple[str, ...]:
+    """What an RTX engine is built for; TensorRT itself builds for the GPU that it runs on."""
+    if runtime.name == "tensorrt":
+        if wanted:
+            raise ExportError("--compute-capability: TensorRT builds for its own GPU. Use --runtime rtx.")
+        return ()
+    for name in wanted:
+        _rtx_capability(runtime.trt, name)
+    if len(set(wanted)) < len(wanted):
+        raise ExportError(f"--compute-capability: {', '.join(wanted)} names one twice.")
+    if wanted:
+        return tuple(wanted)
+    return ("current",) if runtime.gpu is not None else _known_capabilities(runtime.trt)
+
+
+def _known_capabilities(trt: Any) -> tuple[str, ...]:
+    names = [name for name in trt.ComputeCapability.__members__ if re.fullmatch(r"SM\d+", name)]
+    # 7.5 knows no bfloat16, and an engine is for all or for none.
+    numbers = sorted(int(name[2:]) for name in names if int(name[2:]) >= 80)
+    return tuple(f"{number // 10}.{number % 10}" for number in numbers)
+
+
+def _rtx_capability(trt: Any, name: str) -> Any:
+    if name == "current":
+        return trt.ComputeCapability.CURRENT
+    known = getattr(trt.ComputeCapability, f"SM{name.replace('.', '')}", None)
+    if known is None or not re.fullmatch(r"\d+\.\d", name):
+        raise ExportError(
+            f"--compute-capability {name}: TensorRT-RTX does not build for it. "
+            f"It knows {', '.join(_known_capabilities(trt))}."
+        )
+    return known
+
+
+def _targets(runtime: TensorRT, capabilities: Sequence[str]) -> tuple[str, ...]:
+    if runtime.gpu is not None and (not capabilities or capabilities[0] == "current"):
+        return (runtime.gpu.name,)
+    return tuple(f"compute capability {name}" for name in capabilities)
+
+
+def _describe(plugin: PluginLibrary) -> dict[str, Any]:
+    fields = asdict(plugin)
+    return {name: fields[name] for name in ("op", "op_version", "build", "sha256", "tensorrt")}
+
+
+class _created:
+    """A folder that exists inside of the block; if it had to be made and stays empty, it goes away again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: list[Path] = []
+
+    def __enter__(self) -> None:
+        self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            return
+        for path in self._made:
+            if not any(path.iterdir()):
+                path.rmdir()

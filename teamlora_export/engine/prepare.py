@@ -1,0 +1,75 @@
+"""The graph as a parser of TensorRT takes it: in the wanted dtype, the op's bodies inlined or left to the plugin."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, require_space
+from teamlora_export.errors import ExportError
+from teamlora_export.graph.passes import inline_bodies
+from teamlora_export.graph.precision import ChangePrecision
+from teamlora_export.progress import Reporter
+
+
+@contextmanager
+def prepared_model(
+    bundle: Bundle, dtype: str, staging: Path, *, for_plugin: bool, reporter: Reporter
+) -> Iterator[Path]:
+    """Write the graph of `bundle` in `dtype` into a folder in `staging`; yields its path, and removes it afterwards.
+
+    Weights are cast one at a time where the dtype changes; where it does not, the bundle's own file is linked.
+
+    Args:
+        for_plugin: leave the op's nodes to the plugin, instead of inlining their bodies.
+
+    Raises:
+        ExportError: the plugin is wanted but the bundle has no nodes of the op, or a weight does not fit into float16.
+    """
+    model = ir.load(bundle.model)
+    if for_plugin and bundle.manifest.op["form"] != "function":
+        raise ExportError(
+            f"{bundle.folder}: was exported with --op standard, so there is no op for the plugin to take."
+        )
+    ChangePrecision(bundle.manifest.dtype, dtype)(model)
+    if for_plugin:
+        # A parser prefers a function to a plugin of the same name.
+        model.functions.clear()
+        for node in model.graph:
+            node.overload = ""
+    else:
+        inline_bodies(model)
+    folder = staging / f".model.{os.getpid()}.partial"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        if dtype == bundle.manifest.dtype:
+            _link(bundle.data, folder / DATA_NAME)
+            ir.save(model, folder / MODEL_NAME)
+        else:
+            size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+            require_space(folder, size)
+            with reporter.bytes(f"Re-typing {bundle.manifest.dtype} to {dtype}", size) as advance:
+                ir.save(
+                    model,
+                    folder / MODEL_NAME,
+                    external_data=DATA_NAME,
+                    max_workers=1,
+                    callback=lambda tensor, _info: advance(tensor.nbytes),
+                )
+        yield folder / MODEL_NAME
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        # Another file system, or one without links.
+        shutil.copyfile(source, target)

@@ -1,0 +1,112 @@
+"""Optimisation profiles: for which shapes an engine is built, and for which it is tuned.
+
+Text generation has two, because prefill and decode want other kernels: "prefill" reads a prompt into an empty cache,
+"decode" adds one token to a cache of any length. Other tasks have one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from teamlora_export.bundle import BATCH, PAST, SEQUENCE, TOTAL, Bundle, Port
+from teamlora_export.errors import ExportError
+
+Shape = tuple[int, ...]
+Range = tuple[Shape, Shape, Shape]
+
+# Without --shapes: (batch, tokens) at least, best, at most; tokens at most what the model has positions for.
+_GENERATION = ((1, 1), (1, 256), (4, 2048))
+_ENCODING = ((1, 1), (8, 128), (32, 512))
+_SHAPES = re.compile(r"^(\d+)x(\d+),(\d+)x(\d+),(\d+)x(\d+)$")
+
+
+@dataclass(frozen=True)
+class ShapeProfile:
+    """One profile: the least, the best and the largest shape of each input."""
+
+    name: str
+    inputs: Mapping[str, Range]
+
+    def accepts(self, shapes: Mapping[str, Shape]) -> bool:
+        return self.refusal(shapes) is None
+
+    def refusal(self, shapes: Mapping[str, Shape]) -> str | None:
+        """The first shape outside of the profile, in words, or None."""
+        for name, shape in shapes.items():
+            least, _, most = self.inputs[name]
+            inside = len(shape) == len(least) and all(
+                low <= size <= high for low, size, high in zip(least, shape, most, strict=True)
+            )
+            if not inside:
+                return f"{name} is {list(shape)}, the profile '{self.name}' takes {list(least)} to {list(most)}"
+        return None
+
+
+def make_profiles(bundle: Bundle, shapes: str | None) -> tuple[ShapeProfile, ...]:
+    """The profiles of `bundle` for `--shapes`, "BATCHxTOKENS" three times: at least, best, at most.
+
+    For text generation TOKENS is the length of prompt and answer together.
+
+    Raises:
+        ExportError: `shapes` is not of that form or not in order, or longer than the model's positions.
+    """
+    generates = bundle.manifest.task == "text-generation"
+    points = _parse(shapes) if shapes else _default(bundle, _GENERATION if generates else _ENCODING)
+    limit = _most_positions(bundle)
+    if limit is not None and points[2][1] > limit:
+        raise ExportError(f"--shapes: {points[2][1]} tokens, but the model has {limit} positions.")
+    if not generates:
+        sizes = [{BATCH: batch, SEQUENCE: tokens} for batch, tokens in points]
+        return (_profile("all", bundle.manifest.inputs, sizes),)
+    prefill = [{BATCH: batch, SEQUENCE: tokens, PAST: 0, TOTAL: tokens} for batch, tokens in points]
+    decode = [{BATCH: batch, SEQUENCE: 1, PAST: tokens - 1, TOTAL: tokens} for batch, tokens in points]
+    return (
+        _profile("prefill", bundle.manifest.inputs, prefill),
+        _profile("decode", bundle.manifest.inputs, decode),
+    )
+
+
+def _parse(text: str) -> list[tuple[int, int]]:
+    match = _SHAPES.match(text.replace(" ", ""))
+    if match is None:
+        raise ExportError(f"--shapes {text}: give BATCHxTOKENS three times, such as 1x1,1x128,8x1024.")
+    numbers = [int(number) for number in match.groups()]
+    points = list(zip(numbers[::2], numbers[1::2], strict=True))
+    if min(numbers) < 1 or any(sorted(column) != list(column) for column in (numbers[::2], numbers[1::2])):
+        raise ExportError(f"--shapes {text}: must be at least 1, and ordered: at least, best, at most.")
+    return points
+
+
+def _default(bundle: Bundle, points: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
+    limit = _most_positions(bundle) or points[2][1]
+    return [(batch, min(tokens, limit)) for batch, tokens in points]
+
+
+def _most_positions(bundle: Bundle) -> int | None:
+    path = bundle.folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    if not isinstance(limit, int):
+        return None
+    # RoBERTa numbers its positions from the padding's id on.
+    offset = config.get("pad_token_id") or 0
+    return limit - offset - 1 if config.get("model_type") in _OFFSET_POSITIONS else limit
+
+
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"}
+
+
+def _profile(name: str, ports: tuple[Port, ...], sizes: list[dict[str, int]]) -> ShapeProfile:
+    inputs = {}
+    for port in ports:
+        least, best, most = (
+            tuple(size if isinstance(size, int) else point[size] for size in port.shape) for point in sizes
+        )
+        inputs[port.name] = (least, best, most)
+    return ShapeProfile(name, inputs)

@@ -1,0 +1,140 @@
+"""What compiling the plugin takes: a CUDA compiler, TensorRT's headers, cmake and a C++ compiler."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from teamlora_export.errors import raise_findings
+
+TENSORRT_HEADER = "NvInferRuntime.h"
+_SYSTEM_INCLUDES = (
+    "/usr/include",
+    "/usr/include/x86_64-linux-gnu",
+    "/usr/include/aarch64-linux-gnu",
+    "/usr/local/include",
+    "/usr/local/tensorrt/include",
+    "/usr/local/TensorRT/include",
+    "/opt/tensorrt/include",
+)
+# A PyPI package that holds TensorRT's headers; it is only looked into, never imported.
+_HEADERS_PACKAGE = "kernel-lens"
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """Tools, each with its version.
+
+    Attributes:
+        cuda_root: the toolkit's folder.
+        library_folder: of the CUDA runtime, where the compiler does not know it by itself.
+    """
+
+    nvcc: Path
+    cuda_root: Path
+    cuda_version: str
+    tensorrt_include: Path
+    tensorrt_version: str
+    cmake: Path
+    library_folder: Path | None
+
+    def environment(self) -> dict[str, str]:
+        """The variables that cmake and the compilers are run with."""
+        if self.library_folder is None:
+            return dict(os.environ)
+        known = os.environ.get("LIBRARY_PATH")
+        folders = [str(self.library_folder), *([known] if known else [])]
+        return {**os.environ, "LIBRARY_PATH": ":".join(folders)}
+
+    @property
+    def cuda_include(self) -> Path:
+        return self.cuda_root / "include"
+
+
+def find_toolchain() -> Toolchain:
+    """The tools of this machine.
+
+    Raises:
+        ExportError: something is missing; all that is, and how to get it.
+    """
+    nvcc, include, cmake = find_nvcc(), find_tensorrt_include(), shutil.which("cmake")
+    findings = []
+    if nvcc is None:
+        findings.append("nvcc: install NVIDIA's CUDA toolkit, or: pip install 'teamlora-export[plugins]'")
+    if include is None:
+        findings.append(
+            f"{TENSORRT_HEADER}: set TENSORRT_INCLUDE_DIR to the include folder of a TensorRT archive, install "
+            f"libnvinfer-headers-dev, or: pip install --no-deps {_HEADERS_PACKAGE}==2.0.1"
+        )
+    if cmake is None:
+        findings.append("cmake: apt-get install cmake, or: pip install cmake")
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        findings.append("a C++ compiler: apt-get install g++")
+    raise_findings("The plugin cannot be built here; missing", findings)
+    assert nvcc is not None
+    assert include is not None
+    assert cmake is not None
+    root = _cuda_root(nvcc)
+    # The packages on PyPI keep their libraries where nvcc itself does not look.
+    library_folder = root / "lib" if not (root / "lib64").is_dir() and (root / "lib").is_dir() else None
+    return Toolchain(nvcc, root, _cuda_version(nvcc), include, tensorrt_version(include), Path(cmake), library_folder)
+
+
+def find_nvcc() -> Path | None:
+    """nvcc: `CUDACXX`, `CUDA_HOME`, the PATH, the usual place, then the packages of this environment."""
+    named = [os.environ.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    home = os.environ.get("CUDA_HOME")
+    candidates = [*([f"{home}/bin/nvcc"] if home else []), *filter(None, named), *_package_files("nvidia-cuda-nvcc")]
+    return next(
+        (Path(path).resolve() for path in candidates if Path(path).name == "nvcc" and Path(path).is_file()), None
+    )
+
+
+def find_tensorrt_include() -> Path | None:
+    """The folder of TensorRT's headers: `TENSORRT_INCLUDE_DIR`, the system's, then a package of this environment."""
+    wanted = os.environ.get("TENSORRT_INCLUDE_DIR")
+    if wanted:
+        return Path(wanted).resolve() if (Path(wanted) / TENSORRT_HEADER).is_file() else None
+    for folder in _SYSTEM_INCLUDES:
+        if (Path(folder) / TENSORRT_HEADER).is_file():
+            return Path(folder)
+    return next((Path(f).parent for f in _package_files(_HEADERS_PACKAGE) if Path(f).name == TENSORRT_HEADER), None)
+
+
+def tensorrt_version(include: Path) -> str:
+    """MAJOR.MINOR.PATCH of the headers in `include`."""
+    text = (include / "NvInferVersion.h").read_text(encoding="utf-8", errors="replace")
+    numbers = []
+    for name in ("MAJOR", "MINOR", "PATCH"):
+        # Newer headers define the number by way of a second name.
+        match = re.search(rf"#define (?:NV_TENSORRT_{name}|TRT_{name}_ENTERPRISE) +(\d+)", text)
+        numbers.append(match[1] if match else "0")
+    return ".".join(numbers)
+
+
+def _cuda_root(nvcc: Path) -> Path:
+    """The toolkit of `nvcc`, which may itself be a script elsewhere: it says where it looks."""
+    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    match = re.search(r"^#\$ TOP=(.+)$", output, re.MULTILINE)
+    return Path(match[1]).resolve() if match else nvcc.parents[1]
+
+
+def _cuda_version(nvcc: Path) -> str:
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    match = re.search(r"release ([\d.]+)", output)
+    return match[1] if match else "unknown"
+
+
+def _package_files(package: str) -> Iterable[str]:
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [str(file.locate()) for file in files]

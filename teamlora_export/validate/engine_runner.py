@@ -1,0 +1,97 @@
+"""Runs an engine for a validation, through polygraphy. Not yet run on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from teamlora_export.bundle import Bundle
+from teamlora_export.engine.facts import EngineFacts
+from teamlora_export.engine.load import load_engine, open_engine_runtime
+from teamlora_export.engine.profiles import ShapeProfile
+from teamlora_export.errors import ExportError
+from teamlora_export.progress import Reporter
+from teamlora_export.validate.cases import Case, Feeds
+from teamlora_export.validate.runners import Taps
+
+
+class EngineRunner:
+    """An engine on this machine's GPU.
+
+    Raises:
+        ExportError: the engine's package or a GPU is missing, or the engine is refused.
+    """
+
+    def __init__(self, path: Path, facts: EngineFacts, bundle: Bundle, plugin: Path | None, reporter: Reporter) -> None:
+        runtime = open_engine_runtime(path, facts)
+        import polygraphy.config
+
+        # polygraphy decides with its first import of TensorRT which of the two packages it drives.
+        polygraphy.config.USE_TENSORRT_RTX = facts.runtime == "rtx"
+        from polygraphy.backend.trt import TrtRunner
+        from polygraphy.datatype import DataType
+        from polygraphy.logger import G_LOGGER
+
+        G_LOGGER.severity = G_LOGGER.ERROR
+        engine = load_engine(path, facts, runtime, plugin, bundle, reporter)
+        self._facts, self._path = facts, path
+        self._types = {
+            port.name: DataType.from_dtype(engine.get_tensor_dtype(port.name), "tensorrt").torch()
+            for port in bundle.manifest.inputs
+        }
+        self._outputs = [port.name for port in bundle.manifest.outputs]
+        self._runner: Any = TrtRunner(engine, allocation_strategy="profile")
+        self._runner.activate()
+        self._profile: int | None = None
+
+    def run(self, feeds: Feeds) -> Feeds:
+        index = self._choose_profile({name: feeds[name].shape for name in self._types})
+        if index != self._profile:
+            self._runner.set_profile(index)
+            self._profile = index
+        inputs = {
+            name: torch.from_numpy(np.ascontiguousarray(feeds[name])).to(kind) for name, kind in self._types.items()
+        }
+        outputs = self._runner.infer(inputs, check_inputs=False)
+        return {name: _to_numpy(outputs[name]) for name in self._outputs}
+
+    def run_with_taps(self, feeds: Feeds) -> tuple[Feeds, Taps]:
+        """Outputs alone: an engine shows nothing of its inside."""
+        return self.run(feeds), {}
+
+    def producer_of(self, module_or_output: str) -> str:
+        return f"inside of {self._path.name}"
+
+    def _choose_profile(self, shapes: dict[str, tuple[int, ...]]) -> int:
+        for index, profile in enumerate(self._facts.profiles):
+            if profile.accepts(shapes):
+                return index
+        refusals = [profile.refusal(shapes) for profile in self._facts.profiles]
+        raise ExportError(f"{self._path}: takes no such input: {'; '.join(filter(None, refusals))}.")
+
+
+def cases_within(cases: Sequence[Case], profiles: Sequence[ShapeProfile]) -> list[Case]:
+    """The cases whose prompt and decoding steps some profile takes."""
+
+    def fits(case: Case) -> bool:
+        batch, length = case.mask.shape
+        first, last = profiles[0].inputs["input_ids"], profiles[-1].inputs["attention_mask"]
+        return (
+            first[0][0] <= batch <= first[2][0]
+            and first[0][1] <= length <= first[2][1]
+            and length + case.steps <= last[2][1]
+            and (not case.steps or last[0][1] <= length + 1)
+        )
+
+    return [case for case in cases if fits(case)]
+
+
+def _to_numpy(output: Any) -> np.ndarray:
+    if isinstance(output, torch.Tensor):
+        output = output.cpu()
+        return (output.float() if output.dtype == torch.bfloat16 else output).numpy()
+    return np.asarray(output)
