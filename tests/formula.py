@@ -16,15 +16,29 @@ FAMILIES = {
 
 
 def random_projection(rng: np.random.Generator, family: str, d_in: int = 7, d_out: int = 6) -> ExpertProjection:
-    k, a, c, shared, total, interacts = FAMILIES[family]
+    k, _, c, shared, total, interacts = FAMILIES[family]
+    return make_projection(rng, k, c, shared, d_in, d_out, total, 0.1 * interacts)
+
+
+def make_projection(
+    rng: np.random.Generator,
+    k: int,
+    c: int,
+    shared: bool,
+    d_in: int,
+    d_out: int,
+    routing_sum: float = 2.0,
+    interaction: float = 0.1,
+) -> ExpertProjection:
+    """A random projection of k experts of rank c."""
     return ExpertProjection(
         path="p",
-        down=rng.normal(size=(a, d_in)),
+        down=rng.normal(size=(c if shared else k * c, d_in)),
         router=rng.normal(size=(k, d_in)),
-        interaction=rng.normal(size=(k, k)) * 0.1 * interacts,
+        interaction=rng.normal(size=(k, k)) * interaction,
         ups=tuple(rng.normal(size=(d_out, c)) for _ in range(k)),
         scaling=1.5,
-        routing_sum=total,
+        routing_sum=routing_sum,
         shared_down=shared,
     )
 

@@ -33,7 +33,7 @@ __device__ inline float sum_of_warp(float value) {
 // Grid: groups of kDownRows rows, slices of `in`, tiles of tokens. Each thread holds a pack of every row of its group
 // before it uses the first, so that the loads are in flight together.
 template <typename T, int kTokens, bool kAligned>
-__global__ void __launch_bounds__(kDownThreads) few_down(FewDownArguments arguments) {
+__global__ void __launch_bounds__(kDownThreads, kAligned ? 4 : 3) few_down(FewDownArguments arguments) {
     constexpr int kWidth = Pack<T>::kWidth, kSums = kDownRows * kTokens;
     TEAMLORA_DYNAMIC_SHARED(sums);  // [warps, kSums]
     const int in = arguments.in;
@@ -106,7 +106,7 @@ struct FewUpArguments {
 
 // Grid: tiles of columns (never across siblings), tiles of tokens.
 template <typename T, int kTokens, bool kAligned>
-__global__ void __launch_bounds__(kUpThreads) few_up(FewUpArguments arguments) {
+__global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments) {
     constexpr int kWidth = Pack<T>::kWidth, kColumns = kUpLanes * kWidth, kWarps = kUpThreads / 32;
     constexpr int kOwn = (kTokens * kColumns + kUpThreads - 1) / kUpThreads;
     TEAMLORA_DYNAMIC_SHARED(shared);

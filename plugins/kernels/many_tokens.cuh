@@ -14,6 +14,10 @@ namespace teamlora {
 // 48 KB of shared memory are a block's without asking the driver.
 inline constexpr int kSharedLimit = 48 * 1024;
 
+// Blocks that fit beside each other: 512 threads of 128 registers each. Products of floats keep more in registers.
+template <typename T, int kThreads>
+inline constexpr int kBlocks = sizeof(T) == 2 ? 512 / kThreads : 1;
+
 struct ManyDownArguments {
     const void* x;
     const void* down;
@@ -108,7 +112,8 @@ __device__ void store_value(void* high, void* low, int64_t at, float value) {
 
 // Grid: tiles of tokens, siblings times chunks, splits of `in`.
 template <typename T, int kTokenTiles, int kColumnTiles>
-__global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThreads)
+__global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThreads,
+                                  kBlocks<T, ManyDown<T, kTokenTiles, kColumnTiles>::kThreads>)
     many_down(ManyDownArguments arguments) {
     using Shape = ManyDown<T, kTokenTiles, kColumnTiles>;
     using Product = Tile<T>;
@@ -241,27 +246,31 @@ struct ManyUp {
 
 // Grid: tiles of tokens, tiles of columns.
 template <typename T>
-__global__ void __launch_bounds__(ManyUp<T>::kThreads) many_up(ManyUpArguments arguments) {
+__global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kThreads>)
+    many_up(ManyUpArguments arguments) {
     using Shape = ManyUp<T>;
     using Product = Tile<T>;
     constexpr int kWidth = Pack<T>::kWidth, kColumnTiles = 4;
-    constexpr int kPacksAcross = Shape::kColumns / kWidth, kOwn = Shape::kTokens * kPacksAcross / Shape::kThreads;
+    constexpr int kPacksAcross = Shape::kColumns / kWidth, kRowStep = Shape::kThreads / kPacksAcross;
+    constexpr int kOwn = Shape::kTokens / kRowStep;
     TEAMLORA_DYNAMIC_SHARED(shared);
     T* values = reinterpret_cast<T*>(shared);
     T* weights = values + Shape::kParts * Shape::kTokens * Shape::kValueStride;
     const ColumnTile tile = arguments.columns.tile(blockIdx.y, Shape::kColumns);
     const int64_t token0 = static_cast<int64_t>(blockIdx.x) * Shape::kTokens, out = arguments.out;
 
-    // `base` is under way while the product is made.
+    // A thread's own packs of base and y lie below each other. `base` is under way while the product is made.
+    const int own_column = threadIdx.x % kPacksAcross * kWidth, own_row = threadIdx.x / kPacksAcross;
+    const int own_width = tile.width - own_column;
+    const int own_rows = static_cast<int>(min(arguments.tokens - token0, int64_t{Shape::kTokens})) - own_row;
+    const int64_t own = (token0 + own_row) * out + tile.first + own_column;
+    const bool own_whole = arguments.aligned && own_width >= kWidth;
     Pack<T> base[kOwn];
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
-        const int i = threadIdx.x + n * Shape::kThreads, column = i % kPacksAcross * kWidth;
-        const int64_t token = token0 + i / kPacksAcross;
-        const int available = token < arguments.tokens ? tile.width - column : 0;
-        const T* source =
-            static_cast<const T*>(arguments.base) + (available > 0 ? token * out + tile.first + column : 0);
-        base[n] = arguments.aligned && available >= kWidth ? load_pack(source) : load_elements(source, available);
+        const int available = n * kRowStep < own_rows ? own_width : 0;
+        const T* source = static_cast<const T*>(arguments.base) + (available > 0 ? own + n * kRowStep * out : 0);
+        base[n] = own_whole && available > 0 ? load_pack(source) : load_elements(source, available);
     }
 
     const int warp = threadIdx.x / 32, token_tile = warp % 4, column_half = warp / 4;
@@ -291,7 +300,7 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads) many_up(ManyUpArguments a
                        whole ? load_constant(source) : load_elements(source, available));
         }
         __syncthreads();
-#pragma unroll
+#pragma unroll 1  // saves registers
         for (int depth = 0; depth < Shape::kDepth; depth += Product::kDepth) {
 #pragma unroll
             for (int part = 0; part < Shape::kParts; ++part) {
@@ -316,23 +325,18 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads) many_up(ManyUpArguments a
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
-        const int i = threadIdx.x + n * Shape::kThreads, row = i / kPacksAcross, column = i % kPacksAcross * kWidth;
-        const int64_t token = token0 + row;
-        const int available = token < arguments.tokens ? tile.width - column : 0;
-        if (available <= 0) continue;
+        if (n * kRowStep >= own_rows || own_width <= 0) break;
+        const float* delta = result + (own_row + n * kRowStep) * Shape::kResultStride + own_column;
         Pack<T> pack;
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-            const float delta = result[row * Shape::kResultStride + column + j];
-            pack.values[j] = from_float<T>(to_float(base[n].values[j]) + delta);
-        }
-        T* target = static_cast<T*>(arguments.y) + token * out + tile.first + column;
-        if (arguments.aligned && available >= kWidth) {
+        for (int j = 0; j < kWidth; ++j) pack.values[j] = from_float<T>(to_float(base[n].values[j]) + delta[j]);
+        T* target = static_cast<T*>(arguments.y) + own + n * kRowStep * out;
+        if (own_whole) {
             store_pack(target, pack);
         } else {
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {
-                if (j < available) target[j] = pack.values[j];
+                if (j < own_width) target[j] = pack.values[j];
             }
         }
     }

@@ -4,7 +4,6 @@
 #include <ucontext.h>
 
 #include <cstdlib>
-#include <deque>
 #include <exception>
 #include <limits>
 #include <memory>
@@ -283,23 +282,25 @@ void run_grid(dim3 grid, dim3 block_size, size_t shared_bytes, const std::functi
     current_grid = grid;
     current_block_size = block_size;
     scheduler.started = true;
-    std::vector<std::unique_ptr<Block>> idle;
-    std::deque<std::unique_ptr<Block>> resident;
+    std::vector<std::unique_ptr<Block>> idle, resident;
     const std::vector<size_t> blocks = order(size_t{grid.x} * grid.y * grid.z);
     for (size_t next = 0; (next < blocks.size() || !resident.empty()) && !failure;) {
+        std::unique_ptr<Block> block;
         if (next < blocks.size() && resident.size() < kMostResident) {
             const size_t index = blocks[next++];
             if (idle.empty()) idle.push_back(std::make_unique<Block>(block_size, shared_bytes));
-            resident.push_front(std::move(idle.back()));
+            block = std::move(idle.back());
             idle.pop_back();
-            resident.front()->start(dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y));
+            block->start(dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y));
+        } else {
+            // The last to touch what blocks share goes on first, or the first, or any.
+            const size_t last = resident.size() - 1;
+            const size_t chosen = schedule_seed == 0 ? last : schedule_seed == 1 ? 0 : generator() % resident.size();
+            block = std::move(resident[chosen]);
+            resident.erase(resident.begin() + static_cast<ptrdiff_t>(chosen));
         }
-        // The one that began last goes first; those that touched what blocks share go on when no other can begin.
-        std::unique_ptr<Block> block = std::move(resident.front());
-        resident.pop_front();
         block->run();
-        (block->finished() ? static_cast<void>(idle.push_back(std::move(block)))
-                           : static_cast<void>(resident.push_back(std::move(block))));
+        (block->finished() ? idle : resident).push_back(std::move(block));
     }
     if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
 }

@@ -120,7 +120,7 @@ def tensorrt_version(include: Path) -> str:
 
 def _cuda_root(nvcc: Path) -> Path:
     """The toolkit of `nvcc`, which may itself be a script elsewhere: it says where it looks."""
-    command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+    command = [str(nvcc), "--dryrun", "-E", "-x", "cu", os.devnull]
     output = subprocess.run(command, capture_output=True, text=True, check=False).stderr
     match = re.search(r"^#\$ TOP=(.+)$", output, re.MULTILINE)
     return Path(match[1]).resolve() if match else nvcc.parents[1]

@@ -33,8 +33,10 @@ _SENSITIVE = {
     *("Pow", "Sqrt", "Reciprocal", "Exp", "Log", "Cos", "Sin", "Range"),
     *("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "IsNaN", "IsInf"),
 }
-_MOVES = {"Transpose", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Slice", "Split", "Expand", "Cast"}
+_MOVES = {"Transpose", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Slice", "Split", "Expand", "Shape", "Size"}
 _LARGEST_FLOAT16 = 65504.0
+# They take any type, and give what they name.
+_CASTS = {"Cast", "CastLike"}
 # Where activations of two precisions meet here, they stay in float32.
 _SCALING = {"Mul", "Div", "Sub"}
 
@@ -60,6 +62,9 @@ class ChangePrecision(ir.passes.InPlacePass):
             if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
                 raise ExportError(f"{node.name}: graphs with branches or loops ({node.op_type}) cannot be re-typed.")
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        if any(value.dtype is None for node in model.graph for value in node.outputs):
+            # Inlined bodies have no types of their own.
+            common.ShapeInferencePass()(model)
         if self._source == ir.DataType.FLOAT:
             _Lowering(model.graph, self._target).run()
         else:
@@ -104,7 +109,7 @@ class _Lowering:
                 self._huge.update(outputs)
         precision = self._choose(node, inputs)
         for index, value in enumerate(node.inputs):
-            if value in inputs and not (op.is_op(node) and op.INPUTS[index] == "mix"):
+            if value in inputs and node.op_type not in _CASTS and not (op.is_op(node) and op.INPUTS[index] == "mix"):
                 node.replace_input_with(index, self._as(value, precision))  # type: ignore[arg-type]
         for value in outputs:
             self._precision[value] = precision
@@ -120,6 +125,9 @@ class _Lowering:
         touched = [value for value in activations if value not in self._positional]
         if op.is_op(node) or _looks_up_weights(node):
             return low
+        if node.op_type in _CASTS:
+            like = node.inputs[1] if node.op_type == "CastLike" else None
+            return self._precision[like] if like is not None else high
         if node.op_type in _PRODUCTS:
             return low if touched else high
         if not activations:

@@ -1,0 +1,81 @@
+"""Re-typed graphs, run by ONNX Runtime and judged as any bundle is: a wrong precision fails the validation."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import ARCHITECTURES
+
+from teamlora_export.adapter.files import sha256_of
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, read_bundle, write_manifest
+from teamlora_export.errors import ExportError
+from teamlora_export.graph import op
+from teamlora_export.graph.precision import DTYPES, ChangePrecision
+from teamlora_export.validate.run import validate_bundle
+
+SENSITIVE = {"Softmax", "ReduceMean", "LayerNormalization", "Pow", "Sqrt", "Cos", "Sin"}
+
+
+def retyped(bundle: Bundle, dtype: str, folder: Path) -> Bundle:
+    """A bundle like `bundle`, its graph re-typed."""
+    model = ir.load(bundle.model)
+    ChangePrecision(bundle.manifest.dtype, dtype)(model)
+    ir.save(model, folder / MODEL_NAME, external_data=DATA_NAME)
+    hashes = {name: sha256_of(folder / name) for name in (MODEL_NAME, DATA_NAME)}
+    write_manifest(folder, dataclasses.replace(bundle.manifest, dtype=dtype, sha256=hashes))
+    return read_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_float32_bundle_in_float16_is_as_exact_as_pytorch_in_float16(name, make_bundle, tmp_path):
+    verdict = validate_bundle(retyped(make_bundle(name), "fp16", tmp_path))
+    assert verdict.passed, verdict.departure or verdict.worst
+
+
+@pytest.mark.parametrize(("source", "target"), [("fp32", "bf16"), ("bf16", "fp16"), ("fp16", "bf16"), ("fp16", "fp32")])
+def test_every_dtype_becomes_every_other(source, target, make_bundle, tmp_path):
+    bundle = retyped(make_bundle("llama", source), target, tmp_path)
+    kinds = {value.dtype for value in ir.load(bundle.model).graph.inputs}
+    assert kinds == {ir.DataType.INT64, DTYPES[target]}
+    if source == "fp32":
+        assert validate_bundle(bundle).passed
+
+
+@pytest.mark.parametrize("form", ["function", "standard"])
+def test_norms_softmax_and_routing_stay_in_float32_and_products_do_not(form, make_bundle):
+    model = ir.load(make_bundle("llama", op_form=form).model)
+    ChangePrecision("fp32", "fp16")(model)
+    for node in model.graph:
+        kind = node.outputs[0].dtype
+        if node.op_type in SENSITIVE:
+            assert kind == ir.DataType.FLOAT, node
+        if op.is_op(node):
+            kinds = {n: v.dtype for n, v in zip(op.INPUTS, node.inputs, strict=True)}  # type: ignore[union-attr]
+            assert kinds.pop("mix") == ir.DataType.FLOAT
+            assert set(kinds.values()) == {ir.DataType.FLOAT16}
+        if node.op_type == "MatMul":
+            # One type on both sides: a strongly typed builder takes nothing else.
+            assert len({value.dtype for value in node.inputs}) == 1, node  # type: ignore[union-attr]
+    weights = [v for v in model.graph.initializers.values() if v.dtype == ir.DataType.FLOAT and v.const_value.size > 64]
+    assert not [v.name for v in weights if not v.name.endswith("mix")]
+
+
+def test_weights_keep_their_names(make_bundle):
+    model = ir.load(make_bundle("llama").model)
+    before = {name for name, value in model.graph.initializers.items() if value.const_value.size > 64}
+    ChangePrecision("fp32", "bf16")(model)
+    assert before <= set(model.graph.initializers)
+
+
+def test_a_weight_beyond_float16_is_refused_by_name_when_it_is_written(make_bundle, tmp_path):
+    model = ir.load(make_bundle("llama").model)
+    name = next(name for name in model.graph.initializers if "gate_proj" in name and name.endswith("weight"))
+    value = model.graph.initializers[name]
+    value.const_value = ir.tensor(np.full(value.shape.numpy(), 1e6, np.float32), name=name)
+    ChangePrecision("fp32", "fp16")(model)
+    with pytest.raises(ExportError, match=r"gate_proj.*weight: holds 1e\+06, beyond float16"):
+        ir.save(model, tmp_path / "model.onnx", external_data="model.onnx.data")

@@ -1,0 +1,166 @@
+"""The CUDA kernels, run on the CPU: the same source, compiled against the emulation in plugins/tests.
+
+The sweep compares with a formula in double precision of its own, over edges and random shapes; here the same kernels
+also meet the definition of the op in Python, and faults planted in their source must be found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from formula import by_formula, make_projection
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from teamlora_export.engine.toolchain import find_toolchain
+from teamlora_export.graph import op
+
+ROOT = Path(__file__).parents[2]
+DTYPES = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
+ROUNDOFF = dict(zip(DTYPES, (2.0**-24, 2.0**-11, 2.0**-8), strict=True))
+_MOST_SIBLINGS = 4
+
+
+class Shape(ctypes.Structure):
+    """teamlora::MixedExpertShape."""
+
+    _fields_ = (
+        ("dtype", ctypes.c_int32),
+        ("tokens", ctypes.c_int64),
+        ("inputs", ctypes.c_int32),
+        ("num_experts", ctypes.c_int32),
+        ("expert_rank", ctypes.c_int32),
+        ("shared_down", ctypes.c_bool),
+        ("num_siblings", ctypes.c_int32),
+        ("out_splits", ctypes.c_int32 * _MOST_SIBLINGS),
+    )
+
+
+@pytest.fixture(scope="session")
+def kernels(programs) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(programs / "libteamlora_emulated.so"))
+    library.teamlora_workspace_bytes.restype = ctypes.c_size_t
+    return library
+
+
+def run_kernels(kernels: ctypes.CDLL, feeds: dict[str, np.ndarray], k: int, shared: bool, schedule: int) -> np.ndarray:
+    """The op on the emulated GPU. Outputs and workspace start as NaN."""
+    x, splits = feeds["x"], feeds["out_splits"]
+    shape = Shape(
+        DTYPES.index(x.dtype), len(x), x.shape[1], k, len(feeds["up"]) // k, shared, len(splits), tuple(splits)
+    )
+    workspace = np.full(kernels.teamlora_workspace_bytes(ctypes.byref(shape)) + 64, 0xFF, np.uint8)
+    aligned = workspace[-workspace.ctypes.data % 64 :]
+    y = np.full(feeds["base"].shape, np.nan, x.dtype)
+    arrays = [*(np.ascontiguousarray(feeds[name]) for name in op.INPUTS), y]
+    tensors = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+    pointer = ctypes.c_void_p(aligned.ctypes.data)
+    assert kernels.teamlora_launch(ctypes.byref(shape), tensors, pointer, ctypes.c_uint64(schedule)) == 0
+    return y
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    dtype=st.sampled_from(DTYPES),
+    k=st.integers(1, 8),
+    chunk=st.integers(1, 9),
+    shared=st.booleans(),
+    d_in=st.integers(1, 200),
+    widths=st.lists(st.integers(1, 70), min_size=1, max_size=_MOST_SIBLINGS),
+    tokens=st.integers(1, 70),
+    seed=st.integers(0, 999),
+)
+def test_the_kernels_compute_what_the_op_is_defined_as(kernels, dtype, k, chunk, shared, d_in, widths, tokens, seed):
+    rng = np.random.default_rng(seed)
+    projections = [make_projection(rng, k, chunk, shared, d_in, width) for width in widths]
+    folded = [op.fold(projection) for projection in projections]
+    x = rng.normal(size=(tokens, d_in)) / np.sqrt(d_in)
+    feeds = {
+        "x": x.astype(dtype),
+        "base": rng.normal(size=(tokens, sum(widths))).astype(dtype),
+        "down": np.concatenate([f.down for f in folded]).astype(dtype),
+        "mix": np.concatenate([f.mix for f in folded]).astype(np.float32),
+        "up": np.concatenate([f.up for f in folded], axis=1).astype(dtype),
+        "out_splits": np.array(widths),
+    }
+    found = run_kernels(kernels, feeds, k, shared, seed).astype(np.float64)
+    parts = np.split(feeds["base"].astype(np.float64), np.cumsum(widths)[:-1], axis=1)
+    x = feeds["x"].astype(np.float64)
+    expected = np.concatenate([by_formula(p, x, b) for p, b in zip(projections, parts, strict=True)], axis=1)
+    floor = min(p.normalizer_floor for p in projections)
+    # The weights were rounded once, which moves each of the k c terms; a small normaliser multiplies routing errors.
+    terms = 16 * (1 + 1 / floor) * np.sqrt(k * chunk) if floor > 0.1 else np.inf
+    assert np.isfinite(found).all()
+    assert np.abs(found - expected).max() <= terms * ROUNDOFF[dtype] * max(1.0, np.abs(expected).max())
+
+
+def test_the_sweep_passes(programs):
+    result = subprocess.run([programs / "sweep_emulation", "--cases", "150"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_no_memory_or_integer_error_in_any_order_of_threads(programs):
+    """AddressSanitizer and UndefinedBehaviorSanitizer watch the kernels, the launch and the plans."""
+    command = [programs / "sweep_sanitized", "--cases", "10", "--seed", "2"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+
+
+# What -> (file, the code that is there, what is put in its place). One of a kind each; by hand, every barrier was taken
+# out in turn, and each was missed.
+FAULTS = {
+    "no barrier before the router": ("few_tokens.cuh", "    __syncthreads();\n    route(", "    route("),
+    "no barrier between the exponentials and their mix": (
+        "routing.cuh",
+        "    __syncthreads();\n    for (int i = thread; i < tokens * k",
+        "    for (int i = thread; i < tokens * k",
+    ),
+    "a stage used before it has arrived": ("many_tokens.cuh", "__pipeline_wait_prior(Shape::kStages - 2);", ""),
+    "a block that counts itself before it has written": (
+        "many_tokens.cuh",
+        "    __threadfence();\n    __syncthreads();\n    if (threadIdx.x == 0)",
+        "    __threadfence();\n    if (threadIdx.x == 0)",
+    ),
+    "the interaction transposed": ("routing.cuh", "from * k + expert", "expert * k + from"),
+    "another sibling's interaction": ("many_tokens.cuh", "arguments.mix + sibling * k * k", "arguments.mix"),
+    "the wrong expert in later chunks": ("many_tokens.cuh", "(column0 + column) / c]", "column / c]"),
+    "an unguarded tail of tokens": ("few_tokens.cuh", "&& column < tile.width && token < arguments.tokens) {", ") {"),
+    "v rounded to sixteen bits": ("many_tokens.cuh", "isinf(error) ? 0.0F : error", "0.0F"),
+    "counters never cleared": (
+        "launch.cu",
+        "plan.splits > 1 ? cudaMemsetAsync(counters",
+        "false ? cudaMemsetAsync(counters",
+    ),
+}
+
+
+def test_planted_faults_are_caught(tmp_path, programs):
+    with ThreadPoolExecutor(2) as pool:
+        caught = dict(zip(FAULTS, pool.map(lambda name: _is_caught(name, tmp_path), FAULTS), strict=True))
+    assert all(caught.values()), [name for name, found in caught.items() if not found]
+
+
+def _is_caught(name: str, tmp_path: Path) -> bool:
+    file, code, fault = FAULTS[name]
+    folder = tmp_path / name.replace(" ", "-")
+    shutil.copytree(ROOT / "plugins", folder)
+    path = folder / "kernels" / file
+    text = path.read_text()
+    assert code in text, f"{name}: the code it changes has changed"
+    path.write_text(text.replace(code, fault, 1))
+    include = find_toolchain().cuda_include
+    sources = [folder / "tests" / f for f in ("emulated_kernels.cpp", "emulation.cpp", "sweep.cpp")]
+    flags = ["-std=c++17", "-O1", "-w", "-DTEAMLORA_EMULATION", "-isystem", include]
+    flags += [f"-I{folder / name}" for name in ("kernels", "tests")]
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run([compiler, *flags, *sources, folder / "kernels" / "plan.cpp", "-o", folder / "sweep"], check=True)
+    result = subprocess.run([folder / "sweep", "--cases", "0"], capture_output=True, text=True)
+    return result.returncode != 0
