@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from teamlora_export.adapter import align_with_base, read_adapter, write_adapter
 from teamlora_export.bundle import Bundle
+from teamlora_export.engine.facts import read_facts
 from teamlora_export.export import export_onnx
 from teamlora_export.model.base import open_base
 from teamlora_export.model.inject import inject
@@ -79,6 +80,19 @@ def test_greedy_text_with_only_onnxruntime_and_numpy_equals_pytorchs(prompt, smo
     if expected[-1] == model.config.eos_token_id:
         expected.pop()
     assert [int(token) for token in found.stdout.split()] == expected
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_smollm2_becomes_an_engine_for_prefill_and_decode(dtype, smollm2, tmp_path):
+    """TensorRT-RTX builds without a GPU. What it builds has not yet run on one."""
+    command = [sys.executable, "-m", "teamlora_export.cli", "trt", smollm2.folder, f"--{dtype}", "--runtime", "rtx"]
+    shapes = ["--compute-capability", "8.9", "--shapes", "1x1,1x128,1x512"]
+    built = subprocess.run([*command, *shapes, "-o", tmp_path / "smollm2.engine"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    facts = read_facts(tmp_path / "smollm2.engine")
+    assert [profile.name for profile in facts.profiles] == ["prefill", "decode"]
+    # Both profiles' kernels and all of 135 million weights in 16 bits.
+    assert facts.size > 2 * 134e6
 
 
 def test_minilm_embeds_as_sentence_transformers_does(tmp_path):

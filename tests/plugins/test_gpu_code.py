@@ -15,7 +15,7 @@ from teamlora_export.engine.plugin import ARCHITECTURES, PluginLibrary
 
 # Two blocks of 256 threads, or four of 128, fit beside each other with this many. Products of floats hold more, and so
 # does reading elements one by one, where sizes are no multiples of 16 bytes.
-MOST_REGISTERS, MOST_REGISTERS_FLOAT, MOST_REGISTERS_UNALIGNED = 128, 208, 168
+MOST_REGISTERS, MOST_REGISTERS_FLOAT, MOST_REGISTERS_UNALIGNED = 128, 168, 168
 _KERNEL = re.compile(r"_ZN8teamlora\d+(few_down|few_up|many_down|many_up)I(f|6__half|13__nv_bfloat16)\w*")
 
 
