@@ -110,18 +110,15 @@ bool MixedExpertPlugin::supportsFormatCombination(int32_t pos, const DynamicPlug
 }
 
 int32_t MixedExpertPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t nbInputs,
-                                           const DynamicPluginTensorDesc* out, int32_t nbOutputs) noexcept {
+                                           const DynamicPluginTensorDesc*, int32_t nbOutputs) noexcept {
     if (nbInputs != kNumInputs || nbOutputs != 1) return -1;
-    const Dims dims[] = {in[kX].max, in[kBase].max, in[kDown].max, in[kMix].max, in[kUp].max, out[0].max};
-    return shape_of(in[kX].desc.type, dims) ? 0 : -1;
+    return largest_shape_of(in) ? 0 : -1;
 }
 
 size_t MixedExpertPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t nbInputs,
-                                           const DynamicPluginTensorDesc* outputs, int32_t nbOutputs) const noexcept {
+                                           const DynamicPluginTensorDesc*, int32_t nbOutputs) const noexcept {
     if (nbInputs != kNumInputs || nbOutputs != 1) return 0;
-    const Dims dims[] = {inputs[kX].max,   inputs[kBase].max, inputs[kDown].max,
-                         inputs[kMix].max, inputs[kUp].max,   outputs[0].max};
-    const auto shape = shape_of(inputs[kX].desc.type, dims);
+    const auto shape = largest_shape_of(inputs);
     return shape ? workspace_bound(*shape) : 0;
 }
 
@@ -168,6 +165,16 @@ std::optional<MixedExpertShape> MixedExpertPlugin::shape_of(const PluginTensorDe
     }
     const Dims dims[] = {in[kX].dims, in[kBase].dims, in[kDown].dims, in[kMix].dims, in[kUp].dims, out[0].dims};
     return shape_of(in[kX].type, dims);
+}
+
+std::optional<MixedExpertShape> MixedExpertPlugin::largest_shape_of(const DynamicPluginTensorDesc* in) const noexcept {
+    // Upper bounds of x and base may have been found in different ways: the wider one counts.
+    Dims x = in[kX].max, base = in[kBase].max;
+    if (x.nbDims == base.nbDims) {
+        for (int32_t i = 0; i + 1 < x.nbDims; ++i) x.d[i] = base.d[i] = std::max(x.d[i], base.d[i]);
+    }
+    const Dims dims[] = {x, base, in[kDown].max, in[kMix].max, in[kUp].max, base};
+    return shape_of(in[kX].desc.type, dims);
 }
 
 std::optional<MixedExpertShape> MixedExpertPlugin::shape_of(nvinfer1::DataType type, const Dims* dims) const noexcept {

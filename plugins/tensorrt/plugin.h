@@ -36,6 +36,9 @@ class MixedExpertPlugin final : public nvinfer1::IPluginV3,
                                 public nvinfer1::IPluginV3OneRuntime {
 public:
     MixedExpertPlugin(std::string node, Attributes attributes);
+    // The stored fields point into the object itself; `clone` makes another.
+    MixedExpertPlugin(const MixedExpertPlugin&) = delete;
+    MixedExpertPlugin& operator=(const MixedExpertPlugin&) = delete;
 
     // IPluginV3
     nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
@@ -74,8 +77,11 @@ public:
     const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
 
 private:
-    // Sizes of a call, or nullopt, logged, where the five inputs and the output do not belong together.
+    // Sizes of a call, or nullopt, logged, where the five inputs and the output do not belong together. `dims` are of
+    // x, base, down, mix, up and y.
     std::optional<MixedExpertShape> shape_of(nvinfer1::DataType type, const nvinfer1::Dims* dims) const noexcept;
+    // The same for the most that a profile allows.
+    std::optional<MixedExpertShape> largest_shape_of(const nvinfer1::DynamicPluginTensorDesc* in) const noexcept;
     std::optional<MixedExpertShape> shape_of(const nvinfer1::PluginTensorDesc* in,
                                              const nvinfer1::PluginTensorDesc* out) const noexcept;
 

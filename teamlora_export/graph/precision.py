@@ -236,7 +236,11 @@ def _cast_when_written(value: ir.Value, dtype: ir.DataType) -> ir.TensorProtocol
     name = value.name or ""
 
     def cast() -> ir.TensorProtocol:
-        return ir.tensor(_cast_clipped(tensor.numpy(), dtype, name), dtype=dtype, name=name)
+        made = ir.tensor(_cast_clipped(tensor.numpy(), dtype, name), dtype=dtype, name=name)
+        if isinstance(tensor, ir.ExternalTensor):
+            # It would stay mapped, and the whole model with it in the end.
+            tensor.release()
+        return made
 
     return ir.LazyTensor(cast, dtype=dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
 

@@ -7,15 +7,19 @@ rewrite recipes (`transposed`, `joined`); `write_external_data` follows them, on
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import math
+import mmap
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -30,6 +34,8 @@ from teamlora_export.graph import op
 _PAGE, _LINE = 65536, 64
 _LARGE, _SMALL = 1 << 20, 1024
 _STRIP = 128
+_BLOCK = 8 << 20
+_DIRECT = getattr(os, "O_DIRECT", 0)
 OP_SOURCES = ("down", "mix", "up")
 
 
@@ -145,8 +151,7 @@ def write_external_data(
         ExportError: a weight is missing, has another shape than the graph, or does not fit the graph's dtype.
     """
     cook = _Cook(base, adapter)
-    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
-        writer = _HashingWriter(file)
+    with _HashingWriter(path) as writer, ThreadPoolExecutor(1) as pool:
         pending: Future[int] | None = None
         for value in model.graph.initializers.values():
             tensor = value.const_value
@@ -165,7 +170,7 @@ def write_external_data(
             )
         if pending is not None:
             progress(pending.result())
-        return writer.sha256
+        return writer.finish()
 
 
 def adapter_weights(
@@ -188,16 +193,26 @@ class _NoBase:
 
 
 class _HashingWriter:
-    """Appends to a file at aligned offsets, and hashes all of it on the way."""
+    """Appends to a new file at aligned offsets, and hashes all of it on the way.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    Bytes go through one block that is hashed while it is written, past the page cache where the file system allows it:
+    a cache would cost more than everything else here, and push the checkpoint out that is being read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = _open_direct(path)
         self._digest = hashlib.sha256()
         self._end = 0
+        self._flushed = 0
+        self._block = mmap.mmap(-1, _BLOCK)
+        self._pool = ThreadPoolExecutor(1)
 
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
+    def __enter__(self) -> _HashingWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        os.close(self._file)
 
     def place(self, size: int) -> int:
         """The offset for the next `size` bytes."""
@@ -208,11 +223,62 @@ class _HashingWriter:
 
     def write(self, offset: int, data: np.ndarray) -> int:
         """Write bytes at `offset`, which `place` gave last; return their number."""
-        padding = bytes(offset - self._file.tell())
-        for chunk in (padding, data.data):
-            self._file.write(chunk)
-            self._digest.update(chunk)
+        for chunk in (memoryview(bytes(offset - self._written())), data.data):
+            start = 0
+            while start < len(chunk):
+                at = self._block.tell()
+                count = min(_BLOCK - at, len(chunk) - start)
+                self._block[at : at + count] = chunk[start : start + count]
+                self._block.seek(at + count)
+                start += count
+                if at + count == _BLOCK:
+                    self._flush()
         return data.nbytes
+
+    def finish(self) -> str:
+        """Write what is left; the SHA-256 of the file."""
+        size = self._written()
+        self._flush()
+        os.ftruncate(self._file, size)
+        return self._digest.hexdigest()
+
+    def _written(self) -> int:
+        return self._flushed + self._block.tell()
+
+    def _flush(self) -> None:
+        """Write the block. A last one that is not full is written with what lies behind it; the file is cut later."""
+        filled = self._block.tell()
+        with memoryview(self._block) as block:
+            written = self._pool.submit(_write_all, self._file, block[: filled + -filled % _PAGE])
+            self._digest.update(block[:filled])
+            written.result()
+        self._flushed += filled
+        self._block.seek(0)
+
+
+def _open_direct(path: Path) -> int:
+    """A new file to write past the page cache, or through it where the file system offers nothing else."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(path, flags | _DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
+
+
+def _write_all(file: int, data: memoryview) -> None:
+    with data:
+        done = 0
+        while done < len(data):
+            try:
+                done += os.write(file, data[done:])
+            except OSError as error:
+                flags = fcntl.fcntl(file, fcntl.F_GETFL)
+                if error.errno != errno.EINVAL or not flags & _DIRECT:
+                    raise
+                # The file system promised more than it does, or it is so full that only part of a page fits.
+                fcntl.fcntl(file, fcntl.F_SETFL, flags & ~_DIRECT)
 
 
 def total_bytes(model: ir.Model) -> int:

@@ -1,0 +1,163 @@
+"""Runs an exported model with nothing but onnxruntime and numpy (and tokenizers, to read and print words).
+
+    python runner.py "prompt" ["another prompt" ...]      text generation: the answers, streamed
+    python runner.py --ids 504 3575 282                   token ids in, token ids out
+    python runner.py "a sentence" ["another" ...]         other tasks: a vector or scores a line
+
+It runs the model in its own folder; --model names another. Files are compared with the hashes in deploy.json (or
+manifest.json) first; --no-check leaves that out.
+
+One `Model` may be used by many threads at once: it holds no state of a request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+
+
+class ModelError(Exception):
+    """The model's folder is not what it should be, or the request is not; the message says what and where."""
+
+
+class Model:
+    """A model in a folder: `generate` or `encode`, by its task.
+
+    Args:
+        library: a native library with the op, to be used in place of the definition inside the model.
+        check: compare the files with their hashes first.
+        threads: of ONNX Runtime; 0 takes every core.
+    """
+
+    def __init__(self, folder: Path, library: Path | None = None, check: bool = True, threads: int = 0) -> None:
+        self.folder = Path(folder)
+        if check:
+            check_files(self.folder)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads
+        if library is not None:
+            options.register_custom_ops_library(str(library))
+        try:
+            self._session = ort.InferenceSession(self.folder / "model.onnx", options, ["CPUExecutionProvider"])
+        except Exception as error:
+            raise ModelError(f"{self.folder}: ONNX Runtime {ort.__version__} cannot load the model ({error}).") from None
+        self._inputs = {value.name: value for value in self._session.get_inputs()}
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        self._caches = [value for name, value in self._inputs.items() if name.startswith("past_key_values.")]
+        for cache in self._caches:
+            if cache.type not in _NUMPY:
+                raise ModelError(f"{self.folder}: has inputs of {cache.type}, which run on a GPU only.")
+        config = _read_json(self.folder / "config.json")
+        settings = {**config, **_read_json(self.folder / "generation_config.json")}
+        self._stops = _as_list(settings.get("eos_token_id"))
+        self._pad = int(settings.get("pad_token_id") or 0)
+        self._most = config.get("max_position_embeddings") or config.get("n_positions")
+        self._tokenizer = None
+
+    @property
+    def generates(self) -> bool:
+        return bool(self._caches)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        count: int = 64,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """Up to `count` tokens after each prompt (token ids), greedily, until its end-of-text token, which is left out.
+
+        Args:
+            on_token: called with (row of the batch, token) as soon as a token is known.
+        """
+        if not self.generates:
+            raise ModelError(f"{self.folder}: does not generate text.")
+        if not prompts or not all(prompts):
+            raise ModelError("An empty prompt has nothing to go on from.")
+        width = max(map(len, prompts))
+        if self._most and width + count > self._most:
+            raise ModelError(f"{width} tokens and {count} more do not fit into the model's {self._most} positions.")
+        rows = [[self._pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
+        step = np.array(rows, np.int64)
+        answers: list[list[int]] = [[] for _ in prompts]
+        going = [True] * len(prompts)
+        feeds = {c.name: np.zeros((len(prompts), c.shape[1], 0, c.shape[3]), _NUMPY[c.type]) for c in self._caches}
+        for _ in range(count):
+            # Padding on the left: a real token's position is the number of real ones before it.
+            positions = np.where(mask > 0, mask.cumsum(axis=1) - 1, 1)[:, -step.shape[1] :]
+            given = {"input_ids": step, "attention_mask": mask, "position_ids": positions}
+            feeds.update({name: value for name, value in given.items() if name in self._inputs})
+            outputs = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
+            tokens = outputs.pop("logits")[:, -1].argmax(axis=-1)
+            for row, token in enumerate(tokens.tolist()):
+                going[row] = going[row] and token not in self._stops
+                if going[row]:
+                    answers[row].append(token)
+                    if on_token is not None:
+                        on_token(row, token)
+            if not any(going):
+                break
+            feeds = {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
+            step = tokens[:, None].astype(np.int64)
+            mask = np.concatenate([mask, np.ones_like(step)], axis=1)
+        return answers
+
+    def encode(self, inputs: Sequence[Sequence[int]]) -> np.ndarray:
+        """Tasks other than generation: one row for each input (token ids).
+
+        Sentence embeddings [batch, hidden], class logits [batch, classes], or hidden states [batch, tokens, hidden].
+        """
+        if self.generates:
+            raise ModelError(f"{self.folder}: generates text; it gives no vectors.")
+        if not inputs or not all(inputs):
+            raise ModelError("An empty input has nothing to encode.")
+        width = max(map(len, inputs))
+        given = {
+            "input_ids": [[*row, *[self._pad] * (width - len(row))] for row in inputs],
+            "attention_mask": [[1] * len(row) + [0] * (width - len(row)) for row in inputs],
+            "token_type_ids": [[0] * width for _ in inputs],
+        }
+        feeds = {name: np.array(value, np.int64) for name, value in given.items() if name in self._inputs}
+        wanted = next(n for n in ("sentence_embedding", "logits", "last_hidden_state") if n in self._outputs)
+        return self._session.run([wanted], feeds)[0]
+
+    @property
+    def tokenizer(self):
+        """The model's tokenizer (the package tokenizers)."""
+        if self._tokenizer is None:
+            from tokenizers import Tokenizer
+
+            path = self.folder / "tokenizer.json"
+            if not path.is_file():
+                raise ModelError(f"{path}: is missing, so words cannot be read. Give token ids.")
+            self._tokenizer = Tokenizer.from_file(str(path))
+            self._tokenizer.no_padding()
+        return self._tokenizer
+
+    def stream(self, prompt: str, count: int = 64) -> Iterator[str]:
+        """The answer to `prompt`, in pieces of whole characters."""
+        pieces: list[str] = []
+        for _, piece in self._stream_batch([prompt], count, pieces):
+            yield piece
+
+    def _stream_batch(self, prompts: Sequence[str], count: int, _pieces: list[str]) -> Iterator[tuple[int, str]]:
+        raise NotImplementedError
+
+
+def check_files(folder: Path) -> None:
+    """Compare every file of the model with its hash in deploy.json, or in a bundle's manifest.json."""
+
+
+def main() -> None:
+    pass
