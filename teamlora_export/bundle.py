@@ -36,7 +36,7 @@ BATCH, SEQUENCE, PAST, TOTAL = (
 )
 
 # What a runtime or a tokenizer needs beside the model.
-_COMPANIONS = (
+COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -156,20 +156,23 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 def copy_companions(source: Path, folder: Path) -> None:
     """Copy the configuration and tokenizer files of a base model into a bundle."""
-    for name in _COMPANIONS:
+    for name in COMPANIONS:
         if (source / name).is_file():
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A folder beside `out` to write a bundle into; it becomes `out` when the block ends, and vanishes when it fails.
+def staged(out: Path, marker: str = MANIFEST_NAME) -> Iterator[Path]:
+    """A folder beside `out` to write into; it becomes `out` when the block ends, and vanishes when it fails.
+
+    Args:
+        marker: the file that shows an existing `out` to be of the same kind, so that it may be replaced.
 
     Raises:
-        ExportError: `out` is something other than a bundle or an empty folder, or the disk is full or read-only.
+        ExportError: `out` is something else and not an empty folder, or the disk is full or read-only.
     """
-    refuse_foreign(out)
+    refuse_foreign(out, marker)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _remove_debris(out)
@@ -199,12 +202,13 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
-def refuse_foreign(out: Path) -> None:
-    """Refuse to put a bundle in the place of anything but a bundle or an empty folder."""
+def refuse_foreign(out: Path, marker: str = MANIFEST_NAME) -> None:
+    """Refuse to replace anything but a folder with `marker` in it, or an empty one."""
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ExportError(f"{out}: exists and is not a folder. Choose another -o.")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_NAME).is_file():
-        raise ExportError(f"{out}: exists and is not a bundle; it is left as it is. Choose another -o.")
+    if out.is_dir() and any(out.iterdir()) and not (out / marker).is_file():
+        kind = "a bundle" if marker == MANIFEST_NAME else "a deployment"
+        raise ExportError(f"{out}: exists and is not {kind}; it is left as it is. Choose another -o.")
 
 
 def _move(staging: Path, out: Path) -> None:

@@ -30,6 +30,8 @@ app = typer.Typer(
 # Packages that come with an extra, because they are a choice or rarely needed.
 _EXTRAS = {"onnxruntime": "cpu", "gguf": "gguf", "polygraphy": "tensorrt"}
 
+BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.")]
+DeployOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 AdapterArgument = Annotated[Path, typer.Option("--adapter", "-a", help="Folder of the trained adapter.")]
 
 
@@ -50,6 +52,8 @@ trt_app = typer.Typer(
 plugins_app = typer.Typer(help="Build and describe the TensorRT plugin.", no_args_is_help=True)
 app.add_typer(trt_app, name="trt")
 app.add_typer(plugins_app, name="plugins")
+deploy_app = typer.Typer(help="Write what a system loads: python, genai.", no_args_is_help=True)
+app.add_typer(deploy_app, name="deploy")
 
 
 @app.callback(invoke_without_command=True)
@@ -137,6 +141,68 @@ def inspect(
     from teamlora_export.inspect import inspect_path
 
     _wide_console().print(inspect_path(path))
+
+
+@app.command()
+def generate(
+    bundle: BundleArgument,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One is streamed; several make a batch.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Generate at most so many.")] = 64,
+    library: Annotated[Path | None, typer.Option(help="A native library with the op.")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
+) -> None:
+    """Try a bundle: greedy text in ONNX Runtime, with the tokens a second at the end."""
+    from teamlora_export.deploy.runner import Model, ModelError, answer
+
+    try:
+        model = Model(bundle, library, check)
+        written = [prompt.replace("\\n", "\n") for prompt in prompts]
+        count, seconds = answer(model, written, tokens, lambda text: print(text, end="", flush=True))
+    except ModelError as error:
+        raise ExportError(str(error)) from None
+    print(f"({count} tokens, {count / seconds:.1f} a second)", file=sys.stderr)
+
+
+@app.command()
+def embed(
+    bundle: BundleArgument,
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...")],
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
+) -> None:
+    """Try a bundle that does not generate text: a line of JSON for each text, with its vector or scores."""
+    from teamlora_export.deploy.runner import Model, ModelError
+
+    try:
+        model = Model(bundle, check=check)
+        rows = model.encode([model.tokenizer.encode(text).ids for text in texts])
+    except ModelError as error:
+        raise ExportError(str(error)) from None
+    for row in rows:
+        print(row.astype(float).tolist())
+
+
+@deploy_app.command("python")
+def deploy_python_command(bundle: BundleArgument, output: DeployOption) -> None:
+    """The model with one file of Python that runs it on onnxruntime and numpy."""
+    from teamlora_export.bundle import read_bundle
+    from teamlora_export.deploy.python import deploy_python
+
+    print(deploy_python(read_bundle(bundle), output))
+
+
+@deploy_app.command("genai")
+def deploy_genai_command(
+    bundle: BundleArgument,
+    output: DeployOption,
+    library: Annotated[
+        str | None, typer.Option(help="A native library with the op, as the machine that runs the model will find it.")
+    ] = None,
+) -> None:
+    """What onnxruntime-genai loads."""
+    from teamlora_export.bundle import read_bundle
+    from teamlora_export.deploy.genai import deploy_genai
+
+    print(deploy_genai(read_bundle(bundle), output, library))
 
 
 @trt_app.command("build")

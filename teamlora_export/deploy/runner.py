@@ -17,8 +17,9 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -51,7 +52,9 @@ class Model:
         try:
             self._session = ort.InferenceSession(self.folder / "model.onnx", options, ["CPUExecutionProvider"])
         except Exception as error:
-            raise ModelError(f"{self.folder}: ONNX Runtime {ort.__version__} cannot load the model ({error}).") from None
+            raise ModelError(
+                f"{self.folder}: ONNX Runtime {ort.__version__} cannot load the model ({error})."
+            ) from None
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._caches = [value for name, value in self._inputs.items() if name.startswith("past_key_values.")]
@@ -63,7 +66,7 @@ class Model:
         self._stops = _as_list(settings.get("eos_token_id"))
         self._pad = int(settings.get("pad_token_id") or 0)
         self._most = config.get("max_position_embeddings") or config.get("n_positions")
-        self._tokenizer = None
+        self._tokenizer: Any = None
 
     @property
     def generates(self) -> bool:
@@ -73,7 +76,7 @@ class Model:
         self,
         prompts: Sequence[Sequence[int]],
         count: int = 64,
-        on_token: Callable[[int, int], None] | None = None,
+        on_token: Callable[[int, int], object] | None = None,
     ) -> list[list[int]]:
         """Up to `count` tokens after each prompt (token ids), greedily, until its end-of-text token, which is left out.
 
@@ -133,7 +136,7 @@ class Model:
         return self._session.run([wanted], feeds)[0]
 
     @property
-    def tokenizer(self):
+    def tokenizer(self) -> Any:
         """The model's tokenizer (the package tokenizers)."""
         if self._tokenizer is None:
             from tokenizers import Tokenizer
@@ -145,19 +148,109 @@ class Model:
             self._tokenizer.no_padding()
         return self._tokenizer
 
-    def stream(self, prompt: str, count: int = 64) -> Iterator[str]:
-        """The answer to `prompt`, in pieces of whole characters."""
-        pieces: list[str] = []
-        for _, piece in self._stream_batch([prompt], count, pieces):
-            yield piece
 
-    def _stream_batch(self, prompts: Sequence[str], count: int, _pieces: list[str]) -> Iterator[tuple[int, str]]:
-        raise NotImplementedError
+class TextStream:
+    """Turns tokens into text piece by piece: a piece ends where a character does."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._shown = ""
+
+    def add(self, token: int) -> str:
+        """What `token` adds to the text; nothing while a character is not complete."""
+        self._tokens.append(token)
+        text = self._tokenizer.decode(self._tokens)
+        if text.endswith("\ufffd"):
+            return ""
+        piece, self._shown = text[len(self._shown) :], text
+        return piece
 
 
 def check_files(folder: Path) -> None:
-    """Compare every file of the model with its hash in deploy.json, or in a bundle's manifest.json."""
+    """Compare every file of the model with its hash in deploy.json, or in a bundle's manifest.json.
+
+    Raises:
+        ModelError: there are no hashes, a file is missing, or it is another one.
+    """
+    for name, entry in (("deploy.json", "files"), ("manifest.json", "sha256")):
+        if (folder / name).is_file():
+            hashes = _read_json(folder / name).get(entry, {})
+            break
+    else:
+        raise ModelError(f"{folder}: holds neither deploy.json nor manifest.json. Is it a model's folder?")
+    for file, expected in hashes.items():
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ModelError(f"{folder / name}: names {file}, which is not in its folder.")
+        if not (folder / file).is_file():
+            raise ModelError(f"{folder / file}: is missing. Copy the folder again.")
+        with (folder / file).open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != expected:
+            raise ModelError(
+                f"{folder / file}: is not the file that belongs here (its SHA-256 differs). Copy it again."
+            )
 
 
-def main() -> None:
-    pass
+def answer(model: Model, prompts: Sequence[str], count: int, write: Callable[[str], object]) -> tuple[int, float]:
+    """Answer prompts; a single one is streamed. Returns the number of tokens and the seconds that they took."""
+    ids = [model.tokenizer.encode(prompt).ids for prompt in prompts]
+    started = time.perf_counter()
+    if len(prompts) == 1:
+        text = TextStream(model.tokenizer)
+        write(prompts[0])
+        tokens = model.generate(ids, count, lambda _row, token: write(text.add(token)))
+        write("\n")
+    else:
+        tokens = model.generate(ids, count)
+        for prompt, row in zip(prompts, tokens, strict=True):
+            write(prompt + model.tokenizer.decode(row) + "\n")
+    return sum(map(len, tokens)), time.perf_counter() - started
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", nargs="*", metavar="TEXT")
+    parser.add_argument("--ids", type=int, nargs="+", help="token ids of one prompt, in place of words")
+    parser.add_argument("--tokens", type=int, default=64, help="generate at most so many")
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="the model's folder")
+    parser.add_argument("--library", type=Path, help="a native library with the op")
+    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; 0: every core")
+    parser.add_argument("--no-check", action="store_true", help="do not compare the files with their hashes")
+    given = parser.parse_args(arguments)
+    if bool(given.prompts) == bool(given.ids):
+        parser.error("give TEXT or --ids")
+    try:
+        model = Model(given.model, given.library, not given.no_check, given.threads)
+        if given.ids:
+            values = model.generate([given.ids], given.tokens)[0] if model.generates else model.encode([given.ids])[0]
+            print(*np.ravel(values).tolist())
+        elif model.generates:
+            prompts = [prompt.replace("\\n", "\n") for prompt in given.prompts]
+            count, seconds = answer(model, prompts, given.tokens, _write)
+            print(f"({count} tokens, {count / seconds:.1f} a second)", file=sys.stderr)
+        else:
+            for row in model.encode([model.tokenizer.encode(text).ids for text in given.prompts]):
+                print(json.dumps(row.astype(float).tolist()))
+    except ModelError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}).") from None
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""`deploy python`: the model with one file of Python that runs it on onnxruntime and numpy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jinja2
+
+from teamlora_export.bundle import Bundle
+from teamlora_export.deploy.folder import TEMPLATES, deployment, require_cpu_dtype
+
+RUNNER_NAME = "runner.py"
+# The oldest that run what we write.
+REQUIREMENTS = "onnxruntime>=1.24\nnumpy>=2.0\ntokenizers>=0.20\n"
+
+
+def deploy_python(bundle: Bundle, out: Path) -> Path:
+    """Write the deployment into `out`.
+
+    Raises:
+        ExportError: see `deployment`; or the model is in bfloat16.
+    """
+    require_cpu_dtype(bundle, "python")
+    with deployment(bundle, out, "python") as made:
+        made.write(RUNNER_NAME, (Path(__file__).parent / RUNNER_NAME).read_text(encoding="utf-8"))
+        made.write("requirements.txt", REQUIREMENTS)
+        made.write("README.md", render("python.README.md.j2", bundle))
+    return out
+
+
+def render(template: str, bundle: Bundle, **values: object) -> str:
+    """A template of this package, filled in for `bundle`."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    return environment.get_template(template).render(manifest=bundle.manifest, **values)

@@ -1,0 +1,159 @@
+"""`deploy python` as its README says to use it, `generate` and `embed`, and the program itself under many requests."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GREEDY_TOKENS, ROOT
+
+from teamlora_export.bundle import Bundle, write_manifest
+from teamlora_export.deploy.python import deploy_python
+from teamlora_export.deploy.runner import Model, ModelError, TextStream
+from teamlora_export.errors import ExportError
+
+# Importing anything that the deployment's requirements do not name is refused.
+_ONLY_REQUIREMENTS = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "transformers", "onnx", "onnx_ir", "teamlora_export", "safetensors"):
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import runpy
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", _ONLY_REQUIREMENTS, folder / "runner.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "teamlora_export.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def deployed(smollm2, tmp_path_factory) -> Path:
+    return deploy_python(smollm2, tmp_path_factory.mktemp("deploy") / "smollm2")
+
+
+def test_greedy_text_equals_pytorchs_alone_and_in_batches(deployed, smollm2_greedy):
+    model = Model(deployed)
+    prompts, answers = [list(ids) for ids in smollm2_greedy], list(smollm2_greedy.values())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert model.generate([prompt], GREEDY_TOKENS) == [answer]
+    assert model.generate([*prompts, prompts[0]], GREEDY_TOKENS) == [*answers, answers[0]]
+
+
+def test_the_program_needs_its_requirements_alone_and_streams_words(deployed, smollm2_greedy):
+    ids, answer = next(iter(smollm2_greedy.items()))
+    found = run(deployed, "--tokens", GREEDY_TOKENS, "--ids", *ids)
+    assert [int(token) for token in found.stdout.split()] == answer, found.stderr
+    told = run(deployed, "Words: house, apple, door, cloud\\nSorted:")
+    assert told.stdout == "Words: house, apple, door, cloud\nSorted: apple, cloud, door, house\n"
+    assert "tokens," in told.stderr
+
+
+def test_nothing_written_names_a_path_of_this_machine(deployed):
+    for path in deployed.rglob("*"):
+        if path.is_file() and path.suffix != ".data":
+            assert str(ROOT.parent).encode() not in path.read_bytes().replace(b"/tmp", b""), path
+            assert str(Path.home()).encode() + b"/" not in path.read_bytes(), path
+    fields = json.loads((deployed / "deploy.json").read_text())
+    written = {p.relative_to(deployed).as_posix() for p in deployed.rglob("*") if p.is_file()} - {"deploy.json"}
+    assert set(fields["files"]) == written
+
+
+def test_a_changed_or_missing_file_is_refused_unless_the_check_is_left_out(deployed, tmp_path):
+    folder = Path(shutil.copytree(deployed, tmp_path / "copy"))
+    with (folder / "model.onnx.data").open("r+b") as file:
+        file.write(b"\1")
+    refused = run(folder, "--ids", 1)
+    assert refused.returncode == 2
+    assert "model.onnx.data: is not the file that belongs here" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert run(folder, "--ids", 1, "--no-check", "--tokens", 1).returncode == 0
+    (folder / "config.json").unlink()
+    assert "config.json: is missing" in run(folder, "--ids", 1).stderr
+    fields = json.loads((folder / "deploy.json").read_text())
+    (folder / "deploy.json").write_text(json.dumps({**fields, "files": {"../secret": "0"}}))
+    assert "not in its folder" in run(folder, "--ids", 1).stderr
+    assert "neither deploy.json nor manifest.json" in run(folder, "--model", tmp_path, "--ids", 1).stderr
+
+
+def test_requests_that_cannot_be_are_refused(deployed, make_bundle):
+    model = Model(deployed, check=False)
+    with pytest.raises(ModelError, match="empty prompt"):
+        model.generate([[]])
+    with pytest.raises(ModelError, match="8192 positions"):
+        model.generate([[1]], 10_000)
+    with pytest.raises(ModelError, match="gives no vectors"):
+        model.encode([[1]])
+    with pytest.raises(ModelError, match="does not generate text"):
+        Model(make_bundle("bert").folder).generate([[1]])
+    with pytest.raises(ModelError, match=r"tokenizer\.json: is missing"):
+        _ = Model(make_bundle("bert").folder).tokenizer
+
+
+def test_a_thousand_requests_on_eight_threads_are_answered_as_one_by_one(make_bundle):
+    model = Model(make_bundle("llama").folder, threads=1)
+    drawn = random.Random(3)
+    requests = [[drawn.randrange(1, 384) for _ in range(drawn.randrange(1, 40))] for _ in range(1000)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda ids: model.generate([ids], 4)[0], requests))
+    assert together == [model.generate([ids], 4)[0] for ids in requests]
+
+
+def test_characters_of_several_tokens_are_streamed_whole(deployed):
+    tokenizer = Model(deployed, check=False).tokenizer
+    text = "naïve 🦙 über"
+    stream = TextStream(tokenizer)
+    pieces = [stream.add(token) for token in tokenizer.encode(text).ids]
+    assert "".join(pieces) == text
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_generate_and_embed_try_a_bundle_from_the_shell(smollm2, make_bundle):
+    told = cli("generate", smollm2.folder, "Words: house, apple, door, cloud\\nSorted:")
+    assert told.stdout.endswith("Sorted: apple, cloud, door, house\n"), told.stderr
+    assert "a second)" in told.stderr
+    refused = cli("embed", smollm2.folder, "word")
+    assert refused.returncode == 2
+    assert "generates text" in refused.stderr
+
+
+def test_encoders_give_a_row_for_each_input(make_bundle, tmp_path):
+    folder = deploy_python(make_bundle("bert"), tmp_path / "bert")
+    model = Model(folder)
+    alone = np.concatenate([model.encode([ids]) for ids in ([5, 6, 7], [9])])
+    assert np.allclose(model.encode([[5, 6, 7], [9]]), alone, atol=1e-5)
+    found = run(folder, "--ids", 5, 6, 7)
+    assert np.allclose([float(value) for value in found.stdout.split()], alone[0], atol=1e-5), found.stderr
+
+
+def test_what_cannot_be_deployed_is_refused_and_leaves_nothing(make_bundle, tmp_path):
+    with pytest.raises(ExportError, match=r"bfloat16.*Export it with"):
+        deploy_python(make_bundle("llama", "bf16"), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(ExportError, match="not a deployment"):
+        deploy_python(make_bundle("llama"), tmp_path / "mine")
+    bundle = Bundle(Path(shutil.copytree(make_bundle("llama").folder, tmp_path / "b")), make_bundle("llama").manifest)
+    write_manifest(bundle.folder, bundle.manifest)
+    with bundle.data.open("r+b") as file:
+        file.write(b"1234")
+    with pytest.raises(ExportError, match="SHA-256 differs"):
+        deploy_python(bundle, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "mine"]
