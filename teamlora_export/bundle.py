@@ -1,6 +1,7 @@
 """The output folder: what `onnx` writes and every later command reads.
 
     model.onnx  model.onnx.data  manifest.json  config.json  generation_config.json  tokenizer files
+    engines/NAME.engine  engines/NAME.json      what `trt` adds
 
 A bundle is staged beside its destination and moved there in one step, so that a killed export leaves the old bundle or
 none. `manifest.json` says what made it; readers refuse a format that is newer than they know.
@@ -26,6 +27,7 @@ from teamlora_export.errors import ExportError
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
 MANIFEST_NAME = "manifest.json"
+ENGINES_NAME = "engines"
 FORMAT_VERSION = 1
 # Names of the dynamic axes.
 BATCH, SEQUENCE, PAST, TOTAL = (

@@ -260,6 +260,26 @@ def trt_build(
     print(f"{path}: {facts.dtype}, {facts.size / 1e6:,.0f} MB, for {', '.join(facts.targets)}")
 
 
+@trt_app.command("graph")
+def trt_graph(
+    bundle: BundleArgument,
+    output: DeployOption,
+    dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Default: the bundle's.")] = None,
+    no_plugin: Annotated[bool, typer.Option("--no-plugin", help="Inline the op's body.")] = False,
+) -> None:
+    """Write the graph alone, for trtexec or polygraphy: its op is the plugin's, or inlined."""
+    from teamlora_export.bundle import read_bundle
+    from teamlora_export.engine.prepare import write_graph
+    from teamlora_export.graph.precision import DTYPES
+    from teamlora_export.progress import Reporter
+
+    opened = read_bundle(bundle)
+    wanted = dtype or opened.manifest.dtype
+    if wanted not in DTYPES:
+        raise ExportError(f"--dtype {wanted}: unknown. Use {', '.join(DTYPES)}.")
+    print(write_graph(opened, wanted, output, for_plugin=not no_plugin, reporter=Reporter()))
+
+
 @trt_app.command("refit")
 def trt_refit(
     engine: Annotated[Path, typer.Argument(help="NAME.engine, built with --refit.")],

@@ -18,6 +18,7 @@ from teamlora_export.adapter import AdapterSpec, BaseSignature, align_with_base,
 from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import (
     DATA_NAME,
+    ENGINES_NAME,
     MODEL_NAME,
     Bundle,
     Manifest,
@@ -73,6 +74,8 @@ def export_onnx(
     source = find_base(base_name)
     out = Path(out)
     refuse_foreign(out)
+    if (out / ENGINES_NAME).is_dir():
+        reporter.warn(f"{out}: its engines are of the model that is replaced, and are removed with it.")
     with hashing_weights(source) as finish_hashing:
         template = _find_template(source, adapter, task, dtype, use_cache, reporter)
         adapter = align_with_base(adapter, template.signature)

@@ -104,7 +104,7 @@ template <typename T>
 __device__ void store_value(void* high, void* low, int64_t at, float value) {
     const T rounded = from_float<T>(value);
     static_cast<T*>(high)[at] = rounded;
-    if (sizeof(T) == 2) {
+    if constexpr (sizeof(T) == 2) {
         const float error = value - to_float(rounded);
         static_cast<T*>(low)[at] = from_float<T>(isinf(error) ? 0.0F : error);
     }

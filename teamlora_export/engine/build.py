@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from teamlora_export import __version__
-from teamlora_export.bundle import Bundle, check_files, require_space
-from teamlora_export.engine.facts import FOLDER, EngineFacts, facts_path, write_facts
+from teamlora_export.bundle import ENGINES_NAME, Bundle, check_files, require_space
+from teamlora_export.engine.facts import EngineFacts, facts_path, write_facts
 from teamlora_export.engine.plugin import PluginLibrary, find_plugin
 from teamlora_export.engine.prepare import prepared_model
 from teamlora_export.engine.profiles import ShapeProfile, make_profiles
@@ -86,13 +87,13 @@ def build_engine(
     if runtime.name == "rtx" and runtime.gpu is None and (options.refit or options.strip_weights):
         raise ExportError("--refit and --strip-weights: TensorRT-RTX builds such engines on a GPU; there is none here.")
     check_files(bundle)
-    path = output or bundle.folder / FOLDER / f"{dtype}-{runtime.name}.engine"
+    path = output or bundle.folder / ENGINES_NAME / f"{dtype}-{runtime.name}.engine"
     if path.suffix != ".engine":
         raise ExportError(f"{path}: an engine's name ends in .engine, because NAME.json comes beside it.")
     use_plugin = options.use_plugin and runtime.takes_plugins
     plugin = find_plugin(options.plugin, reporter) if use_plugin else None
     with (
-        _created(path.parent),
+        _existing(path.parent),
         prepared_model(bundle, dtype, path.parent, for_plugin=use_plugin, reporter=reporter) as model,
     ):
         engine = _Builder(runtime, options, reporter).build(model, bundle, profiles, capabilities, plugin)
@@ -316,20 +317,15 @@ def _describe(plugin: PluginLibrary) -> dict[str, Any]:
     return {name: fields[name] for name in ("op", "op_version", "build", "sha256", "tensorrt")}
 
 
-class _created:
-    """A folder that exists inside of the block; if it had to be made and stays empty, it goes away again."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._made: list[Path] = []
-
-    def __enter__(self) -> None:
-        self._made = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
-        self._folder.mkdir(parents=True, exist_ok=True)
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            return
-        for path in self._made:
+@contextmanager
+def _existing(folder: Path) -> Iterator[None]:
+    """`folder` exists inside of the block; what had to be made for it goes away again where the block fails."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in made:
             if not any(path.iterdir()):
                 path.rmdir()
+        raise

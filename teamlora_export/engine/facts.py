@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from teamlora_export.adapter.files import sha256_of
-from teamlora_export.bundle import Bundle
+from teamlora_export.bundle import ENGINES_NAME, Bundle
 from teamlora_export.engine.profiles import ShapeProfile
 from teamlora_export.errors import ExportError
 
 FORMAT_VERSION = 1
-FOLDER = "engines"
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,12 @@ def find_engine(bundle: Bundle, name: str) -> Path:
     Raises:
         ExportError: there is none; its message lists those that are there.
     """
-    inside = bundle.folder / FOLDER / f"{name}.engine"
+    inside = bundle.folder / ENGINES_NAME / f"{name}.engine"
     if "/" not in name and inside.is_file():
         return inside
     if Path(name).is_file():
         return Path(name)
-    there = sorted(path.stem for path in (bundle.folder / FOLDER).glob("*.engine"))
+    there = sorted(path.stem for path in (bundle.folder / ENGINES_NAME).glob("*.engine"))
     advice = f"There are: {', '.join(there)}." if there else "Build one with `teamlora-export trt`."
     raise ExportError(f"{name}: no engine of that name in {bundle.folder}. {advice}")
 

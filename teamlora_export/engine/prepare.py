@@ -10,11 +10,26 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, require_space
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, check_files, require_space
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import ChangePrecision
 from teamlora_export.progress import Reporter
+
+
+def write_graph(bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, reporter: Reporter) -> Path:
+    """Write the graph for a builder of one's own (trtexec, polygraphy) into the folder `out`; returns the model's path.
+
+    Raises:
+        ExportError: as `prepared_model`; or `out` exists.
+    """
+    if out.exists():
+        raise ExportError(f"{out}: exists. Choose another -o.")
+    check_files(bundle)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with prepared_model(bundle, dtype, out.parent, for_plugin=for_plugin, reporter=reporter) as path:
+        os.replace(path.parent, out)
+    return out / MODEL_NAME
 
 
 @contextmanager

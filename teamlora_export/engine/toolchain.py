@@ -88,12 +88,10 @@ def find_toolchain() -> Toolchain:
 
 def find_nvcc() -> Path | None:
     """nvcc: `CUDACXX`, `CUDA_HOME`, the PATH, the usual place, then the packages of this environment."""
-    named = [os.environ.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
     home = os.environ.get("CUDA_HOME")
-    candidates = [*([f"{home}/bin/nvcc"] if home else []), *filter(None, named), *_package_files("nvidia-cuda-nvcc")]
-    return next(
-        (Path(path).resolve() for path in candidates if Path(path).name == "nvcc" and Path(path).is_file()), None
-    )
+    places = [os.environ.get("CUDACXX"), f"{home}/bin/nvcc" if home else None, shutil.which("nvcc")]
+    paths = (Path(path) for path in (*places, "/usr/local/cuda/bin/nvcc", *_package_files("nvidia-cuda-nvcc")) if path)
+    return next((path.resolve() for path in paths if path.name == "nvcc" and path.is_file()), None)
 
 
 def find_tensorrt_include() -> Path | None:

@@ -148,8 +148,10 @@ def _signature(fields: dict[str, object]) -> BaseSignature:
 def _code_sha256() -> str:
     """Of this package's own code, so that a changed tracer or pass never meets a graph of the old one."""
     root = Path(__file__).parents[1]
-    digest = hashlib.sha256()
+    sources = [root / "bundle.py"]
     for folder in ("adapter", "graph", "model"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
+        sources += sorted((root / folder).rglob("*.py"))
+    digest = hashlib.sha256()
+    for path in sources:
+        digest.update(path.read_bytes())
     return digest.hexdigest()

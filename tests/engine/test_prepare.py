@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from teamlora_export.engine.prepare import prepared_model
+from teamlora_export.engine.prepare import prepared_model, write_graph
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 from teamlora_export.progress import Reporter
@@ -34,6 +34,16 @@ def test_the_other_graph_has_no_op_and_links_the_weights_it_does_not_change(make
         assert (path.parent / bundle.data.name).stat().st_ino == bundle.data.stat().st_ino
     assert bundle.data.is_file()
     assert not list(tmp_path.iterdir())
+
+
+def test_the_graph_alone_is_written_for_other_builders(make_bundle, tmp_path):
+    bundle = make_bundle("llama")
+    path = write_graph(bundle, "fp16", tmp_path / "graph", for_plugin=True, reporter=QUIET)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert sum(op.is_op(node) for node in ir.load(path).graph) == 16
+    with pytest.raises(ExportError, match="exists"):
+        write_graph(bundle, "fp16", tmp_path / "graph", for_plugin=True, reporter=QUIET)
+    assert [p.name for p in tmp_path.iterdir()] == ["graph"]
 
 
 def test_an_inlined_bundle_has_nothing_for_the_plugin(make_bundle, tmp_path):
