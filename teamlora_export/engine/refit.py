@@ -53,8 +53,10 @@ def refit_engine(
         if not refitter.refit_cuda_engine():
             raise ExportError(f"{engine}: cannot be refitted: {messages.reason()}")
     settings = loaded.create_serialization_config()
-    # A serialised engine stays refittable only where it is told to.
-    settings.set_flag(runtime.trt.SerializationFlag.INCLUDE_REFIT)
+    # Versions that have the flag drop what refitting needs without it; older ones keep it.
+    keep_refittable = getattr(runtime.trt.SerializationFlag, "INCLUDE_REFIT", None)
+    if keep_refittable is not None:
+        settings.set_flag(keep_refittable)
     made = memoryview(loaded.serialize_with_config(settings))
     path = output or engine
     changed = replace(
