@@ -8,7 +8,10 @@ template and safetensors weights, torch is never imported.
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -118,18 +121,34 @@ def _find_template(
         reporter.say("Graph: taken from the cache (--no-cache traces it again)")
         return template
 
-    # Heavy imports wait until there is something to trace.
-    import torch
+    with _rare_collections():
+        # Heavy imports wait until there is something to trace.
+        import torch
 
-    from teamlora_export.graph.build import build_graph
+        from teamlora_export.graph.build import build_graph
 
-    base = _open_base(source, task)
-    aligned = align_with_base(adapter, base.signature)
-    model = build_graph(base, aligned, getattr(torch, DTYPES[dtype]), reporter)
+        base = _open_base(source, task)
+        aligned = align_with_base(adapter, base.signature)
+        model = build_graph(base, aligned, getattr(torch, DTYPES[dtype]), reporter)
     template = Template(model, base.signature, base.aliases(), base.task, base.config.model_type)
     if use_cache:
         keep_template(key, template)
     return template
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Python looks for garbage rarely inside of the block.
+
+    Imports and tracing make millions of objects that stay; looking through them again and again took a tenth of the
+    time.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(200_000, 20, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
 
 
 def _write_weights(

@@ -194,6 +194,8 @@ print(time.perf_counter() - started, usage.ru_maxrss * 1024 / 1e9, status, file=
 
 def measure(command: Sequence[object]) -> tuple[float, float]:
     """Seconds and peak resident gigabytes of a command."""
+    # What the run before left to write is not this one's to pay for.
+    os.sync()
     reading, writing = os.pipe()
     launcher = [sys.executable, "-S", "-c", _LAUNCHER, *map(str, command)]
     environment = {**os.environ, "MEASURE": str(writing)}
