@@ -291,10 +291,10 @@ def trt_refit(
     plugin: Annotated[Path | None, typer.Option(help="Use this plugin library.")] = None,
 ) -> None:
     """Exchange the adapter of an engine without building it anew."""
-    from teamlora_export.bundle import read_bundle
+    from teamlora_export.engine.facts import bundle_of
     from teamlora_export.engine.refit import refit_engine
 
-    path, facts = refit_engine(engine, read_bundle(bundle or engine.resolve().parents[1]), adapter, output, plugin)
+    path, facts = refit_engine(engine, bundle_of(engine, bundle), adapter, output, plugin)
     print(f"{path}: adapter {facts.adapter_sha256[:12]}")
 
 

@@ -143,7 +143,7 @@ class Model:
 
             path = self.folder / "tokenizer.json"
             if not path.is_file():
-                raise ModelError(f"{path}: is missing, so words cannot be read. Give token ids.")
+                raise ModelError(f"{path}: is missing, so words cannot be read (runner.py takes --ids).")
             self._tokenizer = Tokenizer.from_file(str(path))
             self._tokenizer.no_padding()
         return self._tokenizer

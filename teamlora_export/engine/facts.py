@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from teamlora_export.adapter.files import sha256_of
-from teamlora_export.bundle import ENGINES_NAME, Bundle
+from teamlora_export.bundle import ENGINES_NAME, MANIFEST_NAME, Bundle, read_bundle
 from teamlora_export.engine.profiles import ShapeProfile
 from teamlora_export.errors import ExportError
 
@@ -72,6 +72,20 @@ def find_engine(bundle: Bundle, name: str) -> Path:
     there = sorted(path.stem for path in (bundle.folder / ENGINES_NAME).glob("*.engine"))
     advice = f"There are: {', '.join(there)}." if there else "Build one with `teamlora-export trt`."
     raise ExportError(f"{name}: no engine of that name in {bundle.folder}. {advice}")
+
+
+def bundle_of(engine: Path, given: Path | None) -> Bundle:
+    """The bundle that `engine` was built from: the one in the folder `given`, or the one whose folder it lies in.
+
+    Raises:
+        ExportError: there is no such engine, or no bundle there.
+    """
+    if not engine.is_file():
+        raise ExportError(f"{engine}: no such file. Give NAME.engine, as `teamlora-export trt` wrote it.")
+    folder = given or engine.resolve().parent.parent
+    if given is None and not (folder / MANIFEST_NAME).is_file():
+        raise ExportError(f"{engine}: lies in no bundle. Name the one that it was built from with --bundle.")
+    return read_bundle(folder)
 
 
 def write_facts(facts: EngineFacts, engine: Path) -> None:

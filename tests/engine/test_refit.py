@@ -13,7 +13,7 @@ from conftest import ARCHITECTURES, random_adapter
 from teamlora_export.adapter import write_adapter
 from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import Bundle
-from teamlora_export.engine.facts import EngineFacts, write_facts
+from teamlora_export.engine.facts import EngineFacts, bundle_of, write_facts
 from teamlora_export.engine.profiles import make_profiles
 from teamlora_export.engine.refit import refit_engine, refit_weights
 from teamlora_export.errors import ExportError
@@ -79,6 +79,17 @@ def test_the_weights_are_those_of_an_export_with_the_other_adapter(
 def _differs(value: ir.Value, exported: Bundle) -> bool:
     other = ir.load(exported.model).graph.initializers[value.name]  # type: ignore[index]
     return not np.array_equal(value.const_value.numpy(), other.const_value.numpy())  # type: ignore[union-attr]
+
+
+def test_the_bundle_is_the_one_that_the_engine_lies_in_or_the_one_that_is_named(make_bundle, tmp_path):
+    bundle = make_bundle("llama")
+    with pytest.raises(ExportError, match="no such file"):
+        bundle_of(Path("/nowhere.engine"), None)
+    engine = tmp_path / "tiny.engine"
+    engine.touch()
+    with pytest.raises(ExportError, match=r"lies in no bundle.*--bundle"):
+        bundle_of(engine, None)
+    assert bundle_of(engine, bundle.folder).folder == bundle.folder
 
 
 def test_what_does_not_fit_is_refused_before_a_gpu_is_looked_for(make_bundle, other_adapter, make_adapter, tmp_path):
