@@ -332,8 +332,9 @@ class _Interrupted(BaseException):
 
 def main() -> None:
     """Run the command line; every expected failure is one message and exit code 2."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(kind, _interrupt)
+    sys.unraisablehook = _interrupt_again
     try:
         app()
     except ExportError as error:
@@ -355,6 +356,14 @@ def main() -> None:
 
 def _interrupt(_signal: int, _frame: object) -> None:
     raise _Interrupted
+
+
+def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised in a finalizer; an interruption that fell there comes once more, a moment later."""
+    if isinstance(dropped.exc_value, _Interrupted):
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 def _fail(message: str) -> None:

@@ -181,6 +181,30 @@ def test_an_interrupted_export_leaves_the_old_bundle(kind, adapter, tmp_path, ma
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "bundle"]
 
 
+def test_an_interruption_that_falls_into_a_finalizer_is_not_lost():
+    program = """
+import os, signal, time
+from teamlora_export import cli
+
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+
+def work():
+    Finalized()
+    time.sleep(20)
+    print("done")
+
+cli.app = work
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert "Interrupted; nothing was written." in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
 def test_a_missing_runtime_is_one_sentence_with_the_command_that_installs_it(make_bundle, tmp_path):
     (tmp_path / "onnxruntime.py").write_text("raise ModuleNotFoundError('No module', name='onnxruntime')")
     result = run("validate", make_bundle("llama").folder, env={**os.environ, "PYTHONPATH": str(tmp_path)})
