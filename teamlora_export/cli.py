@@ -32,6 +32,10 @@ _EXTRAS = {"onnxruntime": "cpu", "gguf": "gguf", "polygraphy": "tensorrt"}
 
 BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.")]
 DeployOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+EngineOption = Annotated[str | None, typer.Option(help="Run this engine of the bundle on TensorRT, not its graph.")]
+PluginOption = Annotated[
+    Path | None, typer.Option(help="The plugin that the engine was built with. Default: the one built here.")
+]
 AdapterArgument = Annotated[Path, typer.Option("--adapter", "-a", help="Folder of the trained adapter.")]
 
 
@@ -52,7 +56,7 @@ trt_app = typer.Typer(
 plugins_app = typer.Typer(help="Build and describe the TensorRT plugin.", no_args_is_help=True)
 app.add_typer(trt_app, name="trt")
 app.add_typer(plugins_app, name="plugins")
-deploy_app = typer.Typer(help="Write what a system loads: python, genai.", no_args_is_help=True)
+deploy_app = typer.Typer(help="Write what a system loads: python, genai, cpp.", no_args_is_help=True)
 app.add_typer(deploy_app, name="deploy")
 
 
@@ -203,6 +207,17 @@ def deploy_genai_command(
     from teamlora_export.deploy.genai import deploy_genai
 
     print(deploy_genai(read_bundle(bundle), output, library))
+
+
+@deploy_app.command("cpp")
+def deploy_cpp_command(
+    bundle: BundleArgument, output: DeployOption, engine: EngineOption = None, plugin: PluginOption = None
+) -> None:
+    """A CMake project that runs the model from C++, on ONNX Runtime or TensorRT."""
+    from teamlora_export.bundle import read_bundle
+    from teamlora_export.deploy.cpp import deploy_cpp
+
+    print(deploy_cpp(read_bundle(bundle), output, engine, plugin))
 
 
 @trt_app.command("build")

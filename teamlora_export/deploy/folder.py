@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from teamlora_export import __version__
@@ -21,41 +21,70 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Deployment:
-    """A folder that is being written, before it takes its place."""
+    """A folder that is being written, before it takes its place.
+
+    Attributes:
+        folder: all of it. model: where the model's own files are.
+        files: names of the model's files, below `model`. program: names of the others, below `folder`.
+    """
 
     folder: Path
+    model: Path
     bundle: Bundle
     target: str
+    files: list[str] = field(default_factory=list)
+    program: list[str] = field(default_factory=list)
 
-    def write(self, name: str, text: str) -> None:
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    def add(self, name: str, source: Path | str) -> None:
+        """A file that belongs to the model: a copy of a path, or a text."""
+        _write(self.model / name, source)
+        self.files.append(name)
+
+    def write(self, name: str, source: Path | str) -> None:
+        """A file of the program around it."""
+        _write(self.folder / name, source)
+        self.program.append(name)
+
+
+def _write(path: Path, source: Path | str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, Path):
+        shutil.copyfile(source, path)
+    else:
+        path.write_text(source, encoding="utf-8")
 
 
 @contextmanager
-def deployment(bundle: Bundle, out: Path, target: str) -> Iterator[Deployment]:
-    """A folder with the files of `bundle` in it, to add a target's own to; it becomes `out` when the block ends.
+def deployment(bundle: Bundle, out: Path, target: str, inside: str = ".", graph: bool = True) -> Iterator[Deployment]:
+    """A folder with the bundle's files in its folder `inside`, to add a target's own to.
 
-    `deploy.json` is written last: the hash of every file, and what they are, without paths.
+    It becomes `out` when the block ends.
+
+    `deploy.json`, beside the model, is written last: what the model is and the hash of every file, without paths.
+    "files" are the model's, which runners check; "program" is what is around it, for its owner to change.
+
+    Args:
+        graph: with model.onnx and its weights.
 
     Raises:
-        ExportError: the bundle's files are not those that were exported, or `out` is something else or has no room.
+        ExportError: the bundle's files are not those that were exported, or `out` is something else, holds somebody's
+            work, or has no room.
     """
     check_files(bundle)
-    with staged(out, DEPLOY_NAME) as staging:
-        require_space(staging, bundle.model.stat().st_size + bundle.data.stat().st_size)
-        for name in (MODEL_NAME, DATA_NAME, *COMPANIONS):
+    described = Path(inside) / DEPLOY_NAME
+    _refuse_work(out, described)
+    with staged(out, described.as_posix()) as staging:
+        made = Deployment(staging, staging / inside, bundle, target)
+        if graph:
+            require_space(staging, bundle.model.stat().st_size + bundle.data.stat().st_size)
+        for name in (*((MODEL_NAME, DATA_NAME) if graph else ()), *COMPANIONS):
             if (bundle.folder / name).is_file():
-                (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(bundle.folder / name, staging / name)
-        made = Deployment(staging, bundle, target)
+                made.add(name, bundle.folder / name)
         yield made
-        files = sorted(path for path in staging.rglob("*") if path.is_file())
-        made.write(DEPLOY_NAME, json.dumps(_describe(made, files), indent=2) + "\n")
+        _write(staging / described, json.dumps(_describe(made), indent=2) + "\n")
 
 
-def _describe(made: Deployment, files: list[Path]) -> dict[str, object]:
+def _describe(made: Deployment) -> dict[str, object]:
     manifest = made.bundle.manifest
     return {
         "format_version": 1,
@@ -68,8 +97,35 @@ def _describe(made: Deployment, files: list[Path]) -> dict[str, object]:
         "adapter_sha256": manifest.adapter["sha256"],
         "inputs": [dataclasses.asdict(port) for port in manifest.inputs],
         "outputs": [dataclasses.asdict(port) for port in manifest.outputs],
-        "files": {path.relative_to(made.folder).as_posix(): sha256_of(path) for path in files},
+        "files": {name: sha256_of(made.model / name) for name in sorted(made.files)},
+        "program": {name: sha256_of(made.folder / name) for name in sorted(made.program)},
     }
+
+
+def _refuse_work(out: Path, described: Path) -> None:
+    """Refuse to replace a deployment whose program somebody has changed or added to."""
+    if not (out / described).is_file():
+        return
+    try:
+        fields = json.loads((out / described).read_text(encoding="utf-8"))
+        program, model = dict(fields["program"]), {(described.parent / name).as_posix() for name in fields["files"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{out / described}: cannot be read ({error!r}). Choose another -o.") from None
+    known = {*program, *model, described.as_posix()}
+    work = [name for name, digest in program.items() if (out / name).is_file() and sha256_of(out / name) != digest]
+    for path in out.rglob("*"):
+        relative = path.relative_to(out)
+        if path.is_file() and relative.as_posix() not in known and not _is_built(relative):
+            work.append(relative.as_posix())
+    if work:
+        raise ExportError(
+            f"{out / work[0]}: is not as it was written, and would be lost. Choose another -o, or remove {out}."
+        )
+
+
+def _is_built(path: Path) -> bool:
+    """What following a README leaves behind: a build folder, an environment, compiled Python."""
+    return any(part == "__pycache__" or part.startswith((".", "build")) for part in path.parts[:-1])
 
 
 def require_cpu_dtype(bundle: Bundle, target: str) -> None:

@@ -22,7 +22,7 @@ def deploy_python(bundle: Bundle, out: Path) -> Path:
     """
     require_cpu_dtype(bundle, "python")
     with deployment(bundle, out, "python") as made:
-        made.write(RUNNER_NAME, (Path(__file__).parent / RUNNER_NAME).read_text(encoding="utf-8"))
+        made.write(RUNNER_NAME, Path(__file__).parent / RUNNER_NAME)
         made.write("requirements.txt", REQUIREMENTS)
         made.write("README.md", render("python.README.md.j2", bundle))
     return out

@@ -1,0 +1,64 @@
+"""`deploy cpp`: a CMake project that runs the model from C++, on ONNX Runtime or TensorRT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from teamlora_export.bundle import ENGINES_NAME, Bundle
+from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment, require_cpu_dtype
+from teamlora_export.deploy.genai import CONFIG_NAME, tokenizer_config
+from teamlora_export.deploy.python import render
+from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, read_facts
+from teamlora_export.engine.plugin import LIBRARY_NAME, check_plugin, latest_plugin, read_plugin
+from teamlora_export.errors import ExportError
+
+SOURCES = TEMPLATES / "cpp"
+MODEL_FOLDER = "model"
+PLUGINS_FOLDER = "plugins"
+
+
+def deploy_cpp(bundle: Bundle, out: Path, engine: str | None = None, plugin: Path | None = None) -> Path:
+    """Write the project into `out`: sources, and the model in `model/`.
+
+    Args:
+        engine: name of an engine of the bundle, or its path, for the TensorRT back end; the graph is left out then.
+        plugin: the library that the engine needs. Default: the one built here.
+
+    Raises:
+        ExportError: see `deployment`; or the model is in bfloat16 and there is no engine; or engine, plugin and bundle
+            do not belong together.
+    """
+    if engine is None:
+        require_cpu_dtype(bundle, "cpp")
+    with deployment(bundle, out, "cpp", MODEL_FOLDER, graph=engine is None) as made:
+        facts = add_engine(made, engine, plugin) if engine is not None else None
+        if (bundle.folder / "tokenizer.json").is_file():
+            made.add(CONFIG_NAME, json.dumps(tokenizer_config(bundle), indent=4) + "\n")
+        for path in sorted(SOURCES.rglob("*")):
+            if path.is_file():
+                made.write(path.relative_to(SOURCES).as_posix(), path)
+        made.write("README.md", render("cpp.README.md.j2", bundle, engine=facts))
+    return out
+
+
+def add_engine(made: Deployment, name: str, plugin: Path | None) -> EngineFacts:
+    """Add an engine of the bundle, its facts, and the plugin that it was built with."""
+    path = find_engine(made.bundle, name)
+    facts = read_facts(path)
+    if dict(facts.model_sha256) != dict(made.bundle.manifest.sha256):
+        raise ExportError(f"{path}: was built from another export than {made.bundle.folder}. Build it again.")
+    if facts.stripped:
+        raise ExportError(f"{path}: holds no weights. Build it without --strip-weights.")
+    made.add(f"{ENGINES_NAME}/{path.name}", path)
+    made.add(f"{ENGINES_NAME}/{path.stem}.json", facts_path(path))
+    if facts.plugin is not None:
+        library = read_plugin(plugin or latest_plugin())
+        check_plugin(library)
+        if library.sha256 != facts.plugin["sha256"]:
+            raise ExportError(
+                f"{library.path}: is not the plugin that {path.name} was built with (its SHA-256 differs). "
+                "Name that one with --plugin, or build the engine again."
+            )
+        made.add(f"{PLUGINS_FOLDER}/{LIBRARY_NAME}", library.path)
+    return facts

@@ -1,0 +1,162 @@
+// Reads prompts and prints what the model says.
+//
+//     runner [options] "a prompt" ["another, in the same batch" ...]
+//     echo "504 3575 282" | runner --ids            a line of token ids is a prompt, and so is a line of the answer
+//
+// Options: --model DIR (default: model), --tokens N (64), --backend onnxruntime|tensorrt, --engine NAME,
+// --library FILE (with the op, for ONNX Runtime), --threads N, --no-check (leaves out the comparison of hashes).
+// Without prompts, the standard input is one. Exit codes: 0 done, 2 wrong input or environment.
+#include <chrono>
+#include <iostream>
+#include <iterator>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "runner/runner.h"
+#include "runner/tokenizer.h"
+
+namespace {
+
+using teamlora::Error;
+using teamlora::Tokens;
+
+struct Arguments {
+    std::filesystem::path model = "model";
+    std::size_t count = 64;
+    bool ids = false;
+    std::vector<std::string> prompts;
+    teamlora::Options options;
+};
+
+int number(const std::string& option, const std::string& text) {
+    std::size_t used = 0;
+    int value = -1;
+    try {
+        value = std::stoi(text, &used);
+    } catch (const std::exception&) {
+        used = 0;
+    }
+    if (used != text.size() || value < 0) throw Error(option + " " + text + ": give a number.");
+    return value;
+}
+
+Arguments parse(const std::vector<std::string>& words) {
+    Arguments arguments;
+    for (std::size_t i = 0; i < words.size(); ++i) {
+        const std::string& word = words[i];
+        const auto value = [&]() -> const std::string& {
+            if (i + 1 == words.size()) throw Error(word + ": its value is missing.");
+            return words[++i];
+        };
+        if (word == "--model") {
+            arguments.model = value();
+        } else if (word == "--tokens") {
+            arguments.count = static_cast<std::size_t>(number(word, value()));
+        } else if (word == "--ids") {
+            arguments.ids = true;
+        } else if (word == "--backend") {
+            arguments.options.backend = value();
+        } else if (word == "--engine") {
+            arguments.options.engine = value();
+        } else if (word == "--library") {
+            arguments.options.op_library = value();
+        } else if (word == "--threads") {
+            arguments.options.threads = number(word, value());
+        } else if (word == "--no-check") {
+            arguments.options.check_files = false;
+        } else if (word.rfind("--", 0) == 0) {
+            throw Error(word + ": there is no such option. main.cpp lists them.");
+        } else {
+            arguments.prompts.push_back(word);
+        }
+    }
+    if (arguments.ids && !arguments.prompts.empty())
+        throw Error("Token ids are read from the standard input: no prompts with --ids.");
+    return arguments;
+}
+
+std::vector<Tokens> read_ids(std::istream& input) {
+    std::vector<Tokens> prompts;
+    for (std::string line; std::getline(input, line);) {
+        std::istringstream numbers(line);
+        Tokens ids{std::istream_iterator<std::int64_t>(numbers), {}};
+        if (!numbers.eof()) throw Error("Not a line of token ids: " + line);
+        if (!ids.empty()) prompts.push_back(ids);
+    }
+    return prompts;
+}
+
+template <typename T>
+void print_line(const std::vector<T>& values) {
+    for (std::size_t i = 0; i < values.size(); ++i) std::cout << (i == 0 ? "" : " ") << values[i];
+    std::cout << '\n';
+}
+
+void tell_speed(const std::vector<Tokens>& answers, std::chrono::steady_clock::time_point started) {
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - started;
+    std::size_t count = 0;
+    for (const Tokens& answer : answers) count += answer.size();
+    std::cerr << "(" << count << " tokens, " << static_cast<double>(count) / seconds.count() << " a second)\n";
+}
+
+// One prompt is streamed; several are a batch.
+void generate_text(const teamlora::Runner& runner, const teamlora::Tokenizer& tokenizer, const Arguments& arguments) {
+    std::vector<Tokens> ids;
+    for (const std::string& prompt : arguments.prompts) ids.push_back(tokenizer.encode(prompt));
+    const auto started = std::chrono::steady_clock::now();
+    std::vector<Tokens> answers;
+    if (ids.size() == 1) {
+        teamlora::TextStream stream(tokenizer);
+        std::cout << arguments.prompts[0] << std::flush;
+        answers = runner.generate(ids, arguments.count, [&](std::size_t, std::int64_t token) {
+            std::cout << stream.add(token) << std::flush;
+            return true;
+        });
+        std::cout << '\n';
+    } else {
+        answers = runner.generate(ids, arguments.count);
+        for (std::size_t row = 0; row < ids.size(); ++row) {
+            std::cout << arguments.prompts[row] << tokenizer.decode(answers[row]) << '\n';
+        }
+    }
+    tell_speed(answers, started);
+}
+
+void run(Arguments arguments) {
+    const teamlora::Runner runner(arguments.model, arguments.options);
+    std::cerr << runner.description() << '\n';
+    std::cout.precision(9);
+    if (arguments.ids) {
+        const std::vector<Tokens> prompts = read_ids(std::cin);
+        if (runner.generates()) {
+            for (const Tokens& answer : runner.generate(prompts, arguments.count)) print_line(answer);
+        } else {
+            for (const auto& row : runner.encode(prompts)) print_line(row);
+        }
+        return;
+    }
+    const teamlora::Tokenizer tokenizer(arguments.model);
+    if (arguments.prompts.empty()) {
+        arguments.prompts.emplace_back(std::istreambuf_iterator<char>(std::cin), std::istreambuf_iterator<char>());
+    }
+    if (runner.generates()) {
+        generate_text(runner, tokenizer, arguments);
+    } else {
+        std::vector<Tokens> ids;
+        for (const std::string& text : arguments.prompts) ids.push_back(tokenizer.encode(text));
+        for (const auto& row : runner.encode(ids)) print_line(row);
+    }
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+    try {
+        run(parse({words + 1, words + count}));
+        return 0;
+    } catch (const std::exception& error) {
+        std::cerr << "Error: " << error.what() << '\n';
+        return 2;
+    }
+}

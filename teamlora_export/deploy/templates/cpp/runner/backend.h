@@ -1,0 +1,49 @@
+// What runs the model. runner.cpp decides which tokens go in; a back end runs them and keeps the KV cache.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "folder.h"
+#include "runner.h"
+
+namespace teamlora {
+
+// The KV cache of one request; used by one thread.
+class Decoder {
+public:
+    virtual ~Decoder() = default;
+    // Runs the next tokens: ids and positions [batch, tokens], mask [batch, tokens so far]. Returns the logits of the
+    // last one, [batch, vocabulary], valid until the next call.
+    virtual const std::vector<float>& run(const Tokens& ids, const Tokens& mask, const Tokens& positions) = 0;
+};
+
+// An opened model; used by many threads.
+class Backend {
+public:
+    virtual ~Backend() = default;
+    virtual std::string description() const = 0;
+    // A request of `batch` prompts, at most `most` tokens each, answer included.
+    virtual std::unique_ptr<Decoder> start(std::size_t batch, std::size_t most) const = 0;
+    // Runs a model without a cache: ids and mask [batch, tokens]. Returns the output, batch first.
+    virtual std::vector<float> encode(const Tokens& ids, const Tokens& mask, std::size_t batch) const = 0;
+};
+
+#ifdef TEAMLORA_ONNXRUNTIME
+std::unique_ptr<Backend> open_onnxruntime(const Folder& folder, const Options& options);
+#endif
+#ifdef TEAMLORA_TENSORRT
+std::unique_ptr<Backend> open_tensorrt(const Folder& folder, const Options& options);
+#endif
+
+// Where the key and value of a cache output come in again: present.3.key -> past_key_values.3.key.
+std::string past_name(const std::string& present);
+bool is_past(const std::string& name);
+bool is_present(const std::string& name);
+// The output that `encode` gives.
+bool is_result(const std::string& name);
+
+}  // namespace teamlora

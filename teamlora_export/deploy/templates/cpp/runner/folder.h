@@ -1,0 +1,32 @@
+// The model's folder: what it holds, and whether the files are those that were deployed.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <vector>
+
+namespace teamlora {
+
+struct Folder {
+    std::filesystem::path path;
+    std::string task;
+    std::vector<std::int64_t> stop_tokens;
+    std::int64_t padding = 0;
+    std::int64_t vocabulary = 0;
+    // Prompt and answer together; 0: no limit is known.
+    std::int64_t most_positions = 0;
+    // Some layer sees a window of the last tokens only, so that the order within the cache matters.
+    bool has_window = false;
+    // Names of the engines in `engines/`.
+    std::vector<std::string> engines;
+
+    std::filesystem::path model() const { return path / "model.onnx"; }
+    std::filesystem::path engine(const std::string& name) const { return path / "engines" / (name + ".engine"); }
+    std::filesystem::path plugin() const { return path / "plugins" / "libteamlora_tensorrt.so"; }
+};
+
+// Reads the folder's deploy.json and config.json; with `check`, compares every file with its hash. Throws an Error.
+Folder open_folder(const std::filesystem::path& path, bool check);
+
+}  // namespace teamlora

@@ -1,0 +1,192 @@
+// ONNX Runtime on the CPU. Without a native library for the op, its definition inside the model runs.
+#include <onnxruntime_cxx_api.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "backend.h"
+
+namespace teamlora {
+namespace {
+
+struct Port {
+    std::string name;
+    ONNXTensorElementDataType type;
+    std::vector<std::int64_t> shape;
+};
+
+// Elements from `start` on, as float32.
+std::vector<float> read_floats(const Ort::Value& value, std::size_t start, std::size_t count) {
+    const auto type = value.GetTensorTypeAndShapeInfo().GetElementType();
+    if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) {
+        const float* data = value.GetTensorData<float>() + start;
+        return {data, data + count};
+    }
+    if (type != ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16)
+        throw Error("The model's output is neither float32 nor float16.");
+    const auto* data = value.GetTensorData<Ort::Float16_t>() + start;
+    std::vector<float> floats(count);
+    std::transform(data, data + count, floats.begin(), [](Ort::Float16_t half) { return half.ToFloat(); });
+    return floats;
+}
+
+class OnnxRuntime : public Backend {
+public:
+    OnnxRuntime(const Folder& folder, const Options& options) {
+        Ort::SessionOptions session_options;
+        session_options.SetIntraOpNumThreads(options.threads);
+        session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+        try {
+            if (!options.op_library.empty()) session_options.RegisterCustomOpsLibrary(options.op_library.c_str());
+        } catch (const Ort::Exception& error) {
+            throw Error(options.op_library.string() + ": cannot be loaded as a library of ops (" + error.what() + ").");
+        }
+        try {
+            session_ = Ort::Session(environment_, folder.model().c_str(), session_options);
+        } catch (const Ort::Exception& error) {
+            throw Error(folder.model().string() + ": ONNX Runtime " + Ort::GetVersionString() + " cannot load it (" +
+                        error.what() + ").");
+        }
+        const Ort::AllocatorWithDefaultOptions allocator;
+        for (std::size_t i = 0; i < session_.GetInputCount(); ++i) {
+            inputs_.push_back(port(session_.GetInputNameAllocated(i, allocator).get(), session_.GetInputTypeInfo(i)));
+        }
+        for (std::size_t i = 0; i < session_.GetOutputCount(); ++i) {
+            outputs_.push_back(
+                port(session_.GetOutputNameAllocated(i, allocator).get(), session_.GetOutputTypeInfo(i)));
+        }
+    }
+
+    std::string description() const override { return "ONNX Runtime " + Ort::GetVersionString(); }
+
+    std::unique_ptr<Decoder> start(std::size_t batch, std::size_t most) const override;
+
+    std::vector<float> encode(const Tokens& ids, const Tokens& mask, std::size_t batch) const override {
+        const Tokens types(ids.size(), 0);
+        std::vector<Ort::Value> values;
+        for (const Port& input : inputs_) values.push_back(numbers(named(input.name, ids, mask, types), batch));
+        const auto result =
+            std::find_if(outputs_.begin(), outputs_.end(), [](const Port& p) { return is_result(p.name); });
+        if (result == outputs_.end()) throw Error("The model has no output that holds a result.");
+        const std::vector<Ort::Value> outputs = run(values, {*result});
+        return read_floats(outputs[0], 0, outputs[0].GetTensorTypeAndShapeInfo().GetElementCount());
+    }
+
+    const std::vector<Port>& inputs() const { return inputs_; }
+    const std::vector<Port>& outputs() const { return outputs_; }
+
+    std::vector<Ort::Value> run(const std::vector<Ort::Value>& values, const std::vector<Port>& wanted) const {
+        std::vector<const char*> input_names, output_names;
+        for (const Port& input : inputs_) input_names.push_back(input.name.c_str());
+        for (const Port& output : wanted) output_names.push_back(output.name.c_str());
+        try {
+            return session_.Run(Ort::RunOptions(nullptr), input_names.data(), values.data(), values.size(),
+                                output_names.data(), output_names.size());
+        } catch (const Ort::Exception& error) {
+            throw Error(std::string("ONNX Runtime failed: ") + error.what());
+        }
+    }
+
+    // A tensor [batch, rest] that reads `values` in place.
+    static Ort::Value numbers(const Tokens& values, std::size_t batch) {
+        const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+        const std::int64_t shape[] = {static_cast<std::int64_t>(batch),
+                                      static_cast<std::int64_t>(values.size() / batch)};
+        return Ort::Value::CreateTensor<std::int64_t>(memory, const_cast<std::int64_t*>(values.data()), values.size(),
+                                                      shape, 2);
+    }
+
+    static const Tokens& named(const std::string& name, const Tokens& ids, const Tokens& mask, const Tokens& third) {
+        if (name == "input_ids") return ids;
+        if (name == "attention_mask") return mask;
+        if (name == "position_ids" || name == "token_type_ids") return third;
+        throw Error("The model has an input " + name + ", which this program does not know.");
+    }
+
+private:
+    static Port port(std::string name, const Ort::TypeInfo& info) {
+        const auto tensor = info.GetTensorTypeAndShapeInfo();
+        return {std::move(name), tensor.GetElementType(), tensor.GetShape()};
+    }
+
+    Ort::Env environment_{ORT_LOGGING_LEVEL_ERROR, "teamlora"};
+    // Run is not const, though it may be called by many threads.
+    mutable Ort::Session session_{nullptr};
+    std::vector<Port> inputs_, outputs_;
+};
+
+// The cache is what the last call gave out.
+class GrowingCache : public Decoder {
+public:
+    GrowingCache(const OnnxRuntime& model, std::size_t batch) : model_(model), batch_(batch) {
+        const Ort::AllocatorWithDefaultOptions allocator;
+        for (const Port& input : model_.inputs()) {
+            if (!is_past(input.name)) continue;
+            std::vector<std::int64_t> shape = input.shape;
+            shape[0] = static_cast<std::int64_t>(batch);
+            shape[2] = 0;
+            cache_.push_back(Ort::Value::CreateTensor(allocator, shape.data(), shape.size(), input.type));
+        }
+        if (cache_.empty()) throw Error("The model has no KV cache, so it cannot generate text.");
+        name_outputs();
+    }
+
+    const std::vector<float>& run(const Tokens& ids, const Tokens& mask, const Tokens& positions) override {
+        std::vector<Ort::Value> values;
+        std::size_t next = 0;
+        for (const Port& input : model_.inputs()) {
+            values.push_back(is_past(input.name)
+                                 ? std::move(cache_[next++])
+                                 : OnnxRuntime::numbers(OnnxRuntime::named(input.name, ids, mask, positions), batch_));
+        }
+        std::vector<Ort::Value> outputs = model_.run(values, outputs_);
+        read_last(outputs[0]);
+        cache_.clear();
+        std::move(outputs.begin() + 1, outputs.end(), std::back_inserter(cache_));
+        return logits_;
+    }
+
+private:
+    // The logits, then the cache in the order in which it goes in again.
+    void name_outputs() {
+        const auto add = [&](auto matches) {
+            const auto found = std::find_if(model_.outputs().begin(), model_.outputs().end(), matches);
+            if (found == model_.outputs().end()) throw Error("The model's outputs do not match its inputs.");
+            outputs_.push_back(*found);
+        };
+        add([](const Port& output) { return output.name == "logits"; });
+        for (const Port& input : model_.inputs()) {
+            if (!is_past(input.name)) continue;
+            add([&](const Port& output) { return is_present(output.name) && past_name(output.name) == input.name; });
+        }
+    }
+
+    // From logits [batch, tokens, vocabulary].
+    void read_last(const Ort::Value& value) {
+        const std::vector<std::int64_t> shape = value.GetTensorTypeAndShapeInfo().GetShape();
+        const auto tokens = static_cast<std::size_t>(shape[1]), vocabulary = static_cast<std::size_t>(shape[2]);
+        logits_.clear();
+        for (std::size_t row = 0; row < batch_; ++row) {
+            const std::vector<float> last = read_floats(value, ((row + 1) * tokens - 1) * vocabulary, vocabulary);
+            logits_.insert(logits_.end(), last.begin(), last.end());
+        }
+    }
+
+    const OnnxRuntime& model_;
+    std::size_t batch_;
+    std::vector<Port> outputs_;
+    std::vector<Ort::Value> cache_;
+    std::vector<float> logits_;
+};
+
+std::unique_ptr<Decoder> OnnxRuntime::start(std::size_t batch, std::size_t) const {
+    return std::make_unique<GrowingCache>(*this, batch);
+}
+
+}  // namespace
+
+std::unique_ptr<Backend> open_onnxruntime(const Folder& folder, const Options& options) {
+    return std::make_unique<OnnxRuntime>(folder, options);
+}
+
+}  // namespace teamlora

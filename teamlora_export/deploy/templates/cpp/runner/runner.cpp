@@ -1,0 +1,162 @@
+#include "runner.h"
+
+#include <algorithm>
+
+#include "backend.h"
+#include "folder.h"
+
+namespace teamlora {
+namespace {
+
+bool starts_with(const std::string& text, const char* start) { return text.rfind(start, 0) == 0; }
+
+std::unique_ptr<Backend> open_backend(const Folder& folder, const Options& options) {
+    std::string wanted = options.backend;
+#ifdef TEAMLORA_TENSORRT
+    if (wanted.empty() && !folder.engines.empty()) wanted = "tensorrt";
+    if (wanted == "tensorrt") return open_tensorrt(folder, options);
+#endif
+#ifdef TEAMLORA_ONNXRUNTIME
+    if (wanted.empty() || wanted == "onnxruntime") return open_onnxruntime(folder, options);
+#endif
+    throw Error(wanted.empty()
+                    ? folder.path.string() + ": holds no engine, and this program was built for TensorRT alone."
+                    : "This program was built without the back end " + wanted + ".");
+}
+
+// Padding on the left, so that the last column is the last token of every row.
+Tokens pad(const std::vector<Tokens>& rows, std::size_t width, std::int64_t padding, bool left) {
+    Tokens padded(rows.size() * width, padding);
+    for (std::size_t row = 0; row < rows.size(); ++row) {
+        const auto start =
+            padded.begin() + static_cast<std::ptrdiff_t>(row * width + (left ? width - rows[row].size() : 0));
+        std::copy(rows[row].begin(), rows[row].end(), start);
+    }
+    return padded;
+}
+
+std::vector<Tokens> ones_like(const std::vector<Tokens>& rows) {
+    std::vector<Tokens> ones;
+    for (const Tokens& row : rows) ones.emplace_back(row.size(), 1);
+    return ones;
+}
+
+std::size_t longest(const std::vector<Tokens>& rows) {
+    std::size_t most = 0;
+    for (const Tokens& row : rows) most = std::max(most, row.size());
+    return most;
+}
+
+// A real token's position is the number of real ones before it.
+Tokens positions_of(const Tokens& mask, std::size_t batch) {
+    Tokens positions(mask.size(), 1);
+    const std::size_t width = mask.size() / batch;
+    for (std::size_t row = 0; row < batch; ++row) {
+        std::int64_t next = 0;
+        for (std::size_t column = row * width; column < (row + 1) * width; ++column) {
+            if (mask[column] != 0) positions[column] = next++;
+        }
+    }
+    return positions;
+}
+
+// mask [batch, width] with a column of ones more.
+Tokens with_one_more(const Tokens& mask, std::size_t batch) {
+    const std::size_t width = mask.size() / batch;
+    Tokens longer;
+    longer.reserve(mask.size() + batch);
+    for (std::size_t row = 0; row < batch; ++row) {
+        const auto start = mask.begin() + static_cast<std::ptrdiff_t>(row * width);
+        longer.insert(longer.end(), start, start + static_cast<std::ptrdiff_t>(width));
+        longer.push_back(1);
+    }
+    return longer;
+}
+
+}  // namespace
+
+Runner::Runner(const std::filesystem::path& folder, const Options& options)
+    : folder_(std::make_unique<Folder>(open_folder(folder, options.check_files))),
+      backend_(open_backend(*folder_, options)) {}
+
+Runner::~Runner() = default;
+Runner::Runner(Runner&&) noexcept = default;
+Runner& Runner::operator=(Runner&&) noexcept = default;
+
+bool Runner::generates() const { return folder_->task == "text-generation"; }
+
+std::string Runner::description() const { return backend_->description(); }
+
+std::vector<Tokens> Runner::generate(const std::vector<Tokens>& prompts, std::size_t count,
+                                     const OnToken& on_token) const {
+    if (!generates()) throw Error(folder_->path.string() + ": does not generate text.");
+    check(prompts);
+    const std::size_t batch = prompts.size(), width = longest(prompts), most = width + count;
+    if (folder_->most_positions > 0 && most > static_cast<std::size_t>(folder_->most_positions)) {
+        throw Error(std::to_string(width) + " tokens and " + std::to_string(count) +
+                    " more do not fit into the model's " + std::to_string(folder_->most_positions) + " positions.");
+    }
+    Tokens ids = pad(prompts, width, folder_->padding, true);
+    Tokens mask = pad(ones_like(prompts), width, 0, true);
+    Tokens positions = positions_of(mask, batch);
+    std::vector<Tokens> answers(batch);
+    std::vector<bool> going(batch, true);
+    const std::unique_ptr<Decoder> decoder = backend_->start(batch, most);
+    for (std::size_t step = 0; step < count; ++step) {
+        const std::vector<float>& logits = decoder->run(ids, mask, positions);
+        const std::size_t vocabulary = logits.size() / batch;
+        ids.resize(batch);
+        for (std::size_t row = 0; row < batch; ++row) {
+            const auto start = logits.begin() + static_cast<std::ptrdiff_t>(row * vocabulary);
+            ids[row] = std::max_element(start, start + static_cast<std::ptrdiff_t>(vocabulary)) - start;
+            const auto& stops = folder_->stop_tokens;
+            if (going[row] && std::find(stops.begin(), stops.end(), ids[row]) != stops.end()) going[row] = false;
+            if (!going[row]) continue;
+            answers[row].push_back(ids[row]);
+            if (on_token && !on_token(row, ids[row])) going[row] = false;
+        }
+        if (std::find(going.begin(), going.end(), true) == going.end()) break;
+        mask = with_one_more(mask, batch);
+        const Tokens all = positions_of(mask, batch);
+        positions.resize(batch);
+        for (std::size_t row = 0; row < batch; ++row) positions[row] = all[(row + 1) * (all.size() / batch) - 1];
+    }
+    return answers;
+}
+
+std::vector<std::vector<float>> Runner::encode(const std::vector<Tokens>& inputs) const {
+    if (generates()) throw Error(folder_->path.string() + ": generates text; it gives no vectors.");
+    check(inputs);
+    const std::size_t batch = inputs.size(), width = longest(inputs);
+    const std::vector<float> values =
+        backend_->encode(pad(inputs, width, folder_->padding, false), pad(ones_like(inputs), width, 0, false), batch);
+    std::vector<std::vector<float>> rows;
+    const auto each = static_cast<std::ptrdiff_t>(values.size() / batch);
+    for (auto row = values.begin(); row != values.end(); row += each) rows.emplace_back(row, row + each);
+    return rows;
+}
+
+void Runner::check(const std::vector<Tokens>& rows) const {
+    if (rows.empty()) throw Error("There is no prompt.");
+    for (const Tokens& row : rows) {
+        if (row.empty()) throw Error("An empty prompt has nothing to go on from.");
+        for (const std::int64_t token : row) {
+            if (token < 0 || (folder_->vocabulary > 0 && token >= folder_->vocabulary)) {
+                throw Error("Token " + std::to_string(token) + " is not in the model's vocabulary of " +
+                            std::to_string(folder_->vocabulary) + ".");
+            }
+        }
+    }
+}
+
+bool is_past(const std::string& name) { return starts_with(name, "past_key_values."); }
+
+bool is_present(const std::string& name) { return starts_with(name, "present."); }
+
+std::string past_name(const std::string& present) { return "past_key_values" + present.substr(present.find('.')); }
+
+bool is_result(const std::string& name) {
+    return name == "sentence_embedding" || name == "logits" || name == "last_hidden_state";
+}
+
+}  // namespace teamlora

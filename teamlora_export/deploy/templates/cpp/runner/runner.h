@@ -1,0 +1,74 @@
+// Runs an exported model: text generation with a KV cache, or the vectors and scores of other tasks.
+//
+//     teamlora::Runner runner("model");
+//     auto answers = runner.generate({{504, 3575, 282}}, 64);
+//
+// A Runner may be used by many threads at once: it holds no state of a request. Whatever goes wrong is an Error, whose
+// message says what and where. The words of a prompt become tokens in tokenizer.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "error.h"
+
+namespace teamlora {
+
+class Backend;
+struct Folder;
+
+using Tokens = std::vector<std::int64_t>;
+
+// How a model is opened.
+struct Options {
+    // "onnxruntime" or "tensorrt"; empty: TensorRT where the folder holds an engine and this program was built for it.
+    std::string backend;
+    // ONNX Runtime: a native library with the op; empty: the op's definition inside the model runs.
+    std::filesystem::path op_library;
+    // ONNX Runtime: threads of one request; 0: every core.
+    int threads = 0;
+    // TensorRT: which engine in `engines/`; empty: the only one.
+    std::string engine;
+    // TensorRT: how many requests are on the GPU at once, each with a KV cache and activations; more wait.
+    int streams = 2;
+    // Compare the files with their hashes in deploy.json first.
+    bool check_files = true;
+};
+
+// Called with (row of the batch, token) as soon as a token is known; false ends that row after it.
+using OnToken = std::function<bool(std::size_t row, std::int64_t token)>;
+
+class Runner {
+public:
+    // Opens the model in `folder`. Throws an Error when a file is missing or another, or the back end refuses it.
+    explicit Runner(const std::filesystem::path& folder, const Options& options = {});
+    ~Runner();
+    Runner(Runner&&) noexcept;
+    Runner& operator=(Runner&&) noexcept;
+
+    bool generates() const;
+    // The name of the back end and of what it runs.
+    std::string description() const;
+
+    // Up to `count` tokens after each prompt, greedily, until a stop token, which is left out. Prompts of different
+    // length make one batch. Throws an Error for an empty prompt, an unknown token, or more tokens than fit.
+    std::vector<Tokens> generate(const std::vector<Tokens>& prompts, std::size_t count = 64,
+                                 const OnToken& on_token = {}) const;
+
+    // Tasks other than generation: a row for each input. Sentence embeddings [hidden], class logits [classes], or
+    // hidden states [tokens x hidden], padding included.
+    std::vector<std::vector<float>> encode(const std::vector<Tokens>& inputs) const;
+
+private:
+    void check(const std::vector<Tokens>& rows) const;
+
+    std::unique_ptr<const Folder> folder_;
+    std::unique_ptr<const Backend> backend_;
+};
+
+}  // namespace teamlora

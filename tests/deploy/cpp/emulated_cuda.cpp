@@ -1,0 +1,111 @@
+// CUDA's runtime on the CPU, as much of it as the TensorRT back end calls. New memory holds NaN; what is enqueued runs
+// at once, or is recorded while its stream is captured.
+#include "emulated_cuda.h"
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+thread_local emulated::Work* recorded = nullptr;
+std::atomic<std::size_t> launches{0};
+
+struct Report {
+    ~Report() { std::fprintf(stderr, "graph launches: %zu\n", launches.load()); }
+} report;
+
+emulated::Work* work(void* graph) { return static_cast<emulated::Work*>(graph); }
+
+}  // namespace
+
+namespace emulated {
+
+bool is_recording() { return recorded != nullptr; }
+
+void enqueue(std::function<void()> task) {
+    if (recorded == nullptr) {
+        task();
+    } else {
+        recorded->push_back(std::move(task));
+    }
+}
+
+}  // namespace emulated
+
+extern "C" {
+
+cudaError_t cudaGetDeviceCount(int* count) {
+    *count = 1;
+    return cudaSuccess;
+}
+const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned int) {
+    *stream = reinterpret_cast<cudaStream_t>(new char);
+    return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+    delete reinterpret_cast<char*>(stream);
+    return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+
+cudaError_t cudaMalloc(void** memory, std::size_t size) {
+    *memory = std::malloc(size);
+    std::memset(*memory, 0xFF, size);
+    return cudaSuccess;
+}
+cudaError_t cudaFree(void* memory) {
+    std::free(memory);
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t size, cudaStream_t) {
+    std::memset(memory, value, size);
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t size, cudaMemcpyKind, cudaStream_t) {
+    std::memcpy(target, source, size);
+    return cudaSuccess;
+}
+cudaError_t cudaMemcpy2DAsync(void* target, std::size_t target_pitch, const void* source, std::size_t source_pitch,
+                              std::size_t width, std::size_t height, cudaMemcpyKind, cudaStream_t) {
+    if (width > target_pitch || width > source_pitch) return cudaErrorInvalidPitchValue;
+    for (std::size_t row = 0; row < height; ++row) {
+        std::memcpy(static_cast<char*>(target) + row * target_pitch,
+                    static_cast<const char*>(source) + row * source_pitch, width);
+    }
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+    recorded = new emulated::Work;
+    return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+    *graph = reinterpret_cast<cudaGraph_t>(recorded);
+    recorded = nullptr;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* instance, cudaGraph_t graph, unsigned long long) {
+    *instance = reinterpret_cast<cudaGraphExec_t>(new emulated::Work(*work(graph)));
+    return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete work(graph);
+    return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+    delete work(graph);
+    return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
+    for (const auto& task : *work(graph)) task();
+    ++launches;
+    return cudaSuccess;
+}
+}

@@ -1,0 +1,272 @@
+"""`deploy cpp` as its README says to use it: built, run, compared with PyTorch, under sanitizers, on many threads.
+
+Its TensorRT back end is compiled against TensorRT's headers and linked, and runs up to the missing driver. What lies
+above TensorRT's own calls runs on the CPU as well: on an engine and a CUDA that are emulated (`cpp/`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GREEDY_TOKENS, ROOT
+from get_libraries import get_libraries
+
+from teamlora_export.adapter.files import sha256_of
+from teamlora_export.bundle import Bundle
+from teamlora_export.deploy.cpp import deploy_cpp
+from teamlora_export.deploy.runner import Model
+from teamlora_export.engine.build import BuildOptions, build_engine
+from teamlora_export.engine.toolchain import find_toolchain
+from teamlora_export.errors import ExportError
+
+_SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
+
+
+def build(source: Path, folder: Path, *options: str) -> Path:
+    prefix = f"{get_libraries()};{find_toolchain().cuda_root}"
+    configure = ["cmake", "-S", source, "-B", folder, f"-DCMAKE_PREFIX_PATH={prefix}", "-DTEAMLORA_WERROR=ON", *options]
+    for command in (configure, ["cmake", "--build", folder, "--parallel", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def run(program: Path, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [str(program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def generate(program: Path, model: Path, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    lines = "".join(" ".join(map(str, prompt)) + "\n" for prompt in prompts)
+    done = run(program, "--model", model, "--ids", "--tokens", count, input=lines)
+    assert done.returncode == 0, done.stderr
+    return [[int(token) for token in line.split()] for line in done.stdout.splitlines()]
+
+
+def as_engine(model: Path) -> Path:
+    """The same model's folder with its graph as the engine of the emulated TensorRT."""
+    (model / "engines").mkdir()
+    (model / "model.onnx").rename(model / "engines" / "emulated.engine")
+    (model / "model.onnx.data").rename(model / "engines" / "model.onnx.data")
+    fields = json.loads((model / "deploy.json").read_text())
+    names = [path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()]
+    fields["files"] = {name: sha256_of(model / name) for name in names if name != "deploy.json"}
+    (model / "deploy.json").write_text(json.dumps(fields))
+    return model
+
+
+@pytest.fixture(scope="module")
+def project(smollm2, tmp_path_factory) -> Path:
+    return deploy_cpp(smollm2, tmp_path_factory.mktemp("cpp") / "smollm2")
+
+
+@pytest.fixture(scope="module")
+def runner(project) -> Path:
+    return build(project, project / "build") / "runner"
+
+
+@pytest.fixture(scope="module")
+def requests(project, tmp_path_factory) -> Path:
+    """The folder of the programs around the project."""
+    return build(ROOT / "tests" / "deploy" / "cpp", tmp_path_factory.mktemp("requests"), f"-DDEPLOYED={project}")
+
+
+def test_greedy_text_equals_pytorchs_alone_and_in_batches(project, runner, smollm2_greedy):
+    prompts, answers = list(smollm2_greedy), list(smollm2_greedy.values())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert generate(runner, project / "model", [prompt], GREEDY_TOKENS) == [answer]
+    assert generate(runner, project / "model", [*prompts, prompts[0]], GREEDY_TOKENS) == [*answers, answers[0]]
+
+
+def test_words_are_streamed_and_batches_printed(runner, project, smollm2_greedy):
+    prompt = "Words: house, apple, door, cloud\nSorted:"
+    told = run(runner, prompt, cwd=project)
+    assert told.stdout == "Words: house, apple, door, cloud\nSorted: apple, cloud, door, house\n", told.stderr
+    assert "a second" in told.stderr
+    assert run(runner, cwd=project, input=prompt).stdout == told.stdout
+    both = run(runner, "--tokens", 7, prompt, "Naïve 🦙 is", cwd=project)
+    assert both.stdout.startswith(told.stdout + "Naïve 🦙 is")
+
+
+def test_nothing_written_names_a_path_of_this_machine_and_every_file_has_its_hash(project):
+    fields = json.loads((project / "model" / "deploy.json").read_text())
+    written = [p for p in project.rglob("*") if p.is_file() and "build" not in p.relative_to(project).parts]
+    for path in written:
+        if path.suffix != ".data":
+            assert str(ROOT.parent).encode() not in path.read_bytes().replace(b"/tmp", b""), path
+    names = {path.relative_to(project).as_posix() for path in written} - {"model/deploy.json"}
+    assert {f"model/{name}" for name in fields["files"]} | set(fields["program"]) == names
+
+
+def test_what_is_wrong_is_one_message_and_exit_code_2(runner, project, make_bundle, tmp_path):
+    def refused(*arguments: object, words: str = "1\n") -> str:
+        done = run(runner, *arguments, input=words)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        return done.stderr.splitlines()[-1]
+
+    model = deploy_cpp(make_bundle("llama"), tmp_path / "llama") / "model"
+    assert "Token 384 is not in the model's vocabulary of 384" in refused("--model", model, "--ids", words="1 384")
+    assert "Not a line of token ids: 1 x" in refused("--model", model, "--ids", words="1 x")
+    assert "There is no prompt" in refused("--model", model, "--ids", words="\n")
+    assert "do not fit into the model's 128 positions" in refused("--model", model, "--ids", "--tokens", 500)
+    assert "tokenizer.json: is missing" in refused("--model", model, "word")
+    assert "without the back end tensorrt" in refused("--model", model, "--backend", "tensorrt")
+    assert "cannot be loaded as a library of ops" in refused("--model", model, "--ids", "--library", model / "none.so")
+    assert "no such option" in refused("--verbose")
+    assert "give a number" in refused("--tokens", "many")
+    assert "holds no deploy.json" in refused("--model", tmp_path)
+    with (model / "model.onnx.data").open("r+b") as file:
+        file.write(b"\1")
+    assert "model.onnx.data: is not the file that belongs here" in refused("--model", model, "--ids")
+    assert run(runner, "--model", model, "--ids", "--no-check", "--tokens", 1, input="1").returncode == 0
+    (model / "model.onnx").write_bytes(b"no model")
+    assert "cannot load it" in refused("--model", model, "--ids", "--no-check")
+    fields = json.loads((model / "deploy.json").read_text())
+    (model / "deploy.json").write_text(json.dumps({**fields, "files": {"../secret": "0"}}))
+    assert "not in its folder" in refused("--model", model, "--ids")
+    (model / "deploy.json").write_text(json.dumps({**fields, "format_version": 99}))
+    assert "newer teamlora-export" in refused("--model", model, "--ids")
+    (model / "deploy.json").write_text("{")
+    assert "cannot be read" in refused("--model", model, "--ids")
+
+
+def test_a_thousand_requests_on_eight_threads_are_answered_as_one_by_one(requests, make_bundle, tmp_path):
+    for architecture in ("llama", "bert"):
+        model = deploy_cpp(make_bundle(architecture), tmp_path / architecture) / "model"
+        done = run(requests / "requests", model, 1000)
+        assert done.returncode == 0, done.stdout + done.stderr
+        growth = re.search(r"growth (\S+)", done.stdout)
+        # Between the 250th and the last of 1,000: a leak of a cache or of logits would be tens of megabytes.
+        assert growth is not None and float(growth[1]) < 4, done.stdout
+
+
+def test_no_memory_error_undefined_behaviour_or_leak(project, make_bundle, tmp_path):
+    source = ROOT / "tests" / "deploy" / "cpp"
+    options = (f"-DDEPLOYED={project}", f"-DCMAKE_CXX_FLAGS={_SANITIZE}", "-DCMAKE_BUILD_TYPE=Debug")
+    programs = build(source, tmp_path / "sanitized", *options)
+    model = deploy_cpp(make_bundle("llama"), tmp_path / "llama") / "model"
+    alone = run(programs / "requests", model, 1000)
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    refused = run(programs / "deployed" / "runner", "--model", model, "--ids", input="999\n")
+    assert (refused.returncode, "vocabulary" in refused.stderr) == (2, True), refused.stderr
+    emulated = run(programs / "emulated_requests", as_engine(model), 200)
+    assert emulated.returncode == 0, emulated.stdout + emulated.stderr
+
+
+def test_vectors_are_those_of_python(requests, make_bundle, tmp_path):
+    bundle = make_bundle("bert")
+    expected = Model(bundle.folder).encode([[5, 6, 7], [9]])
+
+    def encode(program: Path, model: Path) -> list[list[float]]:
+        done = run(program, "--model", model, "--ids", input="5 6 7\n9\n")
+        assert done.returncode == 0, done.stderr
+        return [[float(value) for value in line.split()] for line in done.stdout.splitlines()]
+
+    model = deploy_cpp(bundle, tmp_path / "bert") / "model"
+    assert np.allclose(encode(requests / "deployed" / "runner", model), expected, atol=1e-5)
+    assert np.allclose(encode(requests / "emulated_runner", as_engine(model)), expected, atol=1e-5)
+
+
+def test_the_tensorrt_back_end_gives_pytorchs_text_on_an_emulated_engine(project, requests, smollm2_greedy, tmp_path):
+    model = as_engine(Path(shutil.copytree(project / "model", tmp_path / "model")))
+    prompts, answers = list(smollm2_greedy), list(smollm2_greedy.values())
+    assert generate(requests / "emulated_runner", model, [prompts[1]], GREEDY_TOKENS) == [answers[1]]
+    found = run(
+        requests / "emulated_runner",
+        *("--model", model, "--ids", "--tokens", GREEDY_TOKENS),
+        input="".join(" ".join(map(str, prompt)) + "\n" for prompt in [*prompts, prompts[0]]),
+    )
+    assert [[int(t) for t in line.split()] for line in found.stdout.splitlines()] == [*answers, answers[0]]
+    # All steps but the first run of the engine for the shape: that one is not recorded.
+    steps = max(map(len, answers)) - 1
+    launches = re.search(r"graph launches: (\d+)", found.stderr)
+    assert launches is not None and int(launches[1]) >= steps - 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "opt", "gpt2", "gpt_neox"])
+def test_the_tensorrt_back_end_keeps_the_cache_as_the_model_needs_it(architecture, requests, make_bundle, tmp_path):
+    model = deploy_cpp(make_bundle(architecture), tmp_path / "project") / "model"
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [13, 14], [15]]
+    expected = generate(requests / "deployed" / "runner", model, prompts, 40)
+    engine = as_engine(model)
+    assert generate(requests / "emulated_runner", engine, prompts, 40) == expected
+    done = run(requests / "emulated_requests", engine, 100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    windowed = architecture in ("mistral", "gemma3")
+    assert ("graph launches: 0\n" in done.stderr) == windowed
+
+
+def test_the_tensorrt_project_is_compiled_linked_and_runs_up_to_the_missing_driver(make_bundle, tmp_path):
+    source = make_bundle("llama")
+    bundle = Bundle(Path(shutil.copytree(source.folder, tmp_path / "bundle")), source.manifest)
+    build_engine(bundle, BuildOptions(dtype="fp16", runtime="rtx", capabilities=("8.9",)), None)
+    project = deploy_cpp(bundle, tmp_path / "project", engine="fp16-rtx")
+    assert not (project / "model" / "model.onnx").exists()
+    include = f"-DTENSORRT_INCLUDE_DIR={find_toolchain().tensorrt_include}"
+    options = ("-DTEAMLORA_ONNXRUNTIME=OFF", "-DTEAMLORA_TENSORRT=ON", include)
+    runner = build(project, project / "build", *options) / "runner"
+    done = run(runner, "--ids", cwd=project, input="1 2 3\n")
+    assert done.returncode == 2
+    assert "TensorRT runs on a GPU, and none can be used here" in done.stderr
+    assert "there is no such engine" in run(runner, "--ids", "--engine", "other", cwd=project, input="1\n").stderr
+    with (project / "model" / "engines" / "fp16-rtx.engine").open("r+b") as file:
+        file.write(b"\1")
+    refused = run(runner, "--ids", cwd=project, input="1\n")
+    assert "fp16-rtx.engine: is not the file that belongs here" in refused.stderr
+    with pytest.raises(ExportError, match="no engine of that name"):
+        deploy_cpp(bundle, tmp_path / "other", engine="none")
+
+
+def test_an_engine_and_a_plugin_that_do_not_belong_are_refused(make_bundle, plugin, tmp_path):
+    source = make_bundle("llama")
+    bundle = Bundle(Path(shutil.copytree(source.folder, tmp_path / "bundle")), source.manifest)
+    engine, _ = build_engine(bundle, BuildOptions(dtype="fp16", runtime="rtx", capabilities=("8.9",)), None)
+    facts = json.loads(engine.with_suffix(".json").read_text())
+
+    def deploy(**changes: object) -> Path:
+        engine.with_suffix(".json").write_text(json.dumps({**facts, **changes}))
+        return deploy_cpp(bundle, tmp_path / "out", engine="fp16-rtx", plugin=plugin.path)
+
+    described = {"op_version": 1, "build": plugin.build, "sha256": plugin.sha256}
+    made = deploy(plugin=described)
+    assert (made / "model" / "plugins" / plugin.path.name).read_bytes() == plugin.path.read_bytes()
+    with pytest.raises(ExportError, match="is not the plugin that"):
+        deploy(plugin={**described, "sha256": "0" * 64})
+    with pytest.raises(ExportError, match="built from another export"):
+        deploy(model_sha256={"model.onnx": "0"})
+    with pytest.raises(ExportError, match="holds no weights"):
+        deploy(stripped=True)
+
+
+def test_a_project_that_somebody_changed_is_not_replaced(make_bundle, tmp_path):
+    bundle = make_bundle("llama")
+    project = deploy_cpp(bundle, tmp_path / "project")
+    (project / "build").mkdir()
+    (project / "build" / "CMakeCache.txt").touch()
+    assert deploy_cpp(bundle, project) == project
+    (project / "main.cpp").write_text("// mine")
+    with pytest.raises(ExportError, match=r"main\.cpp: is not as it was written"):
+        deploy_cpp(bundle, project)
+    deploy_cpp(bundle, tmp_path / "other")
+    (tmp_path / "other" / "server.cpp").touch()
+    with pytest.raises(ExportError, match=r"server\.cpp: is not as it was written"):
+        deploy_cpp(bundle, tmp_path / "other")
+    assert (project / "main.cpp").read_text() == "// mine"
+
+
+def test_the_command_line_writes_it(smollm2, tmp_path):
+    command = [sys.executable, "-m", "teamlora_export.cli", "deploy", "cpp", smollm2.folder, "-o", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {"CMakeLists.txt", "main.cpp", "runner", "model", "README.md"} == {
+        p.name for p in (tmp_path / "out").iterdir()
+    }
