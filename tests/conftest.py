@@ -215,6 +215,14 @@ def smollm2(tmp_path_factory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
+def minilm(tmp_path_factory) -> Bundle:
+    """A real encoder of sentences with a random adapter, in float32."""
+    base, folder = open_base(str(get_model("minilm"))), tmp_path_factory.mktemp("real")
+    write_adapter(random_adapter(base, ("query", "key", "value", "dense")), folder / "adapter")
+    return export_onnx(base.name, folder / "adapter", folder / "minilm")
+
+
+@pytest.fixture(scope="session")
 def smollm2_greedy() -> dict[tuple[int, ...], list[int]]:
     """Token ids of each of `PROMPTS` -> what PyTorch generates after it, without the end-of-text token."""
     base = open_base(str(get_model("smollm2")))

@@ -42,16 +42,21 @@ def deploy_cpp(bundle: Bundle, out: Path, engine: str | None = None, plugin: Pat
     return out
 
 
-def add_engine(made: Deployment, name: str, plugin: Path | None) -> EngineFacts:
-    """Add an engine of the bundle, its facts, and the plugin that it was built with."""
+def add_engine(made: Deployment, name: str, plugin: Path | None, as_name: str | None = None) -> EngineFacts:
+    """Add an engine of the bundle, its facts, and the plugin that it was built with.
+
+    Args:
+        as_name: the engine's path in the model's folder. Default: as in the bundle.
+    """
     path = find_engine(made.bundle, name)
     facts = read_facts(path)
     if dict(facts.model_sha256) != dict(made.bundle.manifest.sha256):
         raise ExportError(f"{path}: was built from another export than {made.bundle.folder}. Build it again.")
     if facts.stripped:
         raise ExportError(f"{path}: holds no weights. Build it without --strip-weights.")
-    made.add(f"{ENGINES_NAME}/{path.name}", path)
-    made.add(f"{ENGINES_NAME}/{path.stem}.json", facts_path(path))
+    stored = as_name or f"{ENGINES_NAME}/{path.name}"
+    made.add(stored, path)
+    made.add(Path(stored).with_suffix(".json").as_posix(), facts_path(path))
     if facts.plugin is not None:
         library = read_plugin(plugin or latest_plugin())
         check_plugin(library)

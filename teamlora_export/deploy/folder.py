@@ -40,18 +40,18 @@ class Deployment:
         _write(self.model / name, source)
         self.files.append(name)
 
-    def write(self, name: str, source: Path | str) -> None:
+    def write(self, name: str, source: Path | str | bytes) -> None:
         """A file of the program around it."""
         _write(self.folder / name, source)
         self.program.append(name)
 
 
-def _write(path: Path, source: Path | str) -> None:
+def _write(path: Path, source: Path | str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(source, Path):
         shutil.copyfile(source, path)
     else:
-        path.write_text(source, encoding="utf-8")
+        path.write_bytes(source.encode() if isinstance(source, str) else source)
 
 
 @contextmanager

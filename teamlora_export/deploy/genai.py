@@ -46,7 +46,7 @@ def genai_config(bundle: Bundle, library: str | None = None) -> dict[str, Any]:
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if library:
         options["custom_ops_library"] = library
-    fields["model"]["decoder"] = {
+    decoder: dict[str, Any] = {
         "filename": MODEL_NAME,
         "hidden_size": config.get("hidden_size") or config.get("n_embd"),
         "num_attention_heads": config.get("num_attention_heads") or config.get("n_head"),
@@ -65,6 +65,7 @@ def genai_config(bundle: Bundle, library: str | None = None) -> dict[str, Any]:
             "present_value_names": "present.%d.value",
         },
     }
+    fields["model"]["decoder"] = decoder
     fields["search"] = {
         "do_sample": False,
         "max_length": fields["model"]["context_length"],
@@ -87,7 +88,7 @@ def tokenizer_config(bundle: Bundle) -> dict[str, Any]:
     settings = {**config, **_read(bundle, "generation_config.json")}
     stops = settings.get("eos_token_id")
     stop = stops[0] if isinstance(stops, list) else stops
-    model = {
+    model: dict[str, Any] = {
         "type": bundle.manifest.base["model_type"],
         "vocab_size": config["vocab_size"],
         "context_length": config.get("max_position_embeddings") or config.get("n_positions") or _DEFAULT_LENGTH,

@@ -18,11 +18,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
 
@@ -41,6 +41,8 @@ class Model:
     """
 
     def __init__(self, folder: Path, library: Path | None = None, check: bool = True, threads: int = 0) -> None:
+        import onnxruntime as ort
+
         self.folder = Path(folder)
         if check:
             check_files(self.folder)
@@ -61,11 +63,7 @@ class Model:
         for cache in self._caches:
             if cache.type not in _NUMPY:
                 raise ModelError(f"{self.folder}: has inputs of {cache.type}, which run on a GPU only.")
-        config = _read_json(self.folder / "config.json")
-        settings = {**config, **_read_json(self.folder / "generation_config.json")}
-        self._stops = _as_list(settings.get("eos_token_id"))
-        self._pad = int(settings.get("pad_token_id") or 0)
-        self._most = config.get("max_position_embeddings") or config.get("n_positions")
+        self._settings = read_settings(self.folder)
         self._tokenizer: Any = None
 
     @property
@@ -88,9 +86,8 @@ class Model:
         if not prompts or not all(prompts):
             raise ModelError("An empty prompt has nothing to go on from.")
         width = max(map(len, prompts))
-        if self._most and width + count > self._most:
-            raise ModelError(f"{width} tokens and {count} more do not fit into the model's {self._most} positions.")
-        rows = [[self._pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        self._settings.require_room(width, count)
+        rows = [[self._settings.padding] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
         step = np.array(rows, np.int64)
         answers: list[list[int]] = [[] for _ in prompts]
@@ -104,7 +101,7 @@ class Model:
             outputs = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
             tokens = outputs.pop("logits")[:, -1].argmax(axis=-1)
             for row, token in enumerate(tokens.tolist()):
-                going[row] = going[row] and token not in self._stops
+                going[row] = going[row] and token not in self._settings.stops
                 if going[row]:
                     answers[row].append(token)
                     if on_token is not None:
@@ -127,7 +124,7 @@ class Model:
             raise ModelError("An empty input has nothing to encode.")
         width = max(map(len, inputs))
         given = {
-            "input_ids": [[*row, *[self._pad] * (width - len(row))] for row in inputs],
+            "input_ids": [[*row, *[self._settings.padding] * (width - len(row))] for row in inputs],
             "attention_mask": [[1] * len(row) + [0] * (width - len(row)) for row in inputs],
             "token_type_ids": [[0] * width for _ in inputs],
         }
@@ -139,14 +136,51 @@ class Model:
     def tokenizer(self) -> Any:
         """The model's tokenizer (the package tokenizers)."""
         if self._tokenizer is None:
-            from tokenizers import Tokenizer
-
-            path = self.folder / "tokenizer.json"
-            if not path.is_file():
-                raise ModelError(f"{path}: is missing, so words cannot be read (runner.py takes --ids).")
-            self._tokenizer = Tokenizer.from_file(str(path))
-            self._tokenizer.no_padding()
+            self._tokenizer = open_tokenizer(self.folder)
         return self._tokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the model's configuration says of its tokens.
+
+    Attributes:
+        stops: the tokens that end a text. padding: the one that fills a row.
+        positions: tokens of prompt and answer together; None where no limit is known.
+    """
+
+    stops: tuple[int, ...]
+    padding: int
+    positions: int | None
+
+    def require_room(self, width: int, count: int) -> None:
+        """Refuse a prompt of `width` tokens that cannot have an answer of `count`."""
+        if self.positions and width + count > self.positions:
+            raise ModelError(f"{width} tokens and {count} more do not fit into the model's {self.positions} positions.")
+
+
+def read_settings(folder: Path) -> Settings:
+    """From config.json and generation_config.json in the model's folder."""
+    config = _read_json(folder / "config.json")
+    settings = {**config, **_read_json(folder / "generation_config.json")}
+    stops = settings.get("eos_token_id")
+    return Settings(
+        stops=tuple(stops if isinstance(stops, list) else [] if stops is None else [stops]),
+        padding=int(settings.get("pad_token_id") or 0),
+        positions=config.get("max_position_embeddings") or config.get("n_positions"),
+    )
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer, from the package tokenizers."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(f"{path}: is missing, so words cannot be read (runner.py takes --ids).")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class TextStream:
@@ -246,10 +280,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({error}).") from None
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else value if isinstance(value, list) else [value]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Optimisation profiles: for which shapes an engine is built, and for which it is tuned.
 
-Text generation has two, because prefill and decode want other kernels: "prefill" reads a prompt into an empty cache,
-"decode" adds one token to a cache of any length. Other tasks have one.
+Text generation has two, because prefill and decode want other kernels: "prefill" reads a prompt into an empty cache (or
+one with a row that is masked out: Triton's state cannot be empty), "decode" adds one token to a cache of any length.
+Other tasks have one.
 """
 
 from __future__ import annotations
@@ -61,7 +62,10 @@ def make_profiles(bundle: Bundle, shapes: str | None) -> tuple[ShapeProfile, ...
     if not generates:
         sizes = [{BATCH: batch, SEQUENCE: tokens} for batch, tokens in points]
         return (_profile("all", bundle.manifest.inputs, sizes),)
-    prefill = [{BATCH: batch, SEQUENCE: tokens, PAST: 0, TOTAL: tokens} for batch, tokens in points]
+    prefill = [
+        {BATCH: batch, SEQUENCE: tokens, PAST: past, TOTAL: past + tokens}
+        for (batch, tokens), past in zip(points, (0, 0, 1), strict=True)
+    ]
     decode = [{BATCH: batch, SEQUENCE: 1, PAST: tokens - 1, TOTAL: tokens} for batch, tokens in points]
     return (
         _profile("prefill", bundle.manifest.inputs, prefill),

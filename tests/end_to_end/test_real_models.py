@@ -11,14 +11,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-from conftest import PROMPTS, SMOLLM2_ADAPTER, get_model, random_adapter
+from conftest import PROMPTS, SMOLLM2_ADAPTER, get_model
 from transformers import AutoTokenizer
 
-from teamlora_export.adapter import write_adapter
 from teamlora_export.deploy.runner import Model
 from teamlora_export.engine.facts import read_facts
 from teamlora_export.export import export_onnx
-from teamlora_export.model.base import open_base
 from teamlora_export.validate.run import validate_bundle
 
 
@@ -56,16 +54,13 @@ def test_smollm2_becomes_an_engine_for_prefill_and_decode(dtype, smollm2_engines
     assert facts.size > 2 * 134e6
 
 
-def test_minilm_embeds_as_sentence_transformers_does(tmp_path):
-    base = open_base(str(get_model("minilm")))
-    assert base.task == "sentence-embedding"
-    write_adapter(random_adapter(base, ("query", "key", "value", "dense")), tmp_path / "adapter")
-    bundle = export_onnx(base.name, tmp_path / "adapter", tmp_path / "bundle")
-    assert [port.name for port in bundle.manifest.outputs] == ["last_hidden_state", "sentence_embedding"]
-    assert validate_bundle(bundle).passed
+def test_minilm_embeds_as_sentence_transformers_does(minilm):
+    assert minilm.manifest.task == "sentence-embedding"
+    assert [port.name for port in minilm.manifest.outputs] == ["last_hidden_state", "sentence_embedding"]
+    assert validate_bundle(minilm).passed
 
-    session = ort.InferenceSession(bundle.model)
-    tokenizer = AutoTokenizer.from_pretrained(bundle.folder)
+    session = ort.InferenceSession(minilm.model)
+    tokenizer = AutoTokenizer.from_pretrained(minilm.folder)
     feeds = dict(tokenizer(["A cat sat.", "The feline rested on a mat."], padding=True, return_tensors="np"))
     hidden, embedding = session.run(None, {name: value.astype(np.int64) for name, value in feeds.items()})
     mask = feeds["attention_mask"][..., None]

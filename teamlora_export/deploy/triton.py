@@ -1,0 +1,134 @@
+"""`deploy triton`: a model repository for Triton Inference Server, clients, and how to start it.
+
+models/NAME           the model: its graph on ONNX Runtime, or its engine on TensorRT
+models/NAME_text      words in: the ensemble around an encoder, or the loop around a text generator
+models/NAME_tokenizer the ensemble's first step
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from teamlora_export.bundle import Bundle
+from teamlora_export.deploy import triton_config
+from teamlora_export.deploy.cpp import add_engine
+from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment
+from teamlora_export.deploy.python import RUNNER_NAME, render
+from teamlora_export.deploy.runner import read_settings
+from teamlora_export.engine.facts import EngineFacts
+from teamlora_export.errors import ExportError
+
+SOURCES = TEMPLATES / "triton"
+REPOSITORY = "models"
+
+
+def deploy_triton(
+    bundle: Bundle,
+    out: Path,
+    *,
+    name: str | None = None,
+    engine: str | None = None,
+    plugin: Path | None = None,
+    library: str | None = None,
+    gpu: bool = False,
+    text: bool = True,
+    check_files: bool = True,
+    instances: int = 1,
+    batch: int | None = None,
+    sequences: int = 64,
+) -> Path:
+    """Write the repository into `out`.
+
+    Args:
+        name: of the model. Default: the bundle's folder.
+        engine, plugin: see `deploy_cpp`; the engine must be TensorRT's, not TensorRT-RTX's.
+        library: a native library with the op, as the server will find it. gpu: run the graph on a GPU.
+        text: add the models that take words, where the bundle has a tokenizer. check_files: they compare hashes first.
+        instances, batch, sequences: see `model_config`. Default of `batch`: 8 for text generation, 32 elsewhere, or
+            what the engine takes.
+
+    Raises:
+        ExportError: see `deployment` and `add_engine`; the engine does not run in Triton; a model in bfloat16 would run
+            on a CPU; or the name is none.
+    """
+    name = name or bundle.folder.resolve().name
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise ExportError(f"--name {name}: give letters, digits, '_', '-' and '.'.")
+    if engine is None and bundle.manifest.dtype == "bf16" and not gpu:
+        raise ExportError(f"{bundle.folder}: is in bfloat16, which ONNX Runtime runs on a GPU only: add --gpu.")
+    generates = bundle.manifest.task == "text-generation"
+    text = text and (bundle.folder / "tokenizer.json").is_file()
+    with deployment(bundle, out, "triton", f"{REPOSITORY}/{name}/1", graph=engine is None) as made:
+        facts = add_engine(made, engine, plugin, "model.plan") if engine is not None else None
+        if facts is not None and facts.runtime != "tensorrt":
+            raise ExportError(
+                f"{engine}: is an engine of TensorRT-RTX; Triton runs TensorRT's. Build one with --runtime."
+            )
+        model = triton_config.model_config(
+            bundle,
+            name,
+            engine_dtype=facts.dtype if facts else None,
+            profiles=len(facts.profiles) if facts else 0,
+            gpu=gpu,
+            library=library,
+            instances=instances,
+            batch=_batch(facts, batch, 8 if generates else 32),
+            sequences=sequences,
+        )
+        _write_config(made, model)
+        if not generates:
+            made.write(f"{REPOSITORY}/{name}/warmup/{triton_config.WARMUP_FILE}", triton_config.warmup_ones())
+        if text and generates:
+            _write_python_model(made, triton_config.generate_config(bundle, name, check_files, 4), "generate.py")
+        elif text:
+            tokenizer = triton_config.tokenize_config(bundle, name, check_files, model.max_batch_size)
+            _write_python_model(made, tokenizer, "tokenizer.py")
+            ensemble = triton_config.ensemble_config(model, tokenizer, triton_config.result_of(bundle))
+            _write_config(made, ensemble)
+            # A version of an ensemble is an empty folder, which copies and archives lose.
+            made.write(f"{REPOSITORY}/{ensemble.name}/1/README", "An ensemble has no file of its own.\n")
+        _write_program(made, name, text, engine=facts, library=library, gpu=gpu, check_files=check_files)
+    return out
+
+
+def _batch(facts: EngineFacts | None, wanted: int | None, default: int) -> int:
+    if facts is None:
+        return wanted or default
+    # Triton refuses more than every profile takes.
+    most = min(profile.inputs["input_ids"][2][0] for profile in facts.profiles)
+    if wanted is not None and wanted > most:
+        raise ExportError(f"--batch {wanted}: the engine takes {most} at most. Build it with other --shapes.")
+    return wanted or most
+
+
+def _write_config(made: Deployment, config: object) -> None:
+    text = triton_config.to_text(config)
+    made.write(f"{REPOSITORY}/{config.name}/config.pbtxt", text)  # type: ignore[attr-defined]
+
+
+def _write_python_model(made: Deployment, config: object, source: str) -> None:
+    folder = f"{REPOSITORY}/{config.name}/1"  # type: ignore[attr-defined]
+    _write_config(made, config)
+    made.write(f"{folder}/model.py", SOURCES / source)
+    made.write(f"{folder}/{RUNNER_NAME}", Path(__file__).parent / RUNNER_NAME)
+
+
+def _write_program(made: Deployment, name: str, text: bool, **facts: object) -> None:
+    """What a person reads and runs: README and clients."""
+    manifest = made.bundle.manifest
+    inputs = [port.name for port in manifest.inputs if not port.name.startswith("past_key_values.")]
+    generates = manifest.task == "text-generation"
+    values = {
+        **facts,
+        "name": name,
+        "inputs": inputs,
+        "output": triton_config.result_of(made.bundle),
+        "text": text,
+        "generates": generates,
+        "takes_positions": "position_ids" in inputs,
+        "stops": list(read_settings(made.bundle.folder).stops),
+    }
+    client = "client_generate.py.j2" if generates else "client_encode.py.j2"
+    for file, template in (("client.py", client), ("client.sh", "client.sh.j2"), ("README.md", "README.md.j2")):
+        made.write(file, render(f"triton/{template}", made.bundle, **values))

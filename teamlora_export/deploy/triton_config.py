@@ -1,0 +1,210 @@
+"""config.pbtxt of the models in a Triton repository, made with Triton's own protobuf definitions.
+
+What a model of ours needs of them follows from how the server works (triton-inference-server/core):
+
+- The cache of text generation is implicit state: `present.*` of a request comes back as `past_key_values.*` of the next
+  one of its sequence. A sequence starts with every variable size of a state at 1, never 0: a cache of one row of zeros,
+  which the client masks out.
+- Requests share a batch when their inputs have the same shapes; the mask's shape tells the cache's length, so that
+  sequences share one while they are equally long.
+- A warm-up request belongs to no sequence, so a model with state cannot be warmed up: its load would fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from teamlora_export.bundle import BATCH, Bundle, Port
+from teamlora_export.errors import ExportError
+
+_TYPES = {"int64": "TYPE_INT64", "float": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
+_FLOATS = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
+# The outputs that are asked for, the best one first.
+RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
+# Warm-up data: a row of ones for the mask. Length of the warm-up's rows.
+WARMUP_TOKENS = 16
+WARMUP_FILE = "ones"
+
+# A sequence that is not ended keeps its cache so long.
+_IDLE_MICROSECONDS = 60_000_000
+_QUEUE_MICROSECONDS = 500
+
+
+def model_config(
+    bundle: Bundle,
+    name: str,
+    *,
+    engine_dtype: str | None,
+    profiles: int,
+    gpu: bool,
+    library: str | None,
+    instances: int,
+    batch: int,
+    sequences: int,
+) -> Any:
+    """The model itself: the bundle's graph on ONNX Runtime, or its engine on TensorRT.
+
+    Args:
+        engine_dtype: of the engine's inputs and outputs; None for the graph. profiles: how many the engine has.
+        gpu: run the graph on a GPU. library: a native library with the op.
+        instances: copies of the model. batch: requests that run together at most. sequences: texts at work at most.
+    """
+    pb = protobuf()
+    config = pb.ModelConfig(name=name, max_batch_size=batch)
+    config.version_policy.latest.num_versions = 1
+    if engine_dtype is None:
+        config.backend = "onnxruntime"
+        config.default_model_filename = "model.onnx"
+        if library is not None:
+            config.model_operations.op_library_filename.append(library)
+    else:
+        config.backend, config.platform = "tensorrt", "tensorrt_plan"
+        config.default_model_filename = "model.plan"
+    group = config.instance_group.add(count=instances)
+    on_gpu = gpu or engine_dtype is not None
+    group.kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
+    if profiles > 1:
+        group.profile.extend(str(index) for index in range(profiles))
+    ports = [_in_dtype(port, engine_dtype) for port in bundle.manifest.inputs]
+    outputs = [_in_dtype(port, engine_dtype) for port in bundle.manifest.outputs]
+    for port in ports:
+        if not port.name.startswith("past_key_values."):
+            config.input.add(name=port.name, data_type=_type(port), dims=_dims(port))
+    for port in outputs:
+        if port.name in RESULTS:
+            config.output.add(name=port.name, data_type=_type(port), dims=_dims(port))
+    if bundle.manifest.task == "text-generation":
+        _add_state(config, ports, outputs, sequences)
+    else:
+        config.dynamic_batching.max_queue_delay_microseconds = _QUEUE_MICROSECONDS
+        _add_warmup(config, batch)
+    return config
+
+
+def generate_config(bundle: Bundle, name: str, check_files: bool, instances: int) -> Any:
+    """The model around a text generator that takes and gives words."""
+    pb = protobuf()
+    config = pb.ModelConfig(name=f"{name}_text", backend="python", max_batch_size=0)
+    config.version_policy.latest.num_versions = 1
+    config.model_transaction_policy.decoupled = True
+    config.input.add(name="text_input", data_type=pb.TYPE_STRING, dims=[1])
+    config.input.add(name="max_tokens", data_type=pb.TYPE_INT32, dims=[1], optional=True)
+    config.input.add(name="stream", data_type=pb.TYPE_BOOL, dims=[1], optional=True)
+    config.output.add(name="text_output", data_type=pb.TYPE_STRING, dims=[1])
+    # Each waits for the model most of the time, and several keep it busy.
+    config.instance_group.add(count=instances, kind=pb.ModelInstanceGroup.KIND_CPU)
+    takes_positions = any(port.name == "position_ids" for port in bundle.manifest.inputs)
+    _add_parameters(config, model=name, takes_positions=takes_positions, check_files=check_files)
+    return config
+
+
+def tokenize_config(bundle: Bundle, name: str, check_files: bool, batch: int) -> Any:
+    """The ensemble's first step, for models that do not generate text."""
+    pb = protobuf()
+    config = pb.ModelConfig(name=f"{name}_tokenizer", backend="python", max_batch_size=batch)
+    config.version_policy.latest.num_versions = 1
+    config.input.add(name="text_input", data_type=pb.TYPE_STRING, dims=[1])
+    for port in bundle.manifest.inputs:
+        config.output.add(name=port.name, data_type=_type(port), dims=_dims(port))
+    config.instance_group.add(count=1, kind=pb.ModelInstanceGroup.KIND_CPU)
+    _add_parameters(config, model=name, check_files=check_files)
+    return config
+
+
+def ensemble_config(model: Any, tokenizer: Any, result: str) -> Any:
+    """Tokenizer and model as one, which gives the model's output `result`."""
+    pb = protobuf()
+    config = pb.ModelConfig(name=f"{model.name}_text", platform="ensemble", max_batch_size=model.max_batch_size)
+    config.version_policy.latest.num_versions = 1
+    config.input.extend(tokenizer.input)
+    config.output.extend(value for value in model.output if value.name == result)
+    for part in (tokenizer, model):
+        step = config.ensemble_scheduling.step.add(model_name=part.name, model_version=-1)
+        for value in part.input:
+            step.input_map[value.name] = value.name
+        for value in part.output:
+            if part is tokenizer or value.name == result:
+                step.output_map[value.name] = value.name
+    return config
+
+
+def result_of(bundle: Bundle) -> str:
+    """The output that clients ask for."""
+    given = {port.name for port in bundle.manifest.outputs}
+    return next(name for name in RESULTS if name in given)
+
+
+def to_text(config: Any) -> str:
+    """config.pbtxt; read again, it is the same configuration."""
+    from google.protobuf import text_format
+
+    text = text_format.MessageToString(config)
+    assert text_format.Parse(text, protobuf().ModelConfig()) == config
+    return text
+
+
+def protobuf() -> Any:
+    """Triton's definitions."""
+    from tritonclient.grpc import model_config_pb2
+
+    return model_config_pb2
+
+
+def warmup_ones() -> bytes:
+    """The mask of a warm-up's row, int64 [WARMUP_TOKENS]."""
+    return np.ones(WARMUP_TOKENS, "<i8").tobytes()
+
+
+def _add_state(config: Any, inputs: Iterable[Port], outputs: Iterable[Port], sequences: int) -> None:
+    batching = config.sequence_batching
+    batching.max_sequence_idle_microseconds = _IDLE_MICROSECONDS
+    batching.oldest.max_candidate_sequences = sequences
+    given = {port.name: port for port in outputs}
+    for port in inputs:
+        if not port.name.startswith("past_key_values."):
+            continue
+        present = given[port.name.replace("past_key_values.", "present.")]
+        state = batching.state.add(input_name=port.name, output_name=present.name)
+        state.data_type, dims = _type(port), _dims(port)
+        state.dims.extend(dims)
+        start = state.initial_state.add(name=f"empty {port.name}", zero_data=True, data_type=_type(port))
+        start.dims.extend(max(size, 1) for size in dims)
+
+
+def _add_warmup(config: Any, batch: int) -> None:
+    for size in sorted({1, batch}):
+        sample = config.model_warmup.add(name=f"batch of {size}", batch_size=size, count=1)
+        for value in config.input:
+            row = sample.inputs[value.name]
+            row.data_type = value.data_type
+            row.dims.append(WARMUP_TOKENS)
+            if value.name == "attention_mask":
+                row.input_data_file = WARMUP_FILE
+            else:
+                row.zero_data = True
+
+
+def _add_parameters(config: Any, **values: str | bool) -> None:
+    for key, value in values.items():
+        config.parameters[key].string_value = value if isinstance(value, str) else str(value).lower()
+
+
+def _in_dtype(port: Port, dtype: str | None) -> Port:
+    if dtype is None or port.dtype == "int64":
+        return port
+    return Port(port.name, _FLOATS[dtype], port.shape)
+
+
+def _type(port: Port) -> int:
+    known: Mapping[str, int] = dict(protobuf().DataType.items())
+    return known[_TYPES[port.dtype]]
+
+
+def _dims(port: Port) -> list[int]:
+    """Without the batch, which Triton adds."""
+    if port.shape[0] != BATCH:
+        raise ExportError(f"{port.name}: its first axis is not the batch, as Triton needs it to be.")
+    return [size if isinstance(size, int) else -1 for size in port.shape[1:]]

@@ -1,0 +1,313 @@
+"""`deploy triton`: the repository read and driven by Triton's rules, and the clients over the wire."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GREEDY_TOKENS, PROMPTS, ROOT
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+sys.path.append(str(Path(__file__).parent))
+from triton_front import serve
+from triton_server import LoadError, RequestError, Server
+
+from teamlora_export.bundle import Bundle
+from teamlora_export.deploy.runner import Model
+from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.engine.build import BuildOptions, build_engine
+from teamlora_export.engine.profiles import make_profiles
+from teamlora_export.errors import ExportError
+
+
+def words(*texts: str) -> np.ndarray:
+    return np.array([text.encode() for text in texts], np.object_)
+
+
+def generate(server: Server, name: str, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Greedy tokens of sequences that run together, as the scheduler batches those that are equally long."""
+    width = max(map(len, prompts))
+    takes = {value.name for value in server.models[name].config.input}
+    steps = [[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    # The first row is what a sequence's state starts with.
+    masks = [[0] * (1 + width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    for turn in range(count):
+        requests = []
+        for row, (step, mask) in enumerate(zip(steps, masks, strict=True)):
+            positions = (np.cumsum(mask) - 1).clip(0)[-len(step) :]
+            given = {"input_ids": step, "attention_mask": mask, "position_ids": positions}
+            tensors = {key: np.array([value], np.int64) for key, value in given.items() if key in takes}
+            requests.append((tensors, row + 1, turn == 0, turn == count - 1))
+        found = server.infer_together(name, requests)
+        tokens = [int(answer["logits"][0, -1].argmax()) for answer in found]
+        for answer, token in zip(answers, tokens, strict=True):
+            answer.append(token)
+        steps, masks = [[token] for token in tokens], [[*mask, 1] for mask in masks]
+    return answers
+
+
+def until_stop(tokens: list[int], stop: int = 2) -> list[int]:
+    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+
+
+@pytest.fixture(scope="module")
+def deployed(smollm2, tmp_path_factory) -> Path:
+    return deploy_triton(smollm2, tmp_path_factory.mktemp("triton") / "out", name="smollm2")
+
+
+@pytest.fixture(scope="module")
+def server(deployed) -> Server:
+    return Server(deployed / "models")
+
+
+def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120, env={**os.environ, **environment})
+
+
+def numbers(line: str) -> list[float]:
+    return [float(value) for value in line.split()]
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.pbtxt"
+    config = text_format.Parse(path.read_text(), pb.ModelConfig())
+    for name, change in changes.items():
+        change(config) if callable(change) else setattr(config, name, change)
+    path.write_text(text_format.MessageToString(config))
+
+
+def test_greedy_text_equals_pytorchs_with_the_cache_as_state(server, smollm2_greedy):
+    prompts, answers = list(smollm2_greedy), list(smollm2_greedy.values())
+    assert until_stop(generate(server, "smollm2", prompts[:1], GREEDY_TOKENS)[0]) == answers[0]
+    together = generate(server, "smollm2", [*prompts, prompts[0]], GREEDY_TOKENS)
+    assert [until_stop(row) for row in together] == [*answers, answers[0]]
+    assert not server.models["smollm2"].states
+
+
+def test_words_are_answered_whole_or_as_a_stream(server, deployed, smollm2_greedy):
+    tokenizer = Model(deployed / "models" / "smollm2" / "1").tokenizer
+    for prompt, answer in zip(PROMPTS, smollm2_greedy.values(), strict=True):
+        given = {"text_input": words(prompt), "max_tokens": np.array([GREEDY_TOKENS], np.int32)}
+        (whole,) = server.stream("smollm2_text", given)
+        assert whole["text_output"][0].decode() == tokenizer.decode(answer)
+        pieces = list(server.stream("smollm2_text", {**given, "stream": np.array([True])}))
+        assert len(pieces) >= len(answer) > 1
+        assert "".join(piece["text_output"][0].decode() for piece in pieces) == tokenizer.decode(answer)
+    # Stop tokens and the last token alike end the sequence.
+    assert not server.models["smollm2"].states
+
+
+def test_requests_that_cannot_be_are_refused_in_words(server):
+    with pytest.raises(RequestError, match="Give a prompt"):
+        list(server.stream("smollm2_text", {"text_input": words("")}))
+    with pytest.raises(RequestError, match="8192 positions"):
+        list(server.stream("smollm2_text", {"text_input": words("a"), "max_tokens": np.array([9000], np.int32)}))
+    with pytest.raises(RequestError, match="unexpected inference input"):
+        list(server.stream("smollm2_text", {"prompt": words("a")}))
+    ids = {name: np.ones((1, 1), np.int64) for name in ("input_ids", "attention_mask", "position_ids")}
+    with pytest.raises(RequestError, match="START flag"):
+        server.infer("smollm2", ids, sequence=77)
+
+
+def test_its_clients_work_over_grpc_and_http(server, deployed, smollm2_greedy):
+    ids, answer = next(iter(smollm2_greedy.items()))
+    with serve(server) as (http, grpc):
+
+        def client(*arguments: object) -> subprocess.CompletedProcess[str]:
+            return run(sys.executable, deployed / "client.py", "--url", grpc, *arguments)
+
+        told = client("Words: house, apple, door, cloud\nSorted:")
+        assert told.stdout == "Words: house, apple, door, cloud\nSorted: apple, cloud, door, house\n", told.stderr
+        found = client("--tokens", GREEDY_TOKENS, "--ids", *ids)
+        assert [int(token) for token in found.stdout.split()] == answer, found.stderr
+        refused = client("--tokens", 9000, "word")
+        assert refused.returncode == 1
+        assert "8192 positions" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        curl = run("sh", deployed / "client.sh", SERVER=http)
+        assert curl.returncode == 0, curl.stderr
+        whole, *events = [line for line in curl.stdout.splitlines() if line]
+        pieces = [json.loads(line.removeprefix("data: "))["text_output"] for line in events]
+        assert json.loads(whole)["text_output"] == "".join(pieces) != ""
+
+
+def test_a_thousand_requests_on_eight_threads_are_answered_as_one_by_one(make_bundle, tmp_path):
+    server = Server(deploy_triton(make_bundle("llama"), tmp_path / "out", name="llama") / "models")
+    drawn = np.random.default_rng(3)
+    prompts = [drawn.integers(1, 384, drawn.integers(1, 40)).tolist() for _ in range(1000)]
+
+    def ask(sequence: int) -> list[int]:
+        step, mask, tokens = prompts[sequence - 1], [0] + [1] * len(prompts[sequence - 1]), []
+        for turn in range(4):
+            positions = list(range(sum(mask) - len(step), sum(mask)))
+            given = {"input_ids": step, "attention_mask": mask, "position_ids": positions}
+            tensors = {name: np.array([value], np.int64) for name, value in given.items()}
+            found = server.infer("llama", tensors, sequence, turn == 0, turn == 3)
+            tokens.append(int(found["logits"][0, -1].argmax()))
+            step, mask = [tokens[-1]], [*mask, 1]
+        return tokens
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(ask, range(1, 1001)))
+    assert not server.models["llama"].states
+    assert together == [ask(sequence) for sequence in range(1, 1001)]
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "gemma3", "opt", "gpt2", "gpt_neox", "phi3"])
+def test_a_cache_that_starts_with_a_masked_row_changes_nothing(architecture, make_bundle, tmp_path):
+    bundle = make_bundle(architecture)
+    server = Server(deploy_triton(bundle, tmp_path / "out", name="model") / "models")
+    prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [13, 14]]
+    stops = Model(bundle.folder)._settings.stops
+    expected = Model(bundle.folder).generate(prompts, 20)
+    found = generate(server, "model", prompts, 20)
+    for row, answer in zip(found, expected, strict=True):
+        stop = next((i for i, token in enumerate(row) if token in stops), len(row))
+        assert row[:stop] == answer
+
+
+@pytest.mark.parametrize(("architecture", "output"), [("bert", "logits"), ("roberta", "last_hidden_state")])
+def test_encoders_are_batched_and_warmed_up(architecture, output, make_bundle, tmp_path):
+    bundle = make_bundle(architecture)
+    deployed = deploy_triton(bundle, tmp_path / "out", name="encoder", batch=4)
+    server = Server(deployed / "models")
+    config = server.models["encoder"].config
+    assert [sample.batch_size for sample in config.model_warmup] == [1, 4]
+    assert config.HasField("dynamic_batching")
+    inputs = {
+        name: np.array([values], np.int64)
+        for name, values in (("input_ids", [5, 6, 7]), ("attention_mask", [1, 1, 1]), ("token_type_ids", [0, 0, 0]))
+        if name in {value.name for value in config.input}
+    }
+    expected = Model(bundle.folder).encode([[5, 6, 7]])
+    for answer in server.infer_together("encoder", [(inputs, 0, False, False)] * 4):
+        assert np.allclose(answer[output], expected, atol=1e-5)
+    with serve(server) as (http, grpc):
+        command = [sys.executable, deployed / "client.py", "--url", grpc, "--ids", "5", "6", "7"]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert np.allclose([float(value) for value in found.stdout.split()], np.ravel(expected), atol=1e-5), (
+            found.stderr
+        )
+        curl = run("sh", deployed / "client.sh", SERVER=http)
+        assert np.allclose(json.loads(curl.stdout)["outputs"][0]["data"], np.ravel(expected), atol=1e-5), curl.stderr
+
+
+def test_an_ensemble_takes_words_and_gives_the_same_vectors(minilm, tmp_path):
+    deployed = deploy_triton(minilm, tmp_path / "out", name="minilm")
+    server = Server(deployed / "models")
+    texts = ["A sentence.", "Another one, which is a little longer than the first."]
+    model = Model(minilm.folder)
+    expected = model.encode([model.tokenizer.encode(text).ids for text in texts])
+    found = server.infer("minilm_text", {"text_input": words(*texts).reshape(2, 1)})
+    assert np.allclose(found["sentence_embedding"], expected, atol=1e-5)
+    with serve(server) as (http, grpc):
+        told = run(sys.executable, deployed / "client.py", "--url", grpc, *texts)
+        assert np.allclose([numbers(line) for line in told.stdout.splitlines()], expected, atol=1e-5), told.stderr
+        curl = run("sh", deployed / "client.sh", SERVER=http)
+        assert json.loads(curl.stdout)["outputs"][0]["shape"] == [2, 384], curl.stderr
+
+
+def test_a_changed_file_keeps_the_model_from_loading_unless_the_check_is_left_out(deployed, tmp_path):
+    models = Path(shutil.copytree(deployed / "models", tmp_path / "models"))
+    with (models / "smollm2" / "1" / "config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(LoadError, match=r"config\.json: is not the file that belongs here"):
+        Server(models)
+    edit_config(models / "smollm2_text", change=lambda c: setattr(c.parameters["check_files"], "string_value", "false"))
+    Server(models)
+
+
+def test_the_stand_in_refuses_what_the_server_would(deployed, tmp_path):
+    faults: Mapping[str, object] = {
+        "other inputs": lambda config: config.input.pop(),
+        "has no": lambda config: setattr(config.input[0], "name", "ids"),
+        "is tensor": lambda config: setattr(config.input[0], "data_type", pb.TYPE_INT32),
+        "the configuration": lambda config: config.output[0].dims.append(1),
+        "initial_state": lambda config: config.sequence_batching.state[0].initial_state[0].dims.__setitem__(1, 0),
+        "starts with anything": lambda config: config.sequence_batching.state[3].ClearField("initial_state"),
+        "no state to write": lambda config: config.model_warmup.add(name="x", batch_size=1),
+        "is of other": lambda config: setattr(config, "name", "other"),
+    }
+    for message, fault in faults.items():
+        models = tmp_path / message.replace(" ", "_")
+        shutil.copytree(deployed / "models", models, copy_function=os.link)
+        path = models / "smollm2" / "config.pbtxt"
+        content = path.read_text()
+        path.unlink()
+        path.write_text(content)
+        edit_config(models / "smollm2", change=fault)
+        with pytest.raises(LoadError, match=message):
+            Server(models)
+
+
+def test_an_engine_is_deployed_with_its_plugin_and_both_profiles(make_bundle, plugin, tmp_path):
+    source = make_bundle("llama")
+    bundle = Bundle(Path(shutil.copytree(source.folder, tmp_path / "bundle")), source.manifest)
+    engine, _ = build_engine(bundle, BuildOptions(dtype="fp16", runtime="rtx", capabilities=("8.9",)), None)
+    with pytest.raises(ExportError, match="TensorRT-RTX"):
+        deploy_triton(bundle, tmp_path / "out", engine="fp16-rtx")
+    # What TensorRT would have written: none can be built without a GPU, and Triton's part does not look inside.
+    facts = json.loads(engine.with_suffix(".json").read_text())
+    described = {"op_version": 1, "build": plugin.build, "sha256": plugin.sha256}
+    engine.with_suffix(".json").write_text(json.dumps({**facts, "runtime": "tensorrt", "plugin": described}))
+    out = deploy_triton(bundle, tmp_path / "out", name="llama", engine="fp16-rtx", plugin=plugin.path)
+    folder = out / "models" / "llama"
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), pb.ModelConfig())
+    assert (config.backend, config.platform, config.max_batch_size) == ("tensorrt", "tensorrt_plan", 4)
+    assert list(config.instance_group[0].profile) == ["0", "1"]
+    assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
+    assert config.sequence_batching.state[0].data_type == config.output[0].data_type == pb.TYPE_FP16
+    assert not (folder / "1" / "model.onnx").exists()
+    files = json.loads((folder / "1" / "deploy.json").read_text())["files"]
+    assert {"model.plan", "model.json", "plugins/libteamlora_tensorrt.so"} <= set(files)
+    assert "plugins=/models/llama/1/plugins/libteamlora_tensorrt.so" in (out / "README.md").read_text()
+    # A sequence's first request fits into the prefill profile, which begins with Triton's one row of cache.
+    prefill, decode = make_profiles(bundle, None)
+    first = {"input_ids": (1, 5), "attention_mask": (1, 6), "position_ids": (1, 5)}
+    states = {state.input_name: (1, *state.initial_state[0].dims) for state in config.sequence_batching.state}
+    assert prefill.refusal({**first, **states}) is None
+    later = {"input_ids": (1, 1), "attention_mask": (1, 7), "position_ids": (1, 1)}
+    assert decode.refusal({**later, **{name: (*shape[:2], 6, shape[3]) for name, shape in states.items()}}) is None
+    with pytest.raises(ExportError, match="takes 4 at most"):
+        deploy_triton(bundle, tmp_path / "more", engine="fp16-rtx", plugin=plugin.path, batch=16)
+
+
+def test_options_reach_the_configuration(make_bundle, tmp_path):
+    bundle = make_bundle("llama")
+    out = deploy_triton(
+        bundle, tmp_path / "out", name="m", library="/ops/libops.so", gpu=True, instances=3, batch=2, sequences=5
+    )
+    config = text_format.Parse((out / "models" / "m" / "config.pbtxt").read_text(), pb.ModelConfig())
+    assert list(config.model_operations.op_library_filename) == ["/ops/libops.so"]
+    assert config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
+    assert (config.instance_group[0].count, config.max_batch_size) == (3, 2)
+    assert config.sequence_batching.oldest.max_candidate_sequences == 5
+    assert config.version_policy.latest.num_versions == 1
+    with pytest.raises(ExportError, match="--name"):
+        deploy_triton(bundle, tmp_path / "other", name="../up")
+    with pytest.raises(ExportError, match="add --gpu"):
+        deploy_triton(make_bundle("llama", "bf16"), tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_the_command_line_writes_it_without_a_path_of_this_machine(smollm2, tmp_path):
+    out = tmp_path / "out"
+    done = run(sys.executable, "-m", "teamlora_export.cli", "deploy", "triton", smollm2.folder, "-o", out, "--no-text")
+    assert done.returncode == 0, done.stderr
+    name = smollm2.folder.name
+    assert [path.name for path in (out / "models").iterdir()] == [name]
+    for path in out.rglob("*"):
+        if path.is_file() and path.suffix != ".data":
+            assert str(ROOT.parent).encode() not in path.read_bytes().replace(b"/tmp", b""), path
+    assert "smollm2_text" not in (out / "README.md").read_text()
