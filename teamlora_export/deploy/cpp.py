@@ -7,7 +7,7 @@ from pathlib import Path
 
 from teamlora_export.bundle import ENGINES_NAME, Bundle
 from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment, require_cpu_dtype
-from teamlora_export.deploy.genai import CONFIG_NAME, tokenizer_config
+from teamlora_export.deploy.genai import CONFIG_NAME, genai_config
 from teamlora_export.deploy.python import render
 from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, read_facts
 from teamlora_export.engine.plugin import LIBRARY_NAME, check_plugin, latest_plugin, read_plugin
@@ -33,12 +33,14 @@ def deploy_cpp(bundle: Bundle, out: Path, engine: str | None = None, plugin: Pat
         require_cpu_dtype(bundle, "cpp")
     with deployment(bundle, out, "cpp", MODEL_FOLDER, graph=engine is None) as made:
         facts = add_engine(made, engine, plugin) if engine is not None else None
-        if (bundle.folder / "tokenizer.json").is_file():
-            made.add(CONFIG_NAME, json.dumps(tokenizer_config(bundle), indent=4) + "\n")
+        words = bundle.manifest.task == "text-generation" and (bundle.folder / "tokenizer.json").is_file()
+        if words:
+            # The program's tokenizer is onnxruntime-genai's, which reads text generators' alone.
+            made.add(CONFIG_NAME, json.dumps(genai_config(bundle), indent=4) + "\n")
         for path in sorted(SOURCES.rglob("*")):
             if path.is_file():
                 made.write(path.relative_to(SOURCES).as_posix(), path)
-        made.write("README.md", render("cpp.README.md.j2", bundle, engine=facts))
+        made.write("README.md", render("cpp.README.md.j2", bundle, engine=facts, words=words))
     return out
 
 

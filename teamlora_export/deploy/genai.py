@@ -38,65 +38,59 @@ def deploy_genai(bundle: Bundle, out: Path, library: str | None = None) -> Path:
 def genai_config(bundle: Bundle, library: str | None = None) -> dict[str, Any]:
     """The configuration: names and sizes come from the graph's own inputs, special tokens from the base's files."""
     config = _read(bundle, "config.json")
-    fields = tokenizer_config(bundle)
+    settings = {**config, **_read(bundle, "generation_config.json")}
     caches = [port for port in bundle.manifest.inputs if port.name.startswith("past_key_values.")]
     names = {port.name for port in bundle.manifest.inputs}
     heads, head_size = caches[0].shape[1], caches[0].shape[3]
+    context = config.get("max_position_embeddings") or config.get("n_positions") or _DEFAULT_LENGTH
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
+    stops = settings.get("eos_token_id")
+    stop = stops[0] if isinstance(stops, list) else stops
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if library:
         options["custom_ops_library"] = library
-    decoder: dict[str, Any] = {
-        "filename": MODEL_NAME,
-        "hidden_size": config.get("hidden_size") or config.get("n_embd"),
-        "num_attention_heads": config.get("num_attention_heads") or config.get("n_head"),
-        "num_key_value_heads": heads,
-        "head_size": head_size,
-        "num_hidden_layers": len(caches) // 2,
-        "session_options": options,
-        "inputs": {
-            **inputs,
-            "past_key_names": "past_key_values.%d.key",
-            "past_value_names": "past_key_values.%d.value",
+    return {
+        "model": {
+            "type": bundle.manifest.base["model_type"],
+            "vocab_size": config["vocab_size"],
+            "context_length": context,
+            "bos_token_id": settings.get("bos_token_id", stop),
+            "eos_token_id": stops,
+            "pad_token_id": settings.get("pad_token_id", stop),
+            "decoder": {
+                "filename": MODEL_NAME,
+                "hidden_size": config.get("hidden_size") or config.get("n_embd"),
+                "num_attention_heads": config.get("num_attention_heads") or config.get("n_head"),
+                "num_key_value_heads": heads,
+                "head_size": head_size,
+                "num_hidden_layers": len(caches) // 2,
+                "session_options": options,
+                "inputs": {
+                    **inputs,
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
         },
-        "outputs": {
-            "logits": "logits",
-            "present_key_names": "present.%d.key",
-            "present_value_names": "present.%d.value",
+        "search": {
+            "do_sample": False,
+            "max_length": context,
+            "min_length": 0,
+            "num_beams": 1,
+            "num_return_sequences": 1,
+            # The cache grows with the text: this graph concatenates, it does not write in place.
+            "past_present_share_buffer": False,
+            "repetition_penalty": 1.0,
+            "temperature": 1.0,
+            "top_k": 1,
+            "top_p": 1.0,
         },
     }
-    fields["model"]["decoder"] = decoder
-    fields["search"] = {
-        "do_sample": False,
-        "max_length": fields["model"]["context_length"],
-        "min_length": 0,
-        "num_beams": 1,
-        "num_return_sequences": 1,
-        # The cache grows with the text: this graph concatenates, it does not write in place.
-        "past_present_share_buffer": False,
-        "repetition_penalty": 1.0,
-        "temperature": 1.0,
-        "top_k": 1,
-        "top_p": 1.0,
-    }
-    return fields
-
-
-def tokenizer_config(bundle: Bundle) -> dict[str, Any]:
-    """As much of the configuration as onnxruntime-genai's tokenizer needs."""
-    config = _read(bundle, "config.json")
-    settings = {**config, **_read(bundle, "generation_config.json")}
-    stops = settings.get("eos_token_id")
-    stop = stops[0] if isinstance(stops, list) else stops
-    model: dict[str, Any] = {
-        "type": bundle.manifest.base["model_type"],
-        "vocab_size": config["vocab_size"],
-        "context_length": config.get("max_position_embeddings") or config.get("n_positions") or _DEFAULT_LENGTH,
-        "bos_token_id": settings.get("bos_token_id", stop),
-        "eos_token_id": stops,
-        "pad_token_id": settings.get("pad_token_id", stop),
-    }
-    return {"model": model}
 
 
 def _read(bundle: Bundle, name: str) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def test_nothing_written_names_a_path_of_this_machine(deployed):
             assert str(Path.home()).encode() + b"/" not in path.read_bytes(), path
     fields = json.loads((deployed / "deploy.json").read_text())
     written = {p.relative_to(deployed).as_posix() for p in deployed.rglob("*") if p.is_file()} - {"deploy.json"}
-    assert set(fields["files"]) == written
+    assert set(fields["files"]) | set(fields["program"]) == written
 
 
 def test_a_changed_or_missing_file_is_refused_unless_the_check_is_left_out(deployed, tmp_path):

@@ -101,8 +101,9 @@ struct Tokenizer::Library {
 
 Tokenizer::Tokenizer(const std::filesystem::path& folder) : library_(std::make_unique<Library>()) {
     const std::string where = (folder / "tokenizer.json").string();
-    if (!std::filesystem::is_regular_file(where) || !std::filesystem::is_regular_file(folder / "genai_config.json")) {
-        throw Error(where + ": is missing, so words cannot be read. Give token ids.");
+    for (const char* needed : {"tokenizer.json", "genai_config.json"}) {
+        if (std::filesystem::is_regular_file(folder / needed)) continue;
+        throw Error((folder / needed).string() + ": is missing, so words cannot be read. Give token ids.");
     }
     const auto config = create<OgaConfig>(OgaDestroyConfig, where,
                                           [&](OgaConfig** made) { return OgaCreateConfig(folder.c_str(), made); });
