@@ -17,6 +17,7 @@ import typer.core
 from rich.console import Console
 
 from teamlora_export import __version__
+from teamlora_export.cli_deploy import BundleArgument, OutputOption, deploy_app
 from teamlora_export.errors import ExportError
 
 app = typer.Typer(
@@ -30,15 +31,6 @@ app = typer.Typer(
 # Packages that come with an extra, because they are a choice or rarely needed.
 _EXTRAS = {"onnxruntime": "cpu", "gguf": "gguf", "polygraphy": "tensorrt", "tritonclient": "triton", "grpc": "triton"}
 
-BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.")]
-DeployOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
-EngineOption = Annotated[str | None, typer.Option(help="Run this engine of the bundle on TensorRT, not its graph.")]
-LibraryOption = Annotated[
-    str | None, typer.Option(help="A native library with the op, as the machine that runs the model will find it.")
-]
-PluginOption = Annotated[
-    Path | None, typer.Option(help="The plugin that the engine was built with. Default: the one built here.")
-]
 AdapterArgument = Annotated[Path, typer.Option("--adapter", "-a", help="Folder of the trained adapter.")]
 
 
@@ -59,7 +51,6 @@ trt_app = typer.Typer(
 plugins_app = typer.Typer(help="Build and describe the TensorRT plugin.", no_args_is_help=True)
 app.add_typer(trt_app, name="trt")
 app.add_typer(plugins_app, name="plugins")
-deploy_app = typer.Typer(help="Write what a system loads: python, genai, cpp, triton.", no_args_is_help=True)
 app.add_typer(deploy_app, name="deploy")
 
 
@@ -188,77 +179,6 @@ def embed(
         print(row.astype(float).tolist())
 
 
-@deploy_app.command("python")
-def deploy_python_command(bundle: BundleArgument, output: DeployOption) -> None:
-    """The model with one file of Python that runs it on onnxruntime and numpy."""
-    from teamlora_export.bundle import read_bundle
-    from teamlora_export.deploy.python import deploy_python
-
-    print(deploy_python(read_bundle(bundle), output))
-
-
-@deploy_app.command("genai")
-def deploy_genai_command(
-    bundle: BundleArgument,
-    output: DeployOption,
-    library: LibraryOption = None,
-) -> None:
-    """What onnxruntime-genai loads."""
-    from teamlora_export.bundle import read_bundle
-    from teamlora_export.deploy.genai import deploy_genai
-
-    print(deploy_genai(read_bundle(bundle), output, library))
-
-
-@deploy_app.command("cpp")
-def deploy_cpp_command(
-    bundle: BundleArgument, output: DeployOption, engine: EngineOption = None, plugin: PluginOption = None
-) -> None:
-    """A CMake project that runs the model from C++, on ONNX Runtime or TensorRT."""
-    from teamlora_export.bundle import read_bundle
-    from teamlora_export.deploy.cpp import deploy_cpp
-
-    print(deploy_cpp(read_bundle(bundle), output, engine, plugin))
-
-
-@deploy_app.command("triton")
-def deploy_triton_command(
-    bundle: BundleArgument,
-    output: DeployOption,
-    name: Annotated[str | None, typer.Option(help="Of the model. Default: the bundle's folder.")] = None,
-    engine: EngineOption = None,
-    plugin: PluginOption = None,
-    library: LibraryOption = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Run the graph on a GPU (engines do in any case).")] = False,
-    text: Annotated[bool, typer.Option("--text/--no-text", help="Add the models that take words.")] = True,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="They compare the files with their hashes.")] = True,
-    instances: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
-    batch: Annotated[
-        int | None, typer.Option(min=1, help="Requests that run together at most. Default: 8 for text, 32 elsewhere.")
-    ] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Texts at work at a time, each with its cache.")] = 64,
-) -> None:
-    """A model repository for Triton Inference Server, with clients."""
-    from teamlora_export.bundle import read_bundle
-    from teamlora_export.deploy.triton import deploy_triton
-
-    written = deploy_triton(
-        read_bundle(bundle),
-        output,
-        name=name,
-        engine=engine,
-        plugin=plugin,
-        library=library,
-        gpu=gpu,
-        text=text,
-        check_files=check,
-        instances=instances,
-        batch=batch,
-        sequences=sequences,
-    )
-    print(written)
-
-
 @trt_app.command("build")
 def trt_build(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
@@ -317,7 +237,7 @@ def trt_build(
 @trt_app.command("graph")
 def trt_graph(
     bundle: BundleArgument,
-    output: DeployOption,
+    output: OutputOption,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Default: the bundle's.")] = None,
     no_plugin: Annotated[bool, typer.Option("--no-plugin", help="Inline the op's body.")] = False,
 ) -> None:

@@ -16,6 +16,8 @@ from teamlora_export.bundle import COMPANIONS, DATA_NAME, MODEL_NAME, Bundle, ch
 from teamlora_export.errors import ExportError
 
 DEPLOY_NAME = "deploy.json"
+# Fields of configurations that transformers fills with a path or a secret of the machine.
+_ORIGIN = {"_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "auth_token", "use_auth_token", "token"}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -79,9 +81,21 @@ def deployment(bundle: Bundle, out: Path, target: str, inside: str = ".", graph:
             require_space(staging, bundle.model.stat().st_size + bundle.data.stat().st_size)
         for name in (*((MODEL_NAME, DATA_NAME) if graph else ()), *COMPANIONS):
             if (bundle.folder / name).is_file():
-                made.add(name, bundle.folder / name)
+                made.add(name, _without_origin(bundle.folder / name))
         yield made
         _write(staging / described, json.dumps(_describe(made), indent=2) + "\n")
+
+
+def _without_origin(path: Path) -> Path | str:
+    """A configuration without what tells where, or with which token, its model was loaded; another file as it is."""
+    if path.name not in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        return path
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in fields.items() if name not in _ORIGIN}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ExportError(f"{path}: cannot be read ({error}). Export the model again.") from None
+    return path if kept == fields else json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
 
 
 def _describe(made: Deployment) -> dict[str, object]:

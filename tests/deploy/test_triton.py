@@ -301,6 +301,15 @@ def test_options_reach_the_configuration(make_bundle, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
+def test_a_missing_tritonclient_is_one_sentence_with_the_command_that_installs_it(make_bundle, tmp_path):
+    (tmp_path / "tritonclient.py").write_text("raise ModuleNotFoundError('No module', name='tritonclient')")
+    command = (sys.executable, "-m", "teamlora_export.cli", "deploy", "triton", make_bundle("llama").folder)
+    done = run(*command, "-o", tmp_path / "out", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "pip install 'teamlora-export[triton]'" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_line_writes_it_without_a_path_of_this_machine(smollm2, tmp_path):
     out = tmp_path / "out"
     done = run(sys.executable, "-m", "teamlora_export.cli", "deploy", "triton", smollm2.folder, "-o", out, "--no-text")

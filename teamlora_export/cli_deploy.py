@@ -1,0 +1,91 @@
+"""The commands of `deploy`, one a target: parse, call, print. No logic lives here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+deploy_app = typer.Typer(help="Write what a system loads: python, genai, cpp, triton.", no_args_is_help=True)
+
+BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.")]
+OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+EngineOption = Annotated[str | None, typer.Option(help="Run this engine of the bundle on TensorRT, not its graph.")]
+LibraryOption = Annotated[
+    str | None, typer.Option(help="A native library with the op, as the machine that runs the model will find it.")
+]
+PluginOption = Annotated[
+    Path | None, typer.Option(help="The plugin that the engine was built with. Default: the one built here.")
+]
+
+
+@deploy_app.command("python")
+def deploy_python_command(bundle: BundleArgument, output: OutputOption) -> None:
+    """The model with one file of Python that runs it on onnxruntime and numpy."""
+    from teamlora_export.bundle import read_bundle
+    from teamlora_export.deploy.python import deploy_python
+
+    print(deploy_python(read_bundle(bundle), output))
+
+
+@deploy_app.command("genai")
+def deploy_genai_command(
+    bundle: BundleArgument,
+    output: OutputOption,
+    library: LibraryOption = None,
+) -> None:
+    """What onnxruntime-genai loads."""
+    from teamlora_export.bundle import read_bundle
+    from teamlora_export.deploy.genai import deploy_genai
+
+    print(deploy_genai(read_bundle(bundle), output, library))
+
+
+@deploy_app.command("cpp")
+def deploy_cpp_command(
+    bundle: BundleArgument, output: OutputOption, engine: EngineOption = None, plugin: PluginOption = None
+) -> None:
+    """A CMake project that runs the model from C++, on ONNX Runtime or TensorRT."""
+    from teamlora_export.bundle import read_bundle
+    from teamlora_export.deploy.cpp import deploy_cpp
+
+    print(deploy_cpp(read_bundle(bundle), output, engine, plugin))
+
+
+@deploy_app.command("triton")
+def deploy_triton_command(
+    bundle: BundleArgument,
+    output: OutputOption,
+    name: Annotated[str | None, typer.Option(help="Of the model. Default: the bundle's folder.")] = None,
+    engine: EngineOption = None,
+    plugin: PluginOption = None,
+    library: LibraryOption = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Run the graph on a GPU (engines do in any case).")] = False,
+    text: Annotated[bool, typer.Option("--text/--no-text", help="Add the models that take words.")] = True,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="They compare the files with their hashes.")] = True,
+    instances: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Requests that run together at most. Default: 8 for text, 32 elsewhere.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=1, help="Texts at work at a time, each with its cache.")] = 64,
+) -> None:
+    """A model repository for Triton Inference Server, with clients."""
+    from teamlora_export.bundle import read_bundle
+    from teamlora_export.deploy.triton import deploy_triton
+
+    written = deploy_triton(
+        read_bundle(bundle),
+        output,
+        name=name,
+        engine=engine,
+        plugin=plugin,
+        library=library,
+        gpu=gpu,
+        text=text,
+        check_files=check,
+        instances=instances,
+        batch=batch,
+        sequences=sequences,
+    )
+    print(written)
