@@ -201,6 +201,14 @@ def test_the_tensorrt_back_end_gives_pytorchs_text_on_an_emulated_engine(project
     assert launches is not None and int(launches[1]) >= steps - 1
 
 
+def test_recorded_steps_serve_requests_of_their_own_batch_and_length_alone(project, requests, tmp_path):
+    model = as_engine(Path(shutil.copytree(project / "model", tmp_path / "model")))
+    alone, emulated = run(requests / "requests", project / "model", 8), run(requests / "emulated_requests", model, 8)
+    for done in (alone, emulated):
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert alone.stdout.splitlines()[0] == emulated.stdout.splitlines()[0]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3", "opt", "gpt2", "gpt_neox"])
 def test_the_tensorrt_back_end_keeps_the_cache_as_the_model_needs_it(architecture, requests, make_bundle, tmp_path):
     model = deploy_cpp(make_bundle(architecture), tmp_path / "project") / "model"

@@ -1,5 +1,5 @@
 // Many requests of random lengths, one by one and then on eight threads: the answers must be the same, and memory must
-// not grow with their number.
+// not grow with their number. Prints a digest of generated tokens, which two back ends can be compared by.
 //
 //     requests MODEL COUNT
 #include <unistd.h>
@@ -24,10 +24,12 @@ std::vector<std::vector<Tokens>> draw(std::size_t count) {
     std::mt19937 random(3);
     const auto between = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(random); };
     std::vector<std::vector<Tokens>> requests(count);
-    for (auto& prompts : requests) {
-        prompts.resize(static_cast<std::size_t>(between(1, 3)));
-        for (Tokens& prompt : prompts) {
-            prompt.resize(static_cast<std::size_t>(between(1, 40)));
+    for (std::size_t i = 0; i < count; ++i) {
+        requests[i].resize(i < 2 ? 1 + 2 * i : static_cast<std::size_t>(between(1, 3)));
+        for (Tokens& prompt : requests[i]) {
+            // A long prompt, then a batch of short ones: memory that is large enough must not hide that its shape
+            // changed.
+            prompt.resize(i < 2 ? 40 - 38 * i : static_cast<std::size_t>(between(1, 40)));
             std::generate(prompt.begin(), prompt.end(), [&] { return between(1, 383); });
         }
     }
@@ -40,6 +42,18 @@ double resident_megabytes() {
     return static_cast<double>(resident) * static_cast<double>(sysconf(_SC_PAGESIZE)) / 1e6;
 }
 
+void print_digest(const std::vector<std::vector<Tokens>>& answers) {
+    std::uint64_t digest = 0;
+    for (const auto& rows : answers) {
+        for (const Tokens& row : rows) {
+            for (const std::int64_t token : row) digest = (digest ^ static_cast<std::uint64_t>(token)) * 1099511628211u;
+        }
+    }
+    std::cout << "digest " << digest << '\n';
+}
+
+void print_digest(const std::vector<std::vector<std::vector<float>>>&) {}
+
 template <typename Answer, typename Ask>
 std::size_t compare(const std::vector<std::vector<Tokens>>& requests, Ask ask) {
     std::vector<Answer> alone(requests.size()), together(requests.size());
@@ -48,6 +62,7 @@ std::size_t compare(const std::vector<std::vector<Tokens>>& requests, Ask ask) {
         alone[i] = ask(requests[i]);
         if (i == requests.size() / 4) early = resident_megabytes();
     }
+    print_digest(alone);
     std::cout << "growth " << resident_megabytes() - early << '\n';
     std::atomic<std::size_t> next{0};
     std::vector<std::thread> threads;
