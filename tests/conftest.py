@@ -237,6 +237,11 @@ def smollm2_greedy() -> dict[tuple[int, ...], list[int]]:
     return answers
 
 
+def readme_block(folder: Path, language: str) -> str:
+    """The first block of a language in a folder's README, as a reader would copy it."""
+    return (folder / "README.md").read_text().split(f"```{language}\n")[1].split("```")[0]
+
+
 @pytest.fixture(scope="session")
 def programs() -> Path:
     """The folder of the native tests' own programs (scripts/test builds them first)."""

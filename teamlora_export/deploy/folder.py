@@ -138,8 +138,8 @@ def _refuse_work(out: Path, described: Path) -> None:
 
 
 def _is_built(path: Path) -> bool:
-    """What following a README leaves behind: a build folder, an environment, compiled Python."""
-    return any(part == "__pycache__" or part.startswith((".", "build")) for part in path.parts[:-1])
+    """What following a README leaves behind: a build, libraries, an environment, compiled Python."""
+    return any(part in ("__pycache__", "libraries") or part.startswith((".", "build")) for part in path.parts[:-1])
 
 
 def require_cpu_dtype(bundle: Bundle, target: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnxruntime_genai as og
 import pytest
-from conftest import GREEDY_TOKENS, PROMPTS
+from conftest import GREEDY_TOKENS, PROMPTS, readme_block
 
 from teamlora_export.deploy.genai import deploy_genai, genai_config
 from teamlora_export.errors import ExportError
@@ -38,6 +38,14 @@ def without_stops(tokens: list[int], stop: int) -> list[int]:
 def test_greedy_text_equals_pytorchs(model, smollm2_greedy):
     for ids, answer in smollm2_greedy.items():
         assert without_stops(generate(model, [list(ids)], GREEDY_TOKENS)[0], 2) == answer
+
+
+def test_the_program_in_its_readme_works(smollm2, tmp_path):
+    folder = deploy_genai(smollm2, tmp_path / "smollm2")
+    program = readme_block(folder, "python").replace("path/of/this/folder", str(folder))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_a_batch_of_four_gives_four_times_the_same(model, smollm2_greedy):

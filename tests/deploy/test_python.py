@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GREEDY_TOKENS, ROOT
+from conftest import GREEDY_TOKENS, ROOT, readme_block
 
 from teamlora_export.bundle import Bundle, write_manifest
 from teamlora_export.deploy.python import deploy_python
@@ -63,6 +64,22 @@ def test_the_program_needs_its_requirements_alone_and_streams_words(deployed, sm
     told = run(deployed, "Words: house, apple, door, cloud\\nSorted:")
     assert told.stdout == "Words: house, apple, door, cloud\nSorted: apple, cloud, door, house\n"
     assert "tokens," in told.stderr
+
+
+def test_its_readme_works_to_the_letter(deployed, tmp_path):
+    folder = Path(shutil.copytree(deployed, tmp_path / "copy"))
+    environment = {**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
+    environment.pop("VIRTUAL_ENV", None)
+    commands = ["sh", "-e", "-c", readme_block(folder, "sh")]
+    done = subprocess.run(commands, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "Once upon a time" in done.stdout
+    program = readme_block(folder, "python")
+    own = subprocess.run(
+        [folder / ".venv" / "bin" / "python", "-c", program], capture_output=True, text=True, cwd=folder
+    )
+    assert own.returncode == 0, own.stderr
+    assert own.stdout.strip()
 
 
 def test_nothing_written_names_a_path_of_this_machine(deployed):
