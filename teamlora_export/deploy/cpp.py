@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from teamlora_export.bundle import ENGINES_NAME, Bundle
+from teamlora_export.bundle import ENGINES_NAME, Bundle, require_space
 from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment, require_cpu_dtype
 from teamlora_export.deploy.genai import CONFIG_NAME, genai_config
 from teamlora_export.deploy.python import render
@@ -29,6 +29,7 @@ def deploy_cpp(bundle: Bundle, out: Path, engine: str | None = None, plugin: Pat
         ExportError: see `deployment`; or the model is in bfloat16 and there is no engine; or engine, plugin and bundle
             do not belong together.
     """
+    refuse_stray_plugin(engine, plugin)
     if engine is None:
         require_cpu_dtype(bundle, "cpp")
     with deployment(bundle, out, "cpp", MODEL_FOLDER, graph=engine is None) as made:
@@ -44,6 +45,12 @@ def deploy_cpp(bundle: Bundle, out: Path, engine: str | None = None, plugin: Pat
     return out
 
 
+def refuse_stray_plugin(engine: str | None, plugin: Path | None) -> None:
+    """A plugin is an engine's."""
+    if plugin is not None and engine is None:
+        raise ExportError(f"--plugin {plugin}: goes with an engine. Name it with --engine.")
+
+
 def add_engine(made: Deployment, name: str, plugin: Path | None, as_name: str | None = None) -> EngineFacts:
     """Add an engine of the bundle, its facts, and the plugin that it was built with.
 
@@ -56,6 +63,7 @@ def add_engine(made: Deployment, name: str, plugin: Path | None, as_name: str | 
         raise ExportError(f"{path}: was built from another export than {made.bundle.folder}. Build it again.")
     if facts.stripped:
         raise ExportError(f"{path}: holds no weights. Build it without --strip-weights.")
+    require_space(made.folder, path.stat().st_size)
     stored = as_name or f"{ENGINES_NAME}/{path.name}"
     made.add(stored, path)
     made.add(Path(stored).with_suffix(".json").as_posix(), facts_path(path))

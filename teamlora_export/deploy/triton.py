@@ -12,7 +12,7 @@ from pathlib import Path
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy import triton_config
-from teamlora_export.deploy.cpp import add_engine
+from teamlora_export.deploy.cpp import add_engine, refuse_stray_plugin
 from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment
 from teamlora_export.deploy.python import RUNNER_NAME, render
 from teamlora_export.deploy.runner import read_settings
@@ -55,6 +55,9 @@ def deploy_triton(
     name = name or bundle.folder.resolve().name
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ExportError(f"--name {name}: give letters, digits, '_', '-' and '.'.")
+    refuse_stray_plugin(engine, plugin)
+    if engine is not None and library is not None:
+        raise ExportError(f"--library {library}: is for ONNX Runtime, an engine takes --plugin.")
     if engine is None and bundle.manifest.dtype == "bf16" and not gpu:
         raise ExportError(f"{bundle.folder}: is in bfloat16, which ONNX Runtime runs on a GPU only: add --gpu.")
     generates = bundle.manifest.task == "text-generation"

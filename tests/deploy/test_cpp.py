@@ -267,6 +267,7 @@ def test_an_engine_and_a_plugin_that_do_not_belong_are_refused(make_bundle, plug
     described = {"op_version": 1, "build": plugin.build, "sha256": plugin.sha256}
     made = deploy(plugin=described)
     assert (made / "model" / "plugins" / plugin.path.name).read_bytes() == plugin.path.read_bytes()
+    assert f'"{plugin.path.name}"' in (made / "runner" / "folder.h").read_text(), "where the program looks for it"
     with pytest.raises(ExportError, match="is not the plugin that"):
         deploy(plugin={**described, "sha256": "0" * 64})
     with pytest.raises(ExportError, match="built from another export"):

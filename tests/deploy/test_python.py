@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from conftest import GREEDY_TOKENS, ROOT, readme_block
 
@@ -127,9 +128,13 @@ def test_a_thousand_requests_on_eight_threads_are_answered_as_one_by_one(make_bu
     model = Model(make_bundle("llama").folder, threads=1)
     drawn = random.Random(3)
     requests = [[drawn.randrange(1, 384) for _ in range(drawn.randrange(1, 40))] for _ in range(1000)]
+    first = [model.generate([ids], 4)[0] for ids in requests[:250]]
+    before = psutil.Process().memory_info().rss
+    alone = first + [model.generate([ids], 4)[0] for ids in requests[250:]]
+    # The caches of 750 requests are 16 MB.
+    assert psutil.Process().memory_info().rss - before < 4e6
     with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda ids: model.generate([ids], 4)[0], requests))
-    assert together == [model.generate([ids], 4)[0] for ids in requests]
+        assert list(pool.map(lambda ids: model.generate([ids], 4)[0], requests)) == alone
 
 
 def test_characters_of_several_tokens_are_streamed_whole(deployed):

@@ -296,6 +296,10 @@ def test_options_reach_the_configuration(make_bundle, tmp_path):
     assert config.version_policy.latest.num_versions == 1
     with pytest.raises(ExportError, match="--name"):
         deploy_triton(bundle, tmp_path / "other", name="../up")
+    with pytest.raises(ExportError, match="goes with an engine"):
+        deploy_triton(bundle, tmp_path / "other", plugin=Path("libteamlora_tensorrt.so"))
+    with pytest.raises(ExportError, match="an engine takes --plugin"):
+        deploy_triton(bundle, tmp_path / "other", engine="fp16", library="libops.so")
     with pytest.raises(ExportError, match="add --gpu"):
         deploy_triton(make_bundle("llama", "bf16"), tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
