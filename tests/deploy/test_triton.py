@@ -314,13 +314,12 @@ def test_a_missing_tritonclient_is_one_sentence_with_the_command_that_installs_i
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_writes_it_without_a_path_of_this_machine(smollm2, tmp_path):
-    out = tmp_path / "out"
-    done = run(sys.executable, "-m", "teamlora_export.cli", "deploy", "triton", smollm2.folder, "-o", out, "--no-text")
+def test_the_command_line_writes_it_without_a_path_of_this_machine(make_bundle, tmp_path):
+    bundle, out = make_bundle("llama"), tmp_path / "out"
+    done = run(sys.executable, "-m", "teamlora_export.cli", "deploy", "triton", bundle.folder, "-o", out, "--no-text")
     assert done.returncode == 0, done.stderr
-    name = smollm2.folder.name
-    assert [path.name for path in (out / "models").iterdir()] == [name]
+    assert [path.name for path in (out / "models").iterdir()] == [bundle.folder.name]
     for path in out.rglob("*"):
         if path.is_file() and path.suffix != ".data":
             assert str(ROOT.parent).encode() not in path.read_bytes().replace(b"/tmp", b""), path
-    assert "smollm2_text" not in (out / "README.md").read_text()
+    assert f"{bundle.folder.name}_text" not in (out / "README.md").read_text()
