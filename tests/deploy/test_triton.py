@@ -131,6 +131,7 @@ def test_its_clients_work_over_grpc_and_http(server, deployed, smollm2_greedy):
         assert told.stdout == "Words: house, apple, door, cloud\nSorted: apple, cloud, door, house\n", told.stderr
         found = client("--tokens", GREEDY_TOKENS, "--ids", *ids)
         assert [int(token) for token in found.stdout.split()] == answer, found.stderr
+        assert not server.models["smollm2"].states, "the sequence was ended"
         refused = client("--tokens", 9000, "word")
         assert refused.returncode == 1
         assert "8192 positions" in refused.stderr
