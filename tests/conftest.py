@@ -237,9 +237,9 @@ def smollm2_greedy() -> dict[tuple[int, ...], list[int]]:
     return answers
 
 
-def readme_block(folder: Path, language: str) -> str:
-    """The first block of a language in a folder's README, as a reader would copy it."""
-    return (folder / "README.md").read_text().split(f"```{language}\n")[1].split("```")[0]
+def readme_block(folder: Path, language: str, number: int = 1) -> str:
+    """A block of a language in a folder's README, as a reader would copy it."""
+    return (folder / "README.md").read_text().split(f"```{language}\n")[number].split("```")[0]
 
 
 @pytest.fixture(scope="session")

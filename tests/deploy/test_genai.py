@@ -46,6 +46,12 @@ def test_the_program_in_its_readme_works(smollm2, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+    compare = ["sh", "-c", readme_block(folder, "sh", 2)]
+    assert subprocess.run(compare, cwd=folder, capture_output=True).returncode == 0
+    with (folder / "config.json").open("a") as file:
+        file.write(" ")
+    found = subprocess.run(compare, cwd=folder, capture_output=True, text=True)
+    assert (found.returncode, "config.json: FAILED" in found.stdout) == (1, True)
 
 
 def test_a_batch_of_four_gives_four_times_the_same(model, smollm2_greedy):
