@@ -111,6 +111,8 @@ def test_words_are_answered_whole_or_as_a_stream(server, deployed, smollm2_greed
 def test_requests_that_cannot_be_are_refused_in_words(server):
     with pytest.raises(RequestError, match="Give a prompt"):
         list(server.stream("smollm2_text", {"text_input": words("")}))
+    with pytest.raises(RequestError, match="invalid start byte"):
+        list(server.stream("smollm2_text", {"text_input": np.array([b"\xff"], np.object_)}))
     with pytest.raises(RequestError, match="8192 positions"):
         list(server.stream("smollm2_text", {"text_input": words("a"), "max_tokens": np.array([9000], np.int32)}))
     with pytest.raises(RequestError, match="unexpected inference input"):
@@ -212,6 +214,8 @@ def test_an_ensemble_takes_words_and_gives_the_same_vectors(minilm, tmp_path):
     expected = model.encode([model.tokenizer.encode(text).ids for text in texts])
     found = server.infer("minilm_text", {"text_input": words(*texts).reshape(2, 1)})
     assert np.allclose(found["sentence_embedding"], expected, atol=1e-5)
+    with pytest.raises(RequestError, match="invalid start byte"):
+        server.infer("minilm_text", {"text_input": np.array([[b"\xff"]], np.object_)})
     with serve(server) as (http, grpc):
         told = run(sys.executable, deployed / "client.py", "--url", grpc, *texts)
         assert np.allclose([numbers(line) for line in told.stdout.splitlines()], expected, atol=1e-5), told.stderr

@@ -37,7 +37,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 self._answer(request, sender)
-            except (ModelError, pb_utils.TritonModelException) as error:
+            except (ModelError, UnicodeError, pb_utils.TritonModelException) as error:
                 sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error))))
             finally:
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

@@ -34,13 +34,13 @@ class TritonPythonModel:
 
     def _answer(self, request: Any) -> Any:
         texts = pb_utils.get_input_tensor_by_name(request, "text_input").as_numpy().flatten()
-        rows = [self._tokenizer.encode(text.decode()).ids for text in texts]
-        longest = max(map(len, rows))
         try:
+            rows = [self._tokenizer.encode(text.decode()).ids for text in texts]
+            longest = max(map(len, rows))
             if min(map(len, rows)) == 0:
                 raise ModelError("An empty text has nothing to encode.")
             self._settings.require_room(longest, 0)
-        except ModelError as error:
+        except (ModelError, UnicodeError) as error:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
         width = -(-longest // _MULTIPLE) * _MULTIPLE
         if self._settings.positions:
