@@ -114,6 +114,7 @@ def _write_python_model(made: Deployment, config: object, source: str) -> None:
     folder = f"{REPOSITORY}/{config.name}/1"  # type: ignore[attr-defined]
     _write_config(made, config)
     made.write(f"{folder}/model.py", SOURCES / source)
+    made.write(f"{folder}/opened.py", SOURCES / "opened.py")
     made.write(f"{folder}/{RUNNER_NAME}", Path(__file__).parent / RUNNER_NAME)
 
 

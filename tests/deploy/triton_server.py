@@ -269,7 +269,8 @@ class PythonModel(Model):
         sys.modules["triton_python_backend_utils"] = _backend_utils(self.server)
         path = self.folder / "1" / "model.py"
         # As the back end does: the version's folder is where it imports from.
-        sys.modules.pop("runner", None)
+        for name in ("runner", "opened"):
+            sys.modules.pop(name, None)
         sys.path.append(str(path.parent))
         try:
             spec = importlib.util.spec_from_file_location(f"model_of_{self.config.name}", path)

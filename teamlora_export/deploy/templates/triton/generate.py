@@ -5,32 +5,22 @@ The KV cache is that model's state, which Triton keeps: each answer is a sequenc
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from runner import ModelError, TextStream, check_files, open_tokenizer, read_settings
+from opened import open_beside
+from runner import ModelError, TextStream
 
 _DEFAULT_TOKENS = 64
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        parameters = json.loads(args["model_config"])["parameters"]
-        self._model = parameters["model"]["string_value"]
-        self._takes_positions = parameters["takes_positions"]["string_value"] == "true"
-        folder = Path(__file__).resolve().parents[2] / self._model / "1"
-        try:
-            # Once for all instances, since it reads every byte of the model.
-            if parameters["check_files"]["string_value"] == "true" and args["model_instance_name"].endswith("_0"):
-                check_files(folder)
-            self._settings, self._tokenizer = read_settings(folder), open_tokenizer(folder)
-        except ModelError as error:
-            raise pb_utils.TritonModelException(str(error)) from None
+        parameters, self._settings, self._tokenizer = open_beside(args)
+        self._model, self._takes_positions = parameters["model"], parameters["takes_positions"] == "true"
 
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:

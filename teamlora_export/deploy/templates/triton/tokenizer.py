@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from runner import ModelError, check_files, open_tokenizer, read_settings
+from opened import open_beside
+from runner import ModelError
 
 # Rows are padded to a multiple, so that requests of about the same length can share a batch.
 _MULTIPLE = 16
@@ -17,17 +17,8 @@ _MULTIPLE = 16
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        config = json.loads(args["model_config"])
-        self._outputs = [output["name"] for output in config["output"]]
-        parameters = config["parameters"]
-        folder = Path(__file__).resolve().parents[2] / parameters["model"]["string_value"] / "1"
-        try:
-            # Once for all instances, since it reads every byte of the model.
-            if parameters["check_files"]["string_value"] == "true" and args["model_instance_name"].endswith("_0"):
-                check_files(folder)
-            self._settings, self._tokenizer = read_settings(folder), open_tokenizer(folder)
-        except ModelError as error:
-            raise pb_utils.TritonModelException(str(error)) from None
+        _, self._settings, self._tokenizer = open_beside(args)
+        self._outputs = [output["name"] for output in json.loads(args["model_config"])["output"]]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
