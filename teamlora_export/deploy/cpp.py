@@ -63,6 +63,8 @@ def add_engine(made: Deployment, name: str, plugin: Path | None, as_name: str | 
         raise ExportError(f"{path}: was built from another export than {made.bundle.folder}. Build it again.")
     if facts.stripped:
         raise ExportError(f"{path}: holds no weights. Build it without --strip-weights.")
+    # An engine has a dtype of its own, and after `trt refit` another adapter.
+    made.differs.update(dtype=facts.dtype, adapter_sha256=facts.adapter_sha256)
     require_space(made.folder, path.stat().st_size)
     stored = as_name or f"{ENGINES_NAME}/{path.name}"
     made.add(stored, path)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from teamlora_export import __version__
 from teamlora_export.adapter.files import sha256_of
-from teamlora_export.bundle import COMPANIONS, DATA_NAME, MODEL_NAME, Bundle, check_files, require_space, staged
+from teamlora_export.bundle import COMPANIONS, DATA_NAME, MODEL_NAME, Bundle, Port, check_files, require_space, staged
 from teamlora_export.errors import ExportError
 
 DEPLOY_NAME = "deploy.json"
 # Fields of configurations that transformers fills with a path or a secret of the machine.
 _ORIGIN = {"_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "auth_token", "use_auth_token", "token"}
+_FLOATS = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -28,6 +29,7 @@ class Deployment:
     Attributes:
         folder: all of it. model: where the model's own files are.
         files: names of the model's files, below `model`. program: names of the others, below `folder`.
+        differs: fields of `deploy.json` in which the model is not what its bundle is.
     """
 
     folder: Path
@@ -36,6 +38,7 @@ class Deployment:
     target: str
     files: list[str] = field(default_factory=list)
     program: list[str] = field(default_factory=list)
+    differs: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, source: Path | str) -> None:
         """A file that belongs to the model: a copy of a path, or a text."""
@@ -98,19 +101,25 @@ def _without_origin(path: Path) -> Path | str:
     return path if kept == fields else json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
 
 
+def port_in(port: Port, dtype: str | None) -> Port:
+    """The port as an engine in `dtype` ("fp32", "fp16", "bf16") has it; None: as the graph has it."""
+    return port if dtype is None or port.dtype == "int64" else dataclasses.replace(port, dtype=_FLOATS[dtype])
+
+
 def _describe(made: Deployment) -> dict[str, object]:
     manifest = made.bundle.manifest
+    dtype = made.differs.get("dtype")
     return {
         "format_version": 1,
         "target": made.target,
         "tool": f"teamlora-export {__version__}",
         "task": manifest.task,
-        "dtype": manifest.dtype,
+        "dtype": dtype or manifest.dtype,
         "op": dict(manifest.op),
         "base_sha256": dict(manifest.base["sha256"]),
-        "adapter_sha256": manifest.adapter["sha256"],
-        "inputs": [dataclasses.asdict(port) for port in manifest.inputs],
-        "outputs": [dataclasses.asdict(port) for port in manifest.outputs],
+        "adapter_sha256": made.differs.get("adapter_sha256", manifest.adapter["sha256"]),
+        "inputs": [dataclasses.asdict(port_in(port, dtype)) for port in manifest.inputs],
+        "outputs": [dataclasses.asdict(port_in(port, dtype)) for port in manifest.outputs],
         "files": {name: sha256_of(made.model / name) for name in sorted(made.files)},
         "program": {name: sha256_of(made.folder / name) for name in sorted(made.program)},
     }

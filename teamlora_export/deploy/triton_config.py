@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from teamlora_export.bundle import BATCH, Bundle, Port
+from teamlora_export.deploy.folder import port_in
 from teamlora_export.errors import ExportError
 
 _TYPES = {"int64": "TYPE_INT64", "float": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
-_FLOATS = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 # The outputs that are asked for, the best one first.
 RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
 # Warm-up data: a row of ones for the mask. Length of the warm-up's rows.
@@ -68,8 +68,8 @@ def model_config(
     group.kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
     if profiles > 1:
         group.profile.extend(str(index) for index in range(profiles))
-    ports = [_in_dtype(port, engine_dtype) for port in bundle.manifest.inputs]
-    outputs = [_in_dtype(port, engine_dtype) for port in bundle.manifest.outputs]
+    ports = [port_in(port, engine_dtype) for port in bundle.manifest.inputs]
+    outputs = [port_in(port, engine_dtype) for port in bundle.manifest.outputs]
     for port in ports:
         if not port.name.startswith("past_key_values."):
             config.input.add(name=port.name, data_type=_type(port), dims=_dims(port))
@@ -190,12 +190,6 @@ def _add_warmup(config: Any, batch: int) -> None:
 def _add_parameters(config: Any, **values: str | bool) -> None:
     for key, value in values.items():
         config.parameters[key].string_value = value if isinstance(value, str) else str(value).lower()
-
-
-def _in_dtype(port: Port, dtype: str | None) -> Port:
-    if dtype is None or port.dtype == "int64":
-        return port
-    return Port(port.name, _FLOATS[dtype], port.shape)
 
 
 def _type(port: Port) -> int:

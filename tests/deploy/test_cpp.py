@@ -271,7 +271,13 @@ def test_an_engine_and_a_plugin_that_do_not_belong_are_refused(make_bundle, plug
     described = {"op_version": 1, "build": plugin.build, "sha256": plugin.sha256}
     made = deploy(plugin=described)
     assert (made / "model" / "plugins" / plugin.path.name).read_bytes() == plugin.path.read_bytes()
+    described_model = json.loads((made / "model" / "deploy.json").read_text())
+    assert described_model["dtype"] == "fp16"
+    assert {port["dtype"] for port in described_model["outputs"]} == {"float16"}
+    assert described_model["adapter_sha256"] == facts["adapter_sha256"]
     assert f'"{plugin.path.name}"' in (made / "runner" / "folder.h").read_text(), "where the program looks for it"
+    refitted = deploy(plugin=described, adapter_sha256="1" * 64) / "model" / "deploy.json"
+    assert json.loads(refitted.read_text())["adapter_sha256"] == "1" * 64
     with pytest.raises(ExportError, match="is not the plugin that"):
         deploy(plugin={**described, "sha256": "0" * 64})
     with pytest.raises(ExportError, match="built from another export"):
