@@ -20,3 +20,9 @@ def raise_findings(subject: str, findings: Sequence[str]) -> None:
         shown.append(f"  ... and {len(findings) - _MOST_FINDINGS} more")
     count = "1 problem" if len(findings) == 1 else f"{len(findings)} problems"
     raise ExportError("\n".join([f"{subject}: {count}", *shown]))
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, short enough to stand inside a message of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from teamlora_export.graph.layers import LayerPlan, layer_of
+from teamlora_export.graph.layers import LayerPlan
 from teamlora_export.graph.passes.module_outputs import MODULES_KEY
 from teamlora_export.graph.passes.name_nodes import NameNodes
+from teamlora_export.graph.record import layer_of
 from teamlora_export.graph.weights import WeightTensor, new_weight, recipe_of, static_type
 
 _CACHE = re.compile(r"^(past_key_values|present)\.(\d+)\.(key|value)$")

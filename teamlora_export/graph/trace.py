@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
-from teamlora_export.errors import ExportError
+from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph import op
-from teamlora_export.graph.tasks import TracedSignature, trace_signature
+from teamlora_export.graph.tasks import TracedSignature
 from teamlora_export.graph.weights import OP_SOURCES, Part, Recipe, bind
 from teamlora_export.model.base import BaseModel
 from teamlora_export.model.inject import swap_linears
@@ -68,31 +68,28 @@ class TracedExpertLinear(FrozenLinear):
         )
 
 
-def trace(base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype, config: Any = None) -> ir.Model:
-    """Trace `base` with `adapter` (aligned with it) for the base's task.
+def traceable(base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype) -> nn.Module:
+    """`base` without weights, the layers that `adapter` (aligned with it) changes being the op."""
+    model = base.skeleton(dtype)
+    swap_linears(
+        model, adapter.projections, lambda path, linear: TracedExpertLinear(linear, adapter.projections[path])
+    )
+    return model
 
-    Args:
-        config: traces this configuration instead of the base's own (fewer layers).
+
+def trace(base: BaseModel, model: nn.Module, signature: TracedSignature) -> ir.Model:
+    """Trace `model`, `base` as `traceable` gives it or some of its layers, with the inputs of `signature`.
 
     Raises:
         ExportError: transformers cannot trace this model.
     """
-    model = base.skeleton(dtype, config)
-    modules = dict(model.named_modules())
-    swap_linears(
-        model,
-        {path: None for path in adapter.projections if path in modules},
-        lambda path, linear: TracedExpertLinear(linear, adapter.projections[path]),
-    )
-    signature = trace_signature(base, model)
     handles = _mark_module_outputs(model)
     model.forward = signature.forward  # type: ignore[method-assign]
     try:
         graph_model = _export(model, signature)
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"{base.name}: transformers' exporter cannot trace it as {base.task} ({first_line})."
+            f"{base.name}: transformers' exporter cannot trace it as {base.task} ({first_line(error)})."
         ) from error
     finally:
         for handle in handles:
