@@ -1,7 +1,7 @@
 """Traces an adapted model into an ONNX graph whose weights are recipes.
 
     skeleton (no weights) -> adapted layers become the op -> transformers' OnnxExporter -> parameters become recipes
-    -> onnxscript's optimizer -> the ecosystem's names
+    -> exact simplification (`optimize.py`) -> the ecosystem's names
 
 What comes out depends on the base's configuration, the adapter's shapes, the task and the dtype, and on no weight.
 Rewrites that follow are in `passes/`. Each task's inputs and outputs are in `tasks.py`.
@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
 from torch import Tensor, nn
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
@@ -25,6 +24,7 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph import op
+from teamlora_export.graph.optimize import optimize
 from teamlora_export.graph.tasks import TracedSignature
 from teamlora_export.graph.weights import OP_SOURCES, Part, Recipe, bind
 from teamlora_export.model.base import BaseModel
@@ -70,7 +70,8 @@ class TracedExpertLinear(FrozenLinear):
 
 def traceable(base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype) -> nn.Module:
     """`base` without weights, the layers that `adapter` (aligned with it) changes being the op."""
-    model = base.skeleton(dtype)
+    # Each expert on its own tokens, without a loop that the tokens decide.
+    model = base.skeleton(dtype, experts="grouped_mm")
     swap_linears(
         model, adapter.projections, lambda path, linear: TracedExpertLinear(linear, adapter.projections[path])
     )
@@ -96,7 +97,8 @@ def trace(base: BaseModel, model: nn.Module, signature: TracedSignature) -> ir.M
             handle.remove()
     names = _tied_names(model)
     parameters = _bind_parameters(graph_model, names)
-    _optimize(graph_model, parameters)
+    with _silenced(), _out_of_sight(graph_model, parameters):
+        optimize(graph_model)
     _name_inputs_and_outputs(graph_model, signature)
     _name_dimensions(graph_model, signature)
     return graph_model
@@ -176,9 +178,9 @@ def _bind_parameters(model: ir.Model, names: dict[str, str]) -> list[ir.Value]:
     return values
 
 
-def _optimize(model: ir.Model, parameters: list[ir.Value]) -> None:
-    """Run onnxscript's optimizer with the parameters out of its sight: it folds what it can read, and they have no
-    values."""
+@contextmanager
+def _out_of_sight(model: ir.Model, parameters: list[ir.Value]) -> Iterator[None]:
+    """Parameters as inputs: an optimizer folds what it can read, and they have no values."""
     graph = model.graph
     tensors = [value.const_value for value in parameters]
     for value in parameters:
@@ -186,8 +188,7 @@ def _optimize(model: ir.Model, parameters: list[ir.Value]) -> None:
         value.const_value = None
         graph.inputs.append(value)
     try:
-        with _silenced():
-            onnxscript.optimizer.optimize_ir(model)
+        yield
     finally:
         for value, tensor in zip(parameters, tensors, strict=True):
             graph.inputs.remove(value)
