@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 _MOST_FINDINGS = 20
@@ -23,6 +24,8 @@ def raise_findings(subject: str, findings: Sequence[str]) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's exception says, short enough to stand inside a message of ours."""
-    lines = str(error).strip().splitlines()
+    """What a library's exception says, its first cause where it names one; short enough for a message of ours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return lines[0][:300] if lines else type(error).__name__

@@ -44,7 +44,7 @@ def build_graph(
     model = traceable(base, adapter, dtype)
     if not every_layer:
         try:
-            shallow = _shallow(base, model)
+            shallow = shallow_model(base, model)
             if shallow is not None:
                 return _trace_shallow(base, shallow, reporter)
         except (NotLayered, LayersDiffer) as reason:
@@ -58,7 +58,7 @@ def build_graph(
 
 
 @dataclass(frozen=True)
-class _Shallow:
+class Shallow:
     """A model with the sampled layers only, proven to compute in them what the deep one computes."""
 
     model: nn.Module
@@ -66,7 +66,7 @@ class _Shallow:
     signature: TracedSignature
 
 
-def _shallow(base: BaseModel, model: nn.Module) -> _Shallow | None:
+def shallow_model(base: BaseModel, model: nn.Module) -> Shallow | None:
     """The shallow model made of `model`, or None where it would save nothing.
 
     Raises:
@@ -84,7 +84,7 @@ def _shallow(base: BaseModel, model: nn.Module) -> _Shallow | None:
     signature, records = _record(base, model, prefix, mode)
     if not stands_for(records, deep, plan):
         raise NotLayered("with fewer of them the model computes something else")
-    return _Shallow(model, plan, signature)
+    return Shallow(model, plan, signature)
 
 
 def _record(
@@ -92,7 +92,7 @@ def _record(
 ) -> tuple[TracedSignature, list[Record]]:
     """Records of two runs: a long one with an empty cache, and the one that will be traced."""
     try:
-        forward, sample = opening(base, model)
+        forward, sample = opening(base, model, long=True)
         long, opened = record(model, prefix, forward, sample, mode)
         signature = trace_signature(base, model, opened)
         inputs = copy.deepcopy(dict(signature.sample))
@@ -117,7 +117,7 @@ def _opened(base: BaseModel, model: nn.Module) -> Mapping[str, Any]:
     if base.task != "text-generation":
         return {}
     try:
-        return run(model, *opening(base, model))
+        return run(model, *opening(base, model, long=False))
     except Exception as error:
         raise ExportError(
             f"{base.name}: the shapes of its cache cannot be found ({first_line(error)}); "
@@ -125,7 +125,7 @@ def _opened(base: BaseModel, model: nn.Module) -> Mapping[str, Any]:
         ) from error
 
 
-def _trace_shallow(base: BaseModel, shallow: _Shallow, reporter: Reporter) -> ir.Model:
+def _trace_shallow(base: BaseModel, shallow: Shallow, reporter: Reporter) -> ir.Model:
     plan = shallow.plan
     label = f"Tracing {len(plan.sample)} of {len(plan.sources)} layers of {base.config.model_type} for {base.task}"
     with reporter.step(label):

@@ -8,8 +8,8 @@ These are onnxscript's own folder and rules, in the order of its `optimize_ir`, 
     BatchNormalization into Conv and Gemm    rounds the weights anew
     Pad into Conv, optional bias             fire on constant weights only, and ours are none
 
-`tests/graph/test_optimize.py` runs every rule that is left against the graph that it rewrites. (onnxscript 0.7; its
-constants in patterns match within 1e-5 and 1e-8 unless told otherwise.)
+(onnxscript 0.7: the constants of its patterns match within 1e-5 and 1e-8 unless told otherwise. A test looks for such
+constants in every rule that is left.)
 """
 
 from __future__ import annotations

@@ -27,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.exporters.utils import apply_patches
 
+from teamlora_export.graph.silence import silenced
+
 
 class NotLayered(Exception):
     """The model is no chain of layers that read one another through one value, or cannot be followed."""
@@ -100,6 +102,7 @@ def _exporting(model: nn.Module) -> Iterator[None]:
     """The state that the exporter traces in; afterwards the modules have their own attributes and buffers again."""
     kept = [(vars(module), dict(vars(module)), module._buffers, dict(module._buffers)) for module in model.modules()]
     with ExitStack() as stack:
+        stack.enter_context(silenced())
         stack.enter_context(torch.no_grad())
         stack.enter_context(apply_patches("onnx"))
         stack.enter_context(apply_patches("dynamo"))

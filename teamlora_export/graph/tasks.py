@@ -24,11 +24,17 @@ from teamlora_export.model.base import BaseModel
 
 # Sizes of the sample: all different, none 0 or 1, so that no axis is taken for a constant or for another.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
-# Tokens of a run that is to be long, of a model that names no limit.
+# Where configurations keep the number of positions, and a number for those that have no limit.
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
 _MANY = 4096
 
 _PAST_INPUT = re.compile(r"^(?:input\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
 _PRESENT_OUTPUT = re.compile(r"^(?:output\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
+_ENCODER_OUTPUTS = {
+    "text-classification": ("logits",),
+    "feature-extraction": ("last_hidden_state",),
+    "sentence-embedding": ("last_hidden_state", "sentence_embedding"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,21 @@ class TracedSignature:
         forward: replaces the model's own; takes `sample`, returns a dict of what the graph gives.
         sample: keyword arguments of `forward`.
         dynamic_shapes: torch.export's specification for `sample`.
+        outputs: names of the graph's outputs, in their order.
     """
 
     forward: Callable[..., dict[str, Any]]
     sample: Mapping[str, Any]
     dynamic_shapes: dict[str, Any]
+    outputs: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs, in their order."""
+        names: list[str] = []
+        for name, value in self.sample.items():
+            names += _cache_names(name, len(value.layers)) if isinstance(value, DynamicCache) else [name]
+        return tuple(names)
 
     @staticmethod
     def input_name(name: str) -> str:
@@ -71,15 +87,21 @@ class TracedSignature:
         return {f"{past} + {sequence}": TOTAL, f"{sequence} + {past}": TOTAL}
 
 
-def opening(base: BaseModel, model: nn.Module) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
-    """A first run of `model`: a forward and its inputs, with an empty cache and about as many tokens as it can take."""
-    positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    length = max(positions - 2, _SEQUENCE) if isinstance(positions, int) else _MANY
+def opening(base: BaseModel, model: nn.Module, *, long: bool) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
+    """A first run of `model`: a forward and its inputs, with an empty cache; `long`: of as many tokens as it takes."""
+    length = _most_tokens(base.config.get_text_config()) if long else _SEQUENCE
     if base.task == "text-generation":
         _require_plain_cache(base)
         ids = torch.zeros(_BATCH, length, dtype=torch.long)
         return _generation_forward(model), {"input_ids": ids, "past_key_values": DynamicCache()}
     return encoder_forward(base, model), _encoder_sample(model, length)
+
+
+def _most_tokens(config: Any) -> int:
+    """About as many as a model has positions for (some leave the first two out)."""
+    named = [getattr(config, name, None) for name in _POSITIONS]
+    positions = next((value for value in named if isinstance(value, int) and value > 0), _MANY)
+    return max(positions - 2, _SEQUENCE)
 
 
 def trace_signature(base: BaseModel, model: nn.Module, opened: Mapping[str, Any]) -> TracedSignature:
@@ -88,7 +110,12 @@ def trace_signature(base: BaseModel, model: nn.Module, opened: Mapping[str, Any]
         return _generation(model, _sample_cache(base, opened["past_key_values"]))
     sample = _encoder_sample(model, _SEQUENCE)
     auto = torch.export.Dim.AUTO
-    return TracedSignature(encoder_forward(base, model), sample, {name: {0: auto, 1: auto} for name in sample})
+    dynamic_shapes = {name: {0: auto, 1: auto} for name in sample}
+    return TracedSignature(encoder_forward(base, model), sample, dynamic_shapes, _ENCODER_OUTPUTS[base.task])
+
+
+def _cache_names(prefix: str, layers: int) -> list[str]:
+    return [f"{prefix}.{index}.{which}" for index in range(layers) for which in ("key", "value")]
 
 
 def _generation(model: nn.Module, past: DynamicCache) -> TracedSignature:
@@ -106,7 +133,8 @@ def _generation(model: nn.Module, past: DynamicCache) -> TracedSignature:
     auto = torch.export.Dim.AUTO
     dynamic_shapes: dict[str, Any] = {name: {0: auto, 1: auto} for name in sample}
     dynamic_shapes["past_key_values"] = [{0: auto, 2: auto} for layer in past.layers for _ in ("key", "value")]
-    return TracedSignature(_generation_forward(model), sample, dynamic_shapes)
+    outputs = ("logits", *_cache_names("present", len(past.layers)))
+    return TracedSignature(_generation_forward(model), sample, dynamic_shapes, outputs)
 
 
 def _generation_forward(model: nn.Module) -> Callable[..., dict[str, Any]]:

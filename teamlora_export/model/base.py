@@ -50,11 +50,11 @@ class BaseModel:
     def folder(self) -> Path:
         return self.source.folder
 
-    def skeleton(self, dtype: torch.dtype, *, experts: str = "eager") -> nn.Module:
+    def skeleton(self, dtype: torch.dtype, *, experts: str | None = "eager") -> nn.Module:
         """The model with uninitialised parameters of `dtype` and real buffers.
 
         Args:
-            experts: transformers' implementation of a mixture of experts, where the model has one.
+            experts: how a mixture of experts runs: "eager" is its definition, None what transformers takes for best.
         """
         from accelerate import init_empty_weights
 

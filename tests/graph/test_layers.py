@@ -4,22 +4,22 @@ traced whole."""
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import random_adapter
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import initialization as init
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, EsmcConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from teamlora_export.adapter import write_adapter
 from teamlora_export.export import export_onnx
-from teamlora_export.graph.build import build_graph
-from teamlora_export.graph.trace import traceable
+from teamlora_export.graph.build import shallow_model
 from teamlora_export.graph.record import NotLayered
+from teamlora_export.graph.trace import traceable
 from teamlora_export.model.base import BaseModel, open_base
-from teamlora_export.progress import Reporter
 from teamlora_export.validate.run import validate_bundle
 
 DEPTH = 6
@@ -30,9 +30,18 @@ class OddConfig(LlamaConfig):
     """A Llama whose layers are scaled by something: `oddity` says by what."""
 
     model_type = "odd_llama"
-    oddity: str = "none"
+    oddity: str = "nothing"
     table: list | None = None
     by_name: dict | None = None
+
+
+class OddScale(nn.Module):
+    """A buffer that no checkpoint holds."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.value = scale
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
 
 
 class OddLayer(LlamaDecoderLayer):
@@ -43,32 +52,65 @@ class OddLayer(LlamaDecoderLayer):
         self.index_scale = 1 / (1 + layer_idx // 4)
         self.scales = list(TABLE)
         self.named = {"attention": {"scale": TABLE[layer_idx]}}
-        self.register_buffer("scale", torch.tensor(TABLE[layer_idx]), persistent=False)
+        self.buffered = OddScale(TABLE[layer_idx])
         self.closure = lambda x: x * TABLE[layer_idx]
+        self.last = None
 
     def forward(self, hidden_states, **kwargs):  # type: ignore[no-untyped-def]
-        hidden = super().forward(hidden_states, **kwargs)
-        return SCALES[self.config.oddity](self, hidden)
+        self.last = super().forward(hidden_states, **kwargs)
+        return SCALES[self.config.oddity](self, self.last)
+
+
+def _skip(layer: OddLayer, x: torch.Tensor) -> torch.Tensor:
+    """The first layer's result comes back in the last."""
+    first = layer.config.__dict__.setdefault("_first", [x])
+    if layer.layer_idx == 0:
+        first[0] = x
+    return x + first[0] if layer.layer_idx == DEPTH - 1 else x
 
 
 SCALES = {
-    "none": lambda layer, x: x,
+    "nothing": lambda layer, x: x,
     "depth when made": lambda layer, x: x * layer.depth_scale,
     "depth when run": lambda layer, x: x / layer.config.num_hidden_layers,
     "index when made": lambda layer, x: x * layer.index_scale,
     "index when run": lambda layer, x: x * (1 / (2 + layer.layer_idx)),
-    "last layer": lambda layer, x: x * (0.5 if layer.layer_idx == layer.config.num_hidden_layers - 1 else 1.5),
-    "list of the module": lambda layer, x: x * layer.scales[layer.layer_idx],
-    "list of the configuration": lambda layer, x: x * layer.config.table[layer.layer_idx],
-    "longer list of the configuration": lambda layer, x: x * layer.config.table[layer.layer_idx + 1],
-    "dict of the configuration": lambda layer, x: x * layer.config.by_name[str(layer.layer_idx)],
-    "dict of the module": lambda layer, x: x * layer.named["attention"]["scale"],
-    "buffer": lambda layer, x: x * layer.scale,
-    "closure": lambda layer, x: layer.closure(x),
-    "size": lambda layer, x: x / min(x.shape[1], 20 if layer.layer_idx < 4 else 40),
+    "the last layer": lambda layer, x: x * (0.5 if layer.layer_idx == layer.config.num_hidden_layers - 1 else 1.5),
+    "a list of the module": lambda layer, x: x * layer.scales[layer.layer_idx],
+    "a list of the configuration": lambda layer, x: x * layer.config.table[layer.layer_idx],
+    "a longer list": lambda layer, x: x * layer.config.table[layer.layer_idx + 1],
+    "a dict of the configuration": lambda layer, x: x * layer.config.by_name[str(layer.layer_idx)],
+    "a dict of the module": lambda layer, x: x * layer.named["attention"]["scale"],
+    "a buffer": lambda layer, x: x * layer.buffered.scale,
+    "a closure": lambda layer, x: layer.closure(x),
+    "a size": lambda layer, x: x / min(x.shape[1], 20 if layer.layer_idx < 4 else 40),
+    "a skip": _skip,
 }
-# What the deep model decides when it is made stays right in the shallow one.
-STAMPED = {"none", "depth when made", "depth when run"}
+# The kind of each layer where a shallow model is proven right; where it is not, every layer is traced.
+ALIKE = (0, 0, 0, 0, 0, 0)
+BY_TABLE = (0, 0, 0, 0, 1, 0)
+KINDS = {
+    "nothing": ALIKE,
+    "depth when made": ALIKE,
+    "depth when run": ALIKE,
+    "index when made": (0, 0, 0, 0, 1, 1),
+    "a list of the configuration": BY_TABLE,
+    "a dict of the module": BY_TABLE,
+    "a buffer": BY_TABLE,
+    "a closure": BY_TABLE,
+}
+
+
+class OddModel(LlamaModel):
+    def __init__(self, config: OddConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(OddLayer(config, index) for index in range(config.num_hidden_layers))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, OddScale):
+            init.constant_(module.scale, module.value)
 
 
 class OddForCausalLM(LlamaForCausalLM):
@@ -76,7 +118,7 @@ class OddForCausalLM(LlamaForCausalLM):
 
     def __init__(self, config: OddConfig) -> None:
         super().__init__(config)
-        self.model.layers = nn.ModuleList(OddLayer(config, index) for index in range(config.num_hidden_layers))
+        self.model = OddModel(config)
         self.post_init()
 
 
@@ -87,7 +129,7 @@ def odd_base(tmp_path_factory):  # type: ignore[no-untyped-def]
 
     def make(oddity: str) -> BaseModel:
         torch.manual_seed(0)
-        table = TABLE if oddity == "list of the configuration" else [1.0, *TABLE]
+        table = TABLE if oddity == "a list of the configuration" else [1.0, *TABLE]
         config = OddConfig(
             vocab_size=96,
             hidden_size=16,
@@ -106,3 +148,41 @@ def odd_base(tmp_path_factory):  # type: ignore[no-untyped-def]
         return open_base(str(folder), "text-generation")
 
     return make
+
+
+@pytest.mark.parametrize("oddity", SCALES)
+def test_layers_that_differ_by_anything_are_of_different_kinds_or_traced_whole(oddity, odd_base):
+    base = odd_base(oddity)
+    model = traceable(base, random_adapter(base, ("q_proj", "down_proj")), torch.float32)
+    try:
+        shallow = shallow_model(base, model)
+    except NotLayered:
+        shallow = None
+    kinds = None
+    if shallow is not None:
+        seen = list(dict.fromkeys(shallow.plan.sources))
+        kinds = tuple(seen.index(source) for source in shallow.plan.sources)
+    assert kinds == KINDS.get(oddity)
+    left = [value for module in model.modules() for value in (*vars(module).values(), *module._buffers.values())]
+    assert not any(isinstance(value, FakeTensor) for value in left), "the runs left something behind"
+
+
+# Of each way one: constants of the deep model kept, a kind of its own for one layer, every layer traced.
+@pytest.mark.parametrize("oddity", ["depth when made", "a buffer", "a dict of the configuration"])
+def test_odd_layers_are_exported_right(oddity, odd_base, tmp_path):
+    base = odd_base(oddity)
+    write_adapter(random_adapter(base, ("q_proj", "down_proj")), tmp_path / "adapter")
+    verdict = validate_bundle(export_onnx(base.name, tmp_path / "adapter", tmp_path / "out", use_cache=False))
+    assert verdict.passed, verdict.departure or verdict.worst
+
+
+def test_the_residual_scale_of_esmc_is_that_of_its_depth(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 8, "num_attention_heads": 4}
+    AutoModel.from_config(EsmcConfig(**sizes)).save_pretrained(tmp_path / "base")
+    base = open_base(str(tmp_path / "base"), "feature-extraction")
+    write_adapter(random_adapter(base, ("q_proj", "o_proj")), tmp_path / "adapter")
+    bundle = export_onnx(base.name, tmp_path / "adapter", tmp_path / "out", task=base.task, use_cache=False)
+    assert "2 of 8 layers" in capsys.readouterr().err
+    verdict = validate_bundle(bundle)
+    assert verdict.passed, verdict.departure or verdict.worst
