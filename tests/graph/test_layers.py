@@ -1,17 +1,20 @@
-"""Layers that look alike and are not: what differs by depth, by index, by a list, a buffer or a size is exported right or
+"""Layers that look alike and are not: what differs by depth, index, list, buffer or size is exported right or
 traced whole."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from conftest import random_adapter
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import initialization as init
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, EsmcConfig, LlamaConfig, LlamaForCausalLM
+from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from teamlora_export.adapter import write_adapter
@@ -20,7 +23,7 @@ from teamlora_export.graph.build import shallow_model
 from teamlora_export.graph.record import NotLayered
 from teamlora_export.graph.trace import traceable
 from teamlora_export.model.base import BaseModel, open_base
-from teamlora_export.validate.run import validate_bundle
+from teamlora_export.model.inject import inject
 
 DEPTH = 6
 TABLE = [0.5, 0.5, 0.5, 0.5, 2.0, 0.5]
@@ -170,10 +173,7 @@ def test_layers_that_differ_by_anything_are_of_different_kinds_or_traced_whole(o
 # Of each way one: constants of the deep model kept, a kind of its own for one layer, every layer traced.
 @pytest.mark.parametrize("oddity", ["depth when made", "a buffer", "a dict of the configuration"])
 def test_odd_layers_are_exported_right(oddity, odd_base, tmp_path):
-    base = odd_base(oddity)
-    write_adapter(random_adapter(base, ("q_proj", "down_proj")), tmp_path / "adapter")
-    verdict = validate_bundle(export_onnx(base.name, tmp_path / "adapter", tmp_path / "out", use_cache=False))
-    assert verdict.passed, verdict.departure or verdict.worst
+    assert worst_error(odd_base(oddity), ("q_proj", "down_proj"), "logits", tmp_path) < 1e-5
 
 
 def test_the_residual_scale_of_esmc_is_that_of_its_depth(tmp_path, capsys):
@@ -181,8 +181,24 @@ def test_the_residual_scale_of_esmc_is_that_of_its_depth(tmp_path, capsys):
     sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 8, "num_attention_heads": 4}
     AutoModel.from_config(EsmcConfig(**sizes)).save_pretrained(tmp_path / "base")
     base = open_base(str(tmp_path / "base"), "feature-extraction")
-    write_adapter(random_adapter(base, ("q_proj", "o_proj")), tmp_path / "adapter")
-    bundle = export_onnx(base.name, tmp_path / "adapter", tmp_path / "out", task=base.task, use_cache=False)
+    assert worst_error(base, ("q_proj", "o_proj"), "last_hidden_state", tmp_path) < 1e-5
     assert "2 of 8 layers" in capsys.readouterr().err
-    verdict = validate_bundle(bundle)
-    assert verdict.passed, verdict.departure or verdict.worst
+
+
+def worst_error(base: BaseModel, targets: tuple[str, ...], output: str, folder: Path) -> float:
+    """Of the exported float32 model against PyTorch in float64, relative to the largest value: rounding alone."""
+    adapter = random_adapter(base, targets)
+    write_adapter(adapter, folder / "adapter")
+    bundle = export_onnx(base.name, folder / "adapter", folder / "out", task=base.task, use_cache=False)
+    ids = np.random.default_rng(0).integers(1, 60, (2, 7))
+    model = base.load(torch.float64)
+    inject(model, adapter)
+    with torch.no_grad():
+        expected = getattr(model(input_ids=torch.from_numpy(ids)), output).numpy()
+    session = ort.InferenceSession(bundle.model, providers=["CPUExecutionProvider"])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(7)[None].repeat(2, 0)}
+    for port in session.get_inputs():
+        empty = [2, *port.shape[1:2], 0, *port.shape[3:]]
+        feeds.setdefault(port.name, np.zeros(empty, np.float32) if len(empty) == 4 else ids)
+    feeds = {port.name: feeds[port.name] for port in session.get_inputs()}
+    return float(np.abs(session.run([output], feeds)[0] - expected).max() / np.abs(expected).max())

@@ -66,7 +66,8 @@ TRAPS = {
     "z = Clip(x, a, b) y = Relu(z)",
     "Clip of Clip without overlap": "a = Constant <value_float = -2.0> () b = Constant <value_float = -1.0> () "
     "c = Constant <value_float = 1.0> () d = Constant <value_float = 2.0> () z = Clip(x, a, b) y = Clip(z, c, d)",
-    "Min of Max": "a = Constant <value_float = 1.0> () b = Constant <value_float = -1.0> () z = Max(x, a) y = Min(z, b)",
+    "Min of Max": "a = Constant <value_float = 1.0> () b = Constant <value_float = -1.0> () "
+    "z = Max(x, a) y = Min(z, b)",
 }
 
 
