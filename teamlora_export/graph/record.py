@@ -59,6 +59,11 @@ def layer_of(path: str, prefix: str) -> tuple[int | None, str]:
     return (int(index), rest) if index.isdigit() else (None, path)
 
 
+def keys_and_values(cache: DynamicCache) -> list[tuple[Any, Any]]:
+    """Of each layer; None where it keeps none."""
+    return [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+
+
 def without_data() -> FakeTensorMode:
     """The mode in which tensors have a shape and no data; runs that share one are faster."""
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -133,9 +138,9 @@ class _Recorder(TorchDispatchMode):
 
     def name_input(self, name: str, value: object) -> None:
         if isinstance(value, DynamicCache):
-            for index, layer in enumerate(value.layers):
-                self._keep(layer.keys, _Origin("cache", index, "key"))
-                self._keep(layer.values, _Origin("cache", index, "value"))
+            for index, (key, held) in enumerate(keys_and_values(value)):
+                self._keep(key, _Origin("cache", index, "key"))
+                self._keep(held, _Origin("cache", index, "value"))
         elif isinstance(value, Tensor):
             self._keep(value, _Origin("input", name))
 
@@ -197,7 +202,7 @@ class _Recorder(TorchDispatchMode):
                 raise NotLayered("a tensor comes from nowhere")
             with unset_fake_temporarily():
                 data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-            values = (tuple(tensor.shape), tensor.dtype, hashlib.sha256(data).hexdigest())
+            values = (tuple(tensor.shape), tensor.dtype, hashlib.sha256(data.tobytes()).hexdigest())
             origin = _Origin("constant", values)
             self._keep(tensor, origin)
         return origin
@@ -222,10 +227,10 @@ class _Recorder(TorchDispatchMode):
         )
 
     def _cached(self, outputs: Mapping[str, Any], index: int) -> list[_Origin]:
-        caches = [value for value in outputs.values() if isinstance(value, DynamicCache)]
-        if any(index >= len(cache.layers) for cache in caches):
+        caches = [keys_and_values(value) for value in outputs.values() if isinstance(value, DynamicCache)]
+        if any(index >= len(cache) or any(part is None for part in cache[index]) for cache in caches):
             raise NotLayered(f"layer {index} keeps no cache of its own")
-        return [self._origin(t) for cache in caches for t in (cache.layers[index].keys, cache.layers[index].values)]
+        return [self._origin(tensor) for cache in caches for tensor in cache[index]]
 
 
 class _Relative(NamedTuple):

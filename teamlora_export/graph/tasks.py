@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from teamlora_export.bundle import BATCH, PAST, SEQUENCE, TOTAL
 from teamlora_export.errors import ExportError
+from teamlora_export.graph.record import keys_and_values
 from teamlora_export.model.base import BaseModel
 
 # Sizes of the sample: all different, none 0 or 1, so that no axis is taken for a constant or for another.
@@ -163,15 +164,14 @@ def _sample_cache(base: BaseModel, made: object) -> DynamicCache:
     """A cache of the shapes that a first run of the model made."""
     # Made without a configuration, every layer keeps all tokens; the mask alone applies sliding windows.
     cache = DynamicCache()
-    for index, layer in enumerate(made.layers if isinstance(made, DynamicCache) else ()):
-        for tensor in (layer.keys, layer.values):
-            if tensor is None or tensor.ndim != 4:
-                raise ExportError(
-                    f"{base.name}: layer {index} of {base.config.model_type} keeps no key and value of its own, "
-                    "which is not supported."
-                )
-        shapes = [(*tensor.shape[:2], _PAST, tensor.shape[3]) for tensor in (layer.keys, layer.values)]  # type: ignore[union-attr]
-        cache.update(*(torch.zeros(shape, dtype=layer.keys.dtype) for shape in shapes), index)
+    for index, pair in enumerate(keys_and_values(made) if isinstance(made, DynamicCache) else ()):
+        if any(tensor is None or tensor.ndim != 4 for tensor in pair):
+            raise ExportError(
+                f"{base.name}: layer {index} of {base.config.model_type} keeps no key and value of its own, "
+                "which is not supported."
+            )
+        key, value = (torch.zeros((*t.shape[:2], _PAST, t.shape[3]), dtype=t.dtype) for t in pair)
+        cache.update(key, value, index)
     if not cache.layers:
         raise ExportError(f"{base.name}: {base.config.model_type} keeps no cache, which is not supported.")
     return cache
