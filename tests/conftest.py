@@ -132,6 +132,15 @@ ARCHITECTURES = {
         "feature-extraction",
     ),
 }
+# Mixtures of experts: adapters on their attention, and on the experts that are linear modules of their own.
+_MIXTURE = {**_DECODER, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+MIXTURES = {
+    "mixtral": Architecture("MixtralConfig", {**_MIXTURE, "num_local_experts": 4}, ("q_proj", "k_proj", "v_proj")),
+    "olmoe": Architecture("OlmoeConfig", {**_MIXTURE, "num_experts": 4}, ("q_proj", "o_proj")),
+    "qwen3_moe": Architecture("Qwen3MoeConfig", {**_MIXTURE, "num_experts": 4}, ("q_proj", "o_proj")),
+    "qwen2_moe": Architecture("Qwen2MoeConfig", {**_MIXTURE, "num_experts": 4}, _LLAMA_TARGETS),
+}
+_ALL = {**ARCHITECTURES, **MIXTURES}
 _CLASSES = {
     "text-generation": AutoModelForCausalLM,
     "feature-extraction": AutoModel,
@@ -146,7 +155,7 @@ def make_base(tmp_path_factory) -> Callable[[str], BaseModel]:
 
     def make(name: str) -> BaseModel:
         if name not in made:
-            architecture = ARCHITECTURES[name]
+            architecture = _ALL[name]
             torch.manual_seed(sum(map(ord, name)))
             config = getattr(transformers, architecture.config_class)(**architecture.fields)
             model = _CLASSES[architecture.task].from_config(config)
@@ -176,7 +185,7 @@ def make_adapter(make_base, tmp_path_factory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(f"adapter-{name}")
-            write_adapter(random_adapter(make_base(name), ARCHITECTURES[name].targets), made[name])
+            write_adapter(random_adapter(make_base(name), _ALL[name].targets), made[name])
         return made[name]
 
     return make

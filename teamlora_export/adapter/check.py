@@ -78,7 +78,13 @@ def _check_projections(adapter: AdapterSpec, base: BaseSignature) -> list[str]:
     for path, projection in adapter.projections.items():
         linear = base.linears.get(path)
         if linear is None:
-            findings.append(f"{path}: the base has no linear layer of that name")
+            packed = _packed_owner(path, base)
+            findings.append(
+                f"{path}: the base keeps {packed}'s weights of all experts packed in one tensor, and adapters on these "
+                "are not supported"
+                if packed
+                else f"{path}: the base has no linear layer of that name"
+            )
             continue
         found = (projection.in_features, projection.out_features)
         if found != (linear.in_features, linear.out_features):
@@ -87,6 +93,12 @@ def _check_projections(adapter: AdapterSpec, base: BaseSignature) -> list[str]:
                 f"the base {linear.in_features} to {linear.out_features}. Was it trained on another model?"
             )
     return findings
+
+
+def _packed_owner(path: str, base: BaseSignature) -> str | None:
+    """The module at or above `path` whose parameters hold a mixture's experts together, [experts, .., ..]."""
+    owners = {name.rpartition(".")[0] for name, shape in base.parameters.items() if len(shape) == 3}
+    return next((owner for owner in owners if path == owner or path.startswith(f"{owner}.")), None)
 
 
 def _check_targets(adapter: AdapterSpec, base: BaseSignature) -> list[str]:

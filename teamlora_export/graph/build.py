@@ -3,14 +3,24 @@ traced whole."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import onnx_ir as ir
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from teamlora_export.adapter.spec import AdapterSpec
-from teamlora_export.graph.layers import plan_layers, shallow_adapter, shallow_config
+from teamlora_export.errors import ExportError, first_line
+from teamlora_export.graph.layers import LayerPlan, layer_list, plan_layers, shorten, stands_for
 from teamlora_export.graph.passes import rewrite
+from teamlora_export.graph.record import NotLayered, Record, record, run, without_data
 from teamlora_export.graph.stamp import LayersDiffer, stamp
-from teamlora_export.graph.trace import trace
+from teamlora_export.graph.tasks import TracedSignature, opening, trace_signature
+from teamlora_export.graph.trace import trace, traceable
 from teamlora_export.model.base import BaseModel
 from teamlora_export.progress import Reporter
 
@@ -31,18 +41,95 @@ def build_graph(
     Raises:
         ExportError: transformers cannot trace this model.
     """
-    plan = None if every_layer else plan_layers(base, adapter)
-    if plan is not None:
-        label = f"Tracing {len(plan.sample)} of {len(plan.sources)} layers of {base.config.model_type} for {base.task}"
-        with reporter.step(label):
-            model = trace(base, shallow_adapter(adapter, plan), dtype, shallow_config(base, plan))
-            rewrite(model)
+    model = traceable(base, adapter, dtype)
+    if not every_layer:
         try:
-            stamp(model, plan)
-            return model
-        except LayersDiffer as reason:
+            shallow = shallow_model(base, model)
+            if shallow is not None:
+                return _trace_shallow(base, shallow, reporter)
+        except (NotLayered, LayersDiffer) as reason:
             reporter.say(f"The layers are not alike ({reason}); tracing all of them.")
+        # It may have lost layers.
+        model = traceable(base, adapter, dtype)
     with reporter.step(f"Tracing all of {base.config.model_type} for {base.task}"):
-        model = trace(base, adapter, dtype)
-        rewrite(model)
-    return model
+        graph = trace(base, model, _signature(base, model))
+        rewrite(graph)
+    return graph
+
+
+@dataclass(frozen=True)
+class Shallow:
+    """A model with the sampled layers only, proven to compute in them what the deep one computes."""
+
+    model: nn.Module
+    plan: LayerPlan
+    signature: TracedSignature
+
+
+def shallow_model(base: BaseModel, model: nn.Module) -> Shallow | None:
+    """The shallow model made of `model`, or None where it would save nothing.
+
+    Raises:
+        NotLayered: it would not compute the same, or that cannot be shown.
+    """
+    prefix = layer_list(model, base.config)
+    if prefix is None:
+        return None
+    mode = without_data()
+    _, deep = _record(base, model, prefix, mode)
+    plan = plan_layers(prefix, deep)
+    if plan is None:
+        return None
+    shorten(model, plan)
+    signature, records = _record(base, model, prefix, mode)
+    if not stands_for(records, deep, plan):
+        raise NotLayered("with fewer of them the model computes something else")
+    return Shallow(model, plan, signature)
+
+
+def _record(
+    base: BaseModel, model: nn.Module, prefix: str, mode: FakeTensorMode
+) -> tuple[TracedSignature, list[Record]]:
+    """Records of two runs: a long one with an empty cache, and the one that will be traced."""
+    try:
+        forward, sample = opening(base, model, long=True)
+        long, opened = record(model, prefix, forward, sample, mode)
+        signature = trace_signature(base, model, opened)
+        inputs = copy.deepcopy(dict(signature.sample))
+        short, _ = record(model, prefix, signature.forward, inputs, mode)
+    except (NotLayered, ExportError):
+        raise
+    except Exception as error:
+        raise NotLayered(first_line(error)) from error
+    return signature, [long, short]
+
+
+def _signature(base: BaseModel, model: nn.Module) -> TracedSignature:
+    return trace_signature(base, model, _opened(base, model))
+
+
+def _opened(base: BaseModel, model: nn.Module) -> Mapping[str, Any]:
+    """What a first run of a text generator returns; an encoder needs none.
+
+    Raises:
+        ExportError: it cannot run without data.
+    """
+    if base.task != "text-generation":
+        return {}
+    try:
+        return run(model, *opening(base, model, long=False))
+    except Exception as error:
+        raise ExportError(
+            f"{base.name}: the shapes of its cache cannot be found ({first_line(error)}); "
+            f"{base.config.model_type} is not supported for {base.task}."
+        ) from error
+
+
+def _trace_shallow(base: BaseModel, shallow: Shallow, reporter: Reporter) -> ir.Model:
+    plan = shallow.plan
+    label = f"Tracing {len(plan.sample)} of {len(plan.sources)} layers of {base.config.model_type} for {base.task}"
+    with reporter.step(label):
+        graph = trace(base, shallow.model, shallow.signature)
+        rewrite(graph)
+    stamp(graph, plan)
+    return graph

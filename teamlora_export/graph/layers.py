@@ -1,26 +1,26 @@
 """Which layers of a model are alike, and the shallow model that shows one or two of each kind.
 
-Tracing costs seconds a layer, and most layers differ in nothing but their weights. Two layers are of one kind when
-their
-parameters have the same names and shapes, their modules the same settings, their per-layer entries in the configuration
-agree, and their adapters have the same shapes. That is a claim about the code; `stamp.py` proves it on the graph.
+Tracing costs seconds a layer, and most layers differ in nothing but their weights. Two layers are of one kind when they
+compute the same, call by call (`record.py`). The shallow model is the deep one with the other layers left out: what the
+deep model's depth, index or lists decided when it was built is as it was. What its code decides while it runs is
+compared: all that the shallow model computes must be what the deep one computes in the same place. Where any of it
+differs there is no plan, and every layer is traced.
+
+`stamp.py` proves once more, on the graph, that the sampled layers of a kind are alike.
 """
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from teamlora_export.adapter.spec import AdapterSpec
-from teamlora_export.graph import op
-from teamlora_export.model.base import BaseModel
+from teamlora_export.graph.record import Record
 
-# Settings that name a layer's place and decide nothing about its graph by themselves.
+# Where modules keep the index of their layer, by which they find their cache.
 _PLACE_SETTINGS = ("layer_idx", "layer_index", "layer_id")
 
 
@@ -41,84 +41,51 @@ class LayerPlan:
     sample: tuple[int, ...]
 
 
-def plan_layers(base: BaseModel, adapter: AdapterSpec) -> LayerPlan | None:
-    """The plan for `base` with `adapter`, or None where a shallow model would save nothing or the layers are not a
-    list."""
-    model = base.skeleton(torch.float32)
-    found = _layer_list(model, getattr(base.config, "num_hidden_layers", 0))
-    if found is None:
-        return None
-    prefix, layers = found
+def layer_list(model: nn.Module, config: Any) -> str | None:
+    """Module path of the one list of layers, where the model has one that is worth a shallow model."""
+    depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    paths = [path for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth > 2]
+    return paths[0] if len(paths) == 1 else None
+
+
+def plan_layers(prefix: str, records: Sequence[Record]) -> LayerPlan | None:
+    """The plan for a model of which `records` were made (runs of different sizes), or None where a shallow model would
+    save nothing."""
     kinds: dict[object, list[int]] = defaultdict(list)
-    for index, layer in enumerate(layers):
-        kinds[_kind(index, layer, base.config, len(layers), prefix, adapter)].append(index)
+    for index, calls in enumerate(zip(*(record.layers for record in records), strict=True)):
+        kinds[calls].append(index)
     sample = tuple(sorted(index for members in kinds.values() for index in members[:2]))
-    if len(sample) == len(layers):
+    depth = sum(map(len, kinds.values()))
+    if len(sample) == depth:
         return None
     place = {index: position for position, index in enumerate(sample)}
     sources = {index: place[members[0]] for members in kinds.values() for index in members}
     pairs = tuple((place[members[0]], place[members[1]]) for members in kinds.values() if len(members) > 1)
-    return LayerPlan(prefix, tuple(sources[index] for index in range(len(layers))), pairs, sample)
+    return LayerPlan(prefix, tuple(sources[index] for index in range(depth)), pairs, sample)
 
 
-def shallow_config(base: BaseModel, plan: LayerPlan) -> Any:
-    """The base's configuration with the sampled layers only; lists with an entry a layer are cut alike."""
-    config = copy.deepcopy(base.config)
-    depth = len(plan.sources)
-    for name, value in list(vars(config).items()):
-        if isinstance(value, (list, tuple)) and len(value) == depth:
-            setattr(config, name, type(value)(value[index] for index in plan.sample))
-    config.num_hidden_layers = len(plan.sample)
-    return config
+def shorten(model: nn.Module, plan: LayerPlan) -> None:
+    """Leave the sampled layers in `model`, in place. They take the cache of their new place; lists of the configuration
+    with an entry a layer are cut alike. Its number of layers stays: what depends on it is the deep model's."""
+    layers = list(model.get_submodule(plan.prefix).children())
+    for position, index in enumerate(plan.sample):
+        for module in layers[index].modules():
+            for name in _PLACE_SETTINGS:
+                if vars(module).get(name) == index:
+                    setattr(module, name, position)
+    model.set_submodule(plan.prefix, nn.ModuleList(layers[index] for index in plan.sample))
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    for config in configs.values():
+        for name, value in list(vars(config).items()):
+            if isinstance(value, (list, tuple)) and len(value) == len(plan.sources):
+                setattr(config, name, type(value)(value[index] for index in plan.sample))
 
 
-def shallow_adapter(adapter: AdapterSpec, plan: LayerPlan) -> AdapterSpec:
-    """The adapter of the sampled layers, and of whatever is outside the layers, under the shallow model's names."""
-    place = {index: position for position, index in enumerate(plan.sample)}
-    projections = {}
-    for path, projection in adapter.projections.items():
-        index, rest = layer_of(path, plan.prefix)
-        if index is None:
-            projections[path] = projection
-        elif index in place:
-            renamed = f"{plan.prefix}.{place[index]}.{rest}"
-            projections[renamed] = replace(projection, path=renamed)
-    return replace(adapter, projections=projections)
-
-
-def layer_of(path: str, prefix: str) -> tuple[int | None, str]:
-    """`model.layers.3.mlp`, `model.layers` -> 3, `mlp`; None for a path outside the layers."""
-    if not path.startswith(f"{prefix}."):
-        return None, path
-    index, _, rest = path[len(prefix) + 1 :].partition(".")
-    return (int(index), rest) if index.isdigit() else (None, path)
-
-
-def _layer_list(model: nn.Module, depth: int) -> tuple[str, nn.ModuleList] | None:
-    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth > 2]
-    return lists[0] if len(lists) == 1 else None
-
-
-def _kind(index: int, layer: nn.Module, config: Any, depth: int, prefix: str, adapter: AdapterSpec) -> object:
-    shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
-    settings = tuple((path, type(m).__name__, _settings(m)) for path, m in layer.named_modules())
-    entries = tuple(
-        (name, repr(value[index]))
-        for name, value in sorted(vars(config).items())
-        if isinstance(value, (list, tuple)) and len(value) == depth
-    )
-    adapted = tuple(
-        (rest, tuple(op.weight_shapes(projection).items()), projection.shared_down)
-        for path, projection in sorted(adapter.projections.items())
-        for place, rest in [layer_of(path, prefix)]
-        if place == index
-    )
-    return shapes, settings, entries, adapted
-
-
-def _settings(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    return tuple(
-        (name, repr(value))
-        for name, value in sorted(vars(module).items())
-        if isinstance(value, (bool, int, float, str, tuple, type(None))) and name not in _PLACE_SETTINGS
+def stands_for(shallow: Sequence[Record], deep: Sequence[Record], plan: LayerPlan) -> bool:
+    """Whether the shallow model's runs are the deep model's, but for the layers that were left out."""
+    return all(
+        small.shared == large.shared
+        and small.head == large.head
+        and small.layers == tuple(large.layers[index] for index in plan.sample)
+        for small, large in zip(shallow, deep, strict=True)
     )

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from teamlora_export.graph.layers import LayerPlan, layer_of
+from teamlora_export.graph.layers import LayerPlan
 from teamlora_export.graph.passes.module_outputs import MODULES_KEY
 from teamlora_export.graph.passes.name_nodes import NameNodes
+from teamlora_export.graph.record import layer_of
 from teamlora_export.graph.weights import WeightTensor, new_weight, recipe_of, static_type
 
 _CACHE = re.compile(r"^(past_key_values|present)\.(\d+)\.(key|value)$")
@@ -79,9 +80,8 @@ def _cut(graph: ir.Graph, plan: LayerPlan) -> _Cut:
 
 
 def _nodes_of_layers(graph: ir.Graph, entry: ir.Value, plan: LayerPlan) -> set[ir.Node]:
-    """Nodes that depend on what enters the first layer, or on a layer's weights or cache. Sizes do not count: all
-    layers have
-    the same."""
+    """Nodes that depend on what enters the first layer, or on a layer's weights or cache. The size of these does not
+    count: it is the same for all layers."""
     own: set[ir.Node] = set()
     for node in graph:
         if any(
@@ -89,13 +89,10 @@ def _nodes_of_layers(graph: ir.Graph, entry: ir.Value, plan: LayerPlan) -> set[i
             for a in node.attributes.values()
         ):
             raise LayersDiffer(f"{node.name} holds a graph of its own")
-        if node.op_type == "Shape":
-            continue
-        for value in node.inputs:
-            if value is None:
-                continue
-            if value is entry or value.producer() in own or _source_layer(value, plan) is not None:
-                own.add(node)
+        values = [value for value in node.inputs if value is not None]
+        reads_layers = any(value is entry or _source_layer(value, plan) is not None for value in values)
+        if any(value.producer() in own for value in values) or (reads_layers and node.op_type != "Shape"):
+            own.add(node)
     return own
 
 

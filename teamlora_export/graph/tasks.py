@@ -15,18 +15,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from teamlora_export.bundle import BATCH, PAST, SEQUENCE, TOTAL
 from teamlora_export.errors import ExportError
+from teamlora_export.graph.record import keys_and_values
 from teamlora_export.model.base import BaseModel
 
 # Sizes of the sample: all different, none 0 or 1, so that no axis is taken for a constant or for another.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
+# Where configurations keep the number of positions, and a number for those that have no limit.
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
+_MANY = 4096
 
 _PAST_INPUT = re.compile(r"^(?:input\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
 _PRESENT_OUTPUT = re.compile(r"^(?:output\.)?past_key_values\.layers\.(\d+)\.(key|value)s$")
+_ENCODER_OUTPUTS = {
+    "text-classification": ("logits",),
+    "feature-extraction": ("last_hidden_state",),
+    "sentence-embedding": ("last_hidden_state", "sentence_embedding"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,21 @@ class TracedSignature:
         forward: replaces the model's own; takes `sample`, returns a dict of what the graph gives.
         sample: keyword arguments of `forward`.
         dynamic_shapes: torch.export's specification for `sample`.
+        outputs: names of the graph's outputs, in their order.
     """
 
     forward: Callable[..., dict[str, Any]]
     sample: Mapping[str, Any]
     dynamic_shapes: dict[str, Any]
+    outputs: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs, in their order."""
+        names: list[str] = []
+        for name, value in self.sample.items():
+            names += _cache_names(name, len(value.layers)) if isinstance(value, DynamicCache) else [name]
+        return tuple(names)
 
     @staticmethod
     def input_name(name: str) -> str:
@@ -69,17 +88,39 @@ class TracedSignature:
         return {f"{past} + {sequence}": TOTAL, f"{sequence} + {past}": TOTAL}
 
 
-def trace_signature(base: BaseModel, model: nn.Module) -> TracedSignature:
-    """The signature of `base.task` for `model` (a skeleton of any depth)."""
-    accepted = set(inspect.signature(model.forward).parameters)
+def opening(base: BaseModel, model: nn.Module, *, long: bool) -> tuple[Callable[..., dict[str, Any]], dict[str, Any]]:
+    """A first run of `model`: a forward and its inputs, with an empty cache; `long`: of as many tokens as it takes."""
+    length = _most_tokens(base.config.get_text_config()) if long else _SEQUENCE
     if base.task == "text-generation":
-        return _generation(model, accepted)
-    return _encoder(base, model, accepted)
+        _require_plain_cache(base)
+        ids = torch.zeros(_BATCH, length, dtype=torch.long)
+        return _generation_forward(model), {"input_ids": ids, "past_key_values": DynamicCache()}
+    return encoder_forward(base, model), _encoder_sample(model, length)
 
 
-def _generation(model: nn.Module, accepted: set[str]) -> TracedSignature:
+def _most_tokens(config: Any) -> int:
+    """About as many as a model has positions for (some leave the first two out)."""
+    named = [getattr(config, name, None) for name in _POSITIONS]
+    positions = next((value for value in named if isinstance(value, int) and value > 0), _MANY)
+    return max(positions - 2, _SEQUENCE)
+
+
+def trace_signature(base: BaseModel, model: nn.Module, opened: Mapping[str, Any]) -> TracedSignature:
+    """The signature of `base.task` for `model` (a skeleton of any depth), of which the first run returned `opened`."""
+    if base.task == "text-generation":
+        return _generation(model, _sample_cache(base, opened["past_key_values"]))
+    sample = _encoder_sample(model, _SEQUENCE)
+    auto = torch.export.Dim.AUTO
+    dynamic_shapes = {name: {0: auto, 1: auto} for name in sample}
+    return TracedSignature(encoder_forward(base, model), sample, dynamic_shapes, _ENCODER_OUTPUTS[base.task])
+
+
+def _cache_names(prefix: str, layers: int) -> list[str]:
+    return [f"{prefix}.{index}.{which}" for index in range(layers) for which in ("key", "value")]
+
+
+def _generation(model: nn.Module, past: DynamicCache) -> TracedSignature:
     """One graph for prefill (an empty cache) and decode, left and right padding."""
-    past = _sample_cache(model)
     mask = torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.long)
     mask[0, :2] = 0
     sample: dict[str, Any] = {
@@ -88,50 +129,63 @@ def _generation(model: nn.Module, accepted: set[str]) -> TracedSignature:
         "position_ids": torch.arange(_PAST, _PAST + _SEQUENCE).repeat(_BATCH, 1),
         "past_key_values": past,
     }
-    if "position_ids" not in accepted:
+    if "position_ids" not in inspect.signature(model.forward).parameters:
         del sample["position_ids"]
     auto = torch.export.Dim.AUTO
     dynamic_shapes: dict[str, Any] = {name: {0: auto, 1: auto} for name in sample}
     dynamic_shapes["past_key_values"] = [{0: auto, 2: auto} for layer in past.layers for _ in ("key", "value")]
+    outputs = ("logits", *_cache_names("present", len(past.layers)))
+    return TracedSignature(_generation_forward(model), sample, dynamic_shapes, outputs)
+
+
+def _generation_forward(model: nn.Module) -> Callable[..., dict[str, Any]]:
     inner = model.forward
 
     def forward(**inputs: Any) -> dict[str, Any]:
         outputs = inner(**inputs, use_cache=True, return_dict=True)
         return {"logits": outputs.logits, "past_key_values": outputs.past_key_values}
 
-    return TracedSignature(forward, sample, dynamic_shapes)
+    return forward
 
 
-def _sample_cache(model: nn.Module) -> DynamicCache:
-    """A cache of the shapes that the model itself makes, found by running it on tensors without data."""
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake, torch.no_grad():
-        ids = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long)
-        made = model(input_ids=ids, use_cache=True, return_dict=True).past_key_values
-    if not isinstance(made, DynamicCache):
+def _require_plain_cache(base: BaseModel) -> None:
+    """Refuse models that keep something else than a key and a value for each token."""
+    own = DynamicCache(config=base.config.get_text_config(decoder=True))
+    foreign = {type(layer) for layer in own.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if foreign:
+        names = " and ".join(sorted(kind.__name__ for kind in foreign))
         raise ExportError(
-            f"{type(model).__name__}: keeps its cache in a {type(made).__name__}, which is not supported."
+            f"{base.name}: {base.config.model_type} keeps a state of another kind ({names}) than a key and a value for "
+            "each token, which is not supported."
         )
+
+
+def _sample_cache(base: BaseModel, made: object) -> DynamicCache:
+    """A cache of the shapes that a first run of the model made."""
     # Made without a configuration, every layer keeps all tokens; the mask alone applies sliding windows.
     cache = DynamicCache()
-    for index, layer in enumerate(made.layers):
-        shape = [*layer.keys.shape]  # type: ignore[union-attr]
-        value_shape = [*layer.values.shape]  # type: ignore[union-attr]
-        shape[2] = value_shape[2] = _PAST
-        dtype = layer.keys.dtype  # type: ignore[union-attr]
-        cache.update(torch.zeros(shape, dtype=dtype), torch.zeros(value_shape, dtype=dtype), index)
+    for index, pair in enumerate(keys_and_values(made) if isinstance(made, DynamicCache) else ()):
+        if any(tensor is None or tensor.ndim != 4 for tensor in pair):
+            raise ExportError(
+                f"{base.name}: layer {index} of {base.config.model_type} keeps no key and value of its own, "
+                "which is not supported."
+            )
+        key, value = (torch.zeros((*t.shape[:2], _PAST, t.shape[3]), dtype=t.dtype) for t in pair)
+        cache.update(key, value, index)
+    if not cache.layers:
+        raise ExportError(f"{base.name}: {base.config.model_type} keeps no cache, which is not supported.")
     return cache
 
 
-def _encoder(base: BaseModel, model: nn.Module, accepted: set[str]) -> TracedSignature:
-    mask = torch.ones(_BATCH, _SEQUENCE, dtype=torch.long)
+def _encoder_sample(model: nn.Module, length: int) -> dict[str, Any]:
+    mask = torch.ones(_BATCH, length, dtype=torch.long)
     mask[0, -1:] = 0
     # Real ids: some encoders count positions from the ids that are no padding.
-    sample: dict[str, Any] = {"input_ids": torch.full((_BATCH, _SEQUENCE), 3), "attention_mask": mask}
+    sample: dict[str, Any] = {"input_ids": torch.full((_BATCH, length), 3), "attention_mask": mask}
+    accepted = inspect.signature(model.forward).parameters
     if "token_type_ids" in accepted and getattr(model.config, "type_vocab_size", 1) > 1:
-        sample["token_type_ids"] = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long)
-    auto = torch.export.Dim.AUTO
-    return TracedSignature(encoder_forward(base, model), sample, {name: {0: auto, 1: auto} for name in sample})
+        sample["token_type_ids"] = torch.zeros(_BATCH, length, dtype=torch.long)
+    return sample
 
 
 def encoder_forward(base: BaseModel, model: nn.Module) -> Callable[..., dict[str, Tensor]]:

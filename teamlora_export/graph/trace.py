@@ -1,7 +1,7 @@
 """Traces an adapted model into an ONNX graph whose weights are recipes.
 
     skeleton (no weights) -> adapted layers become the op -> transformers' OnnxExporter -> parameters become recipes
-    -> onnxscript's optimizer -> the ecosystem's names
+    -> exact simplification (`optimize.py`) -> the ecosystem's names
 
 What comes out depends on the base's configuration, the adapter's shapes, the task and the dtype, and on no weight.
 Rewrites that follow are in `passes/`. Each task's inputs and outputs are in `tasks.py`.
@@ -9,29 +9,28 @@ Rewrites that follow are in `passes/`. Each task's inputs and outputs are in `ta
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import onnx_ir as ir
-import onnxscript.optimizer
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
-from teamlora_export.errors import ExportError
+from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph import op
-from teamlora_export.graph.tasks import TracedSignature, trace_signature
+from teamlora_export.graph.optimize import optimize
+from teamlora_export.graph.silence import silenced
+from teamlora_export.graph.tasks import TracedSignature
 from teamlora_export.graph.weights import OP_SOURCES, Part, Recipe, bind
 from teamlora_export.model.base import BaseModel
 from teamlora_export.model.inject import swap_linears
 from teamlora_export.model.layer import FrozenLinear
-
-_NOISY_LOGGERS = ("torch.onnx", "transformers", "onnxscript", "torch.export")
+from teamlora_export.model.versions import TESTED
 
 
 class TracedExpertLinear(FrozenLinear):
@@ -68,38 +67,36 @@ class TracedExpertLinear(FrozenLinear):
         )
 
 
-def trace(base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype, config: Any = None) -> ir.Model:
-    """Trace `base` with `adapter` (aligned with it) for the base's task.
+def traceable(base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype) -> nn.Module:
+    """`base` without weights, the layers that `adapter` (aligned with it) changes being the op."""
+    # Each expert of a mixture on its own tokens (`grouped_mm`), without a loop that the tokens decide.
+    model = base.skeleton(dtype, experts=None)
+    swap_linears(model, adapter.projections, lambda path, linear: TracedExpertLinear(linear, adapter.projections[path]))
+    return model
 
-    Args:
-        config: traces this configuration instead of the base's own (fewer layers).
+
+def trace(base: BaseModel, model: nn.Module, signature: TracedSignature) -> ir.Model:
+    """Trace `model`, `base` as `traceable` gives it or some of its layers, with the inputs of `signature`.
 
     Raises:
         ExportError: transformers cannot trace this model.
     """
-    model = base.skeleton(dtype, config)
-    modules = dict(model.named_modules())
-    swap_linears(
-        model,
-        {path: None for path in adapter.projections if path in modules},
-        lambda path, linear: TracedExpertLinear(linear, adapter.projections[path]),
-    )
-    signature = trace_signature(base, model)
     handles = _mark_module_outputs(model)
     model.forward = signature.forward  # type: ignore[method-assign]
     try:
         graph_model = _export(model, signature)
     except Exception as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ExportError(
-            f"{base.name}: transformers' exporter cannot trace it as {base.task} ({first_line})."
+            f"{base.name}: transformers' exporter cannot trace {base.config.model_type} for {base.task} "
+            f"({first_line(error)})."
         ) from error
     finally:
         for handle in handles:
             handle.remove()
     names = _tied_names(model)
     parameters = _bind_parameters(graph_model, names)
-    _optimize(graph_model, parameters)
+    with silenced(), _out_of_sight(graph_model, parameters):
+        optimize(graph_model)
     _name_inputs_and_outputs(graph_model, signature)
     _name_dimensions(graph_model, signature)
     return graph_model
@@ -107,7 +104,7 @@ def trace(base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype, config: Any
 
 def _export(model: nn.Module, signature: TracedSignature) -> ir.Model:
     config = OnnxConfig(dynamic=True, dynamic_shapes=signature.dynamic_shapes, optimize=False)
-    with _silenced():
+    with silenced():
         program, _metadata = OnnxExporter().export_program(model, dict(signature.sample), config)  # type: ignore[arg-type]
     return program
 
@@ -179,9 +176,9 @@ def _bind_parameters(model: ir.Model, names: dict[str, str]) -> list[ir.Value]:
     return values
 
 
-def _optimize(model: ir.Model, parameters: list[ir.Value]) -> None:
-    """Run onnxscript's optimizer with the parameters out of its sight: it folds what it can read, and they have no
-    values."""
+@contextmanager
+def _out_of_sight(model: ir.Model, parameters: list[ir.Value]) -> Iterator[None]:
+    """Parameters as inputs: an optimizer folds what it can read, and they have no values."""
     graph = model.graph
     tensors = [value.const_value for value in parameters]
     for value in parameters:
@@ -189,8 +186,7 @@ def _optimize(model: ir.Model, parameters: list[ir.Value]) -> None:
         value.const_value = None
         graph.inputs.append(value)
     try:
-        with _silenced():
-            onnxscript.optimizer.optimize_ir(model)
+        yield
     finally:
         for value, tensor in zip(parameters, tensors, strict=True):
             graph.inputs.remove(value)
@@ -200,13 +196,32 @@ def _optimize(model: ir.Model, parameters: list[ir.Value]) -> None:
 
 
 def _name_inputs_and_outputs(model: ir.Model, signature: TracedSignature) -> None:
-    for values, rename in (
-        (model.graph.inputs, signature.input_name),
-        (model.graph.outputs, signature.output_name),
+    """Give inputs and outputs the ecosystem's names.
+
+    Raises:
+        ExportError: these are not the names that the task has: transformers calls something otherwise than it did.
+    """
+    for kind, values, rename, expected in (
+        ("inputs", model.graph.inputs, signature.input_name, signature.inputs),
+        ("outputs", model.graph.outputs, signature.output_name, signature.outputs),
     ):
-        for value in values:
-            assert value.name is not None
-            value.name = rename(value.name)
+        traced = [value.name or "" for value in values]
+        for value, name in zip(values, traced, strict=True):
+            value.name = rename(name)
+        names = tuple(value.name for value in values)
+        if names != expected:
+            raise ExportError(
+                f"transformers {transformers.__version__} (tested: {', '.join(TESTED)}) traces {kind} named "
+                f"{_difference(names, expected)}. Install a tested version."
+            )
+
+
+def _difference(names: Sequence[str | None], expected: Sequence[str]) -> str:
+    strange = [str(name) for name in names if name not in expected]
+    missing = [name for name in expected if name not in names]
+    if not strange and not missing:
+        return "in another order than expected"
+    return f"{', '.join(strange[:3]) or 'nothing'} where {', '.join(missing[:3]) or 'nothing'} is expected"
 
 
 def _name_dimensions(model: ir.Model, signature: TracedSignature) -> None:
@@ -241,22 +256,3 @@ def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.inputs
     for node in graph:
         yield from node.outputs
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Exporters print progress and advice for their own developers; errors still come through as exceptions."""
-    loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    from contextlib import redirect_stdout
-    from io import StringIO
-
-    with warnings.catch_warnings(), redirect_stdout(StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)

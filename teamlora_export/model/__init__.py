@@ -4,3 +4,7 @@
 `base.py` opens base models in PyTorch, `streaming.py` runs those that do not fit into memory. `source.py` and
 `checkpoint.py` find a base's files and read its weights without torch.
 """
+
+from teamlora_export.model.versions import require_transformers
+
+require_transformers()

@@ -50,11 +50,16 @@ class BaseModel:
     def folder(self) -> Path:
         return self.source.folder
 
-    def skeleton(self, dtype: torch.dtype, config: Any = None) -> nn.Module:
-        """The model with uninitialised parameters of `dtype` and real buffers; `config` replaces its own."""
+    def skeleton(self, dtype: torch.dtype, *, experts: str | None = "eager") -> nn.Module:
+        """The model with uninitialised parameters of `dtype` and real buffers.
+
+        Args:
+            experts: how a mixture of experts runs: "eager" is its definition, None what transformers takes for best.
+        """
         from accelerate import init_empty_weights
 
-        config = copy.deepcopy(self.config if config is None else config)
+        config = copy.deepcopy(self.config)
+        config._experts_implementation = experts
         with _quiet(), init_empty_weights(include_buffers=False):
             model = _AUTO_CLASSES[self.task].from_config(config, dtype=dtype)
         _materialize(model)
@@ -67,10 +72,13 @@ class BaseModel:
         Raises:
             ExportError: a weight file is missing, damaged, or does not fit the configuration.
         """
+        config = copy.deepcopy(self.config)
+        # The definition of a mixture of experts, in every dtype.
+        config._experts_implementation = "eager"
         try:
             with _quiet():
                 model = _AUTO_CLASSES[self.task].from_pretrained(
-                    self.folder, config=copy.deepcopy(self.config), dtype=dtype, gguf_file=self.source.gguf_file
+                    self.folder, config=config, dtype=dtype, gguf_file=self.source.gguf_file
                 )
         except Exception as error:
             raise ExportError(f"{self.name}: its weights cannot be loaded ({_first_line(error)}).") from error

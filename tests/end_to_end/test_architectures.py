@@ -3,13 +3,16 @@ trace."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, MIXTURES
 
 from teamlora_export.adapter import align_with_base, read_adapter
+from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 from teamlora_export.graph.build import build_graph
 from teamlora_export.graph.stamp import same_constant, same_operation
@@ -18,7 +21,7 @@ from teamlora_export.progress import Reporter
 from teamlora_export.validate.run import validate_bundle
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *MIXTURES])
 def test_a_bundle_of_every_architecture_equals_pytorch(name, make_bundle):
     bundle = make_bundle(name)
     verdict = validate_bundle(bundle)
@@ -42,7 +45,7 @@ def test_the_inlined_form_equals_pytorch_and_holds_standard_ops_only(name, make_
     assert validate_bundle(bundle).passed
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "qwen2_moe"])
 def test_repeating_traced_layers_gives_the_graph_of_the_full_trace(name, make_base, make_adapter):
     base = make_base(name)
     adapter = align_with_base(read_adapter(make_adapter(name)), base.signature)
@@ -75,6 +78,15 @@ def assert_same_computation(left: ir.Model, right: ir.Model) -> None:
         assert same_operation(m, n), (m.name, n.name)
         assert a.index() == b.index()
         waiting.extend((x, y) for x, y in zip(m.inputs, n.inputs, strict=True) if x is not None and y is not None)
+
+
+def test_an_adapter_on_packed_experts_is_refused_by_name(make_base, make_adapter):
+    adapter = read_adapter(make_adapter("mixtral"))
+    path, projection = next(iter(adapter.projections.items()))
+    packed = "model.layers.0.mlp.experts.1.gate_proj"
+    changed = replace(adapter, projections={path: projection, packed: replace(projection, path=packed)})
+    with pytest.raises(ExportError, match=rf"{packed}: the base keeps model.layers.0.mlp.experts's weights .* packed"):
+        align_with_base(changed, make_base("mixtral").signature)
 
 
 def test_layers_of_two_kinds_are_traced_twice_each(make_base, make_adapter, capsys):

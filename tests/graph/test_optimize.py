@@ -1,0 +1,119 @@
+"""The optimizer changes no result: a number next to 0 or 1 is a number."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import random_adapter
+from onnxscript.rewriter import pattern
+from transformers import AutoModelForCausalLM, HeliumConfig
+
+from teamlora_export.adapter import write_adapter
+from teamlora_export.export import export_onnx
+from teamlora_export.graph.optimize import EXACT_RULES, optimize
+from teamlora_export.model.base import open_base
+from teamlora_export.validate.run import validate_bundle
+
+
+def graph_of(body: str, kind: str = "float", out: str | None = None) -> ir.Model:
+    """A model from x [n, 3] to y, of nodes in ONNX's text form."""
+    text = f'<ir_version: 10, opset_import: ["" : 20]> g ({kind}[n, 3] x) => ({out or kind}[n, 3] y) {{ {body} }}'
+    return ir.from_proto(onnx.parser.parse_model(text))
+
+
+def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-8, 1e-10, 1e-12, 1e-38])
+@pytest.mark.parametrize("form", ["Add(x, c)", "Add(c, x)", "Sub(x, c)"])
+def test_an_epsilon_however_small_stays(form, epsilon):
+    model = graph_of(f"c = Constant <value_float = {epsilon!r}> () y = {form}")
+    optimize(model)
+    assert [node.op_type for node in model.graph] == [form[:3]]
+    zeros = np.zeros((2, 3), np.float32)
+    assert np.array_equal(np.abs(run(model, zeros)), np.full((2, 3), epsilon, np.float32))
+
+
+@pytest.mark.parametrize("scale", [1.000001, 1 + 2**-20, 1 - 2**-20, 1 + 2**-23])
+@pytest.mark.parametrize("form", ["Mul(x, c)", "Mul(c, x)", "Div(x, c)"])
+def test_a_scale_next_to_one_stays(form, scale):
+    model = graph_of(f"c = Constant <value_float = {scale!r}> () y = {form}")
+    optimize(model)
+    assert [node.op_type for node in model.graph] == [form[:3]]
+    expected = np.float32(scale) if form[:3] == "Mul" else 1 / np.float32(scale)
+    assert np.array_equal(run(model, np.ones((2, 3), np.float32)), np.full((2, 3), expected, np.float32))
+
+
+@pytest.mark.parametrize("form", ["Mul(x, one)", "Mul(one, x)", "Div(x, one)", "Add(zero, x)", "Sub(x, zero)"])
+def test_exact_ones_and_zeros_are_dropped(form):
+    constants = "one = Constant <value_float = 1.0> () zero = Constant <value_float = 0.0> ()"
+    model = graph_of(f"{constants} z = {form} y = Neg(z)")
+    optimize(model)
+    assert [node.op_type for node in model.graph] == ["Neg"]
+
+
+# What the library's other rules get wrong: bounds that cross, a double that float32 rounds first.
+TRAPS = {
+    "Relu of Clip below zero": "a = Constant <value_float = -2.0> () b = Constant <value_float = -1.0> () "
+    "z = Clip(x, a, b) y = Relu(z)",
+    "Clip of Clip without overlap": "a = Constant <value_float = -2.0> () b = Constant <value_float = -1.0> () "
+    "c = Constant <value_float = 1.0> () d = Constant <value_float = 2.0> () z = Clip(x, a, b) y = Clip(z, c, d)",
+    "Min of Max": "a = Constant <value_float = 1.0> () b = Constant <value_float = -1.0> () "
+    "z = Max(x, a) y = Min(z, b)",
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_bounds_that_cross_keep_their_order(name):
+    x = np.array([[-3, -1.5, 0], [0.5, 1.5, np.nan]], np.float32)
+    plain, optimized = graph_of(TRAPS[name]), graph_of(TRAPS[name])
+    optimize(optimized)
+    assert np.array_equal(run(optimized, x), run(plain, x), equal_nan=True)
+
+
+def test_a_double_is_rounded_as_often_as_the_model_rounds_it():
+    body = "z = Cast <to = 1> (x) y = Cast <to = 10> (z)"
+    plain, optimized = graph_of(body, "double", "float16"), graph_of(body, "double", "float16")
+    optimize(optimized)
+    # Just above the middle of two halves: float32 rounds it to the middle, from where it goes to the even one.
+    x = np.full((1, 3), 1 + 2**-11 + 2**-40)
+    assert np.array_equal(run(optimized, x), run(plain, x))
+
+
+def test_no_rule_compares_a_number_within_a_tolerance():
+    for rule in EXACT_RULES:
+        for value in constants_of(rule):
+            # Sizes and indices are integers, which no tolerance of 1e-5 confuses below 100,000.
+            exact = value._rel_tol == 0 == value._abs_tol
+            assert exact or rule.name in ("SqueezeReshape1d", "ScatterAllDynamic"), (rule.name, value.value)
+
+
+def constants_of(rule: pattern.RewriteRule) -> list[pattern.Constant]:
+    nodes = rule._target_pattern._nodes
+    return [value for node in nodes for value in node.inputs if isinstance(value, pattern.Constant)]
+
+
+def test_the_constants_of_rules_are_found_by_this_test():
+    assert sum(bool(constants_of(rule)) for rule in EXACT_RULES) >= 6
+
+
+def test_a_norm_of_a_zero_row_stays_finite_from_end_to_end(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 48, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(HeliumConfig(**sizes, **heads, rms_norm_eps=1e-8))
+    model.model.embed_tokens.weight.data[::2] = 0
+    model.save_pretrained(tmp_path / "base")
+    base = open_base(str(tmp_path / "base"))
+    write_adapter(random_adapter(base, ("q_proj", "down_proj")), tmp_path / "adapter")
+    bundle = export_onnx(base.name, tmp_path / "adapter", tmp_path / "out", use_cache=False)
+    verdict = validate_bundle(bundle)
+    assert verdict.passed, verdict.departure or verdict.worst
