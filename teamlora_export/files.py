@@ -84,8 +84,8 @@ def read_json(path: Path, advice: str, folder: Path | None = None, kind: type = 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ExportError: it cannot be read, or holds anything but one value of that kind, of reasonable size and depth, in UTF-8,
-            each of its names once.
+        ExportError: it cannot be read, or holds anything but one value of that kind, of reasonable size and depth, in
+            UTF-8, each of its names once.
     """
     data = read_bytes(path, folder, LARGEST_JSON)
     try:
