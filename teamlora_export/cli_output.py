@@ -23,16 +23,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from teamlora_export import __version__
 from teamlora_export.errors import ExportError, printable
-from teamlora_export.files import write_aside
+from teamlora_export.files import read_json, write_aside
 
 STANDARD_OUTPUT = Path("-")
+# The field by which a result is known again, so that nothing else is ever replaced.
+_SIGNATURE = "written_by"
 
 
 def given_path(value: str | Path) -> Path:
     """A path of the command line: never empty, which would be the current folder; `~` is the user's home."""
-    if value == "":
-        raise typer.BadParameter("is empty")
+    if value == "" or any(ord(character) < 32 for character in str(value)):
+        raise typer.BadParameter(f"is {value!r:.200}, expected the name of a file or a folder")
     try:
         return Path(value).expanduser()
     except RuntimeError:
@@ -105,15 +108,22 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def write_json(fields: Mapping[str, Any], path: Path | None) -> None:
-    """Write `fields` to `path`, print them (`-`), or do nothing (None)."""
+    """Write `fields` to `path`, print them (`-`), or do nothing (None).
+
+    Raises:
+        ExportError: there is a file of that name that this function did not write, or it cannot be written.
+    """
     if path is None:
         return
-    text = json_format.dumps(_plain(fields), indent=2, allow_nan=False) + "\n"
+    signed = {_SIGNATURE: f"teamlora-export {__version__}", **_plain(fields)}
+    text = json_format.dumps(signed, indent=2, allow_nan=False) + "\n"
     if path == STANDARD_OUTPUT:
         with writing_to_standard_output():
             print(text, end="", flush=True)
         return
     try:
+        if os.path.lexists(path) and _SIGNATURE not in read_json(path, "Give another file to --json."):
+            raise ExportError(f"{path}: is no earlier result, and is left as it is. Give another file to --json.")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_aside(path, text)
     except OSError as error:
