@@ -10,7 +10,8 @@ and runs one command on it, in a child that is forked from this process after ev
 - at most 10 s of processor time, 30 s in all, 2 GB of memory
 - nothing is changed but what the command was told to write, and with 2 not even that; no text from outside is copied
 
-A case is decided by the seed and its number alone: `--seed S --only N` (and the same `--kinds`) runs it again, `--keep` leaves its folder.
+A case is decided by seed, number and kinds alone: `--only N` with the same of both runs it again, `--keep` leaves its
+folder.
 """
 
 from __future__ import annotations

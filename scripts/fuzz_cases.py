@@ -234,7 +234,7 @@ def _spoilt_arguments(rng: random.Random, folder: Path) -> Case:
         else:
             arguments.insert(place, value)
     out = arguments[arguments.index("-o") + 1] if "-o" in arguments[:-1] else None
-    wrote = ("out",) if "out" in arguments else ()
+    wrote = tuple(arguments[arguments.index("--json") + 1 :][:1]) if "--json" in arguments else ()
     return Case("arguments", tuple(arguments), out, wrote)
 
 

@@ -34,8 +34,8 @@ _SIGNATURE = "written_by"
 
 def given_path(value: str | Path) -> Path:
     """A path of the command line: never empty, which would be the current folder; `~` is the user's home."""
-    if value == "" or any(ord(character) < 32 for character in str(value)):
-        raise typer.BadParameter(f"is {value!r:.200}, expected the name of a file or a folder")
+    if value == "":
+        raise typer.BadParameter("is empty")
     try:
         return Path(value).expanduser()
     except RuntimeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 _MOST_FINDINGS = 20
@@ -11,10 +12,13 @@ LONGEST_MESSAGE = 3500
 
 
 class ExportError(Exception):
-    """Wrong input or environment: the message says what, where, and what to do. The command line exits with 2."""
+    """Wrong input or environment: the message says what, where, and what to do. The command line exits with 2.
+
+    Lines after the first are indented; a line break without an indent came from outside, and is shown as one.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(message))
+        super().__init__(printable(re.sub(r"\n(?!  )", r"\\n", message)))
 
 
 def raise_findings(subject: str, findings: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from teamlora_export.errors import ExportError, printable
+from teamlora_export.errors import ExportError
 from teamlora_export.files import LARGEST_JSON, open_file, read_json, sha256_of
 
 CONFIG_NAME = "config.json"
@@ -151,15 +151,9 @@ def _find_folder(name: str) -> Path:
     folder = Path(os.path.expanduser(name))
     if name and os.path.isdir(folder):
         return folder
-    if (
-        not name
-        or any(ord(letter) < 32 for letter in name)
-        or os.path.lexists(folder)
-        or name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-    ):
+    if not name or os.path.lexists(folder) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ExportError(
-            f"{printable(name, keep='') or '(empty)'}: no such folder. Give a folder that save_pretrained wrote, or a hub name."
+            f"{name or '(empty)'}: no such folder. Give a folder that save_pretrained wrote, or a hub name."
         )
     from huggingface_hub import snapshot_download
 
