@@ -45,6 +45,7 @@ from fuzz_cases import KINDS, SECRET, Case, copy_world, make_case
 
 from teamlora_export import cli, export, inspect  # noqa: F401
 from teamlora_export.adapter import AdapterConfig, write_adapter
+from teamlora_export.bundle import read_bundle
 from teamlora_export.deploy import cpp, genai, python, runner, triton  # noqa: F401
 from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.graph import build  # noqa: F401
@@ -89,21 +90,14 @@ def make_world(folder: Path) -> None:
         config = AdapterConfig(r=4, lora_alpha=4.0, lora_nums=2, target_modules=targets)
         write_adapter(new_adapter(open_base(str(folder / base)).signature, config, 0, 0.1), folder / adapter)
         export.export_onnx(str(folder / base), folder / adapter, folder / bundle)
-    made = cli_bundle(folder / "bundle")
+    made = read_bundle(folder / "bundle")
     python.deploy_python(made, folder / "dist")
     build_engine(made, BuildOptions(runtime="rtx", capabilities=("8.9",)), folder / "bundle/engines/small.engine")
     (folder / "outside").mkdir()
     (folder / "outside" / "secret.txt").write_text(SECRET)
     (folder / "sibling.txt").write_text("not yours")
-    shutil.copyfile(
-        onnxruntime.__file__.replace("__init__.py", "capi/libonnxruntime_providers_shared.so"), folder / "real.so"
-    )
-
-
-def cli_bundle(folder: Path):  # type: ignore[no-untyped-def]
-    from teamlora_export.bundle import read_bundle
-
-    return read_bundle(folder)
+    library = Path(onnxruntime.__file__).parent / "capi" / "libonnxruntime_providers_shared.so"
+    shutil.copyfile(library, folder / "real.so")
 
 
 def run_case(world: Path, scratch: Path, seed: int, number: int, kinds: Sequence[str] = ()) -> Outcome:
@@ -303,6 +297,8 @@ def main() -> None:
         codes[outcome.code] = codes.get(outcome.code, 0) + 1
         kind = outcome.case.label.partition(":")[0]
         seconds[kind] = seconds.get(kind, 0.0) + outcome.seconds
+        if os.environ.get("FUZZ_SLOW") and outcome.seconds > 1.5:
+            print("SLOW", number, f"{outcome.seconds:.1f}", outcome.code, outcome.case.label, outcome.case.arguments)
         if outcome.problems or given.only is not None:
             failed += bool(outcome.problems)
             print(describe(number, outcome), flush=True)
