@@ -23,9 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
-from teamlora_export.adapter.initialize import new_adapter
 from teamlora_export.model.balance import add_balance_loss, balance_loss
 from teamlora_export.model.base import open_base
+from teamlora_export.model.initialize import new_adapter
 from teamlora_export.model.inject import extract, inject
 
 SEED = 20240817

@@ -5,20 +5,39 @@ Exit codes: 0 done, 1 a validation that failed, 2 wrong input or environment.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import io
 import os
 import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
 from rich.console import Console
 
 from teamlora_export import __version__
-from teamlora_export.cli_deploy import BundleArgument, OutputOption, deploy_app
-from teamlora_export.errors import ExportError
+from teamlora_export.cli_deploy import deploy_app
+from teamlora_export.cli_output import (
+    STANDARD_OUTPUT,
+    THIS_FOLDER,
+    AdapterOption,
+    BundleArgument,
+    JsonOption,
+    OutputOption,
+    given_path,
+    prepare_standard_files,
+    say,
+    show,
+    show_description,
+    wide_console,
+    write_json,
+    writing_to_standard_output,
+)
+from teamlora_export.errors import ExportError, printable
 
 app = typer.Typer(
     name="teamlora-export",
@@ -31,7 +50,10 @@ app = typer.Typer(
 # Packages that come with an extra, because they are a choice or rarely needed.
 _EXTRAS = {"onnxruntime": "cpu", "gguf": "gguf", "polygraphy": "tensorrt", "tritonclient": "triton", "grpc": "triton"}
 
-AdapterArgument = Annotated[Path, typer.Option("--adapter", "-a", help="Folder of the trained adapter.")]
+PluginOption = Annotated[
+    Path | None,
+    typer.Option(parser=given_path, metavar="FILE", help="Plugin library. Default: the one built here."),
+]
 
 
 class _BuildByDefault(typer.core.TyperGroup):
@@ -62,15 +84,15 @@ def _root(
     if debug:
         os.environ["TEAMLORA_EXPORT_DEBUG"] = "1"
     if version:
-        print(f"teamlora-export {__version__}")
+        say(f"teamlora-export {__version__}")
         raise typer.Exit
 
 
 @app.command()
 def onnx(
     base: Annotated[str, typer.Argument(help="Base model: a local folder, or a name on the hub.")],
-    adapter: AdapterArgument,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the bundle to write.")],
+    adapter: AdapterOption,
+    output: OutputOption,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     task: Annotated[
         str,
@@ -82,35 +104,42 @@ def onnx(
     cache: Annotated[
         bool, typer.Option("--cache/--no-cache", help="Take the traced graph from the user's cache and keep it there.")
     ] = True,
+    json: JsonOption = None,
 ) -> None:
     """Export a base model with an adapter to a bundle with one ONNX graph."""
     from teamlora_export.export import export_onnx
 
     bundle = export_onnx(base, adapter, output, dtype=dtype, task=task, op_form=op, use_cache=cache)
-    print(
-        f"{bundle.folder}: {bundle.manifest.task}, {bundle.manifest.dtype}, {bundle.manifest.op['nodes']} expert nodes"
+    made = bundle.manifest
+    show(
+        f"{bundle.folder}: {made.task}, {made.dtype}, {made.op['nodes']} expert nodes",
+        {"bundle": bundle.folder, "task": made.task, "dtype": made.dtype, "op": made.op, "sha256": made.sha256},
+        json,
     )
 
 
 @app.command()
 def validate(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    bundle: BundleArgument = THIS_FOLDER,
     base: Annotated[str | None, typer.Option(help="The base model, should it have moved since the export.")] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="The adapter, should it have moved.")] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", "-a", parser=given_path, metavar="FOLDER", help="The adapter, should it have moved."),
+    ] = None,
     layer_by_layer: Annotated[
         bool | None,
         typer.Option("--layer-by-layer/--whole", help="Hold one layer in memory at a time. Default: where it must be."),
     ] = None,
     engine: Annotated[str | None, typer.Option(help="Judge this engine of the bundle instead of its graph.")] = None,
-    plugin: Annotated[
-        Path | None, typer.Option(help="The plugin library, should it not be the one built here.")
+    plugin: PluginOption = None,
+    report: Annotated[
+        Path | None, typer.Option(parser=given_path, metavar="FILE", help="Write a self-contained HTML report here.")
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write a self-contained HTML report here.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write every figure as JSON here.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Compare a bundle with PyTorch; exit with 1 where it departs, and say which module does."""
     from teamlora_export.bundle import read_bundle
-    from teamlora_export.validate.report import print_verdict, write_html, write_json
+    from teamlora_export.validate.report import print_verdict, verdict_fields, write_html
     from teamlora_export.validate.run import validate_bundle
 
     opened = read_bundle(bundle)
@@ -122,31 +151,42 @@ def validate(
         engine_name=engine,
         plugin=plugin,
     )
-    print_verdict(verdict, _wide_console())
+    if json != STANDARD_OUTPUT:
+        with writing_to_standard_output():
+            print_verdict(verdict, wide_console())
     if report is not None:
         write_html(verdict, opened, report)
-    if json is not None:
-        write_json(verdict, opened, json)
+    write_json(verdict_fields(verdict, opened), json)
     if not verdict.passed:
         raise typer.Exit(1)
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of an adapter or of a bundle, or an engine.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            parser=given_path,
+            metavar="PATH",
+            help="Folder of an adapter or of a bundle, or an engine. Default: this folder.",
+        ),
+    ] = THIS_FOLDER,
+    json: JsonOption = None,
 ) -> None:
     """Say what an adapter, a bundle or an engine is."""
     from teamlora_export.inspect import inspect_path
 
-    _wide_console().print(inspect_path(path))
+    show_description(inspect_path(path), json)
 
 
 @app.command()
 def generate(
-    bundle: BundleArgument,
+    bundle: Annotated[Path, typer.Argument(parser=given_path, metavar="BUNDLE", help="Folder of the bundle.")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One is streamed; several make a batch.")],
     tokens: Annotated[int, typer.Option(min=1, help="Generate at most so many.")] = 64,
-    library: Annotated[Path | None, typer.Option(help="A native library with the op.")] = None,
+    library: Annotated[
+        Path | None, typer.Option(parser=given_path, metavar="FILE", help="A native library with the op.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
     """Try a bundle: greedy text in ONNX Runtime, with the tokens a second at the end."""
@@ -155,7 +195,7 @@ def generate(
     try:
         model = Model(bundle, library, check)
         written = [prompt.replace("\\n", "\n") for prompt in prompts]
-        count, seconds = answer(model, written, tokens, lambda text: print(text, end="", flush=True))
+        count, seconds = answer(model, written, tokens, lambda text: say(text, end=""))
     except ModelError as error:
         raise ExportError(str(error)) from None
     print(f"({count} tokens, {count / seconds:.1f} a second)", file=sys.stderr)
@@ -163,7 +203,7 @@ def generate(
 
 @app.command()
 def embed(
-    bundle: BundleArgument,
+    bundle: Annotated[Path, typer.Argument(parser=given_path, metavar="BUNDLE", help="Folder of the bundle.")],
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...")],
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
@@ -176,15 +216,21 @@ def embed(
     except ModelError as error:
         raise ExportError(str(error)) from None
     for row in rows:
-        print(row.astype(float).tolist())
+        say(str(row.astype(float).tolist()))
 
 
 @trt_app.command("build")
 def trt_build(
-    bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
+    bundle: BundleArgument = THIS_FOLDER,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="NAME.engine to write. Default: in the bundle's engines folder."),
+        typer.Option(
+            "--output",
+            "-o",
+            parser=given_path,
+            metavar="FILE",
+            help="NAME.engine to write. Default: in the bundle's engines folder.",
+        ),
     ] = None,
     fp32: Annotated[bool, typer.Option("--fp32", help="Weights and activations in float32.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="In float16; norms, softmax and routing in float32.")] = False,
@@ -196,7 +242,7 @@ def trt_build(
             help="BATCHxTOKENS at least, best, at most: 1x1,1x256,4x2048. Tokens: prompt and answer together."
         ),
     ] = None,
-    plugin: Annotated[Path | None, typer.Option(help="Use this plugin library.")] = None,
+    plugin: PluginOption = None,
     no_plugin: Annotated[bool, typer.Option("--no-plugin", help="Inline the op's body instead.")] = False,
     compute_capability: Annotated[
         str | None, typer.Option(help="For RTX: the GPUs to build for, such as 8.9,12.0. Default: this one, or all.")
@@ -208,7 +254,10 @@ def trt_build(
         bool,
         typer.Option("--strip-weights", help="Leave the weights out; they come from the bundle when it is loaded."),
     ] = False,
-    timing_cache: Annotated[Path | None, typer.Option(help="Keep tactic timings in this file.")] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(parser=given_path, metavar="FILE", help="Keep tactic timings in this file.")
+    ] = None,
+    json: JsonOption = None,
 ) -> None:
     """Build an engine: NAME.engine and NAME.json. Default dtype: the bundle's."""
     from teamlora_export.bundle import read_bundle
@@ -231,15 +280,17 @@ def trt_build(
         timing_cache=timing_cache,
     )
     path, facts = build_engine(read_bundle(bundle), options, output)
-    print(f"{path}: {facts.dtype}, {facts.size / 1e6:,.0f} MB, for {', '.join(facts.targets)}")
+    text = f"{path}: {facts.dtype}, {facts.size / 1e6:,.0f} MB, for {', '.join(facts.targets)}"
+    show(text, {"engine": path, **dataclasses.asdict(facts)}, json)
 
 
 @trt_app.command("graph")
 def trt_graph(
-    bundle: BundleArgument,
     output: OutputOption,
+    bundle: BundleArgument = THIS_FOLDER,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Default: the bundle's.")] = None,
     no_plugin: Annotated[bool, typer.Option("--no-plugin", help="Inline the op's body.")] = False,
+    json: JsonOption = None,
 ) -> None:
     """Write the graph alone, for trtexec or polygraphy: its op is the plugin's, or inlined."""
     from teamlora_export.bundle import read_bundle
@@ -251,25 +302,37 @@ def trt_graph(
     wanted = dtype or opened.manifest.dtype
     if wanted not in DTYPES:
         raise ExportError(f"--dtype {wanted}: unknown. Use {', '.join(DTYPES)}.")
-    print(write_graph(opened, wanted, output, for_plugin=not no_plugin, reporter=Reporter()))
+    written = write_graph(opened, wanted, output, for_plugin=not no_plugin, reporter=Reporter())
+    show(str(written), {"graph": written, "dtype": wanted, "plugin": not no_plugin}, json)
 
 
 @trt_app.command("refit")
 def trt_refit(
-    engine: Annotated[Path, typer.Argument(help="NAME.engine, built with --refit.")],
-    adapter: AdapterArgument,
+    engine: Annotated[
+        Path, typer.Argument(parser=given_path, metavar="ENGINE", help="NAME.engine, built with --refit.")
+    ],
+    adapter: AdapterOption,
     bundle: Annotated[
-        Path | None, typer.Option(help="The bundle it was built from. Default: the one whose folder it is in.")
+        Path | None,
+        typer.Option(
+            parser=given_path,
+            metavar="FOLDER",
+            help="The bundle it was built from. Default: the one whose folder it is in.",
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write another NAME.engine.")] = None,
-    plugin: Annotated[Path | None, typer.Option(help="Use this plugin library.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", parser=given_path, metavar="FILE", help="Write another NAME.engine."),
+    ] = None,
+    plugin: PluginOption = None,
+    json: JsonOption = None,
 ) -> None:
     """Exchange the adapter of an engine without building it anew."""
     from teamlora_export.engine.facts import bundle_of
     from teamlora_export.engine.refit import refit_engine
 
     path, facts = refit_engine(engine, bundle_of(engine, bundle), adapter, output, plugin)
-    print(f"{path}: adapter {facts.adapter_sha256[:12]}")
+    show(f"{path}: adapter {facts.adapter_sha256[:12]}", {"engine": path, **dataclasses.asdict(facts)}, json)
 
 
 @plugins_app.command("build")
@@ -277,26 +340,31 @@ def plugins_build(
     arch: Annotated[
         str | None, typer.Option(help="Compute capabilities without the dot: 80,89. Default: 80,86,89,90,100,120.")
     ] = None,
+    json: JsonOption = None,
 ) -> None:
     """Compile the TensorRT plugin for this machine's TensorRT headers; kept in the user's cache."""
     from teamlora_export.engine.plugin import ARCHITECTURES, build_plugin
 
-    print(build_plugin(tuple(arch.split(",")) if arch else ARCHITECTURES).path)
+    library = build_plugin(tuple(arch.split(",")) if arch else ARCHITECTURES)
+    show(str(library.path), dataclasses.asdict(library), json)
 
 
 @plugins_app.command("info")
 def plugins_info(
-    library: Annotated[Path | None, typer.Argument(help="A library. Default: the one built here.")] = None,
+    library: Annotated[
+        Path | None,
+        typer.Argument(parser=given_path, metavar="LIBRARY", help="A library. Default: the one built here."),
+    ] = None,
+    json: JsonOption = None,
 ) -> None:
     """Say what a plugin library holds."""
     from teamlora_export.inspect import inspect_plugin
 
-    _wide_console().print(inspect_plugin(library))
+    show_description(inspect_plugin(library), json)
 
 
-def _wide_console() -> Console:
-    """A terminal's own width; wide enough for our tables elsewhere."""
-    return Console() if sys.stdout.isatty() else Console(width=132)
+# What the command line library raises for arguments that it cannot take.
+_WrongUsage: Any = typer.BadParameter.__mro__[1]
 
 
 class _Interrupted(BaseException):
@@ -309,8 +377,14 @@ def main() -> None:
     for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
         signal.signal(kind, _interrupt)
     sys.unraisablehook = _interrupt_again
+    prepare_standard_files()
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except _WrongUsage as error:
+        usage = io.StringIO()
+        error.show(file=usage)
+        _print_error(usage.getvalue())
+        sys.exit(2)
     except ExportError as error:
         _fail(str(error))
     except _Interrupted:
@@ -320,12 +394,14 @@ def main() -> None:
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(error.name or "")
         if extra is None:
-            raise
+            _fail_unforeseen(error)
         _fail(f"{error.name} is not installed, and this command needs it: pip install 'teamlora-export[{extra}]'")
     except MemoryError:
         _fail("Not enough memory for this model on this machine.")
     except OSError as error:
         _fail(f"{error.filename or 'A file'}: {error.strerror or error}.")
+    except Exception as error:
+        _fail_unforeseen(error)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
@@ -340,7 +416,14 @@ def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
         sys.__unraisablehook__(dropped)
 
 
-def _fail(message: str) -> None:
+def _fail_unforeseen(error: Exception) -> NoReturn:
+    """The last resort. Tests take its words for a failure."""
+    _fail(
+        f"Unexpected {type(error).__name__} ({error}): a fault of teamlora-export. Run it with --debug and report it."
+    )
+
+
+def _fail(message: str) -> NoReturn:
     _report(message)
     sys.exit(2)
 
@@ -348,9 +431,14 @@ def _fail(message: str) -> None:
 def _report(message: str) -> None:
     if os.environ.get("TEAMLORA_EXPORT_DEBUG"):
         traceback.print_exc()
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"Error: {message}", style="red", markup=False)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _print_error(f"Error: {message}")
+
+
+def _print_error(text: str) -> None:
+    with contextlib.suppress(OSError):
+        Console(stderr=True, highlight=False, soft_wrap=True).print(printable(text.rstrip()), style="red", markup=False)
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

@@ -7,56 +7,66 @@ from typing import Annotated
 
 import typer
 
+from teamlora_export.cli_output import THIS_FOLDER, BundleArgument, JsonOption, OutputOption, given_path, show
+
 deploy_app = typer.Typer(help="Write what a system loads: python, genai, cpp, triton.", no_args_is_help=True)
 
-BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.")]
-OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 EngineOption = Annotated[str | None, typer.Option(help="Run this engine of the bundle on TensorRT, not its graph.")]
 LibraryOption = Annotated[
     str | None, typer.Option(help="A native library with the op, as the machine that runs the model will find it.")
 ]
 PluginOption = Annotated[
-    Path | None, typer.Option(help="The plugin that the engine was built with. Default: the one built here.")
+    Path | None,
+    typer.Option(
+        parser=given_path,
+        metavar="FILE",
+        help="The plugin the engine was built with. Default: the one built here.",
+    ),
 ]
 
 
 @deploy_app.command("python")
-def deploy_python_command(bundle: BundleArgument, output: OutputOption) -> None:
+def deploy_python_command(output: OutputOption, bundle: BundleArgument = THIS_FOLDER, json: JsonOption = None) -> None:
     """The model with one file of Python that runs it on onnxruntime and numpy."""
     from teamlora_export.bundle import read_bundle
     from teamlora_export.deploy.python import deploy_python
 
-    print(deploy_python(read_bundle(bundle), output))
+    _show(deploy_python(read_bundle(bundle), output), "python", json)
 
 
 @deploy_app.command("genai")
 def deploy_genai_command(
-    bundle: BundleArgument,
     output: OutputOption,
+    bundle: BundleArgument = THIS_FOLDER,
     library: LibraryOption = None,
+    json: JsonOption = None,
 ) -> None:
     """What onnxruntime-genai loads."""
     from teamlora_export.bundle import read_bundle
     from teamlora_export.deploy.genai import deploy_genai
 
-    print(deploy_genai(read_bundle(bundle), output, library))
+    _show(deploy_genai(read_bundle(bundle), output, library), "genai", json)
 
 
 @deploy_app.command("cpp")
 def deploy_cpp_command(
-    bundle: BundleArgument, output: OutputOption, engine: EngineOption = None, plugin: PluginOption = None
+    output: OutputOption,
+    bundle: BundleArgument = THIS_FOLDER,
+    engine: EngineOption = None,
+    plugin: PluginOption = None,
+    json: JsonOption = None,
 ) -> None:
     """A CMake project that runs the model from C++, on ONNX Runtime or TensorRT."""
     from teamlora_export.bundle import read_bundle
     from teamlora_export.deploy.cpp import deploy_cpp
 
-    print(deploy_cpp(read_bundle(bundle), output, engine, plugin))
+    _show(deploy_cpp(read_bundle(bundle), output, engine, plugin), "cpp", json)
 
 
 @deploy_app.command("triton")
 def deploy_triton_command(
-    bundle: BundleArgument,
     output: OutputOption,
+    bundle: BundleArgument = THIS_FOLDER,
     name: Annotated[str | None, typer.Option(help="Of the model. Default: the bundle's folder.")] = None,
     engine: EngineOption = None,
     plugin: PluginOption = None,
@@ -69,6 +79,7 @@ def deploy_triton_command(
         int | None, typer.Option(min=1, help="Requests that run together at most. Default: 8 for text, 32 elsewhere.")
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Texts at work at a time, each with its cache.")] = 64,
+    json: JsonOption = None,
 ) -> None:
     """A model repository for Triton Inference Server, with clients."""
     from teamlora_export.bundle import read_bundle
@@ -88,4 +99,8 @@ def deploy_triton_command(
         batch=batch,
         sequences=sequences,
     )
-    print(written)
+    _show(written, "triton", json)
+
+
+def _show(folder: Path, target: str, json: Path | None) -> None:
+    show(str(folder), {"folder": folder, "target": target}, json)

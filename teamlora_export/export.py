@@ -155,14 +155,15 @@ def _write_weights(
     model: ir.Model, source: BaseSource, template: Template, adapter: AdapterSpec, folder: Path, reporter: Reporter
 ) -> str:
     """Write the external data; return its SHA-256."""
+    needed = weights.base_names(model, adapter)
     base_weights: weights.BaseWeights | None = open_safetensors_weights(
-        source, template.aliases, template.signature.body_prefix
+        source, template.aliases, template.signature, needed
     )
     if base_weights is None:
         from teamlora_export.model.base import LoadedWeights
 
         with reporter.step("Loading the base's weights through transformers"):
-            base_weights = LoadedWeights(_open_base(source, template.task))
+            base_weights = LoadedWeights(_open_base(source, template.task), needed)
     size = weights.total_bytes(model)
     require_space(folder, size)
     with reporter.bytes("Writing weights", size) as progress:

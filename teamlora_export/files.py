@@ -75,8 +75,8 @@ def read_bytes(path: Path, folder: Path | None = None, largest: int | None = Non
         return file.read()
 
 
-def read_json(path: Path, advice: str, folder: Path | None = None) -> dict[str, Any]:
-    """The JSON object in a file.
+def read_json(path: Path, advice: str, folder: Path | None = None, kind: type = dict) -> Any:
+    """The JSON object (a dict) in a file, or what else `kind` says.
 
     Args:
         advice: what to do where it cannot be read: a sentence.
@@ -84,8 +84,8 @@ def read_json(path: Path, advice: str, folder: Path | None = None) -> dict[str, 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ExportError: it cannot be read, or holds anything but one JSON object of reasonable size and depth, in UTF-8,
-            each of its names once.
+        ExportError: it cannot be read, or holds anything but one value of that kind, of reasonable size and depth, in
+            UTF-8, each of its names once.
     """
     data = read_bytes(path, folder, LARGEST_JSON)
     try:
@@ -94,8 +94,9 @@ def read_json(path: Path, advice: str, folder: Path | None = None) -> dict[str, 
         raise ExportError(f"{path}: is not text in UTF-8. {advice}") from None
     except (ValueError, RecursionError) as error:
         raise ExportError(f"{path}: cannot be read as JSON ({error}). {advice}") from None
-    if not isinstance(fields, dict):
-        raise ExportError(f"{path}: holds {_JSON_NAMES.get(type(fields), 'a value')}, expected a JSON object. {advice}")
+    if not isinstance(fields, kind):
+        found = _JSON_NAMES.get(type(fields), "a value")
+        raise ExportError(f"{path}: holds {found}, expected {_JSON_NAMES[kind]}. {advice}")
     if _depth(fields) > _DEEPEST_JSON:
         raise ExportError(f"{path}: is nested more than {_DEEPEST_JSON} deep. {advice}")
     return fields
@@ -146,7 +147,14 @@ def write_aside(path: Path, text: str) -> None:
         staged.unlink(missing_ok=True)
 
 
-_JSON_NAMES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a truth value"}
+_JSON_NAMES = {
+    dict: "a JSON object",
+    list: "a list",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "a truth value",
+}
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

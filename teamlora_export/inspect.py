@@ -1,44 +1,76 @@
-"""`teamlora-export inspect` and `plugins info`: what an adapter, a bundle, an engine or a library is, as a table."""
+"""`teamlora-export inspect` and `plugins info`: what an adapter, a bundle, an engine or a library is."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-
-from rich.table import Table
+from typing import Any
 
 from teamlora_export.adapter import AdapterSpec, read_adapter
 from teamlora_export.adapter.config import CONFIG_NAME
 from teamlora_export.bundle import MANIFEST_NAME, Bundle, Port, read_bundle
+from teamlora_export.cli_output import Description
 from teamlora_export.engine.facts import EngineFacts, read_facts
 from teamlora_export.engine.plugin import PluginLibrary, latest_plugin, read_plugin
 from teamlora_export.errors import ExportError
 
 
-def inspect_path(path: Path) -> Table:
-    """A table about the adapter or the bundle in the folder `path`, or the engine of that name.
+def inspect_path(path: Path) -> Description:
+    """What the adapter or the bundle in the folder `path` is, or the engine of that name.
 
     Raises:
         ExportError: it is neither, or it is damaged.
     """
     if (path / MANIFEST_NAME).is_file():
-        return _table(f"Bundle {path}", _bundle_rows(read_bundle(path)))
+        bundle = read_bundle(path)
+        return _describe("bundle", path, _bundle_rows(bundle), dataclasses.asdict(bundle.manifest))
     if (path / CONFIG_NAME).is_file():
-        return _table(f"Adapter {path}", _adapter_rows(read_adapter(path)))
+        adapter = read_adapter(path)
+        return _describe("adapter", path, _adapter_rows(adapter), _adapter_fields(adapter))
     if path.suffix == ".engine":
-        return _table(f"Engine {path}", _engine_rows(read_facts(path)))
+        facts = read_facts(path)
+        return _describe("engine", path, _engine_rows(facts), dataclasses.asdict(facts))
     raise ExportError(f"{path}: neither an adapter ({CONFIG_NAME}) nor a bundle ({MANIFEST_NAME}) nor NAME.engine.")
 
 
-def inspect_plugin(path: Path | None) -> Table:
-    """A table about the plugin library at `path`, or about the one that was built here.
+def inspect_plugin(path: Path | None) -> Description:
+    """What the plugin library at `path` is, or the one that was built here.
 
     Raises:
         ExportError: there is none, or it is none of ours.
     """
     library = read_plugin(path or latest_plugin())
-    return _table(f"Plugin {library.path}", _plugin_rows(library))
+    return _describe("plugin", library.path, _plugin_rows(library), dataclasses.asdict(library))
+
+
+def _describe(kind: str, path: Path, rows: Iterable[tuple[str, str]], fields: dict[str, Any]) -> Description:
+    return Description(f"{kind.capitalize()} {path}", tuple(rows), {"kind": kind, **fields, "path": str(path)})
+
+
+def _adapter_fields(adapter: AdapterSpec) -> dict[str, Any]:
+    return {
+        "family": adapter.family,
+        "config": dataclasses.asdict(adapter.config),
+        "modules": {
+            name: {
+                "in": p.in_features,
+                "out": p.out_features,
+                "rank": p.down_rank,
+                "experts": p.num_experts,
+                "scaling": p.scaling,
+                "normalizer_floor": p.normalizer_floor,
+            }
+            for name, p in adapter.projections.items()
+        },
+        "overrides": {name: list(value.shape) for name, value in adapter.overrides.items()},
+        "parameters": adapter.num_parameters,
+        "bytes": adapter.num_bytes,
+        "dtype": adapter.dtype,
+        "unsafe_normalizers": adapter.unsafe_normalizers(),
+        "sha256": adapter.sha256,
+    }
 
 
 def _adapter_rows(adapter: AdapterSpec) -> Iterable[tuple[str, str]]:
@@ -62,7 +94,7 @@ def _adapter_rows(adapter: AdapterSpec) -> Iterable[tuple[str, str]]:
     worst = min(projections, key=lambda p: p.normalizer_floor)
     yield "router normaliser, least value", f"{worst.normalizer_floor:.4g} ({worst.path})"
     for path, floor in adapter.unsafe_normalizers().items():
-        yield "[red]unsafe normaliser[/]", f"{path}: {floor:.4g}, some token divides by zero or flips sign"
+        yield "UNSAFE normaliser", f"{path}: {floor:.4g}, some token divides by zero or flips sign"
     yield "SHA-256", adapter.sha256
 
 
@@ -144,12 +176,3 @@ def _ports(ports: tuple[Port, ...]) -> str:
 
 def _port(port: Port) -> str:
     return f"{port.name}: {port.dtype} [{', '.join(map(str, port.shape))}]"
-
-
-def _table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value.replace("[", r"\[") if not name.startswith("[") else value)
-    return table

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -15,26 +16,29 @@ from rich.progress import (
     TimeElapsedColumn,
     TransferSpeedColumn,
 )
+from rich.text import Text
+
+from teamlora_export.errors import printable
 
 
 class Reporter:
     """Prints steps with their durations to standard error, so that standard output stays for results."""
 
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
-        self.console = console or Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = console or _PatientConsole(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 
     def say(self, message: str) -> None:
-        self.console.print(message, markup=False)
+        self.console.print(printable(message), markup=False)
 
     def warn(self, message: str) -> None:
-        self.console.print(f"Warning: {message}", style="yellow", markup=False)
+        self.console.print(printable(f"Warning: {message}"), style="yellow", markup=False)
 
     @contextmanager
     def step(self, label: str) -> Iterator[None]:
         """Show `label` while the block runs, and how long it took."""
         started = time.monotonic()
         if self.console.is_terminal:
-            with self.console.status(label):
+            with self.console.status(Text(printable(label))):
                 yield
         else:
             yield
@@ -52,6 +56,13 @@ class Reporter:
             TimeElapsedColumn(),
         )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            task = bar.add_task(label, total=total)
+            task = bar.add_task(escape(printable(label)), total=total)
             yield lambda count: bar.advance(task, count)
         self.say(f"{label}: {total / 1e6:,.0f} MB in {time.monotonic() - started:.1f} s")
+
+
+class _PatientConsole(Console):
+    """Work goes on when nobody reads its progress any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True

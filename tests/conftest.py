@@ -19,11 +19,11 @@ import transformers
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, align_with_base, read_adapter, write_adapter
-from teamlora_export.adapter.initialize import new_adapter
 from teamlora_export.bundle import Bundle
 from teamlora_export.engine.plugin import PluginLibrary, build_plugin
 from teamlora_export.export import export_onnx
 from teamlora_export.model.base import BaseModel, open_base
+from teamlora_export.model.initialize import new_adapter
 from teamlora_export.model.inject import inject
 
 ROOT = Path(__file__).parents[1]

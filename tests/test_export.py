@@ -97,7 +97,7 @@ BREAKS = {
         lambda shards: (shards[0].parent / "model.safetensors.index.json").write_text(
             f'{{"weight_map": {{"lm_head.weight": "{shards[0].name}", "lm_head.weight": "{shards[1].name}"}}}}'
         ),
-        "names lm_head.weight twice",
+        "names 'lm_head.weight' twice",
     ),
     "a path out of the folder": (
         lambda shards: (shards[0].parent / "model.safetensors.index.json").write_text(

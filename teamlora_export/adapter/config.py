@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from teamlora_export.adapter.patterns import PatternMatcher, why_no_pattern
 from teamlora_export.errors import ExportError, raise_findings
+from teamlora_export.files import read_json
 
 CONFIG_NAME = "adapter_config.json"
+_LARGEST = 1e9
+_MOST_EXPERTS = 1024
+_NUMBERS = {int: "an integer", float: "a number"}
 _BIAS_MODES = ("none", "all", "lora_only")
 # Options of PEFT that change what a LoRA layer computes and that the op does not express.
 _UNSUPPORTED_OPTIONS = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "alora_invocation_tokens")
@@ -51,15 +55,30 @@ class AdapterConfig:
 
     def targets(self, path: str) -> bool:
         """Whether `target_modules` names the module at `path`, by PEFT's rules."""
-        return _matches(self.target_modules, path) and not _matches(self.exclude_modules, path)
+        return self._matches(self.target_modules, path) and not self._matches(self.exclude_modules, path)
 
     def rank(self, path: str) -> int:
         """Rank of the module at `path` (`rank_pattern` first, then r)."""
-        return int(_by_pattern(self.rank_pattern, path, self.r))
+        return int(self._by_pattern(self.rank_pattern, path, self.r))
 
     def alpha(self, path: str) -> float:
         """Alpha of the module at `path` (`alpha_pattern` first, then lora_alpha)."""
-        return float(_by_pattern(self.alpha_pattern, path, self.lora_alpha))
+        return float(self._by_pattern(self.alpha_pattern, path, self.lora_alpha))
+
+    @cached_property
+    def _matcher(self) -> PatternMatcher:
+        return PatternMatcher()
+
+    def _matches(self, targets: tuple[str, ...] | str, path: str) -> bool:
+        if isinstance(targets, str):
+            return targets == "all-linear" or (bool(targets) and self._matcher.fullmatch(targets, path))
+        return any(path == target or path.endswith(f".{target}") for target in targets)
+
+    def _by_pattern(self, patterns: Mapping[str, float] | None, path: str, default: float) -> float:
+        for pattern, value in (patterns or {}).items():
+            if self._matcher.fullmatch(rf"(.*\.)?({pattern})", path):
+                return value
+        return default
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -70,95 +89,94 @@ def read_config(folder: Path) -> AdapterConfig:
     """
     path = folder / CONFIG_NAME
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path, "Copy it again from where it was trained.", folder)
     except FileNotFoundError:
         raise ExportError(
             f"{folder}: no {CONFIG_NAME} in it. Give the folder that training wrote the adapter to."
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ExportError(
-            f"{path}: cannot be read as JSON ({error}). Copy it again from where it was trained."
-        ) from None
-    if not isinstance(fields, dict):
-        raise ExportError(f"{path}: holds a {type(fields).__name__}, expected a JSON object.")
     return _parse(fields, str(path))
 
 
 def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
     findings: list[str] = []
 
-    def number(name: str, default: float | None, kind: type, least: float) -> Any:
+    def number(name: str, default: float | None, kind: type, least: float, most: float = _LARGEST) -> Any:
         value: Any = fields.get(name, default)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not least <= value < 1e9 or (kind is int and value != int(value)):
-            findings.append(f"{name} is {value!r}, expected {'an integer' if kind is int else 'a number'} >= {least:g}")
-            return default
-        return kind(value)
+        if _is_number(value, kind, least, most):
+            return kind(value)
+        findings.append(f"{name} is {value!r:.80}, expected {_NUMBERS[kind]} from {least:g} to {most:g}")
+        return default
+
+    def text(name: str) -> str | None:
+        value = fields.get(name)
+        if value is None or isinstance(value, str):
+            return value
+        findings.append(f"{name} is {value!r:.80}, expected a string")
+        return None
+
+    def flag(name: str) -> bool:
+        value = fields.get(name) or False
+        if isinstance(value, bool):
+            return value
+        findings.append(f"{name} is {value!r:.80}, expected true or false")
+        return False
 
     def names(name: str) -> tuple[str, ...]:
         value = fields.get(name) or ()
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        findings.append(f"{name} is {value!r}, expected a list of module names")
+        findings.append(f"{name} is {value!r:.80}, expected a list of module names")
         return ()
 
     def pattern_or_names(name: str) -> tuple[str, ...] | str:
         value = fields.get(name)
         if not isinstance(value, str):
             return names(name)
-        try:
-            re.compile(value)
-        except re.error as error:
-            findings.append(f"{name} is {value!r}, which is not a regular expression: {error}")
-        return value
+        return value if is_pattern(name, value) else ()
 
-    def per_module(name: str) -> dict[str, Any] | None:
-        value = fields.get(name) or None
-        if value is None or (
-            isinstance(value, dict) and all(isinstance(v, (int, float)) and v > 0 for v in value.values())
-        ):
-            return value
-        findings.append(f"{name} is {value!r}, expected an object of positive numbers by module name")
-        return None
+    def is_pattern(name: str, value: str) -> bool:
+        reason = why_no_pattern(value)
+        if reason:
+            findings.append(f"{name} is {value!r:.80}, which is not a regular expression: {reason}")
+        return reason is None
+
+    def per_module(name: str, kind: type) -> dict[str, Any] | None:
+        value = fields.get(name) or {}
+        if not isinstance(value, dict) or not all(_is_number(v, kind, 0, _LARGEST) and v for v in value.values()):
+            findings.append(f"{name} is {value!r:.80}, expected {_NUMBERS[kind]} above 0 for each module name")
+            return None
+        refused = [key for key in value if not is_pattern(name, key)]
+        return value if value and not refused else None
 
     bias = fields.get("bias") or "none"
     if bias not in _BIAS_MODES:
-        findings.append(f"bias is {bias!r}, expected one of {', '.join(_BIAS_MODES)}")
+        findings.append(f"bias is {bias!r:.80}, expected one of {', '.join(_BIAS_MODES)}")
     for option in _UNSUPPORTED_OPTIONS:
         if fields.get(option):
             findings.append(f"{option} is set: it changes the layer in a way that the exported op does not compute")
     config = AdapterConfig(
         r=number("r", None, int, 1),
         lora_alpha=number("lora_alpha", None, float, 0),
-        lora_nums=number("lora_nums", None, int, 1) if fields.get("lora_nums") is not None else None,
+        lora_nums=number("lora_nums", None, int, 1, _MOST_EXPERTS) if fields.get("lora_nums") is not None else None,
         target_modules=pattern_or_names("target_modules"),
         exclude_modules=pattern_or_names("exclude_modules"),
         bias=bias,
-        fan_in_fan_out=bool(fields.get("fan_in_fan_out", False)),
+        fan_in_fan_out=flag("fan_in_fan_out"),
         blc_alpha=number("blc_alpha", 0.0, float, 0),
         blc_weight=number("blc_weight", 0.0, float, 0),
         lora_dropout=number("lora_dropout", 0.0, float, 0),
-        use_rslora=bool(fields.get("use_rslora", False)),
+        use_rslora=flag("use_rslora"),
         modules_to_save=names("modules_to_save"),
-        base_model_name_or_path=fields.get("base_model_name_or_path"),
-        task_type=fields.get("task_type"),
-        rank_pattern=per_module("rank_pattern"),
-        alpha_pattern=per_module("alpha_pattern"),
+        base_model_name_or_path=text("base_model_name_or_path"),
+        task_type=text("task_type"),
+        rank_pattern=per_module("rank_pattern", int),
+        alpha_pattern=per_module("alpha_pattern", float),
     )
     raise_findings(where, findings)
     return config
 
 
-def _matches(targets: tuple[str, ...] | str, path: str) -> bool:
-    if isinstance(targets, str):
-        if targets == "all-linear":
-            return True
-        return bool(targets) and re.fullmatch(targets, path) is not None
-    return any(path == target or path.endswith(f".{target}") for target in targets)
-
-
-def _by_pattern(patterns: Mapping[str, float] | None, path: str, default: float) -> float:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+def _is_number(value: Any, kind: type, least: float, most: float) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not least <= value <= most:
+        return False
+    return kind is float or value == int(value)

@@ -6,7 +6,6 @@ To add a task: its sample and forward here, its name in `model/base.py::TASKS`.
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from teamlora_export.bundle import BATCH, PAST, SEQUENCE, TOTAL
 from teamlora_export.errors import ExportError
+from teamlora_export.files import read_json
 from teamlora_export.graph.record import keys_and_values
 from teamlora_export.model.base import BaseModel
 
@@ -229,23 +229,22 @@ def read_pooling(folder: Path) -> Pooling:
     Raises:
         ExportError: it asks for a mode other than mean or cls.
     """
+    advice = "Download the model again."
     try:
-        fields = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        fields = read_json(folder / "1_Pooling" / "config.json", advice, folder)
+        modules = read_json(folder / "modules.json", advice, folder, list)
     except FileNotFoundError:
         return Pooling()
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder}: its pooling configuration cannot be read ({error}).") from None
     modes = [
         name.removeprefix("pooling_mode_")
         for name, on in fields.items()
         if name.startswith("pooling_mode_") and on is True
     ]
-    normalize = any("Normalize" in str(module.get("type", "")) for module in modules)
+    normalize = any("Normalize" in str(module.get("type", "")) for module in modules if isinstance(module, dict))
     if modes == ["mean_tokens"]:
         return Pooling("mean", normalize)
     if modes == ["cls_token"]:
         return Pooling("cls", normalize)
     raise ExportError(
-        f"{folder}: pooling by {' and '.join(modes) or 'nothing'}; mean_tokens or cls_token are supported."
+        f"{folder}: pooling by {' and '.join(modes)[:200] or 'nothing'}; mean_tokens or cls_token are supported."
     )

@@ -290,6 +290,13 @@ def total_bytes(model: ir.Model) -> int:
     )
 
 
+def base_names(model: ir.Model, adapter: AdapterSpec) -> set[str]:
+    """The base's parameters that the weights of `model` are made of, without those that `adapter` replaces."""
+    recipes = [recipe_of(value) for value in model.graph.initializers.values()]
+    parts = [part for recipe in recipes if recipe for part in recipe.parts]
+    return {part.key for part in parts if part.source not in OP_SOURCES and part.key not in adapter.overrides}
+
+
 class _Cook:
     """Makes arrays of recipes."""
 

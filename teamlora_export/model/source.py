@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from teamlora_export.errors import ExportError
-from teamlora_export.files import sha256_of
+from teamlora_export.files import LARGEST_JSON, open_file, read_json, sha256_of
 
 CONFIG_NAME = "config.json"
+_AGAIN = "Download the checkpoint again."
 _CHUNK = 1 << 20
 # What decides how sentences are pooled (sentence-transformers).
 POOLING_FILES = ("modules.json", "1_Pooling/config.json")
+# What transformers and tokenizers open by themselves, given a folder; the text among it is of a size that text has.
+_TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".spm", ".vocab", ".tiktoken")
+_READ_SUFFIXES = (*_TEXT_SUFFIXES, ".safetensors", ".bin", ".gguf")
+_READ_FOLDERS = (".", "1_Pooling", "additional_chat_templates")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "*/config.json"]
 
 
@@ -39,7 +43,7 @@ class BaseSource:
     @property
     def origin(self) -> str:
         """What finds it again: its folder, or its name on the hub."""
-        return str(self.folder.resolve()) if Path(self.name).is_dir() else self.name
+        return str(self.folder.resolve()) if os.path.isdir(os.path.expanduser(self.name)) else self.name
 
     def weight_files(self) -> list[Path]:
         """The files that hold weights, by the names that transformers looks for, in its order of preference."""
@@ -63,15 +67,25 @@ def find_base(name: str) -> BaseSource:
     """The base model `name`, a local folder or a hub name.
 
     Raises:
-        ExportError: it is not there, or holds no configuration.
+        ExportError: it is not there, holds no configuration, or a file that leads out of it.
     """
     folder = _find_folder(name)
+    _check_files(folder)
     gguf_files = sorted(folder.glob("*.gguf"))
     if (folder / CONFIG_NAME).is_file():
         return BaseSource(name, folder)
     if gguf_files:
         return BaseSource(name, folder, gguf_files[0].name)
     raise ExportError(f"{name}: no config.json in it. Give a folder that save_pretrained wrote, or a hub name.")
+
+
+def _check_files(folder: Path) -> None:
+    """Every file that may be opened is one of this folder, before others are given its name."""
+    for inner in _READ_FOLDERS:
+        if os.path.isdir(folder / inner):
+            for path in sorted((folder / inner).iterdir()):
+                if path.suffix in _READ_SUFFIXES and os.path.exists(path) and not os.path.isdir(path):
+                    open_file(path, folder, LARGEST_JSON if path.suffix in _TEXT_SUFFIXES else None).close()
 
 
 def weights_sha256(source: BaseSource) -> dict[str, str]:
@@ -105,7 +119,7 @@ def hashing_weights(source: BaseSource) -> Iterator[Callable[[], dict[str, str]]
 
 def _sha256_until(path: Path, stop: threading.Event) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while not stop.is_set() and (chunk := file.read(_CHUNK)):
             digest.update(chunk)
     return digest.hexdigest()
@@ -122,38 +136,29 @@ def read_weight_map(index: Path) -> dict[str, str]:
     Raises:
         ExportError: it is not a readable index, names a tensor twice, or a file that is missing or in another folder.
     """
-    try:
-        fields = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)
-        pairs = {str(key): str(name) for key, name in fields["weight_map"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ExportError(f"{index}: not a readable index of shards ({error}).") from None
+    pairs = read_json(index, _AGAIN, index.parent).get("weight_map")
+    if not isinstance(pairs, dict) or not all(isinstance(name, str) for name in pairs.values()):
+        raise ExportError(f"{index}: has no weight_map of tensor names to file names. {_AGAIN}")
     for name in sorted(set(pairs.values())):
         if Path(name).name != name:
-            raise ExportError(f"{index}: names {name!r}, which is not a file of this folder.")
-        if not (index.parent / name).is_file():
-            raise ExportError(f"{index}: names {name}, which is missing. Download the checkpoint again.")
+            raise ExportError(f"{index}: names {name!r:.80}, which is not a file of this folder.")
+        if not os.path.isfile(index.parent / name):
+            raise ExportError(f"{index}: names {name:.200}, which is missing. {_AGAIN}")
     return pairs
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"it names {twice} twice")
-    return fields
-
-
 def _find_folder(name: str) -> Path:
-    folder = Path(name)
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(name))
+    if name and os.path.isdir(folder):
         return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ExportError(f"{name}: no such folder. Give a folder that save_pretrained wrote, or a hub name.")
+    if not name or os.path.lexists(folder) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ExportError(
+            f"{name or '(empty)'}: no such folder. Give a folder that save_pretrained wrote, or a hub name."
+        )
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ExportError(f"{name}: neither a folder here nor a model that the hub gives ({reason}).") from None
+        raise ExportError(f"{name}: neither a folder here nor a model that the hub gives ({reason:.300}).") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 import re
@@ -45,15 +44,14 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     console.print(_conclusion(verdict), markup=False)
 
 
-def write_json(verdict: Verdict, bundle: Bundle, path: Path) -> None:
-    """Every figure of the verdict. Numbers that JSON cannot hold (infinity, NaN) become strings."""
-    fields = {
-        "bundle": bundle.folder.name,
+def verdict_fields(verdict: Verdict, bundle: Bundle) -> dict[str, Any]:
+    """Every figure of the verdict."""
+    return {
+        "bundle": bundle.folder.resolve().name,
         "passed": verdict.passed,
         "rule": {"multiple": MULTIPLE, "floor_in_roundoff": FLOOR},
         **dataclasses.asdict(verdict),
     }
-    _write(path, json.dumps(_finite(fields), indent=2) + "\n")
 
 
 def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
@@ -147,14 +145,6 @@ def _expert_rows(expert_use: dict[str, list[float]]) -> list[tuple[str, list[tup
         match = _LAYER.match(path)
         rows[match[1] if match else ""].append((match[2] if match else path, shares))
     return list(rows.items())
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(path: Path, text: str) -> None:

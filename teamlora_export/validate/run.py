@@ -145,7 +145,8 @@ def _fits(base: BaseModel) -> bool:
 
 
 def _open_streamed(base: BaseModel) -> SafetensorsWeights:
-    weights = open_safetensors_weights(base.source, base.aliases(), base.signature.body_prefix)
+    aliases = base.aliases()
+    weights = open_safetensors_weights(base.source, aliases, base.signature, aliases.keys())
     if weights is None:
         raise ExportError(
             f"{base.name}: does not fit into this machine's memory, and only safetensors can be read layer by layer."

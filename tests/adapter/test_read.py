@@ -13,9 +13,9 @@ from conftest import ARCHITECTURES, random_adapter
 from safetensors.numpy import load_file, save_file
 
 from teamlora_export.adapter import AdapterConfig, align_with_base, read_adapter, write_adapter
-from teamlora_export.adapter.initialize import new_adapter
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import open_base
+from teamlora_export.model.initialize import new_adapter
 
 PREFIX = "base_model.model."
 IN, OUT = 12, 20

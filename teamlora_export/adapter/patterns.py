@@ -1,0 +1,64 @@
+"""Regular expressions out of an adapter's configuration, matched by Python's rules and within a limit of time.
+
+A pattern such as `((\\w+)+\\.?)+!` takes `re` longer than anybody waits. The `regex` package knows the same language
+and stops in time; what it would read in another way than `re` does (fuzzy braces, nested sets) is refused.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+
+import regex
+
+from teamlora_export.errors import ExportError
+
+_SECONDS = 2.0
+_LONGEST = 1 << 16
+# In `re` a brace that is no repetition is a letter; in `regex` it may allow errors in a match.
+_ODD_BRACE = re.compile(r"(?<!\\)\{(?!\d*,?\d*\})")
+
+
+def why_no_pattern(text: str) -> str | None:
+    """What keeps `text` from being a regular expression that is read here, or None."""
+    if len(text) > _LONGEST:
+        return f"it has {len(text):,} characters, expected {_LONGEST:,} at most"
+    if _ODD_BRACE.search(text):
+        return "it has a brace that is no repetition"
+    try:
+        with warnings.catch_warnings():
+            # `re` warns of sets that may come to mean something else, and `regex` takes them for that already.
+            warnings.simplefilter("error")
+            re.compile(text)
+        regex.compile(text)
+    except (re.error, regex.error, Warning, RecursionError, OverflowError, ValueError) as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+class PatternMatcher:
+    """Matches the patterns of one configuration; all their time together is limited."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[str, regex.Pattern[str]] = {}
+        self._left = _SECONDS
+
+    def fullmatch(self, pattern: str, text: str) -> bool:
+        """As `re.fullmatch` would say.
+
+        Raises:
+            ExportError: the patterns take too long.
+        """
+        if pattern not in self._compiled:
+            self._compiled[pattern] = regex.compile(pattern)
+        started = time.monotonic()
+        try:
+            return self._compiled[pattern].fullmatch(text, timeout=max(self._left, 0.001)) is not None
+        except TimeoutError:
+            raise ExportError(
+                f"The pattern {pattern!r:.200} takes too long to match {text!r:.200}. "
+                "Write it without repetitions of repetitions, or list the modules."
+            ) from None
+        finally:
+            self._left -= time.monotonic() - started
