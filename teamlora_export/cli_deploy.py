@@ -16,7 +16,7 @@ LibraryOption = Annotated[
     str | None, typer.Option(help="A native library with the op, as the machine that runs the model will find it.")
 ]
 PluginOption = Annotated[
-    Path | None, typer.Option(help="The plugin that the engine was built with. Default: the one built here.")
+    Path | None, typer.Option(help="The plugin that the engine was built with. Default: found among those built here.")
 ]
 
 
