@@ -243,6 +243,9 @@ def trt_build(
         ),
     ] = None,
     plugin: PluginOption = None,
+    arch: Annotated[
+        str | None, typer.Option(help="Compile the plugin for these GPUs: compute capabilities without the dot, 80,89.")
+    ] = None,
     no_plugin: Annotated[bool, typer.Option("--no-plugin", help="Inline the op's body instead.")] = False,
     compute_capability: Annotated[
         str | None, typer.Option(help="For RTX: the GPUs to build for, such as 8.9,12.0. Default: this one, or all.")
@@ -272,6 +275,7 @@ def trt_build(
         shapes=shapes,
         use_plugin=not no_plugin,
         plugin=plugin,
+        architectures=tuple(arch.split(",")) if arch else None,
         capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
         memory_gb=memory,
         optimization_level=optimization_level,
@@ -338,14 +342,17 @@ def trt_refit(
 @plugins_app.command("build")
 def plugins_build(
     arch: Annotated[
-        str | None, typer.Option(help="Compute capabilities without the dot: 80,89. Default: 80,86,89,90,100,120.")
+        str | None,
+        typer.Option(
+            help="Compute capabilities without the dot: 80,89. Default: those of 80,86,89,90,100,120 that nvcc knows."
+        ),
     ] = None,
     json: JsonOption = None,
 ) -> None:
-    """Compile the TensorRT plugin for this machine's TensorRT headers; kept in the user's cache."""
-    from teamlora_export.engine.plugin import ARCHITECTURES, build_plugin
+    """Compile the TensorRT plugin for the installed TensorRT; kept in the user's cache, and taken by later commands."""
+    from teamlora_export.engine.plugin import build_plugin
 
-    library = build_plugin(tuple(arch.split(",")) if arch else ARCHITECTURES)
+    library = build_plugin(tuple(arch.split(",")) if arch else None)
     show(str(library.path), dataclasses.asdict(library), json)
 
 

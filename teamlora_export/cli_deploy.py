@@ -20,7 +20,7 @@ PluginOption = Annotated[
     typer.Option(
         parser=given_path,
         metavar="FILE",
-        help="The plugin the engine was built with. Default: the one built here.",
+        help="The plugin that the engine was built with. Default: found among those built here.",
     ),
 ]
 

@@ -146,7 +146,15 @@ def _engine_rows(facts: EngineFacts) -> Iterable[tuple[str, str]]:
         ]
         yield f"profile {profile.name}", "\n".join(shapes)
     plugin = facts.plugin
-    yield "op", f"plugin, version {plugin['op_version']}, build {plugin['build']}" if plugin else "inlined"
+    yield (
+        "op",
+        (
+            f"plugin, version {plugin['op_version']}, build {plugin['build']}, TensorRT headers {plugin['tensorrt']}, "
+            f"SHA-256 {plugin['sha256']}"
+            if plugin
+            else "inlined"
+        ),
+    )
     yield "adapter", facts.adapter_sha256
     yield "refit", f"{len(facts.refit_weights)} weights of the adapter" if facts.refit_weights else "no"
     yield "weights", "left out" if facts.stripped else "in the engine"

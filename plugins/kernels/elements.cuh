@@ -26,6 +26,12 @@ __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 
+// `value` as T holds it, where the op's definition rounds.
+template <typename T>
+__device__ float rounded(float value) {
+    return to_float(from_float<T>(value));
+}
+
 // 16 bytes of elements, as one memory transaction moves them.
 template <typename T>
 struct alignas(16) Pack {
@@ -55,6 +61,14 @@ __device__ void store_pack(T* target, const Pack<T>& pack) {
     uint4 raw;
     memcpy(&raw, &pack, sizeof(pack));
     *reinterpret_cast<uint4*>(target) = raw;
+}
+
+// The same to global memory, as one transaction: the compiler takes a plain assignment apart into four.
+template <typename T>
+__device__ void store_global(T* target, const Pack<T>& pack) {
+    uint4 raw;
+    memcpy(&raw, &pack, sizeof(pack));
+    __stwb(reinterpret_cast<uint4*>(target), raw);
 }
 
 // The first `count` elements from `source`, which need not be aligned; zeros after them.

@@ -1,7 +1,6 @@
 // Few tokens (decode): bound by reading `down` and `up` once, so no tensor cores, and enough blocks to fill the chip.
 //
-// `few_down` sums slices of z = x downT; `few_up` adds the slices, routes, and makes y. Everything stays in float32
-// until y is rounded.
+// `few_down` sums slices of z = x downT in float32; `few_up` adds the slices and rounds z, routes, and makes y.
 #pragma once
 
 #include "columns.cuh"
@@ -146,7 +145,7 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
         for (int s = 0; s < arguments.slices; ++s) {
             sum += __ldg(partial + static_cast<int64_t>(s) * arguments.tokens * arguments.rows);
         }
-        z[i] = sum;
+        z[i] = rounded<T>(sum);
     }
     __syncthreads();
     route(z + a, sibling_rows, kTokens, k, arguments.mix + tile.sibling * k * k, weights);
@@ -158,7 +157,7 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
         const int expert = row / c, source = arguments.shared_down ? row - expert * c : row;
 #pragma unroll
         for (int t = 0; t < kTokens; ++t) {
-            const float value = z[t * sibling_rows + source] * weights[t * k + expert];
+            const float value = rounded<T>(z[t * sibling_rows + source] * weights[t * k + expert]);
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) delta[t][j] += value * to_float(weight.values[j]);
         }

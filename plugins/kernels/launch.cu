@@ -95,8 +95,7 @@ cudaError_t launch_many(const MixedExpertShape& shape, const MixedExpertTensors&
     const ManyDownArguments down{tensors.x,
                                  tensors.down,
                                  tensors.mix,
-                                 memory + plan.high_offset,
-                                 memory + plan.low_offset,
+                                 memory + plan.values_offset,
                                  partials,
                                  counters,
                                  tokens,
@@ -115,17 +114,8 @@ cudaError_t launch_many(const MixedExpertShape& shape, const MixedExpertTensors&
     if (error != cudaSuccess) return error;
 
     const Columns columns = columns_of(shape);
-    const ManyUpArguments up{tensors.base,
-                             tensors.up,
-                             tensors.y,
-                             memory + plan.high_offset,
-                             memory + plan.low_offset,
-                             tokens,
-                             shape.up_rank(),
-                             plan.value_stride,
-                             shape.out(),
-                             aligned_outputs(shape, tensors),
-                             columns};
+    const ManyUpArguments up{tensors.base,    tensors.up,        tensors.y,   memory + plan.values_offset,     tokens,
+                             shape.up_rank(), plan.value_stride, shape.out(), aligned_outputs(shape, tensors), columns};
     const dim3 up_grid(ceil_div(tokens, ManyUp<T>::kTokens), columns.num_tiles(ManyUp<T>::kColumns));
     return launch_kernel(many_up<T>, up_grid, ManyUp<T>::kThreads, ManyUp<T>::kSharedBytes, stream, up);
 }

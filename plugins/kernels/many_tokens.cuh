@@ -1,8 +1,7 @@
 // Many tokens (prefill): both products on tensor cores for half and bfloat16.
 //
 // `many_down` makes z for a tile of tokens, routes in its epilogue and writes v, what the second product multiplies:
-// v[token, (e, j)] = w_e u_j. For 16-bit types v is kept as the sum of two numbers of that type, so that nothing is
-// rounded before y. `many_up` multiplies by `up` and adds `base` in its epilogue.
+// v[token, (e, j)] = w_e u_j, rounded to T. `many_up` multiplies by `up` and adds `base` in its epilogue.
 #pragma once
 
 #include "columns.cuh"
@@ -22,8 +21,7 @@ struct ManyDownArguments {
     const void* x;
     const void* down;
     const float* mix;
-    void* high;  // v, T [tokens, siblings, value_stride]; its rounding error goes to `low`
-    void* low;
+    void* values;        // v, T [tokens, siblings, value_stride]
     float* partials;     // [blocks of the grid's x and y, splits, token tile, columns]
     uint32_t* counters;  // [blocks of the grid's x and y], zero at the start
     int tokens, in, num_experts, expert_rank, down_rank;
@@ -98,16 +96,6 @@ __device__ bool add_up_splits(float* z, float* partials, uint32_t* counter, int 
     }
     __syncthreads();
     return true;
-}
-
-template <typename T>
-__device__ void store_value(void* high, void* low, int64_t at, float value) {
-    const T rounded = from_float<T>(value);
-    static_cast<T*>(high)[at] = rounded;
-    if constexpr (sizeof(T) == 2) {
-        const float error = value - to_float(rounded);
-        static_cast<T*>(low)[at] = from_float<T>(isinf(error) ? 0.0F : error);
-    }
 }
 
 // Grid: tiles of tokens, siblings times chunks, splits of `in`.
@@ -202,9 +190,17 @@ __global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThrea
         float* partials = arguments.partials + block * gridDim.z * Shape::kTokens * Shape::kColumns;
         if (!add_up_splits<Shape>(z, partials, arguments.counters + block, blockIdx.z, gridDim.z)) return;
     }
+    if constexpr (sizeof(T) == 2) {
+        for (int i = threadIdx.x; i < Shape::kTokens * Shape::kColumns; i += Shape::kThreads) {
+            float& value = z[i / Shape::kColumns * Shape::kZStride + i % Shape::kColumns];
+            value = rounded<T>(value);
+        }
+        __syncthreads();
+    }
     float* weights = z + Shape::kZElements;
     route(z + columns, Shape::kZStride, Shape::kTokens, k, arguments.mix + sibling * k * k, weights);
 
+    T* values = static_cast<T*>(arguments.values);
     const int64_t token_stride = static_cast<int64_t>(gridDim.y / arguments.chunks) * arguments.value_stride;
     for (int i = threadIdx.x; i < Shape::kTokens * columns; i += Shape::kThreads) {
         const int row = i / columns, column = i % columns;
@@ -213,10 +209,10 @@ __global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThrea
         const int64_t at = (token0 + row) * token_stride + sibling * arguments.value_stride + column0 + column;
         if (arguments.shared_down) {
             for (int expert = 0; expert < k; ++expert) {
-                store_value<T>(arguments.high, arguments.low, at + expert * c, u * weights[row * k + expert]);
+                values[at + expert * c] = from_float<T>(u * weights[row * k + expert]);
             }
         } else {
-            store_value<T>(arguments.high, arguments.low, at, u * weights[row * k + (column0 + column) / c]);
+            values[at] = from_float<T>(u * weights[row * k + (column0 + column) / c]);
         }
     }
 }
@@ -225,8 +221,7 @@ struct ManyUpArguments {
     const void* base;
     const void* up;
     void* y;
-    const void* high;
-    const void* low;
+    const void* values;
     int tokens, up_rank, value_stride, out;
     bool aligned;
     Columns columns;
@@ -236,10 +231,9 @@ template <typename T>
 struct ManyUp {
     static constexpr int kTokens = 64, kColumns = 128, kThreads = 256;
     static constexpr int kDepth = 2 * Tile<T>::kDepth;
-    static constexpr int kParts = sizeof(T) == 2 ? 2 : 1;
     static constexpr int kValueStride = kDepth + Pack<T>::kWidth, kUpStride = kColumns + Pack<T>::kWidth;
     static constexpr int kResultStride = kColumns + 4;
-    static constexpr size_t kInputBytes = sizeof(T) * (kParts * kTokens * kValueStride + kDepth * kUpStride);
+    static constexpr size_t kInputBytes = sizeof(T) * (kTokens * kValueStride + kDepth * kUpStride);
     static constexpr size_t kResultBytes = sizeof(float) * kTokens * kResultStride;
     static constexpr size_t kSharedBytes = kInputBytes > kResultBytes ? kInputBytes : kResultBytes;
 };
@@ -255,7 +249,7 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kTh
     constexpr int kOwn = Shape::kTokens / kRowStep;
     TEAMLORA_DYNAMIC_SHARED(shared);
     T* values = reinterpret_cast<T*>(shared);
-    T* weights = values + Shape::kParts * Shape::kTokens * Shape::kValueStride;
+    T* weights = values + Shape::kTokens * Shape::kValueStride;
     const ColumnTile tile = arguments.columns.tile(blockIdx.y, Shape::kColumns);
     const int64_t token0 = static_cast<int64_t>(blockIdx.x) * Shape::kTokens, out = arguments.out;
 
@@ -280,14 +274,13 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kTh
     const int64_t token_stride = static_cast<int64_t>(arguments.columns.num_siblings) * arguments.value_stride;
     for (int depth0 = 0; depth0 < arguments.up_rank; depth0 += Shape::kDepth) {
         constexpr int kPacksAlong = Shape::kDepth / kWidth;
-        for (int i = threadIdx.x; i < Shape::kParts * Shape::kTokens * kPacksAlong; i += Shape::kThreads) {
-            const int part = i / (Shape::kTokens * kPacksAlong), row = i / kPacksAlong % Shape::kTokens;
-            const int depth = depth0 + i % kPacksAlong * kWidth;
+        for (int i = threadIdx.x; i < Shape::kTokens * kPacksAlong; i += Shape::kThreads) {
+            const int row = i / kPacksAlong, depth = depth0 + i % kPacksAlong * kWidth;
             const int64_t token = token0 + row;
             const int available = token < arguments.tokens ? arguments.up_rank - depth : 0;
-            const T* source = static_cast<const T*>(part == 0 ? arguments.high : arguments.low);
+            const T* source = static_cast<const T*>(arguments.values);
             source += available > 0 ? token * token_stride + tile.sibling * arguments.value_stride + depth : 0;
-            T* target = values + (part * Shape::kTokens + row) * Shape::kValueStride + (depth - depth0);
+            T* target = values + row * Shape::kValueStride + (depth - depth0);
             store_pack(target, available >= kWidth ? load_constant(source) : load_elements(source, available));
         }
         for (int i = threadIdx.x; i < Shape::kDepth * kPacksAcross; i += Shape::kThreads) {
@@ -302,15 +295,12 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kTh
         __syncthreads();
 #pragma unroll 1  // saves registers
         for (int depth = 0; depth < Shape::kDepth; depth += Product::kDepth) {
+            const T* left = values + token_tile * kTile * Shape::kValueStride + depth;
+            const auto v = Product::load_left(left, Shape::kValueStride);
 #pragma unroll
-            for (int part = 0; part < Shape::kParts; ++part) {
-                const T* left = values + (part * Shape::kTokens + token_tile * kTile) * Shape::kValueStride + depth;
-                const auto v = Product::load_left(left, Shape::kValueStride);
-#pragma unroll
-                for (int n = 0; n < kColumnTiles; ++n) {
-                    const T* right = weights + depth * Shape::kUpStride + (column_half * kColumnTiles + n) * kTile;
-                    Product::template multiply<Order::kRowMajor>(sums[n], v, right, Shape::kUpStride);
-                }
+            for (int n = 0; n < kColumnTiles; ++n) {
+                const T* right = weights + depth * Shape::kUpStride + (column_half * kColumnTiles + n) * kTile;
+                Product::template multiply<Order::kRowMajor>(sums[n], v, right, Shape::kUpStride);
             }
         }
         __syncthreads();
@@ -332,7 +322,7 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kTh
         for (int j = 0; j < kWidth; ++j) pack.values[j] = from_float<T>(to_float(base[n].values[j]) + delta[j]);
         T* target = static_cast<T*>(arguments.y) + own + n * kRowStep * out;
         if (own_whole) {
-            store_pack(target, pack);
+            store_global(target, pack);
         } else {
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {

@@ -1,10 +1,11 @@
 // The router-mixed expert projection on a GPU: shapes, workspace, launch. Plain C++; see README.md for the design.
 //
-//     z = x downT                              [tokens, G (a + k)]
-//     w = softmax(logits) mix, normalised      [tokens, G, k]
-//     y = base + sum_e w_e (u_e up_e)          [tokens, O]
+//     z = x downT                              [tokens, G (a + k)], summed in float32, rounded to T
+//     w = softmax(logits) mix, normalised      [tokens, G, k], in float32
+//     v = w_e u_e                              [tokens, G, k c], rounded to T
+//     y = base + v up                          [tokens, O], summed in float32, rounded to T
 //
-// The op's definition is teamlora_export/graph/op.py.
+// The op's definition, with what it rounds, is teamlora_export/graph/op.py.
 #pragma once
 
 #include <cstddef>

@@ -73,9 +73,8 @@ ManyTokensPlan plan_many_tokens(const MixedExpertShape& shape) noexcept {
         static_cast<size_t>(shape.tokens) * shape.num_siblings * plan.value_stride * element_size(shape.dtype);
     plan.counters_offset = 0;
     plan.partials_offset = round_up(counters, kAlignment);
-    plan.high_offset = plan.partials_offset + round_up(partials, kAlignment);
-    plan.low_offset = plan.high_offset + round_up(values, kAlignment);
-    plan.workspace_bytes = plan.low_offset + (shape.dtype == DataType::kFloat32 ? 0 : values);
+    plan.values_offset = plan.partials_offset + round_up(partials, kAlignment);
+    plan.workspace_bytes = plan.values_offset + values;
     return plan;
 }
 

@@ -42,7 +42,7 @@ struct ManyTokensPlan {
     int32_t split_width;
     int64_t token_blocks;
     int32_t value_stride;  // elements of one token's v of one sibling, padded to 16 bytes
-    size_t counters_offset, partials_offset, high_offset, low_offset, workspace_bytes;
+    size_t counters_offset, partials_offset, values_offset, workspace_bytes;
 };
 
 FewTokensPlan plan_few_tokens(const MixedExpertShape& shape) noexcept;

@@ -5,8 +5,8 @@
 #include <NvInferRuntime.h>
 
 #include "../op.h"
-#include "creator.h"
 #include "logging.h"
+#include "registration.h"
 
 #define TEAMLORA_TEXT(value) #value
 #define TEAMLORA_NUMBER(value) TEAMLORA_TEXT(value)
@@ -40,9 +40,8 @@ void log_error(const std::string& node, const std::string& message) noexcept {
 extern "C" void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { teamlora::set_logger_finder(finder); }
 
 extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators) {
-    static teamlora::MixedExpertCreator creator;
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
-    nbCreators = 1;
+    static nvinfer1::IPluginCreatorInterface* const creators[] = {&teamlora::creator()};
+    nbCreators = teamlora::hand_over_creator() ? 1 : 0;
     return creators;
 }
 

@@ -307,8 +307,9 @@ void run_grid(dim3 grid, dim3 block_size, size_t shared_bytes, const std::functi
 
 }  // namespace emulation
 
-// The one call of CUDA's runtime that the kernels' launch makes.
+// The calls of CUDA's runtime that a launch makes, and the plugin around it.
 extern "C" cudaError_t cudaMemsetAsync(void* target, int value, size_t count, cudaStream_t) {
     std::memset(target, value, count);
     return cudaSuccess;
 }
+extern "C" const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }

@@ -34,7 +34,6 @@
 #define __launch_bounds__(...)
 #define TEAMLORA_DYNAMIC_SHARED(name) float* name = emulation::dynamic_shared()
 
-using std::isinf;
 using std::max;
 using std::min;
 
@@ -85,6 +84,10 @@ T __ldg(const T* address) {
 template <typename T>
 T __ldcg(const T* address) {
     return *address;
+}
+template <typename T>
+void __stwb(T* address, T value) {
+    *address = value;
 }
 inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
     const uint32_t before = *address;

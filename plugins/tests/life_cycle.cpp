@@ -1,8 +1,10 @@
 // Drives the plugin through its own interfaces as TensorRT does, without TensorRT and without a GPU.
 //
-//     life_cycle LIBRARY
+//     life_cycle LIBRARY runs|fails      whether its kernels can be launched here: emulated ones can, a GPU's cannot
+#include <cuda_fp16.h>
 #include <dlfcn.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -232,9 +234,36 @@ void enqueue_refuses_what_it_was_not_built_for(const Capabilities& plugin) {
     auto strided = tensor({1, 3, 64});
     strided.format = TensorFormat::kHWC8;
     check(changed(0, strided) != 0 && the_log.tells("format"), "another format");
-    // The sizes are right: what is left to fail here is the missing GPU.
-    check(run(tensors(1, 3)) == 0 || the_log.tells("could not be launched"),
-          "a failed launch is an error with its reason");
+}
+
+// u is 1 for every expert, the router has no opinion: y = 1 + 8 rows x 1/4 x up.
+void enqueue_runs_or_says_why_not(const Capabilities& plugin, bool runs) {
+    auto descs = tensors(1, 3);
+    const auto filled = [](size_t count, auto value) {
+        std::vector<__half> array(count);
+        for (size_t i = 0; i < count; ++i) array[i] = __float2half(static_cast<float>(value(i)));
+        return array;
+    };
+    const auto one = [](size_t) { return 1.0; };
+    const auto x = filled(3 * 64, one), base = filled(3 * 128, one);
+    const auto down = filled(36 * 64, [](size_t i) { return i / 64 % 12 < 8 ? 1.0 / 64 : 0.0; });
+    const auto up = filled(8 * 128, [](size_t i) { return i % 128 % 5; });
+    std::vector<float> mix(3 * 16, 0.0F);
+    for (size_t i = 0; i < mix.size(); ++i) mix[i] = i % 16 % 5 == 0 ? 1.0F : 0.0F;
+    std::vector<__half> y(3 * 128, __float2half(-1.0F));
+    std::vector<char> workspace(plugin.build->getWorkspaceSize(dynamic(DataType::kHALF, 3).data(), 5, nullptr, 1) +
+                                256);
+    void* aligned = workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256);
+    const void* inputs[] = {x.data(), base.data(), down.data(), mix.data(), up.data()};
+    void* outputs[] = {y.data()};
+    const bool done = plugin.runtime->enqueue(descs.data(), &descs[5], inputs, outputs, aligned, nullptr) == 0;
+    if (!runs) {
+        check(!done && the_log.tells("could not be launched"), "a failed launch is an error with its reason");
+        return;
+    }
+    bool right = done;
+    for (size_t i = 0; i < y.size(); ++i) right &= __half2float(y[i]) == 1.0F + 2.0F * static_cast<float>(i % 128 % 5);
+    check(right, "enqueue hands each tensor to the kernels as what it is");
 }
 
 void a_stored_plugin_comes_back(IPluginCreatorV3One& creator, const Capabilities& plugin) {
@@ -270,7 +299,7 @@ void a_stored_plugin_comes_back(IPluginCreatorV3One& creator, const Capabilities
     check(equal, "a copy stores what the original stored");
 }
 
-int run(const char* path) {
+int run(const char* path, bool runs) {
     const Library library(path);
     auto* set_finder = library.find<void(ILoggerFinder*)>("setLoggerFinder");
     auto* get_creators = library.find<IPluginCreatorInterface* const*(int32_t&)>("getCreators");
@@ -306,6 +335,7 @@ int run(const char* path) {
           "y may be base's memory");
 #endif
     enqueue_refuses_what_it_was_not_built_for(plugin);
+    enqueue_runs_or_says_why_not(plugin, runs);
     a_stored_plugin_comes_back(creator, plugin);
     return failed == 0 ? 0 : 1;
 }
@@ -313,11 +343,12 @@ int run(const char* path) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    if (count != 2) {
-        std::printf("life_cycle LIBRARY\n");
+    const std::string mode = count == 3 ? arguments[2] : "";
+    if (mode != "runs" && mode != "fails") {
+        std::printf("life_cycle LIBRARY runs|fails\n");
         return 2;
     }
-    const int code = run(arguments[1]);
+    const int code = run(arguments[1], mode == "runs");
     std::printf("%d passed, %d failed\n", passed, failed);
     return code;
 }

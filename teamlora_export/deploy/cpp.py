@@ -10,7 +10,7 @@ from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment, req
 from teamlora_export.deploy.genai import CONFIG_NAME, genai_config
 from teamlora_export.deploy.python import render
 from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, read_facts
-from teamlora_export.engine.plugin import LIBRARY_NAME, check_plugin, latest_plugin, read_plugin
+from teamlora_export.engine.plugin import LIBRARY_NAME, check_version, plugin_of_engine
 from teamlora_export.errors import ExportError
 
 SOURCES = TEMPLATES / "cpp"
@@ -23,7 +23,7 @@ def deploy_cpp(bundle: Bundle, out: Path, engine: str | None = None, plugin: Pat
 
     Args:
         engine: name of an engine of the bundle, or its path, for the TensorRT back end; the graph is left out then.
-        plugin: the library that the engine needs. Default: the one built here.
+        plugin: the library that the engine was built with. Default: found among those that were built here.
 
     Raises:
         ExportError: see `deployment`; or the model is in bfloat16 and there is no engine; or engine, plugin and bundle
@@ -70,12 +70,7 @@ def add_engine(made: Deployment, name: str, plugin: Path | None, as_name: str | 
     made.add(stored, path)
     made.add(Path(stored).with_suffix(".json").as_posix(), facts_path(path))
     if facts.plugin is not None:
-        library = read_plugin(plugin or latest_plugin())
-        check_plugin(library)
-        if library.sha256 != facts.plugin["sha256"]:
-            raise ExportError(
-                f"{library.path}: is not the plugin that {path.name} was built with (its SHA-256 differs). "
-                "Name that one with --plugin, or build the engine again."
-            )
+        library = plugin_of_engine(path, facts.plugin, plugin)
+        check_version(library, facts.runtime_version)
         made.add(f"{PLUGINS_FOLDER}/{LIBRARY_NAME}", library.path)
     return facts

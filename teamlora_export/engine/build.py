@@ -3,7 +3,7 @@
     prepare the graph -> parse -> profiles and flags -> build -> write both files aside, then move them
 
 The same code drives TensorRT and TensorRT-RTX, whose packages have one interface; what differs is in `runtime.py` and
-in `_target` and `_set_up_plugin` below.
+in `_targets` below.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from teamlora_export import __version__
 from teamlora_export.bundle import ENGINES_NAME, Bundle, check_files, require_space
 from teamlora_export.engine.facts import EngineFacts, facts_path, write_facts
-from teamlora_export.engine.plugin import PluginLibrary, find_plugin
+from teamlora_export.engine.plugin import PluginLibrary, find_plugin, load_plugin
 from teamlora_export.engine.prepare import prepared_model
 from teamlora_export.engine.profiles import ShapeProfile, make_profiles
 from teamlora_export.engine.progress import BuildProgress, run_cancellable
@@ -42,7 +42,8 @@ class BuildOptions:
         runtime: auto, tensorrt or rtx.
         shapes: as `make_profiles` takes them.
         use_plugin: leave the op to the plugin where the runtime takes plugins; else its body is inlined.
-        plugin: a library to use instead of the one that is built here.
+        plugin: a library to use instead of one that is built here.
+        architectures: compute capabilities, without the dot, that the plugin is compiled for; None: see `find_plugin`.
         capabilities: compute capabilities that an RTX engine is for, such as "8.9"; none: the machine's GPU, or all.
         memory_gb: of workspace at most.
         optimization_level: 0 to 5, as TensorRT defines them.
@@ -56,6 +57,7 @@ class BuildOptions:
     shapes: str | None = None
     use_plugin: bool = True
     plugin: Path | None = None
+    architectures: tuple[str, ...] | None = None
     capabilities: tuple[str, ...] = ()
     memory_gb: float | None = None
     optimization_level: int | None = None
@@ -91,7 +93,11 @@ def build_engine(
     if path.suffix != ".engine":
         raise ExportError(f"{path}: an engine's name ends in .engine, because NAME.json comes beside it.")
     use_plugin = options.use_plugin and runtime.takes_plugins
-    plugin = find_plugin(options.plugin, reporter) if use_plugin else None
+    if options.plugin is not None and options.architectures is not None:
+        raise ExportError("--plugin and --arch exclude each other: --arch compiles one.")
+    if not use_plugin and (options.plugin is not None or options.architectures is not None):
+        raise ExportError(f"{'--plugin' if options.plugin else '--arch'}: this engine has no plugin.")
+    plugin = find_plugin(options.plugin, runtime, reporter, options.architectures) if use_plugin else None
     with (
         _existing(path.parent),
         prepared_model(bundle, dtype, path.parent, for_plugin=use_plugin, reporter=reporter) as model,
@@ -149,7 +155,7 @@ class _Builder:
     ) -> memoryview:
         """The serialised engine."""
         if plugin is not None:
-            self._set_up_plugin(plugin)
+            load_plugin(plugin, self._runtime)
         builder = self._trt.Builder(self._logger)
         network = builder.create_network(self._network_flags())
         parser = self._trt.OnnxParser(network, self._logger)
@@ -180,15 +186,6 @@ class _Builder:
         """Precision is the graph's own; TensorRT 11 knows nothing else and has no flag for it."""
         flags = self._trt.NetworkDefinitionCreationFlag
         return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
-
-    def _set_up_plugin(self, plugin: PluginLibrary) -> None:
-        if self._trt.get_plugin_registry().load_library(str(plugin.path)) is None:
-            raise ExportError(f"{plugin.path}: {self._title()} cannot load it: {self._messages.reason()}")
-        if plugin.tensorrt.split(".")[0] != self._runtime.version.split(".")[0]:
-            self._reporter.warn(
-                f"{plugin.path} was built with the headers of TensorRT {plugin.tensorrt}, "
-                f"and this is {self._runtime.version}."
-            )
 
     def _parse_error(self, parser: Any) -> ExportError:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]

@@ -7,7 +7,7 @@ from typing import Any
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.engine.facts import EngineFacts
-from teamlora_export.engine.plugin import find_plugin
+from teamlora_export.engine.plugin import load_plugin, plugin_of_engine
 from teamlora_export.engine.prepare import prepared_model
 from teamlora_export.engine.runtime import Messages, TensorRT, open_runtime
 from teamlora_export.errors import ExportError
@@ -52,14 +52,7 @@ def load_engine(
     messages = Messages()
     logger = runtime.logger(messages)
     if facts.plugin is not None:
-        library = find_plugin(plugin, reporter)
-        if library.op_version != facts.plugin["op_version"]:
-            raise ExportError(
-                f"{path}: was built with version {facts.plugin['op_version']} of the op, {library.path} has "
-                f"{library.op_version}. Build the engine again."
-            )
-        if runtime.trt.get_plugin_registry().load_library(str(library.path)) is None:
-            raise ExportError(f"{library.path}: cannot be loaded: {messages.reason()}")
+        load_plugin(plugin_of_engine(path, facts.plugin, plugin), runtime)
     engine = runtime.trt.Runtime(logger).deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise ExportError(f"{path}: {facts.runtime} {runtime.version} refuses it: {messages.reason()}")

@@ -1,7 +1,8 @@
 """The TensorRT plugin: compiled on this machine, kept in the user's cache, described, checked before it is loaded.
 
 A build is kept under a hash of the sources, the architectures and the versions of compiler and headers, so a changed
-kernel is never met by an old library.
+kernel is never met by an old library. Commands that need a plugin take the build that was asked for last, if it is for
+their TensorRT and GPU; an engine takes the very build that it was made with.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from teamlora_export.engine.toolchain import Toolchain, find_toolchain
+from teamlora_export.engine.gpu import Gpu
+from teamlora_export.engine.runtime import TensorRT
+from teamlora_export.engine.toolchain import Toolchain, find_toolchain, known_architectures
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
@@ -36,7 +40,7 @@ class PluginLibrary:
     Attributes:
         op: "DOMAIN::NAME". op_version: of the op's definition.
         tensorrt, cuda: the headers' and the compiler's version.
-        architectures: the compute capabilities that it has code for.
+        architectures: the compute capabilities that it has code for; of the last, also code that later ones compile.
         build: hash of its sources.
     """
 
@@ -50,27 +54,47 @@ class PluginLibrary:
     architectures: tuple[str, ...]
     build: str
 
+    def __str__(self) -> str:
+        return f"{self.path} (built with the headers of TensorRT {self.tensorrt})"
 
-def build_plugin(architectures: Sequence[str] = ARCHITECTURES, reporter: Reporter | None = None) -> PluginLibrary:
+    def is_for(self, tensorrt: str) -> bool:
+        """Whether it was built with headers of the major version of `tensorrt`."""
+        return self.tensorrt.partition(".")[0] == tensorrt.partition(".")[0]
+
+    def runs_on(self, gpu: Gpu) -> bool:
+        """Whether it has code for `gpu`: of its family, no newer than it, or what it can compile itself."""
+        there = [int(name.rstrip("af")) for name in self.architectures]
+        wanted = 10 * gpu.capability[0] + gpu.capability[1]
+        return there[-1] <= wanted or any(one // 10 == wanted // 10 and one <= wanted for one in there)
+
+
+def build_plugin(architectures: Sequence[str] | None = None, reporter: Reporter | None = None) -> PluginLibrary:
     """Compile the plugin, or take the build that is kept.
+
+    Args:
+        architectures: compute capabilities without the dot. None: those of `ARCHITECTURES` that the compiler knows.
 
     Raises:
         ExportError: a tool is missing, an architecture is none, or the compiler fails; nothing is kept then.
     """
     reporter = reporter or Reporter()
-    for architecture in architectures:
+    for architecture in architectures or ():
         if not re.fullmatch(r"\d{2,3}[af]?", architecture):
             raise ExportError(f"--arch {architecture}: not a compute capability. Give numbers such as 80,89,120.")
     toolchain = find_toolchain()
+    chosen = _choose(architectures, toolchain, reporter)
     build = sources_sha256()
-    key = _key(build, architectures, toolchain)
-    kept = cache_folder() / "plugins" / key / LIBRARY_NAME
+    kept = _folder() / _key(build, chosen, toolchain) / LIBRARY_NAME
     if kept.is_file():
-        reporter.say(f"Plugin: taken from {kept}")
-        return read_plugin(kept)
-    label = f"Compiling the plugin for sm_{', sm_'.join(architectures)} (CUDA {toolchain.cuda_version})"
+        library = read_plugin(kept)
+        # The one that was asked for last is the one that other commands take.
+        os.utime(kept)
+        reporter.say(f"Plugin: taken from {library}")
+        return library
+    versions = f"CUDA {toolchain.cuda_version}, headers of TensorRT {toolchain.tensorrt_version}"
+    label = f"Compiling the plugin for sm_{', sm_'.join(chosen)} ({versions})"
     with reporter.step(label), tempfile.TemporaryDirectory() as folder:
-        made = _compile(Path(folder), toolchain, architectures, build)
+        made = _compile(Path(folder), toolchain, chosen, build)
         library = read_plugin(made)
         kept.parent.mkdir(parents=True, exist_ok=True)
         staged = kept.with_name(f".{LIBRARY_NAME}.{os.getpid()}")
@@ -80,27 +104,93 @@ def build_plugin(architectures: Sequence[str] = ARCHITECTURES, reporter: Reporte
 
 
 def latest_plugin() -> Path:
-    """The library that was built last for these sources.
+    """The library that was asked for last of these sources.
 
     Raises:
         ExportError: there is none.
     """
-    kept = (cache_folder() / "plugins").glob(f"{sources_sha256()}-*/{LIBRARY_NAME}")
-    newest = max(kept, key=lambda path: path.stat().st_mtime, default=None)
+    newest = next(iter(_kept(f"{sources_sha256()}-*")), None)
     if newest is None:
         raise ExportError("No plugin has been built for this version: teamlora-export plugins build")
     return newest
 
 
-def find_plugin(path: Path | None, reporter: Reporter) -> PluginLibrary:
-    """The library at `path`, or the one built for this version, which is compiled where it is not there yet.
+def find_plugin(
+    path: Path | None, runtime: TensorRT, reporter: Reporter, architectures: Sequence[str] | None = None
+) -> PluginLibrary:
+    """A plugin to build engines with: the library at `path`; else one for `architectures`; else the one that was asked
+    for last, if it is for this TensorRT and GPU; else one for all GPUs. What is not there yet is compiled.
 
     Raises:
-        ExportError: it is no plugin of ours, has another version of the op, or cannot be built here.
+        ExportError: it is no plugin of ours, has another version of the op, is for another TensorRT, or cannot be built
+            here.
     """
-    library = read_plugin(path) if path is not None else build_plugin(reporter=reporter)
+    if path is not None:
+        library = read_plugin(path)
+    elif architectures is not None:
+        library = build_plugin(architectures, reporter)
+    else:
+        fitting = (library for library in map(read_plugin, _kept(f"{sources_sha256()}-*")) if _fits(library, runtime))
+        library = next(fitting, None) or build_plugin(reporter=reporter)
+    check_plugin(library)
+    check_version(library, runtime.version)
+    return library
+
+
+def plugin_of_engine(engine: Path, described: Mapping[str, Any], path: Path | None) -> PluginLibrary:
+    """The plugin that `engine` was built with, which its facts describe: at `path`, or among the builds that are kept.
+
+    Raises:
+        ExportError: it is not there, or `path` is another.
+    """
+    wanted = described["sha256"]
+    if path is not None:
+        library = read_plugin(path)
+        if library.sha256 != wanted:
+            raise ExportError(
+                f"{library}: is not the plugin that {engine.name} was built with (its SHA-256 differs). "
+                "Name that one with --plugin, or build the engine again."
+            )
+    else:
+        kept = next((kept for kept in _kept(f"{described['build']}-*") if sha256_of(kept) == wanted), None)
+        if kept is None:
+            raise ExportError(
+                f"{engine}: was built with the plugin {wanted[:12]} (build {described['build']}, headers of TensorRT "
+                f"{described['tensorrt']}), which is not among those in {_folder()}. Name it with --plugin, or build "
+                "the engine again."
+            )
+        library = read_plugin(kept)
     check_plugin(library)
     return library
+
+
+def check_version(library: PluginLibrary, tensorrt: str) -> None:
+    """Refuse a library of another major version of TensorRT, whose interfaces are others in memory."""
+    if not library.is_for(tensorrt):
+        raise ExportError(
+            f"{library}: is not for TensorRT {tensorrt}. Set TENSORRT_INCLUDE_DIR to headers of TensorRT "
+            f"{tensorrt.partition('.')[0]} and build it again: teamlora-export plugins build"
+        )
+
+
+def load_plugin(library: PluginLibrary, runtime: TensorRT) -> None:
+    """Put the plugin into the process's registry, which takes one of a name: a second call finds it there.
+
+    Raises:
+        ExportError: it is for another TensorRT, the registry refuses it, or has another build of it.
+    """
+    check_version(library, runtime.version)
+    registry = runtime.trt.get_plugin_registry()
+    there = any(creator.name == op.NAME for creator in registry.all_creators)
+    if there and library.sha256 not in _loaded:
+        raise ExportError(f"{library}: this process has another build of the plugin. Start a new one.")
+    if not there and registry.load_library(str(library.path)) is None:
+        raise ExportError(f"{library}: TensorRT {runtime.version} refuses to load it.")
+    _loaded.add(library.sha256)
+
+
+# What `load_plugin` has put into the registry. Both are the process's.
+_loaded: set[str] = set()
 
 
 def check_plugin(library: PluginLibrary) -> None:
@@ -108,7 +198,7 @@ def check_plugin(library: PluginLibrary) -> None:
     wanted = (f"{op.DOMAIN}::{op.NAME}", op.VERSION, op.ATTRIBUTES)
     if (library.op, library.op_version, library.attributes) != wanted:
         raise ExportError(
-            f"{library.path}: implements {library.op} version {library.op_version} ({', '.join(library.attributes)}), "
+            f"{library}: implements {library.op} version {library.op_version} ({', '.join(library.attributes)}), "
             f"the model needs {wanted[0]} version {wanted[1]} ({', '.join(op.ATTRIBUTES)}). "
             "Build it again: teamlora-export plugins build"
         )
@@ -151,9 +241,8 @@ print(json.dumps(info))
 
 
 def sources_folder() -> Path:
-    """The native sources: beside the package in a checkout, under the environment's share folder elsewhere."""
-    checkout = Path(__file__).parents[2] / "plugins"
-    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "teamlora-export" / "plugins"
+    """The native sources: in the package, where a checkout has a link to them."""
+    return Path(__file__).parents[1] / "plugins"
 
 
 def sources_sha256() -> str:
@@ -164,6 +253,34 @@ def sources_sha256() -> str:
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _folder() -> Path:
+    return cache_folder() / "plugins"
+
+
+def _kept(pattern: str) -> list[Path]:
+    """Libraries that are kept under keys of this pattern, the one that was asked for last first."""
+    return sorted(_folder().glob(f"{pattern}/{LIBRARY_NAME}"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _fits(library: PluginLibrary, runtime: TensorRT) -> bool:
+    return library.is_for(runtime.version) and (runtime.gpu is None or library.runs_on(runtime.gpu))
+
+
+def _choose(wanted: Sequence[str] | None, toolchain: Toolchain, reporter: Reporter) -> tuple[str, ...]:
+    """The architectures to compile for, in order."""
+    known = known_architectures(toolchain.nvcc)
+    nvcc = f"CUDA {toolchain.cuda_version} ({toolchain.nvcc})"
+    unknown = [name for name in wanted or ARCHITECTURES if name.rstrip("af") not in known]
+    chosen = [name for name in dict.fromkeys(wanted or ARCHITECTURES) if name not in unknown]
+    if not chosen or (wanted and unknown):
+        raise ExportError(
+            f"--arch {','.join(unknown)}: {nvcc} does not build for it. It knows {', '.join(known) or 'none'}."
+        )
+    if unknown:
+        reporter.say(f"Plugin: without sm_{', sm_'.join(unknown)}, which {nvcc} does not know")
+    return tuple(sorted(chosen, key=lambda name: (int(name.rstrip("af")), name)))
 
 
 def _key(build: str, architectures: Sequence[str], toolchain: Toolchain) -> str:

@@ -1,4 +1,8 @@
-"""What compiling the plugin takes: a CUDA compiler, TensorRT's headers, cmake and a C++ compiler."""
+"""What compiling the plugin takes: a CUDA compiler, TensorRT's headers, cmake and a C++ compiler.
+
+The headers are those of the TensorRT that is installed, as near to its version as there are: TensorRT's interfaces lie
+elsewhere in memory with each major version, so headers of another one are no headers.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ _SYSTEM_INCLUDES = (
 )
 # A PyPI package that holds TensorRT's headers; it is only looked into, never imported.
 _HEADERS_PACKAGE = "kernel-lens"
+_RUNTIME_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,12 @@ def find_toolchain() -> Toolchain:
         ExportError: something is missing; all that is, and how to get it.
     """
     nvcc, include, cmake = find_nvcc(), find_tensorrt_include(), shutil.which("cmake")
+    installed = installed_tensorrt()
     findings = []
     if nvcc is None:
         findings.append("nvcc: install NVIDIA's CUDA toolkit, or: pip install 'teamlora-export[plugins]'")
     if include is None:
-        findings.append(
-            f"{TENSORRT_HEADER}: set TENSORRT_INCLUDE_DIR to the include folder of a TensorRT archive, install "
-            f"libnvinfer-headers-dev, or: pip install --no-deps {_HEADERS_PACKAGE}==2.0.1"
-        )
+        findings.append(_how_to_get_headers(installed))
     if cmake is None:
         findings.append("cmake: apt-get install cmake, or: pip install cmake")
     if shutil.which(os.environ.get("CXX", "c++")) is None:
@@ -94,15 +97,57 @@ def find_nvcc() -> Path | None:
     return next((path.resolve() for path in paths if path.name == "nvcc" and path.is_file()), None)
 
 
+def known_architectures(nvcc: Path) -> tuple[str, ...]:
+    """The compute capabilities, without the dot, that `nvcc` builds for: an older one knows fewer."""
+    output = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout
+    return tuple(re.findall(r"^sm_(\d+)$", output, re.MULTILINE))
+
+
+def installed_tensorrt() -> str | None:
+    """The version of the TensorRT package in this environment, which is not imported for it."""
+    for package in _RUNTIME_PACKAGES:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
 def find_tensorrt_include() -> Path | None:
-    """The folder of TensorRT's headers: `TENSORRT_INCLUDE_DIR`, the system's, then a package of this environment."""
+    """The folder of TensorRT's headers: `TENSORRT_INCLUDE_DIR`, whatever its version, or the system's or a package's,
+    if they are of the installed TensorRT's major version, the nearest to it first."""
     wanted = os.environ.get("TENSORRT_INCLUDE_DIR")
     if wanted:
         return Path(wanted).resolve() if (Path(wanted) / TENSORRT_HEADER).is_file() else None
-    for folder in _SYSTEM_INCLUDES:
-        if (Path(folder) / TENSORRT_HEADER).is_file():
-            return Path(folder)
-    return next((Path(f).parent for f in _package_files(_HEADERS_PACKAGE) if Path(f).name == TENSORRT_HEADER), None)
+    there = _headers_without_being_told()
+    installed = installed_tensorrt()
+    if installed is None:
+        return next(iter(there), None)
+    major, minor, *_ = (int(number) for number in re.findall(r"\d+", installed))
+    fitting = [folder for folder, version in there.items() if version[0] == major]
+    return min(fitting, key=lambda folder: abs(there[folder][1] - minor), default=None)
+
+
+def _headers_without_being_told() -> dict[Path, tuple[int, ...]]:
+    """Folders of headers, the system's first, with their versions."""
+    folders = [Path(folder) for folder in _SYSTEM_INCLUDES]
+    folders += [Path(file).parent for file in _package_files(_HEADERS_PACKAGE) if Path(file).name == TENSORRT_HEADER]
+    there = [folder for folder in folders if (folder / TENSORRT_HEADER).is_file()]
+    return {folder: tuple(map(int, tensorrt_version(folder).split("."))) for folder in there}
+
+
+def _how_to_get_headers(installed: str | None) -> str:
+    if installed is None:
+        return (
+            f"{TENSORRT_HEADER}: set TENSORRT_INCLUDE_DIR to the include folder of a TensorRT archive, install "
+            f"libnvinfer-headers-dev, or: pip install --no-deps {_HEADERS_PACKAGE}==2.0.1"
+        )
+    others = [f"{tensorrt_version(folder)} in {folder}" for folder in _headers_without_being_told()]
+    seen = f" (there are those of {', '.join(others)})" if others else ""
+    return (
+        f"{TENSORRT_HEADER} of TensorRT {installed.partition('.')[0]}, since {installed} is installed{seen}: set "
+        "TENSORRT_INCLUDE_DIR to the include folder of its archive, or install libnvinfer-headers-dev of that version"
+    )
 
 
 def tensorrt_version(include: Path) -> str:

@@ -8,9 +8,22 @@
 | mix | float32 [G, k, k] | per sibling: I + M |
 | up | T [k c, O] | expert-major; the columns of sibling g serve sibling g alone |
 
-out: y, T [.., O] = base + the mixed experts. T is float32, float16 or bfloat16; routing is in float32 whatever T is.
+out: y, T [.., O] = base + the mixed experts. T is float32, float16 or bfloat16.
 Attributes: num_experts (k), shared_down (0: a = k c, expert e reads its chunk; 1: a = c, all read the whole),
 out_splits (G widths).
+
+What is computed, and where it is rounded. Sums are in float32, in any order; "to T" is one rounding to nearest, ties to
+even, and none where T is float32:
+
+1. z = x downT, summed in float32, rounded to T. Its first a columns of a sibling are u, the last k the logits.
+2. w = normalise(softmax(logits) mix), in float32 throughout, from the rounded logits.
+3. v = w_e u_j for each expert e and column j that it reads, multiplied in float32, rounded to T.
+4. y = base + v up, summed in float32, rounded to T. An implementation may round v up to T before it adds `base`, as the
+   function body must, whose values have no other type; a kernel need not.
+
+The roundings of 1, 3 and of y belong to the definition: the CUDA kernels and the body make all of them, and tests hold
+both to float64 with exactly these. (ONNX Runtime's CPU provider has no products in float16: it computes the body in
+float32 and drops casts to T that it finds between two products, so that it rounds less there.)
 
 The function body is written out for each form (G, shared_down), which is the function's overload, because ONNX has no
 loop over siblings that a compiler would see through. Softmax's own denominator cancels in the normalisation, and the

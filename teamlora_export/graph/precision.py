@@ -10,8 +10,9 @@ gets one precision for all its floating-point inputs:
 - the rest follows its inputs. A product of an activation in float32 and one in the low type (a norm's x times its
   inverse root) stays in float32; a sum of the two (a residual) is in the low type.
 
-Casts go where precisions meet. Routing is in float32 in any case, inside of the op. Coming from a 16-bit type, whose
-graph already says what stays in float32, one type takes the other's place.
+Casts go where precisions meet. Routing is in float32 in any case, from logits rounded to the low type: inside the op,
+and in a body of it that is inlined already, where a softmax meets weights alone. Coming from a 16-bit type, whose graph
+already says what stays in float32, one type takes the other's place.
 """
 
 from __future__ import annotations
@@ -129,9 +130,10 @@ class _Lowering:
             like = node.inputs[1] if node.op_type == "CastLike" else None
             return self._precision[like] if like is not None else high
         if node.op_type in _PRODUCTS:
-            return low if touched else high
+            # Nothing that an activation has touched, or a softmax times weights: the op's router.
+            return high if all(_is_softmax(value) for value in touched) else low
         if not activations:
-            return low if inputs and node.op_type in _MOVES else high
+            return low if inputs and node.op_type in _MOVES and not _feeds_a_router(node) else high
         if node.op_type in _SENSITIVE or node.domain != "":
             return high
         precisions = {self._precision[value] for value in touched or activations}
@@ -254,6 +256,20 @@ def _cast_clipped(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarra
 
 def _activations(values: list[ir.Value]) -> list[ir.Value]:
     return [value for value in values if not value.is_initializer()]
+
+
+def _is_softmax(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    return producer is not None and producer.op_type == "Softmax"
+
+
+def _feeds_a_router(node: ir.Node) -> bool:
+    """Moves weights that a softmax is multiplied by."""
+    users = [use.node for value in node.outputs for use in value.uses()]
+    return any(
+        _feeds_a_router(user) if user.op_type in _MOVES else user.op_type == "MatMul" and _is_softmax(user.inputs[0])
+        for user in users
+    )
 
 
 def _looks_up_weights(node: ir.Node) -> bool:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from importlib.metadata import files
+from pathlib import Path
 
 import pytest
 
-from teamlora_export.engine.plugin import build_plugin
-from teamlora_export.engine.toolchain import find_toolchain, tensorrt_version
+from teamlora_export.engine import toolchain
+from teamlora_export.engine.gpu import Gpu
+from teamlora_export.engine.plugin import build_plugin, find_plugin, plugin_of_engine
+from teamlora_export.engine.runtime import TensorRT
+from teamlora_export.engine.toolchain import TENSORRT_HEADER, find_tensorrt_include, find_toolchain, tensorrt_version
 from teamlora_export.errors import ExportError
+from teamlora_export.progress import Reporter
 
 
 def test_everything_that_is_missing_is_said_at_once_with_the_way_to_get_it(monkeypatch, tmp_path):
@@ -34,17 +40,93 @@ def test_headers_of_any_version_tell_it(tmp_path):
     assert tensorrt_version(tmp_path) == "11.4.1"
 
 
-def test_the_compiler_of_the_packages_builds_the_plugin_where_there_is_no_cuda_toolkit(monkeypatch, tmp_path):
-    nvcc = next(file.locate() for file in files("nvidia-cuda-nvcc") if file.name == "nvcc")
+def headers(folder: Path, version: str) -> Path:
+    """A folder that looks like the headers of a version."""
+    folder.mkdir()
+    (folder / TENSORRT_HEADER).touch()
+    names = zip(("MAJOR", "MINOR", "PATCH"), version.split("."), strict=True)
+    (folder / "NvInferVersion.h").write_text("".join(f"#define NV_TENSORRT_{name} {n}\n" for name, n in names))
+    return folder
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """Makes a version of the `tensorrt` package look installed."""
+    monkeypatch.delenv("TENSORRT_INCLUDE_DIR", raising=False)
+    site = tmp_path / "site"
+    monkeypatch.syspath_prepend(str(site))
+
+    def install(version: str) -> None:
+        shutil.rmtree(site, ignore_errors=True)
+        described = site / f"tensorrt-{version}.dist-info"
+        described.mkdir(parents=True)
+        (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tensorrt\nVersion: {version}\n")
+
+    return install
+
+
+def test_the_headers_are_those_nearest_to_the_installed_tensorrt(install, monkeypatch, tmp_path):
+    folders = [headers(tmp_path / v, v) for v in ("11.1.0", "10.3.0", "10.13.3")]
+    monkeypatch.setattr(toolchain, "_SYSTEM_INCLUDES", tuple(map(str, folders)))
+    monkeypatch.setattr(toolchain, "_HEADERS_PACKAGE", "none")
+    assert find_tensorrt_include() == folders[0], "without an installed TensorRT, the system's first"
+    for version, chosen in (("11.4.1", 0), ("10.4.0", 1), ("10.14.1.48", 2)):
+        install(version)
+        assert find_tensorrt_include() == folders[chosen]
+    install("12.0.0")
+    assert find_tensorrt_include() is None
+    monkeypatch.setenv("TENSORRT_INCLUDE_DIR", str(folders[0]))
+    assert find_tensorrt_include() == folders[0], "who names headers builds for another machine"
+
+
+def test_headers_of_another_major_version_are_refused_with_both_versions(install):
+    install("11.4.1")
+    with pytest.raises(ExportError, match=r"of TensorRT 11, since 11\.4\.1 is installed \(there are those of 10\."):
+        find_toolchain()
+
+
+def test_an_older_compiler_builds_what_it_knows_and_says_what_it_leaves_out(monkeypatch, tmp_path, capsys):
+    """The compiler of the packages, as where there is no CUDA toolkit, behind a script that lists one GPU alone."""
+    packaged = next(file.locate() for file in files("nvidia-cuda-nvcc") if file.name == "nvcc")
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\ntest "$1" = --list-gpu-code && echo sm_90 && exit\nexec {packaged} "$@"\n')
+    nvcc.chmod(0o755)
     monkeypatch.setenv("CUDACXX", str(nvcc))
-    monkeypatch.setenv("TEAMLORA_EXPORT_CACHE", str(tmp_path))
-    toolchain = find_toolchain()
-    assert toolchain.nvcc == nvcc.resolve()
-    assert (toolchain.cuda_include / "cuda_fp16.h").is_file()
-    library = build_plugin(("90",))
+    monkeypatch.setenv("TEAMLORA_EXPORT_CACHE", str(tmp_path / "cache"))
+    tools = find_toolchain()
+    assert tools.nvcc == nvcc
+    assert (tools.cuda_include / "cuda_fp16.h").is_file()
+    with pytest.raises(ExportError, match=r"--arch 120: CUDA .* does not build for it. It knows 90"):
+        build_plugin(("90", "120"))
+    library = build_plugin()
     assert library.path.is_relative_to(tmp_path)
     assert library.architectures == ("90",)
-    shutil.rmtree(tmp_path / "plugins")
+    told = capsys.readouterr().err
+    assert "without sm_80, sm_86, sm_89, sm_100, sm_120" in told
+    assert f"headers of TensorRT {tools.tensorrt_version}" in told
+    # Kept, and taken by every command that needs one for this TensorRT and a GPU that it runs on.
+    runtime = TensorRT("tensorrt", None, library.tensorrt, Gpu("H100", (9, 0)))
+    assert find_plugin(None, runtime, Reporter(quiet=True)) == library
+    with pytest.raises(ExportError, match=r"built with the headers of TensorRT .*is not for TensorRT 99\.1"):
+        find_plugin(library.path, dataclasses.replace(runtime, version="99.1"), Reporter(quiet=True))
+    described = {"sha256": library.sha256, "build": library.build, "tensorrt": library.tensorrt}
+    assert plugin_of_engine(Path("a.engine"), described, None) == library
+    with pytest.raises(ExportError, match=r"built with the plugin 0000.*not among those in.*--plugin"):
+        plugin_of_engine(Path("a.engine"), {**described, "sha256": "0" * 64}, None)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "gpu", "runs"),
+    [
+        (("80", "89"), (8, 0), True),
+        (("80", "89"), (8, 6), True),  # code of its family, no newer than itself
+        (("86", "89"), (8, 0), False),
+        (("80", "89"), (9, 0), True),  # what comes after the last is compiled from its PTX
+        (("80", "120"), (9, 0), False),
+    ],
+)
+def test_a_plugin_runs_on_the_gpus_that_it_has_code_for(architectures, gpu, runs, plugin):
+    assert dataclasses.replace(plugin, architectures=architectures).runs_on(Gpu("", gpu)) == runs
 
 
 def test_an_architecture_that_is_none_is_refused():

@@ -16,6 +16,8 @@ from teamlora_export.engine.plugin import ARCHITECTURES, PluginLibrary
 # Two blocks of 256 threads, or four of 128, fit beside each other with this many. Products of floats hold more, and so
 # does reading elements one by one, where sizes are no multiples of 16 bytes.
 MOST_REGISTERS, MOST_REGISTERS_FLOAT, MOST_REGISTERS_UNALIGNED = 128, 168, 168
+# Types, tiles and alignments: 3 x (2 x 3 x few_down and few_up, 2 x 3 x many_down, many_up).
+KERNELS = 57
 _KERNEL = re.compile(r"_ZN8teamlora\d+(few_down|few_up|many_down|many_up)I(f|6__half|13__nv_bfloat16)\w*")
 
 
@@ -48,7 +50,7 @@ def resources(plugin: PluginLibrary, cuobjdump) -> dict[tuple[str, str], dict[st
 
 def test_every_kernel_is_there_for_every_gpu(resources):
     kernels = {arch: {name for a, name in resources if a == arch} for arch in ARCHITECTURES}
-    assert {len(names) for names in kernels.values()} == {57}
+    assert {len(names) for names in kernels.values()} == {KERNELS}
     assert len(set(map(frozenset, kernels.values()))) == 1
 
 
@@ -79,6 +81,7 @@ def instructions(request, plugin: PluginLibrary, cuobjdump) -> Mapping[str, Coun
             counts[name] = Counter()
         elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", line):
             counts[name][match[1]] += 1
+    assert len(counts) == KERNELS
     return counts
 
 
@@ -95,6 +98,22 @@ def test_weights_are_read_sixteen_bytes_at_a_time(instructions):
         if "few_down" in name:
             # Nothing else is read: rows and tokens, all in packs.
             assert count(used, "LDG") == count(used, "LDG.E.128"), name
+
+
+def test_y_is_written_in_whole_packs_or_element_by_element_at_the_edges(instructions):
+    """many_up: a thread's own packs of y, 4 of 8 elements or 8 of 4, and each of their elements for tails. Few tokens
+    are written by neighbouring threads, an element each, or two for 8 tokens of a 16-bit type."""
+    for name, used in instructions.items():
+        kernel, kind = _KERNEL.match(name).groups()  # type: ignore[union-attr]
+        packs, stores = count(used, "STG.E.128"), count(used, "STG")
+        if kernel == "many_up":
+            own = 8 if kind == "f" else 4
+            assert (packs, stores - packs) == (own, 32), name
+            assert count(used, "LDG.E.128") - count(used, "LDG.E.128.CONSTANT") == own, f"{name}: base"
+        elif kernel == "few_up":
+            assert (packs, stores) == (0, 2 if "Li8E" in name and kind != "f" else 1), name
+        elif kernel == "few_down":
+            assert (packs, stores) == (0, 1), name
 
 
 def test_sixteen_bit_products_run_on_tensor_cores_and_float_ones_do_not(instructions):

@@ -64,8 +64,10 @@ cudaError_t cudaFree(void* memory) {
     std::free(memory);
     return cudaSuccess;
 }
-cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t size, cudaStream_t) {
-    std::memset(memory, value, size);
+cudaError_t cudaMemset2DAsync(void* memory, std::size_t pitch, int value, std::size_t width, std::size_t height,
+                              cudaStream_t) {
+    if (width > pitch) return cudaErrorInvalidPitchValue;
+    for (std::size_t row = 0; row < height; ++row) std::memset(static_cast<char*>(memory) + row * pitch, value, width);
     return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* target, const void* source, std::size_t size, cudaMemcpyKind, cudaStream_t) {

@@ -1,7 +1,7 @@
 // Many requests of random lengths, one by one and then on eight threads: the answers must be the same, and memory must
 // not grow with their number. Prints a digest of generated tokens, which two back ends can be compared by.
 //
-//     requests MODEL COUNT
+//     requests MODEL COUNT [TOKEN]      a prompt of TOKENs alone goes before each, which must leave nothing behind
 #include <unistd.h>
 
 #include <algorithm>
@@ -30,7 +30,7 @@ std::vector<std::vector<Tokens>> draw(std::size_t count) {
             // A long prompt, then a batch of short ones: memory that is large enough must not hide that its shape
             // changed.
             prompt.resize(i < 2 ? 40 - 38 * i : static_cast<std::size_t>(between(1, 40)));
-            std::generate(prompt.begin(), prompt.end(), [&] { return between(1, 383); });
+            std::generate(prompt.begin(), prompt.end(), [&] { return between(1, 382); });
         }
     }
     return requests;
@@ -79,16 +79,20 @@ std::size_t compare(const std::vector<std::vector<Tokens>>& requests, Ask ask) {
 
 }  // namespace
 
-int main(int, char** words) {
+int main(int count, char** words) {
     teamlora::Options options;
     options.threads = 1;
     const teamlora::Runner runner(words[1], options);
     const auto requests = draw(std::stoul(words[2]));
-    const std::size_t different =
-        runner.generates() ? compare<std::vector<Tokens>>(
-                                 requests, [&](const auto& prompts) { return runner.generate(prompts, kTokens); })
-                           : compare<std::vector<std::vector<float>>>(
-                                 requests, [&](const auto& inputs) { return runner.encode(inputs); });
+    const Tokens before(count > 3 ? 60 : 0, count > 3 ? std::stol(words[3]) : 0);
+    const auto generate = [&](const auto& prompts) {
+        if (!before.empty()) runner.generate({before, before, before}, kTokens);
+        return runner.generate(prompts, kTokens);
+    };
+    const std::size_t different = runner.generates()
+                                      ? compare<std::vector<Tokens>>(requests, generate)
+                                      : compare<std::vector<std::vector<float>>>(
+                                            requests, [&](const auto& inputs) { return runner.encode(inputs); });
     std::cout << "different " << different << '\n';
     return different == 0 ? 0 : 1;
 }

@@ -43,7 +43,7 @@ std::unique_ptr<Backend> open_tensorrt(const Folder& folder, const Options& opti
 std::string past_name(const std::string& present);
 bool is_past(const std::string& name);
 bool is_present(const std::string& name);
-// The output that `encode` gives.
-bool is_result(const std::string& name);
+// The outputs that hold a result, the best one first: a model may have several.
+inline constexpr const char* kResults[] = {"sentence_embedding", "logits", "last_hidden_state"};
 
 }  // namespace teamlora

@@ -42,14 +42,13 @@ public:
         return *this;
     }
 
-    // At least `size` bytes, filled with zeros where they are new. True: the address is another, the content lost.
-    bool reserve(std::size_t size, const Stream& stream) {
+    // At least `size` bytes, of any content. True: the address is another, the content lost.
+    bool reserve(std::size_t size) {
         if (size <= size_) return false;
         cudaFree(std::exchange(data_, nullptr));
         size_ = 0;
         check(cudaMalloc(&data_, size), "No memory on the GPU");
         size_ = size;
-        check(cudaMemsetAsync(data_, 0, size, stream.get()), "The GPU failed");
         return true;
     }
 

@@ -65,11 +65,17 @@ public:
         const Tokens types(ids.size(), 0);
         std::vector<Ort::Value> values;
         for (const Port& input : inputs_) values.push_back(numbers(named(input.name, ids, mask, types), batch));
-        const auto result =
-            std::find_if(outputs_.begin(), outputs_.end(), [](const Port& p) { return is_result(p.name); });
-        if (result == outputs_.end()) throw Error("The model has no output that holds a result.");
-        const std::vector<Ort::Value> outputs = run(values, {*result});
+        const std::vector<Ort::Value> outputs = run(values, {result()});
         return read_floats(outputs[0], 0, outputs[0].GetTensorTypeAndShapeInfo().GetElementCount());
+    }
+
+    const Port& result() const {
+        for (const char* name : kResults) {
+            for (const Port& output : outputs_) {
+                if (output.name == name) return output;
+            }
+        }
+        throw Error("The model has no output that holds a result.");
     }
 
     const std::vector<Port>& inputs() const { return inputs_; }

@@ -155,8 +155,4 @@ bool is_present(const std::string& name) { return starts_with(name, "present.");
 
 std::string past_name(const std::string& present) { return "past_key_values" + present.substr(present.find('.')); }
 
-bool is_result(const std::string& name) {
-    return name == "sentence_embedding" || name == "logits" || name == "last_hidden_state";
-}
-
 }  // namespace teamlora

@@ -5,7 +5,8 @@
 // cache stays on the device. Two ways to keep it:
 //
 //   fixed     It has a fixed length, most of it masked out; a step's new row is copied into its slot. Shapes and
-//             addresses stay the same, so that a step of decoding is one CUDA graph, recorded once for a length.
+//             addresses stay the same, so that a step of decoding is one CUDA graph, recorded once for a length. What
+//             is masked out is multiplied by zero, which is no zero if it is NaN: so it is cleared for each request.
 //   growing   What a step gives out goes in at the next one, in two sets of buffers that change places. For models with
 //             sliding windows, which count the rows between two tokens, so that none may be skipped.
 #include <cuda_bf16.h>
@@ -13,6 +14,7 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <map>
 #include <mutex>
 #include <utility>
 
@@ -57,11 +59,12 @@ std::vector<float> to_floats(const std::vector<char>& bytes, Element type) {
 }
 
 const Tensor& find_result(const Engine& engine) {
-    const auto& tensors = engine.tensors();
-    const auto found = std::find_if(tensors.begin(), tensors.end(),
-                                    [](const Tensor& tensor) { return !tensor.is_input && is_result(tensor.name); });
-    if (found == tensors.end()) throw Error("The engine has no output that holds a result.");
-    return *found;
+    for (const char* name : kResults) {
+        for (const Tensor& tensor : engine.tensors()) {
+            if (!tensor.is_input && tensor.name == name) return tensor;
+        }
+    }
+    throw Error("The engine has no output that holds a result.");
 }
 
 // What one request at a time uses. Members are destroyed from the last to the first: contexts, buffers, then the
@@ -72,7 +75,9 @@ struct Lane {
 
     Stream stream;
     // The third input is position_ids or token_type_ids.
-    DeviceBuffer ids, mask, third, result;
+    DeviceBuffer ids, mask, third;
+    // Of every output that is no cache.
+    std::map<std::string, DeviceBuffer> results;
     std::vector<DeviceBuffer> past, present;
     std::unique_ptr<Context> prefill, decode;
     // A recorded step of decoding, for this batch and length of the cache.
@@ -133,15 +138,21 @@ public:
         }
     }
 
-    void bind(const Tensor& result) {
+    // Binds all but the caches. True: a result has another address than before.
+    bool bind() {
+        bool moved = false;
         for (const Tensor& tensor : engine_.tensors()) {
             if (tensor.name == "input_ids") context_.bind(tensor, lane_.ids.get());
             if (tensor.name == "attention_mask") context_.bind(tensor, lane_.mask.get());
             if (tensor.name == "position_ids" || tensor.name == "token_type_ids") {
                 context_.bind(tensor, lane_.third.get());
             }
+            if (tensor.is_input || is_present(tensor.name)) continue;
+            DeviceBuffer& result = lane_.results[tensor.name];
+            moved |= result.reserve(volume(context_.shape_of(tensor)) * size_of(tensor.type));
+            context_.bind(tensor, result.get());
         }
-        context_.bind(result, lane_.result.get());
+        return moved;
     }
 
     // `past` and `present` hold a buffer for each cache, in the order of the inputs `caches`.
@@ -217,7 +228,7 @@ private:
     void reserve() {
         Lane& lane = *lane_;
         bool moved = lane.batch != batch_ || lane.length != length_;
-        const auto need = [&](DeviceBuffer& buffer, std::size_t size) { moved |= buffer.reserve(size, lane.stream); };
+        const auto need = [&](DeviceBuffer& buffer, std::size_t size) { moved |= buffer.reserve(size); };
         for (DeviceBuffer* buffer : {&lane.ids, &lane.mask, &lane.third}) {
             need(*buffer, batch_ * (length_ + 1) * sizeof(std::int64_t));
         }
@@ -240,17 +251,15 @@ private:
     }
 
     void prefill(const Tokens& ids, const Tokens& mask, const Tokens& positions, std::size_t tokens) {
-        if (lane_->result.reserve(batch_ * tokens * vocabulary() * size_of(logits_.type), lane_->stream)) {
-            lane_->graph.clear();
-        }
         upload_all(ids, mask, positions);
         Call call(engine_, *lane_, *lane_->prefill);
         call.set_shapes(batch_, tokens, 0);
-        call.bind(logits_);
+        if (call.bind()) lane_->graph.clear();
         call.bind_cache(caches_);
         call.enqueue_or_throw();
         if (fixed_) {
             copy_rows(0, tokens, 0, tokens);
+            clear_rows_from(tokens);
         } else {
             std::swap(lane_->past, lane_->present);
         }
@@ -260,7 +269,7 @@ private:
         upload_all(ids, mask, positions);
         Call call(engine_, *lane_, *lane_->decode);
         call.set_shapes(batch_, 1, filled_);
-        call.bind(logits_);
+        call.bind();
         call.bind_cache(caches_);
         call.enqueue_or_throw();
         std::swap(lane_->past, lane_->present);
@@ -278,7 +287,7 @@ private:
         Call call(engine_, *lane_, *lane_->decode);
         if (!ready_) {
             call.set_shapes(batch_, 1, length_);
-            call.bind(logits_);
+            call.bind();
             call.bind_cache(caches_);
         } else if (records_) {
             records_ = lane_->graph.record(lane_->stream, [&] { return call.enqueue(); });
@@ -312,11 +321,23 @@ private:
         }
     }
 
+    // Slots from `slot` on hold what another request left, NaN perhaps; they are read, though masked out, until a step
+    // fills them.
+    void clear_rows_from(std::size_t slot) {
+        for (std::size_t i = 0; i < caches_.size(); ++i) {
+            const std::size_t row = row_bytes(caches_[i]);
+            check(cudaMemset2DAsync(static_cast<char*>(lane_->past[i].get()) + slot * row, length_ * row, 0,
+                                    (length_ - slot) * row, batch_ * heads(caches_[i]), lane_->stream.get()),
+                  "The GPU failed");
+        }
+    }
+
     // From logits [batch, tokens, vocabulary] on the device.
     void read_last(std::size_t tokens) {
         const std::size_t row = vocabulary() * size_of(logits_.type);
         bytes_.resize(batch_ * row);
-        check(cudaMemcpy2DAsync(bytes_.data(), row, static_cast<const char*>(lane_->result.get()) + (tokens - 1) * row,
+        check(cudaMemcpy2DAsync(bytes_.data(), row,
+                                static_cast<const char*>(lane_->results[logits_.name].get()) + (tokens - 1) * row,
                                 tokens * row, row, batch_, cudaMemcpyDeviceToHost, lane_->stream.get()),
               "The GPU failed");
         lane_->stream.wait();
@@ -349,7 +370,7 @@ public:
         const Tensor& result = find_result(*engine_);
         const Tokens types(ids.size(), 0);
         const auto give = [&](DeviceBuffer& buffer, const Tokens& values) {
-            buffer.reserve(values.size() * sizeof(std::int64_t), lane->stream);
+            buffer.reserve(values.size() * sizeof(std::int64_t));
             upload(buffer, values, lane->stream);
         };
         give(lane->ids, ids);
@@ -357,13 +378,12 @@ public:
         give(lane->third, types);
         Call call(*engine_, *lane, *lane->prefill);
         call.set_shapes(batch, ids.size() / batch, 0);
-        std::vector<char> bytes(volume(lane->prefill->shape_of(result)) * size_of(result.type));
-        lane->result.reserve(bytes.size(), lane->stream);
-        call.bind(result);
+        call.bind();
         call.enqueue_or_throw();
-        check(
-            cudaMemcpyAsync(bytes.data(), lane->result.get(), bytes.size(), cudaMemcpyDeviceToHost, lane->stream.get()),
-            "The GPU failed");
+        std::vector<char> bytes(volume(lane->prefill->shape_of(result)) * size_of(result.type));
+        check(cudaMemcpyAsync(bytes.data(), lane->results[result.name].get(), bytes.size(), cudaMemcpyDeviceToHost,
+                              lane->stream.get()),
+              "The GPU failed");
         lane->stream.wait();
         return to_floats(bytes, result.type);
     }

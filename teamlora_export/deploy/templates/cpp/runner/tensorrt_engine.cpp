@@ -1,9 +1,11 @@
 #include "tensorrt_engine.h"
 
 #include <NvInferRuntime.h>
+#include <dlfcn.h>
 
 #include <fstream>
 #include <mutex>
+#include <nlohmann/json.hpp>
 
 namespace teamlora {
 namespace {
@@ -63,6 +65,31 @@ std::vector<char> read_file(const std::filesystem::path& path) {
     return content;
 }
 
+// Opens the plugin, which registers itself; engines refer to it for good. A process has one build of it, since its
+// registry takes no second of a name, and an engine runs with the build that it was made with.
+void load_plugin(const std::filesystem::path& path) {
+    static std::mutex mutex;
+    static std::string loaded;
+    const std::lock_guard<std::mutex> lock(mutex);
+    void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    using Describe = const char*();
+    auto* describe = library != nullptr ? reinterpret_cast<Describe*>(dlsym(library, "teamlora_plugin_info")) : nullptr;
+    if (describe == nullptr) throw Error(path.string() + ": cannot be loaded as a plugin: " + dlerror() + ".");
+    const std::string headers = nlohmann::json::parse(describe()).at("tensorrt").get<std::string>();
+    if (std::stoi(headers) != getInferLibMajorVersion()) {
+        throw Error(path.string() + ": was built with the headers of TensorRT " + headers + ", and this is " +
+                    std::to_string(getInferLibMajorVersion()) + "." + std::to_string(getInferLibMinorVersion()) +
+                    ". Build plugin and engine with this version.");
+    }
+    if (!loaded.empty() && loaded != describe()) {
+        throw Error(path.string() + ": this process has another build of the plugin. Open this model in another.");
+    }
+    if (getPluginRegistry()->getCreator("MixedExpertProjection", "1", "") == nullptr) {
+        throw Error(path.string() + ": TensorRT has not taken the plugin.");
+    }
+    loaded = describe();
+}
+
 class TensorRTContext : public Context {
 public:
     TensorRTContext(std::unique_ptr<nvinfer1::IExecutionContext> context, const nvinfer1::ICudaEngine& engine,
@@ -105,14 +132,11 @@ private:
 class TensorRTEngine : public Engine {
 public:
     TensorRTEngine(const Folder& folder, const std::string& name) : path_(folder.engine(name)) {
+        if (std::filesystem::is_regular_file(folder.plugin())) load_plugin(folder.plugin());
         int devices = 0;
         check(cudaGetDeviceCount(&devices), "TensorRT runs on a GPU, and none can be used here");
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_) throw Error("TensorRT cannot be started: " + logger_.last() + ".");
-        if (std::filesystem::is_regular_file(folder.plugin()) &&
-            runtime_->getPluginRegistry().loadLibrary(folder.plugin().c_str()) == nullptr) {
-            throw Error(folder.plugin().string() + ": cannot be loaded as a plugin: " + logger_.last() + ".");
-        }
         const std::vector<char> plan = read_file(path_);
         engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
         if (!engine_) {
