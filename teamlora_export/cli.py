@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import io
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -19,7 +18,7 @@ import typer
 import typer.core
 from rich.console import Console
 
-from teamlora_export import __version__
+from teamlora_export import __version__, interrupt
 from teamlora_export.cli_deploy import deploy_app
 from teamlora_export.cli_output import (
     STANDARD_OUTPUT,
@@ -30,6 +29,7 @@ from teamlora_export.cli_output import (
     OutputOption,
     given_path,
     prepare_standard_files,
+    refuse_foreign_result,
     say,
     show,
     show_description,
@@ -139,10 +139,13 @@ def validate(
 ) -> None:
     """Compare a bundle with PyTorch; exit with 1 where it departs, and say which module does."""
     from teamlora_export.bundle import read_bundle
-    from teamlora_export.validate.report import print_verdict, verdict_fields, write_html
+    from teamlora_export.validate.report import print_verdict, refuse_foreign_report, verdict_fields, write_html
     from teamlora_export.validate.run import validate_bundle
 
     opened = read_bundle(bundle)
+    refuse_foreign_result(json)
+    if report is not None:
+        refuse_foreign_report(report)
     verdict = validate_bundle(
         opened,
         base_source=base,
@@ -374,16 +377,13 @@ def plugins_info(
 _WrongUsage: Any = typer.BadParameter.__mro__[1]
 
 
-class _Interrupted(BaseException):
-    """Ctrl-C or a polite kill. Not `KeyboardInterrupt`, which the command-line library turns into an exit of its
-    own."""
-
-
 def main() -> None:
     """Run the command line; every expected failure is one message and exit code 2."""
-    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(kind, _interrupt)
-    sys.unraisablehook = _interrupt_again
+    with interrupt.reported():
+        _run()
+
+
+def _run() -> None:
     prepare_standard_files()
     try:
         sys.exit(app(standalone_mode=False))
@@ -394,10 +394,6 @@ def main() -> None:
         sys.exit(2)
     except ExportError as error:
         _fail(str(error))
-    except _Interrupted:
-        _report("Interrupted; nothing was written.")
-        # At once: a builder of TensorRT may still be at work in its thread.
-        os._exit(2)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(error.name or "")
         if extra is None:
@@ -406,21 +402,9 @@ def main() -> None:
     except MemoryError:
         _fail("Not enough memory for this model on this machine.")
     except OSError as error:
-        _fail(f"{error.filename or 'A file'}: {error.strerror or error}.")
+        _fail(f"{error.filename or 'The output'}: {error.strerror or error}.")
     except Exception as error:
         _fail_unforeseen(error)
-
-
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise _Interrupted
-
-
-def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
-    """Python drops what is raised in a finalizer; an interruption that fell there comes once more, a moment later."""
-    if isinstance(dropped.exc_value, _Interrupted):
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
-    else:
-        sys.__unraisablehook__(dropped)
 
 
 def _fail_unforeseen(error: Exception) -> NoReturn:
@@ -431,6 +415,8 @@ def _fail_unforeseen(error: Exception) -> NoReturn:
 
 
 def _fail(message: str) -> NoReturn:
+    if interrupt.arrived():
+        interrupt.leave()
     _report(message)
     sys.exit(2)
 

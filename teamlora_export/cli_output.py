@@ -25,7 +25,8 @@ from rich.text import Text
 
 from teamlora_export import __version__
 from teamlora_export.errors import ExportError, printable
-from teamlora_export.files import read_json, write_aside
+from teamlora_export.files import read_json
+from teamlora_export.staging import write_aside
 
 STANDARD_OUTPUT = Path("-")
 # The field by which a result is known again, so that nothing else is ever replaced.
@@ -121,13 +122,25 @@ def write_json(fields: Mapping[str, Any], path: Path | None) -> None:
         with writing_to_standard_output():
             print(text, end="", flush=True)
         return
+    refuse_foreign_result(path)
+    write_aside(path, text)
+
+
+def refuse_foreign_result(path: Path | None) -> None:
+    """Refuse to replace a file that `write_json` did not write.
+
+    Raises:
+        ExportError: there is such a file.
+    """
+    if path is None or path == STANDARD_OUTPUT or not os.path.lexists(path):
+        return
+    advice = "Give another file to --json."
     try:
-        if os.path.lexists(path) and _SIGNATURE not in read_json(path, "Give another file to --json."):
-            raise ExportError(f"{path}: is no earlier result, and is left as it is. Give another file to --json.")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(path, text)
-    except OSError as error:
-        raise ExportError(f"{path}: cannot be written ({error.strerror}).") from None
+        fields = read_json(path, advice)
+    except FileNotFoundError:
+        raise ExportError(f"{path}: is a link to nothing. {advice}") from None
+    if _SIGNATURE not in fields:
+        raise ExportError(f"{path}: is no earlier result, and is left as it is. {advice}")
 
 
 @contextmanager

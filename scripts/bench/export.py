@@ -27,7 +27,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
-from teamlora_export.graph.template import cache_folder
+from teamlora_export.cache import cache_folder
 from teamlora_export.model.base import open_base
 from teamlora_export.model.initialize import new_adapter
 

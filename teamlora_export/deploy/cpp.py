@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from teamlora_export.bundle import ENGINES_NAME, Bundle, require_space
+from teamlora_export.bundle import ENGINES_NAME, Bundle
 from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment, require_cpu_dtype
 from teamlora_export.deploy.genai import CONFIG_NAME, genai_config
 from teamlora_export.deploy.python import render
 from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, read_facts
 from teamlora_export.engine.plugin import LIBRARY_NAME, check_version, plugin_of_engine
 from teamlora_export.errors import ExportError
+from teamlora_export.staging import require_space
 
 SOURCES = TEMPLATES / "cpp"
 MODEL_FOLDER = "model"

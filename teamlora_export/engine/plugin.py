@@ -19,14 +19,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from teamlora_export.cache import cache_folder
 from teamlora_export.engine.gpu import Gpu
 from teamlora_export.engine.runtime import TensorRT
 from teamlora_export.engine.toolchain import Toolchain, find_toolchain, known_architectures
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
-from teamlora_export.graph.template import cache_folder
 from teamlora_export.progress import Reporter
+from teamlora_export.staging import write_aside
 
 LIBRARY_NAME = "libteamlora_tensorrt.so"
 # A100; RTX 30, A10; RTX 40, L4; H100; B200; RTX 50.
@@ -96,10 +97,7 @@ def build_plugin(architectures: Sequence[str] | None = None, reporter: Reporter 
     with reporter.step(label), tempfile.TemporaryDirectory() as folder:
         made = _compile(Path(folder), toolchain, chosen, build)
         library = read_plugin(made)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        staged = kept.with_name(f".{LIBRARY_NAME}.{os.getpid()}")
-        staged.write_bytes(made.read_bytes())
-        os.replace(staged, kept)
+        write_aside(kept, made.read_bytes())
     return replace(library, path=kept)
 
 

@@ -16,8 +16,12 @@ from rich.table import Table
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.errors import ExportError
+from teamlora_export.files import open_file
+from teamlora_export.staging import write_aside
 from teamlora_export.validate.judge import FLOOR, MULTIPLE, Judgement, Verdict
 
+# At the top of every report, so that one may replace another.
+_MARK = b"teamlora-export"
 _LAYER = re.compile(r"^(.*?\.\d+)\.(.+)$")
 
 
@@ -147,11 +151,21 @@ def _expert_rows(expert_use: dict[str, list[float]]) -> list[tuple[str, list[tup
     return list(rows.items())
 
 
+def refuse_foreign_report(path: Path) -> None:
+    """Refuse to replace a file that is no report of ours.
+
+    Raises:
+        ExportError: it is something else.
+    """
+    if os.path.lexists(path) and not (path.is_file() and _is_report(path)):
+        raise ExportError(f"{path}: exists and is not a report that teamlora-export wrote. Choose another name.")
+
+
+def _is_report(path: Path) -> bool:
+    with open_file(path) as file:
+        return _MARK in file.read(500)
+
+
 def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, path)
-    except OSError as error:
-        raise ExportError(f"{path}: cannot be written ({error.strerror}).") from None
+    refuse_foreign_report(path)
+    write_aside(path, text)
