@@ -21,8 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
+from teamlora_export.tokens import Tokens
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
@@ -74,6 +77,7 @@ class Manifest:
     Attributes:
         base, adapter: source, SHA-256 of the weights, and what describes them.
         op: domain, name, version, nodes (how many) and form ("function" or "standard").
+        tokens: what the model says of its tokens.
         validation: figures of the last `validate`, None before the first.
         refit: what exchanging the adapter in an engine needs; None in bundles of older versions.
     """
@@ -87,6 +91,7 @@ class Manifest:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     sha256: Mapping[str, str]
+    tokens: Tokens
     validation: Mapping[str, Any] | None = None
     refit: Mapping[str, Any] | None = None
     format_version: int = FORMAT_VERSION
@@ -127,8 +132,9 @@ def read_bundle(folder: str | Path) -> Bundle:
             )
         for ports in ("inputs", "outputs"):
             fields[ports] = tuple(Port(p["name"], p["dtype"], tuple(p["shape"])) for p in fields[ports])
+        fields["tokens"] = msgspec.convert(fields["tokens"], Tokens)
         manifest = Manifest(**fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError) as error:
         raise ExportError(f"{path}: cannot be read ({error!r}). Export the model again.") from None
     for name in (MODEL_NAME, DATA_NAME):
         if not (folder / name).is_file():

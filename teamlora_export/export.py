@@ -19,6 +19,7 @@ import onnx_ir as ir
 from teamlora_export import __version__
 from teamlora_export.adapter import AdapterSpec, BaseSignature, align_with_base, read_adapter
 from teamlora_export.bundle import (
+    COMPANIONS,
     DATA_NAME,
     ENGINES_NAME,
     MODEL_NAME,
@@ -40,6 +41,7 @@ from teamlora_export.graph.template import LIBRARIES, Template, keep_template, l
 from teamlora_export.model.checkpoint import open_safetensors_weights
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
 from teamlora_export.progress import Reporter
+from teamlora_export.tokens import read_tokens
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 OP_FORMS = ("function", "standard")
@@ -105,7 +107,12 @@ def export_onnx(
                 dtype=dtype,
                 inputs=tuple(_port(value) for value in model.graph.inputs),
                 outputs=tuple(_port(value) for value in model.graph.outputs),
-                sha256={MODEL_NAME: sha256_of(folder / MODEL_NAME), DATA_NAME: data_sha256},
+                tokens=read_tokens(folder, template.task),
+                sha256={
+                    MODEL_NAME: sha256_of(folder / MODEL_NAME),
+                    DATA_NAME: data_sha256,
+                    **{name: sha256_of(folder / name) for name in COMPANIONS if (folder / name).is_file()},
+                },
                 refit=refit,
             )
             write_manifest(folder, manifest)

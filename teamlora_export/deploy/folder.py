@@ -116,6 +116,7 @@ def _describe(made: Deployment) -> dict[str, object]:
         "task": manifest.task,
         "dtype": dtype or manifest.dtype,
         "op": dict(manifest.op),
+        "tokens": dataclasses.asdict(manifest.tokens),
         "base_sha256": dict(manifest.base["sha256"]),
         "adapter_sha256": made.differs.get("adapter_sha256", manifest.adapter["sha256"]),
         "inputs": [dataclasses.asdict(port_in(port, dtype)) for port in manifest.inputs],
