@@ -57,7 +57,7 @@ def deploy_cpp_command(
 def deploy_triton_command(
     bundle: BundleArgument,
     output: OutputOption,
-    name: Annotated[str | None, typer.Option(help="Of the model. Default: the bundle's folder.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model. Default: the base's and the adapter's.")] = None,
     engine: EngineOption = None,
     plugin: PluginOption = None,
     library: LibraryOption = None,
