@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from teamlora_export.cache import cache_folder
 from teamlora_export.deploy.cpp import SOURCES
-from teamlora_export.graph.template import cache_folder
 
 ROOT = Path(__file__).parents[1]
 SCRIPT, CONSTRAINTS = SOURCES / "get_libraries.sh", ROOT / "constraints.txt"

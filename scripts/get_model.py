@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from teamlora_export.graph.template import cache_folder
+from teamlora_export.cache import cache_folder
 
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -3,35 +3,34 @@
     model.onnx  model.onnx.data  manifest.json  config.json  generation_config.json  tokenizer files
     engines/NAME.engine  engines/NAME.json      what `trt` adds
 
-A bundle is staged beside its destination and moved there in one step, so that a killed export leaves the old bundle or
-none. `manifest.json` says what made it; readers refuse a format that is newer than they know.
+`manifest.json` says what made the bundle, and lists every file of it with its SHA-256: a reader refuses a list with a
+gap, and what the list does not name is not ours. Engines have facts of their own beside them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
-import os
-import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, TypedDict
 
 import msgspec
 
 from teamlora_export.errors import ExportError
-from teamlora_export.files import sha256_of
+from teamlora_export.files import copy_file, read_record, sha256_of
+from teamlora_export.staging import entries, settle, write_aside
 from teamlora_export.tokens import Tokens
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
 MANIFEST_NAME = "manifest.json"
 ENGINES_NAME = "engines"
-FORMAT_VERSION = 1
+# 1 listed the hashes of the model and its weights alone.
+FORMAT_VERSION = 2
+# Large vocabularies have some 40 MB.
+LARGEST_COMPANION = 256 << 20
 # Names of the dynamic axes.
 BATCH, SEQUENCE, PAST, TOTAL = (
     "batch_size",
@@ -61,6 +60,13 @@ COMPANIONS = (
 )
 
 
+Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+Dtype = Annotated[str, msgspec.Meta(pattern="^(fp32|fp16|bf16)$")]
+Task = Annotated[
+    str, msgspec.Meta(pattern="^(text-generation|feature-extraction|sentence-embedding|text-classification)$")
+]
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output of the model. Sizes are integers or names of dynamic axes."""
@@ -70,30 +76,87 @@ class Port:
     shape: tuple[int | str, ...]
 
 
+class BaseOrigin(TypedDict):
+    """The base model: what finds it again, and the SHA-256 of each of its weight files."""
+
+    source: str
+    model_type: str
+    sha256: dict[str, Sha256]
+
+
+class AdapterOrigin(TypedDict):
+    """The adapter: what finds it again, its SHA-256, and what describes it."""
+
+    source: str
+    sha256: Sha256
+    family: str
+    r: int
+    num_experts: int
+    modules: int
+    parameters: int
+
+
+class OpForm(TypedDict):
+    """The op in the graph: how many nodes, and whether it is kept ("function") or inlined ("standard")."""
+
+    domain: str
+    name: str
+    version: int
+    nodes: int
+    form: Annotated[str, msgspec.Meta(pattern="^(function|standard)$")]
+
+
+class Validation(TypedDict):
+    """Figures of the last `validate`."""
+
+    passed: bool
+    date: str
+    runtime: str
+    cases: int
+    worst_output: str
+    worst_relative_error: float
+    worst_times_pytorch: float
+    greedy_tokens: int
+    greedy_equal: int
+    first_departure: str | None
+
+
+class Refit(TypedDict):
+    """What exchanging the adapter in an engine needs.
+
+    weights: names in the graph -> their recipes. projections: module -> in, out, rank of `down`, experts, rank of one.
+    overrides: names of weights that the adapter replaces -> their shapes.
+    """
+
+    weights: dict[str, str]
+    projections: dict[str, tuple[int, int, int, int, int]]
+    overrides: dict[str, list[int]]
+    body_prefix: str
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What made a bundle, and what it is.
 
     Attributes:
-        base, adapter: source, SHA-256 of the weights, and what describes them.
-        op: domain, name, version, nodes (how many) and form ("function" or "standard").
         tokens: what the model says of its tokens.
-        validation: figures of the last `validate`, None before the first.
-        refit: what exchanging the adapter in an engine needs; None in bundles of older versions.
+        sha256: every file of the bundle, but this one and engines, relative to its folder.
+        validation: None before the first.
+        refit: None where the bundle cannot serve it.
     """
 
     tool: Mapping[str, str]
-    base: Mapping[str, Any]
-    adapter: Mapping[str, Any]
-    op: Mapping[str, Any]
-    task: str
-    dtype: str
+    base: BaseOrigin
+    adapter: AdapterOrigin
+    op: OpForm
+    task: Task
+    dtype: Dtype
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    sha256: Mapping[str, str]
+    sha256: Mapping[str, Sha256]
     tokens: Tokens
-    validation: Mapping[str, Any] | None = None
-    refit: Mapping[str, Any] | None = None
+    validation: Validation | None = None
+    refit: Refit | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -117,139 +180,112 @@ def read_bundle(folder: str | Path) -> Bundle:
     """Open the bundle in `folder`.
 
     Raises:
-        ExportError: it is no bundle, it is incomplete, or a newer version of the tool wrote it.
+        ExportError: it is no bundle, its list of files has a gap, or another version of the tool wrote it.
     """
     folder = Path(folder)
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
+    for place in (folder.parent, folder):
+        settle(place)
+    if not (folder / MANIFEST_NAME).exists():
         raise ExportError(f"{folder}: is not a bundle (no {MANIFEST_NAME}). Make one with `teamlora-export onnx`.")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        version = fields["format_version"]
-        if version > FORMAT_VERSION:
-            raise ExportError(
-                f"{path}: has format version {version}, this tool reads up to {FORMAT_VERSION}. Upgrade it."
-            )
-        for ports in ("inputs", "outputs"):
-            fields[ports] = tuple(Port(p["name"], p["dtype"], tuple(p["shape"])) for p in fields[ports])
-        fields["tokens"] = msgspec.convert(fields["tokens"], Tokens)
-        manifest = Manifest(**fields)
-    except (OSError, ValueError, KeyError, TypeError, msgspec.ValidationError) as error:
-        raise ExportError(f"{path}: cannot be read ({error!r}). Export the model again.") from None
-    for name in (MODEL_NAME, DATA_NAME):
-        if not (folder / name).is_file():
-            raise ExportError(f"{folder}: {name} is missing. Export the model again.")
+    manifest = _read_manifest(folder)
+    _check_list(folder, manifest.sha256)
+    _check_ports(folder, manifest)
     return Bundle(folder, manifest)
 
 
 def check_files(bundle: Bundle) -> None:
-    """Refuse a bundle whose model or weights are not those that were exported.
+    """Refuse a bundle that is not what was exported.
 
     Raises:
-        ExportError: the SHA-256 of one differs from the manifest's.
+        ExportError: a file is missing, or its SHA-256 is not the manifest's.
     """
     for name, expected in bundle.manifest.sha256.items():
-        if sha256_of(bundle.folder / name) != expected:
+        if sha256_of(bundle.folder / name, bundle.folder) != expected:
             raise ExportError(
                 f"{bundle.folder / name}: is not what was exported (its SHA-256 differs). Export the model again."
             )
 
 
+def hash_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a manifest lists: the SHA-256 of each file in a bundle's folder, but of `known` ones, whose are given."""
+    known = known or {}
+    names = sorted(
+        name for name in entries(folder) if name != MANIFEST_NAME and not name.startswith(f"{ENGINES_NAME}/")
+    )
+    return {name: known.get(name) or sha256_of(folder / name) for name in names}
+
+
+def listed_files(folder: Path) -> set[str]:
+    """What a bundle's folder holds that we wrote, engines excepted.
+
+    Raises:
+        ExportError: it is not a bundle.
+    """
+    settle(folder)
+    refusal = f"{folder}: exists and is not a bundle; it is left as it is. Choose another -o."
+    try:
+        return {MANIFEST_NAME, ENGINES_NAME, *_read_manifest(folder).sha256}
+    except FileNotFoundError:
+        raise ExportError(refusal) from None
+    except ExportError as reason:
+        raise ExportError(f"{refusal} ({reason})") from None
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` aside, then move it into place."""
-    staged = folder / f".{MANIFEST_NAME}.partial"
-    staged.write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    os.replace(staged, folder / MANIFEST_NAME)
+    """Write `manifest.json`, whole or not at all.
+
+    Raises:
+        ExportError: it cannot be written, or the disk is full.
+    """
+    write_aside(folder / MANIFEST_NAME, json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy the configuration and tokenizer files of a base model into a bundle."""
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
-
-
-@contextmanager
-def staged(out: Path, marker: str = MANIFEST_NAME) -> Iterator[Path]:
-    """A folder beside `out` to write into; it becomes `out` when the block ends, and vanishes when it fails.
-
-    Args:
-        marker: the file that shows an existing `out` to be of the same kind, so that it may be replaced.
+    """Copy the configuration and tokenizer files of a base model into a bundle.
 
     Raises:
-        ExportError: `out` is something else and not an empty folder, or the disk is full or read-only.
+        ExportError: one is no regular file, is too large, or a link that leads out of `source`.
     """
-    refuse_foreign(out, marker)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_debris(out)
-        staging = out.parent / f".{out.name}.{os.getpid()}.partial"
-        staging.mkdir()
-    except OSError as error:
-        raise ExportError(f"{out}: cannot be written ({error.strerror}). Choose another -o.") from None
-    try:
-        yield staging
-        _move(staging, out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ExportError(
-                f"{out}: {error.strerror}; nothing was written. Free space, or choose another -o."
-            ) from None
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    for name in COMPANIONS:
+        if (source / name).is_symlink() or (source / name).exists():
+            (folder / name).parent.mkdir(exist_ok=True)
+            copy_file(source / name, folder / name, source, LARGEST_COMPANION)
 
 
-def require_space(folder: Path, needed: int) -> None:
-    """Refuse to start writing `needed` bytes where they do not fit."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_NAME
+    manifest = read_record(path, Manifest, "Export the model again.", folder, newest=FORMAT_VERSION)
+    if manifest.format_version < FORMAT_VERSION:
         raise ExportError(
-            f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free. Choose another -o."
+            f"{path}: has format version {manifest.format_version}, which lists some of its files only; this tool "
+            f"reads {FORMAT_VERSION}. Remove the folder, and export the model again."
         )
+    return manifest
 
 
-def refuse_foreign(out: Path, marker: str = MANIFEST_NAME) -> None:
-    """Refuse to replace anything but a folder with `marker` in it, or an empty one."""
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise ExportError(f"{out}: exists and is not a folder. Choose another -o.")
-    if out.is_dir() and any(out.iterdir()) and not (out / marker).is_file():
-        kind = "a bundle" if marker == MANIFEST_NAME else "a deployment"
-        raise ExportError(f"{out}: exists and is not {kind}; it is left as it is. Choose another -o.")
+def _check_list(folder: Path, listed: Mapping[str, str]) -> None:
+    """Every file that somebody reads from a bundle is listed, and every file that is listed is there."""
+    read = [name for name in COMPANIONS if (folder / name).exists()]
+    for name in (MODEL_NAME, DATA_NAME, *read):
+        if name not in listed:
+            raise ExportError(f"{folder / MANIFEST_NAME}: does not list {name}. Export the model again.")
+    for name in listed:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ExportError(f"{folder / MANIFEST_NAME}: lists {name!r:.80}, which is not in its folder.")
+        if not (folder / name).is_file():
+            raise ExportError(f"{folder}: {name:.80} is missing. Export the model again.")
 
 
-def _move(staging: Path, out: Path) -> None:
-    old = out.parent / f".{out.name}.{os.getpid()}.old"
-    if out.exists():
-        os.replace(out, old)
-    try:
-        os.replace(staging, out)
-    except OSError:
-        if old.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _remove_debris(out: Path) -> None:
-    """What exports that were killed (and could not clean up) left beside `out`."""
-    pattern = re.compile(rf"^\.{re.escape(out.name)}\.(\d+)\.(partial|old)$")
-    for path in out.parent.iterdir():
-        match = pattern.match(path.name)
-        if match is None or _is_running(int(match[1])):
-            continue
-        if match[2] == "old" and not out.exists():
-            os.replace(path, out)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _check_ports(folder: Path, manifest: Manifest) -> None:
+    """What every runtime takes for granted."""
+    generates = manifest.task == "text-generation"
+    caches = [port for port in manifest.inputs if port.name.startswith("past_key_values.")]
+    if (
+        all(port.name != "input_ids" for port in manifest.inputs)
+        or not manifest.outputs
+        or bool(caches) != generates
+        or any(len(port.shape) != 4 for port in caches)
+    ):
+        raise ExportError(
+            f"{folder / MANIFEST_NAME}: has not the inputs and outputs of {manifest.task}. Export the model again."
+        )

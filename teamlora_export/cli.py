@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 a validation that failed, 2 wrong input or environment.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
 from pathlib import Path
@@ -16,7 +15,7 @@ import typer
 import typer.core
 from rich.console import Console
 
-from teamlora_export import __version__
+from teamlora_export import __version__, interrupt
 from teamlora_export.cli_deploy import BundleArgument, OutputOption, deploy_app
 from teamlora_export.errors import ExportError
 
@@ -110,10 +109,13 @@ def validate(
 ) -> None:
     """Compare a bundle with PyTorch; exit with 1 where it departs, and say which module does."""
     from teamlora_export.bundle import read_bundle
-    from teamlora_export.validate.report import print_verdict, write_html, write_json
+    from teamlora_export.validate.report import print_verdict, refuse_foreign_report, write_html, write_json
     from teamlora_export.validate.run import validate_bundle
 
     opened = read_bundle(bundle)
+    for path in (report, json):
+        if path is not None:
+            refuse_foreign_report(path)
     verdict = validate_bundle(
         opened,
         base_source=base,
@@ -299,24 +301,17 @@ def _wide_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=132)
 
 
-class _Interrupted(BaseException):
-    """Ctrl-C or a polite kill. Not `KeyboardInterrupt`, which the command-line library turns into an exit of its
-    own."""
-
-
 def main() -> None:
     """Run the command line; every expected failure is one message and exit code 2."""
-    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
-        signal.signal(kind, _interrupt)
-    sys.unraisablehook = _interrupt_again
+    with interrupt.reported():
+        _run()
+
+
+def _run() -> None:
     try:
         app()
     except ExportError as error:
         _fail(str(error))
-    except _Interrupted:
-        _report("Interrupted; nothing was written.")
-        # At once: a builder of TensorRT may still be at work in its thread.
-        os._exit(2)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(error.name or "")
         if extra is None:
@@ -325,22 +320,12 @@ def main() -> None:
     except MemoryError:
         _fail("Not enough memory for this model on this machine.")
     except OSError as error:
-        _fail(f"{error.filename or 'A file'}: {error.strerror or error}.")
-
-
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise _Interrupted
-
-
-def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
-    """Python drops what is raised in a finalizer; an interruption that fell there comes once more, a moment later."""
-    if isinstance(dropped.exc_value, _Interrupted):
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
-    else:
-        sys.__unraisablehook__(dropped)
+        _fail(f"{error.filename or 'The output'}: {error.strerror or error}.")
 
 
 def _fail(message: str) -> None:
+    if interrupt.arrived():
+        interrupt.leave()
     _report(message)
     sys.exit(2)
 

@@ -1,9 +1,9 @@
 """`teamlora-export onnx`: base and adapter in, bundle out.
 
-    read and check the adapter -> a template (kept from before, or traced now) -> weights, past PyTorch -> manifest
+    read and check the adapter -> the graph (kept from before, or traced now) -> weights, past PyTorch -> manifest
 
 Everything that can be wrong with the input is found first, before anything slow starts or is written. With a kept
-template and safetensors weights, torch is never imported.
+graph and safetensors weights, torch is never imported.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ import onnx_ir as ir
 from teamlora_export import __version__
 from teamlora_export.adapter import AdapterSpec, BaseSignature, align_with_base, read_adapter
 from teamlora_export.bundle import (
-    COMPANIONS,
     DATA_NAME,
     ENGINES_NAME,
     MODEL_NAME,
+    AdapterOrigin,
     Bundle,
     Manifest,
     Port,
+    Refit,
     copy_companions,
+    hash_files,
+    listed_files,
     read_bundle,
-    refuse_foreign,
-    require_space,
-    staged,
     write_manifest,
 )
+from teamlora_export.engine.facts import listed_engines
 from teamlora_export.errors import ExportError
-from teamlora_export.files import sha256_of
 from teamlora_export.graph import op, weights
 from teamlora_export.graph.passes import inline_bodies
-from teamlora_export.graph.template import LIBRARIES, Template, keep_template, load_template, template_key
+from teamlora_export.graph.traced import LIBRARIES, TracedGraph, graph_key, keep_graph, load_graph
 from teamlora_export.model.checkpoint import open_safetensors_weights
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
 from teamlora_export.progress import Reporter
+from teamlora_export.staging import real_path, refuse_foreign, require_space, staged
 from teamlora_export.tokens import read_tokens
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -77,56 +78,58 @@ def export_onnx(
         raise ExportError(f"--op {op_form}: unknown. Use {' or '.join(OP_FORMS)}.")
     adapter = read_adapter(adapter_folder)
     source = find_base(base_name)
-    out = Path(out)
-    refuse_foreign(out)
+    # Once: the folder that a relative path starts from may be the one that is replaced.
+    given, out, inputs = Path(out), real_path(Path(out)), (source.folder, Path(adapter_folder))
+    refuse_foreign(out, _our_files, inputs)
     if (out / ENGINES_NAME).is_dir():
         reporter.warn(f"{out}: its engines are of the model that is replaced, and are removed with it.")
     with hashing_weights(source) as finish_hashing:
-        template = _find_template(source, adapter, task, dtype, use_cache, reporter)
-        adapter = align_with_base(adapter, template.signature)
-        model = template.model
+        traced = _find_graph(source, adapter, task, dtype, use_cache, reporter)
+        adapter = align_with_base(adapter, traced.signature)
+        model = traced.model
         _warn_of_normalizers(adapter, reporter)
         _warn_of_unused(model, adapter, reporter)
         nodes = sum(op.is_op(node) for node in model.graph)
-        refit = _describe_refit(model, adapter, template.signature)
+        refit = _describe_refit(model, adapter, traced.signature)
         if op_form == "standard":
             inline_bodies(model)
         model.producer_name, model.producer_version = "teamlora-export", __version__
-        with staged(out) as folder:
-            data_sha256 = _write_weights(model, source, template, adapter, folder, reporter)
+        with staged(out, _our_files, inputs) as folder:
+            data_sha256 = _write_weights(model, source, traced, adapter, folder, reporter)
             ir.save(model, folder / MODEL_NAME)
             copy_companions(source.folder, folder)
             if source.gguf_file is not None:
-                _open_base(source, template.task).save_companions(folder)
+                _open_base(source, traced.task).save_companions(folder)
             manifest = Manifest(
                 tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
-                base={"source": source.origin, "model_type": template.model_type, "sha256": finish_hashing()},
+                base={"source": source.origin, "model_type": traced.model_type, "sha256": finish_hashing()},
                 adapter=_describe_adapter(adapter),
                 op={"domain": op.DOMAIN, "name": op.NAME, "version": op.VERSION, "nodes": nodes, "form": op_form},
-                task=template.task,
+                task=traced.task,
                 dtype=dtype,
                 inputs=tuple(_port(value) for value in model.graph.inputs),
                 outputs=tuple(_port(value) for value in model.graph.outputs),
-                tokens=read_tokens(folder, template.task),
-                sha256={
-                    MODEL_NAME: sha256_of(folder / MODEL_NAME),
-                    DATA_NAME: data_sha256,
-                    **{name: sha256_of(folder / name) for name in COMPANIONS if (folder / name).is_file()},
-                },
+                tokens=read_tokens(folder, traced.task),
+                sha256=hash_files(folder, {DATA_NAME: data_sha256}),
                 refit=refit,
             )
             write_manifest(folder, manifest)
-    return read_bundle(out)
+    return Bundle(given, read_bundle(out).manifest)
 
 
-def _find_template(
+def _our_files(out: Path) -> set[str]:
+    """The files of an existing bundle that an export replaces."""
+    return {*listed_files(out), *listed_engines(out)}
+
+
+def _find_graph(
     source: BaseSource, adapter: AdapterSpec, task: str, dtype: str, use_cache: bool, reporter: Reporter
-) -> Template:
-    key = template_key(source, adapter, task, dtype)
-    template = load_template(key) if use_cache else None
-    if template is not None:
+) -> TracedGraph:
+    key = graph_key(source, adapter, task, dtype)
+    kept = load_graph(key) if use_cache else None
+    if kept is not None:
         reporter.say("Graph: taken from the cache (--no-cache traces it again)")
-        return template
+        return kept
 
     with _rare_collections():
         # Heavy imports wait until there is something to trace.
@@ -137,10 +140,10 @@ def _find_template(
         base = _open_base(source, task)
         aligned = align_with_base(adapter, base.signature)
         model = build_graph(base, aligned, getattr(torch, DTYPES[dtype]), reporter)
-    template = Template(model, base.signature, base.aliases(), base.task, base.config.model_type)
+    traced = TracedGraph(model, base.signature, base.aliases(), base.task, base.config.model_type)
     if use_cache:
-        keep_template(key, template)
-    return template
+        keep_graph(key, traced)
+    return traced
 
 
 @contextmanager
@@ -159,17 +162,17 @@ def _rare_collections() -> Iterator[None]:
 
 
 def _write_weights(
-    model: ir.Model, source: BaseSource, template: Template, adapter: AdapterSpec, folder: Path, reporter: Reporter
+    model: ir.Model, source: BaseSource, traced: TracedGraph, adapter: AdapterSpec, folder: Path, reporter: Reporter
 ) -> str:
     """Write the external data; return its SHA-256."""
     base_weights: weights.BaseWeights | None = open_safetensors_weights(
-        source, template.aliases, template.signature.body_prefix
+        source, traced.aliases, traced.signature.body_prefix
     )
     if base_weights is None:
         from teamlora_export.model.base import LoadedWeights
 
         with reporter.step("Loading the base's weights through transformers"):
-            base_weights = LoadedWeights(_open_base(source, template.task))
+            base_weights = LoadedWeights(_open_base(source, traced.task))
     size = weights.total_bytes(model)
     require_space(folder, size)
     with reporter.bytes("Writing weights", size) as progress:
@@ -183,7 +186,7 @@ def _open_base(source: BaseSource, task: str):  # type: ignore[no-untyped-def]
     return open_base(source, task)
 
 
-def _describe_adapter(adapter: AdapterSpec) -> dict[str, object]:
+def _describe_adapter(adapter: AdapterSpec) -> AdapterOrigin:
     return {
         "source": adapter.source,
         "sha256": adapter.sha256,
@@ -195,10 +198,10 @@ def _describe_adapter(adapter: AdapterSpec) -> dict[str, object]:
     }
 
 
-def _describe_refit(model: ir.Model, adapter: AdapterSpec, signature: BaseSignature) -> dict[str, object]:
+def _describe_refit(model: ir.Model, adapter: AdapterSpec, signature: BaseSignature) -> Refit:
     """What exchanging the adapter needs: the recipes of its weights, and what another adapter is checked against."""
     recipes = {
-        value.name: recipe for value in model.graph.initializers.values() if (recipe := weights.recipe_of(value))
+        value.name or "": recipe for value in model.graph.initializers.values() if (recipe := weights.recipe_of(value))
     }
     own = {
         name: recipe.to_json()
@@ -208,7 +211,7 @@ def _describe_refit(model: ir.Model, adapter: AdapterSpec, signature: BaseSignat
     return {
         "weights": own,
         "projections": {
-            path: [p.in_features, p.out_features, p.down_rank, p.num_experts, p.expert_rank]
+            path: (p.in_features, p.out_features, p.down_rank, p.num_experts, p.expert_rank)
             for path, p in adapter.projections.items()
         },
         "overrides": {name: list(value.shape) for name, value in adapter.overrides.items()},

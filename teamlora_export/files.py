@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from io import BufferedReader
@@ -21,11 +22,13 @@ from typing import Any, TypeVar
 import msgspec
 
 from teamlora_export.errors import ExportError
+from teamlora_export.staging import write_aside as write_aside
 
 # The largest index of shards that is known has some 20 MB; configurations have a few kB.
 LARGEST_JSON = 64 << 20
 # Deeper than any configuration, and shallow enough for every walk over one.
 _DEEPEST_JSON = 64
+_CHUNK = 1 << 20
 _T = TypeVar("_T")
 
 
@@ -125,25 +128,24 @@ def read_record(path: Path, kind: type[_T], advice: str, folder: Path | None = N
         raise ExportError(f"{path}: {error}. {advice}") from None
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, folder: Path | None = None) -> str:
     """SHA-256 of a file's bytes, in hex.
+
+    Args:
+        folder: see `open_file`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ExportError: it is something else than a file, or may not be read.
+        ExportError: it is something else than a file, leads out of `folder`, or may not be read.
     """
-    with open_file(path) as file:
+    with open_file(path, folder) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Write `text` beside `path`, then move it there: the file is the old one or the new one, never half of one."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
+def copy_file(path: Path, target: Path, folder: Path | None = None, largest: int | None = None) -> None:
+    """Copy the bytes of a file, not what a link of that name is; raises as `open_file` does."""
+    with open_file(path, folder, largest) as file, target.open("wb") as copy:
+        shutil.copyfileobj(file, copy, _CHUNK)
 
 
 _JSON_NAMES = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "a truth value"}

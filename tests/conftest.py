@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, align_with_base, read_adapter, write_adapter
 from teamlora_export.adapter.initialize import new_adapter
-from teamlora_export.bundle import Bundle
+from teamlora_export.bundle import MANIFEST_NAME, Bundle, hash_files, read_bundle
 from teamlora_export.engine.plugin import PluginLibrary, build_plugin
 from teamlora_export.engine.toolchain import find_toolchain
 from teamlora_export.export import export_onnx
@@ -278,6 +279,13 @@ def poison_token(folder: Path, token: int) -> None:
     with (folder / fields["location"]).open("r+b") as file:
         file.seek(int(fields["offset"]) + token * 32 * 4)
         file.write(np.full(32, np.nan, np.float32).tobytes())
+
+
+def list_again(folder: Path) -> Bundle:
+    """The bundle in `folder`, whose files a test has changed, as if they had been exported so."""
+    fields = json.loads((folder / MANIFEST_NAME).read_text())
+    (folder / MANIFEST_NAME).write_text(json.dumps({**fields, "sha256": hash_files(folder)}))
+    return read_bundle(folder)
 
 
 def readme_block(folder: Path, language: str, number: int = 1) -> str:

@@ -1,72 +1,129 @@
-"""A bundle is either whole or not there."""
+"""A bundle is whole, as its manifest lists it, or it is refused."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from teamlora_export.bundle import MANIFEST_NAME, read_bundle, staged
+from teamlora_export.bundle import COMPANIONS, MANIFEST_NAME, check_files, copy_companions, listed_files, read_bundle
 from teamlora_export.errors import ExportError
 
 
-def fill(folder: Path, text: str) -> None:
-    (folder / MANIFEST_NAME).write_text(text)
+@pytest.fixture
+def folder(tmp_path, make_bundle) -> Path:
+    """A copy of the tiny Llama's bundle, to be changed."""
+    return Path(shutil.copytree(make_bundle("llama").folder, tmp_path / "bundle"))
 
 
-def stage_and_raise(out: Path, error: type[BaseException]) -> None:
-    with staged(out) as folder:
-        fill(folder, "second")
-        raise error
+def edit(folder: Path, **fields: object) -> None:
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def test_what_was_staged_appears_whole_and_replaces_the_old(tmp_path):
-    out = tmp_path / "out"
-    for text in ("first", "second"):
-        with staged(out) as folder:
-            fill(folder, text)
-    assert (out / MANIFEST_NAME).read_text() == "second"
-    assert list(tmp_path.iterdir()) == [out]
+def test_every_file_of_a_bundle_is_listed(folder):
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert set(read_bundle(folder).manifest.sha256) == there - {MANIFEST_NAME}
+    assert {"model.onnx", "model.onnx.data", "config.json"} <= there
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_a_failure_leaves_the_old_bundle_and_no_debris(error, tmp_path):
-    out = tmp_path / "out"
-    with staged(out) as folder:
-        fill(folder, "first")
-    with pytest.raises(error):
-        stage_and_raise(out, error)
-    assert (out / MANIFEST_NAME).read_text() == "first"
-    assert list(tmp_path.iterdir()) == [out]
+def test_each_listed_file_is_checked(folder):
+    bundle = read_bundle(folder)
+    for name in bundle.manifest.sha256:
+        before = (folder / name).read_bytes()
+        (folder / name).write_bytes(before + b" ")
+        with pytest.raises(ExportError, match=rf"{name}: is not what was exported"):
+            check_files(bundle)
+        (folder / name).write_bytes(before)
+    check_files(bundle)
 
 
-def test_debris_of_a_killed_export_is_removed_and_its_old_bundle_restored(tmp_path):
-    dead = 2**22 + 1  # beyond Linux's largest process number
-    partial, old = tmp_path / f".out.{dead}.partial", tmp_path / f".out.{dead}.old"
-    partial.mkdir()
-    old.mkdir()
-    fill(old, "old")
-    with pytest.raises(RuntimeError), staged(tmp_path / "out"):
-        raise RuntimeError
-    assert (tmp_path / "out" / MANIFEST_NAME).read_text() == "old"
-    assert not partial.exists()
-
-
-def test_a_folder_of_something_else_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("do not touch")
-    with pytest.raises(ExportError, match="is not a bundle; it is left as it is"), staged(tmp_path):
-        pass
-    assert (tmp_path / "thesis.txt").read_text() == "do not touch"
-
-
-def test_a_newer_or_damaged_manifest_is_refused(tmp_path, make_bundle):
-    folder = Path(shutil.copytree(make_bundle("llama").folder, tmp_path / "bundle"))
-    fields = json.loads((folder / MANIFEST_NAME).read_text())
-    fill(folder, json.dumps({**fields, "format_version": 99}))
-    with pytest.raises(ExportError, match="format version 99"):
+def test_a_list_with_a_gap_is_refused_by_name(folder):
+    listed = read_bundle(folder).manifest.sha256
+    for name in ("model.onnx", "model.onnx.data", "config.json", "generation_config.json"):
+        edit(folder, sha256={other: digest for other, digest in listed.items() if other != name})
+        with pytest.raises(ExportError, match=f"does not list {name}"):
+            read_bundle(folder)
+    edit(folder, sha256={})
+    with pytest.raises(ExportError, match=r"does not list model\.onnx"):
         read_bundle(folder)
-    fill(folder, "{}")
-    with pytest.raises(ExportError, match="cannot be read"):
+    edit(folder, sha256=listed)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ExportError, match=r"does not list tokenizer\.json"):
         read_bundle(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "config.json").unlink()
+    with pytest.raises(ExportError, match=r"config\.json is missing"):
+        read_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["../secret.txt", "/etc/hostname", "a/../../b"])
+def test_a_list_that_leads_out_of_the_folder_is_refused(name, folder):
+    edit(folder, sha256={**read_bundle(folder).manifest.sha256, name: "0" * 64})
+    with pytest.raises(ExportError, match="which is not in its folder"):
+        read_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"format_version": 99}, "format version 99"),
+        ({"format_version": 1}, "format version 1, which lists some"),
+        ({"sha256": {"model.onnx": "abc"}}, "matching regex"),
+        ({"sha256": []}, r"Expected `object`, got `array` - at `\$\.sha256`"),
+        ({"base": {"source": 3, "model_type": "llama", "sha256": {}}}, r"Expected `str`, got `int` - at `\$\.base"),
+        ({"adapter": {}}, r"missing required field `source` - at `\$\.adapter`"),
+        ({"op": {"domain": "teamlora", "name": "x", "version": 1, "nodes": "x", "form": "function"}}, "got `str`"),
+        ({"dtype": "fp64"}, "matching regex"),
+        ({"task": "dancing"}, "matching regex"),
+        ({"inputs": [{"name": "input_ids", "dtype": "int64", "shape": [1.5]}]}, "got `float`"),
+        ({"inputs": []}, "has not the inputs and outputs"),
+        ({"validation": {"passed": "yes"}}, "Expected `bool`, got `str`"),
+        ({"refit": {"weights": {"a": 1}}}, "Expected `str`, got `int`"),
+    ],
+)
+def test_a_manifest_with_a_field_of_another_type_is_refused(fields, reason, folder):
+    edit(folder, **fields)
+    with pytest.raises(ExportError, match=reason) as refusal:
+        read_bundle(folder)
+    assert str(folder / MANIFEST_NAME) in str(refusal.value)
+
+
+def test_what_is_no_manifest_of_ours_makes_no_bundle(tmp_path):
+    (tmp_path / MANIFEST_NAME).write_text('{"short_name": "A web project", "start_url": "/"}')
+    for read in (read_bundle, listed_files):
+        with pytest.raises(ExportError, match="format_version is None"):
+            read(tmp_path)
+    (tmp_path / MANIFEST_NAME).unlink()
+    with pytest.raises(ExportError, match="is not a bundle"):
+        read_bundle(tmp_path)
+
+
+def test_companions_are_copied_as_files_and_no_link_leads_out_of_the_base(tmp_path):
+    base, out, secret = tmp_path / "base", tmp_path / "out", tmp_path / "secret.json"
+    base.mkdir()
+    out.mkdir()
+    secret.write_text('{"mine": true}')
+    (base / "tokenizer.json").write_text("{}")
+    (base / "vocab.json").symlink_to("tokenizer.json")
+    copy_companions(base, out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"tokenizer.json": "{}", "vocab.json": "{}"}
+    assert not any(path.is_symlink() for path in out.iterdir())
+    for name in COMPANIONS:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).unlink(missing_ok=True)
+        (base / name).symlink_to(secret)
+        with pytest.raises(ExportError, match="is a link to a file outside"):
+            copy_companions(base, out)
+        (base / name).unlink()
+    os.mkfifo(base / "vocab.txt")
+    with pytest.raises(ExportError, match="is not a regular file"):
+        copy_companions(base, out)
+    (base / "vocab.txt").unlink()
+    with (base / "tokenizer.model").open("wb") as file:
+        file.truncate(3 << 30)
+    with pytest.raises(ExportError, match="bytes; such a file has"):
+        copy_companions(base, out)

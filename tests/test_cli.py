@@ -99,7 +99,7 @@ def test_a_malformed_adapter_is_one_message_and_leaves_nothing(name, adapter, tm
         (["onnx", "./nowhere", "-a", "ADAPTER", "-o", "OUT"], "no such folder"),
         (["onnx", "BASE", "-a", "ADAPTER", "-o", "OUT", "--dtype", "int3"], "--dtype int3: unknown"),
         (["onnx", "BASE", "-a", "ADAPTER", "-o", "OUT", "--task", "dancing"], "--task dancing: unknown"),
-        (["onnx", "BASE", "-a", "ADAPTER", "-o", "ADAPTER"], "exists and is not a bundle"),
+        (["onnx", "BASE", "-a", "ADAPTER", "-o", "ADAPTER"], "which is read"),
         (["onnx", "BASE"], "Missing option"),
         (["validate", "ADAPTER"], "is not a bundle"),
         (["inspect", "BASE"], "neither an adapter"),

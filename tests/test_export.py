@@ -1,4 +1,4 @@
-"""Weights from every kind of checkpoint, templates in the cache, and what must be said when files are wrong."""
+"""Weights from every kind of checkpoint, traced graphs in the cache, and what must be said when files are wrong."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from teamlora_export.bundle import DATA_NAME, MODEL_NAME
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.files import sha256_of
-from teamlora_export.graph import template
+from teamlora_export.graph import traced
 from teamlora_export.model.source import find_base
 from teamlora_export.progress import Reporter
 
@@ -39,9 +39,9 @@ def base(tmp_path, make_base) -> Path:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache of templates."""
+    """An empty cache of traced graphs."""
     monkeypatch.setenv("TEAMLORA_EXPORT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "templates"
+    return tmp_path / "cache" / "graphs"
 
 
 def shard(base: Path) -> list[Path]:
@@ -119,7 +119,7 @@ def test_broken_shards_are_named_and_nothing_is_left(name, tmp_path, base, make_
     with pytest.raises(ExportError, match=message):
         export_to(tmp_path / "deep" / "out", base, make_adapter("llama"))
     assert not (tmp_path / "deep" / "out").exists()
-    assert not list(tmp_path.glob("**/*.partial"))
+    assert not list(tmp_path.glob("**/.*"))
 
 
 def test_weights_that_change_while_they_are_read_are_noticed(tmp_path, base, make_adapter, monkeypatch):
@@ -162,7 +162,7 @@ export_onnx(*sys.argv[1:])
 """
 
 
-def test_a_kept_template_serves_the_next_adapter_without_torch(tmp_path, base, make_base, make_adapter, cache):
+def test_a_kept_graph_serves_the_next_adapter_without_torch(tmp_path, base, make_base, make_adapter, cache):
     export_to(tmp_path / "first", base, make_adapter("llama"))
     (kept,) = cache.iterdir()
     other = tmp_path / "other"
@@ -175,30 +175,112 @@ def test_a_kept_template_serves_the_next_adapter_without_torch(tmp_path, base, m
     assert list(cache.iterdir()) == [kept]
 
 
-@pytest.mark.parametrize("file", ["graph.onnx", "template.json"])
-def test_a_damaged_template_is_thrown_away(file, tmp_path, base, make_adapter, cache):
+def test_a_kept_graph_that_was_changed_is_thrown_away(tmp_path, base, make_adapter, cache):
     first = export_to(tmp_path / "out", base, make_adapter("llama"))
     (kept,) = cache.iterdir()
-    with (kept / file).open("r+b") as opened:
-        opened.seek(40)
-        opened.write(b"\xff\xff\xff\xff")
-    assert template.load_template(kept.name) is None
-    assert not kept.exists()
+    whole = kept.read_bytes()
+    recipe = whole.index(b'"recipes"')
+    changes = {
+        "a recipe": whole[:recipe] + whole[recipe:].replace(b"layers.0", b"layers.1", 1),
+        "the graph": whole[:-9] + b"x" + whole[-8:],
+        "cut short": whole[:1000],
+        "empty": b"",
+        "its hash": b"0" * 64 + whole[64:],
+        "no text": b"\xff" * 64 + whole[64:],
+    }
+    for name, content in changes.items():
+        kept.write_bytes(content)
+        assert traced.load_graph(kept.name) is None, name
+        assert not kept.exists(), name
     assert export_to(tmp_path / "out", base, make_adapter("llama")).manifest.sha256 == first.manifest.sha256
+    assert kept.read_bytes() == whole
 
 
-def test_a_template_is_never_used_for_anything_else(base, make_adapter):
+def test_something_else_in_the_place_of_a_kept_graph_or_of_the_cache_costs_a_trace_and_leaves_nothing(
+    tmp_path, base, make_adapter, cache
+):
+    expected = export_to(tmp_path / "out", base, make_adapter("llama")).manifest.sha256
+    (kept,) = cache.iterdir()
+    content = kept.read_bytes()
+    loaded = traced.load_graph(kept.name)
+    kept.unlink()
+    kept.mkdir()
+    (kept / "mine.txt").touch()
+    for _ in range(3):
+        assert traced.load_graph(kept.name) is None
+        traced.keep_graph(kept.name, loaded)
+    assert [path.name for path in cache.rglob("*")] == [kept.name, "mine.txt"]
+    shutil.rmtree(cache)
+    cache.write_text("mine")
+    assert traced.load_graph(kept.name) is None
+    traced.keep_graph(kept.name, loaded)
+    assert cache.read_text() == "mine"
+    assert list(cache.parent.iterdir()) == [cache]
+    cache.unlink()
+    traced.keep_graph(kept.name, loaded)
+    assert kept.read_bytes() == content
+    assert export_to(tmp_path / "out", base, make_adapter("llama")).manifest.sha256 == expected
+
+
+def notes(out: Path) -> None:
+    (out / "notes.txt").write_text("mine")
+
+
+def foreign_engine(out: Path) -> None:
+    (out / "engines").mkdir()
+    (out / "engines" / "mine.engine").write_bytes(b"mine")
+    (out / "engines" / "mine.json").write_text('{"format_version": 1}')
+
+
+def web_project(out: Path) -> None:
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "manifest.json").write_text('{"name": "A web project"}')
+    (out / "index.html").write_text("mine")
+
+
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (notes, r"notes\.txt: is not a file that teamlora-export wrote"),
+        (foreign_engine, r"mine\.\w+: is not a file that teamlora-export wrote"),
+        (web_project, "exists and is not a bundle; it is left as it is"),
+    ],
+)
+def test_an_export_replaces_nothing_that_it_did_not_write(put, message, tmp_path, make_bundle, make_base, make_adapter):
+    out = Path(shutil.copytree(make_bundle("llama").folder, tmp_path / "out"))
+    put(out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(ExportError, match=message):
+        export_to(out, Path(make_base("llama").name), make_adapter("llama"))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_neither_base_nor_adapter_may_be_what_is_replaced_or_lie_in_it(tmp_path, make_bundle, make_base, make_adapter):
+    out = Path(shutil.copytree(make_bundle("llama").folder, tmp_path / "b3"))
+    base = Path(shutil.copytree(make_base("llama").folder, out / "base"))
+    adapter = Path(shutil.copytree(make_adapter("llama"), tmp_path / "adapter"))
+    (tmp_path / "link").symlink_to(out / "base")
+    for place, given in ((out, base), (out, tmp_path / "link"), (base, base), (adapter, base), (base / "..", base)):
+        with pytest.raises(ExportError, match="which is read"):
+            export_to(place, given, adapter)
+    assert (base / "model.safetensors").is_file()
+    assert (adapter / "adapter_config.json").is_file()
+
+
+def test_a_kept_graph_is_never_used_for_anything_else(base, make_adapter):
     adapter = read_adapter(make_adapter("llama"))
     source = find_base(str(base))
-    key = template.template_key(source, adapter, "auto", "fp32")
-    assert key == template.template_key(source, adapter, "auto", "fp32")
+    key = traced.graph_key(source, adapter, "auto", "fp32")
+    assert key == traced.graph_key(source, adapter, "auto", "fp32")
     fewer = dataclasses.replace(adapter, projections=dict(list(adapter.projections.items())[:-1]))
     others = {
-        template.template_key(source, adapter, "auto", "fp16"),
-        template.template_key(source, adapter, "text-generation", "fp32"),
-        template.template_key(source, fewer, "auto", "fp32"),
+        traced.graph_key(source, adapter, "auto", "fp16"),
+        traced.graph_key(source, adapter, "text-generation", "fp32"),
+        traced.graph_key(source, fewer, "auto", "fp32"),
     }
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    others.add(template.template_key(source, adapter, "auto", "fp32"))
+    others.add(traced.graph_key(source, adapter, "auto", "fp32"))
     assert len(others | {key}) == 5

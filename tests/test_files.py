@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from teamlora_export.errors import ExportError
-from teamlora_export.files import open_file, read_json, read_record, sha256_of, write_aside
+from teamlora_export.files import copy_file, open_file, read_json, read_record, sha256_of
 
 ADVICE = "Copy it again."
 
@@ -102,10 +102,17 @@ def test_a_record_is_read_into_its_dataclass(tmp_path: Path) -> None:
     assert read_record(path, Record, ADVICE, newest=1) == Record("a", (1, 2))
 
 
-def test_a_file_that_cannot_be_written_whole_is_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "facts.json"
-    write_aside(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_aside(path, "\ud800")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["facts.json"]
+def test_a_copy_holds_the_bytes_and_obeys_the_same_rules(tmp_path: Path) -> None:
+    folder, secret = tmp_path / "folder", tmp_path / "secret"
+    folder.mkdir()
+    secret.write_bytes(b"secret")
+    (folder / "a").write_bytes(b"content" * 1000)
+    (folder / "inner").symlink_to("a")
+    (folder / "outer").symlink_to(secret)
+    copy_file(folder / "inner", tmp_path / "copy", folder)
+    assert (tmp_path / "copy").read_bytes() == b"content" * 1000
+    assert not (tmp_path / "copy").is_symlink()
+    for name, largest, reason in (("outer", None, "link to a file outside"), ("a", 100, "such a file has 100")):
+        with pytest.raises(ExportError, match=reason):
+            copy_file(folder / name, tmp_path / "other", folder, largest)
+    assert not (tmp_path / "other").exists()

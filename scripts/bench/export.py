@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
 from teamlora_export.adapter.initialize import new_adapter
-from teamlora_export.graph.template import cache_folder
+from teamlora_export.cache import cache_folder
 from teamlora_export.model.base import open_base
 
 ROOT = Path(__file__).parents[2]

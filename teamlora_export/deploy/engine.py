@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from teamlora_export.bundle import ENGINES_NAME, require_space
+from teamlora_export.bundle import ENGINES_NAME
 from teamlora_export.deploy.folder import Deployment
 from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, read_facts
 from teamlora_export.engine.plugin import LIBRARY_NAME, check_plugin, latest_plugin, read_plugin
 from teamlora_export.errors import ExportError
+from teamlora_export.staging import require_space
 
 PLUGINS_FOLDER = "plugins"
 

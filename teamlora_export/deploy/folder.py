@@ -4,22 +4,59 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from teamlora_export import __version__
-from teamlora_export.bundle import COMPANIONS, DATA_NAME, MODEL_NAME, Bundle, Port, check_files, require_space, staged
+from teamlora_export.bundle import (
+    COMPANIONS,
+    DATA_NAME,
+    MODEL_NAME,
+    Bundle,
+    Dtype,
+    OpForm,
+    Port,
+    Sha256,
+    Task,
+    check_files,
+)
 from teamlora_export.errors import ExportError
-from teamlora_export.files import sha256_of
+from teamlora_export.files import copy_file, read_json, read_record, sha256_of
+from teamlora_export.staging import entries, require_space, staged
+from teamlora_export.tokens import Tokens
 
 DEPLOY_NAME = "deploy.json"
+FORMAT_VERSION = 1
 # Fields of configurations that transformers fills with a path or a secret of the machine.
 _ORIGIN = {"_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "auth_token", "use_auth_token", "token"}
 _FLOATS = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class Description:
+    """`deploy.json`: what the model is, and the SHA-256 of every file.
+
+    Attributes:
+        files: the model's, relative to this file's folder; runners check them.
+        program: what is around it, relative to the deployment's folder, for its owner to change.
+    """
+
+    target: str
+    tool: str
+    task: Task
+    dtype: Dtype
+    op: OpForm
+    tokens: Tokens
+    base_sha256: Mapping[str, Sha256]
+    adapter_sha256: Sha256
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    files: Mapping[str, Sha256]
+    program: Mapping[str, Sha256]
+    format_version: int = FORMAT_VERSION
 
 
 @dataclass(frozen=True)
@@ -42,21 +79,21 @@ class Deployment:
 
     def add(self, name: str, source: Path | str) -> None:
         """A file that belongs to the model: a copy of a path, or a text."""
-        _write(self.model / name, source)
+        self._write(self.model / name, source)
         self.files.append(name)
 
     def write(self, name: str, source: Path | str | bytes) -> None:
         """A file of the program around it."""
-        _write(self.folder / name, source)
+        self._write(self.folder / name, source)
         self.program.append(name)
 
-
-def _write(path: Path, source: Path | str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(source, Path):
-        shutil.copyfile(source, path)
-    else:
-        path.write_bytes(source.encode() if isinstance(source, str) else source)
+    def _write(self, path: Path, source: Path | str | bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(source, Path):
+            # Out of the bundle's folder no link may lead; a file that was named by itself may be one.
+            copy_file(source, path, self.bundle.folder if source.is_relative_to(self.bundle.folder) else None)
+        else:
+            path.write_bytes(source.encode() if isinstance(source, str) else source)
 
 
 @contextmanager
@@ -65,8 +102,7 @@ def deployment(bundle: Bundle, out: Path, target: str, inside: str = ".", graph:
 
     It becomes `out` when the block ends.
 
-    `deploy.json`, beside the model, is written last: what the model is and the hash of every file, without paths.
-    "files" are the model's, which runners check; "program" is what is around it, for its owner to change.
+    `deploy.json`, beside the model, is written last.
 
     Args:
         graph: with model.onnx and its weights.
@@ -77,27 +113,24 @@ def deployment(bundle: Bundle, out: Path, target: str, inside: str = ".", graph:
     """
     check_files(bundle)
     described = Path(inside) / DEPLOY_NAME
-    _refuse_work(out, described)
-    with staged(out, described.as_posix()) as staging:
+    with staged(out, lambda there: _our_files(there, described), [bundle.folder]) as staging:
         made = Deployment(staging, staging / inside, bundle, target)
         if graph:
             require_space(staging, bundle.model.stat().st_size + bundle.data.stat().st_size)
         for name in (*((MODEL_NAME, DATA_NAME) if graph else ()), *COMPANIONS):
-            if (bundle.folder / name).is_file():
-                made.add(name, _without_origin(bundle.folder / name))
+            if name in bundle.manifest.sha256:
+                made.add(name, _without_origin(bundle.folder / name, bundle.folder))
         yield made
-        _write(staging / described, json.dumps(_describe(made), indent=2) + "\n")
+        fields = dataclasses.asdict(_describe(made))
+        (staging / described).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def _without_origin(path: Path) -> Path | str:
+def _without_origin(path: Path, folder: Path) -> Path | str:
     """A configuration without what tells where, or with which token, its model was loaded; another file as it is."""
     if path.name not in ("config.json", "generation_config.json", "tokenizer_config.json"):
         return path
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        kept = {name: value for name, value in fields.items() if name not in _ORIGIN}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ExportError(f"{path}: cannot be read ({error}). Export the model again.") from None
+    fields = read_json(path, "Export the model again.", folder)
+    kept = {name: value for name, value in fields.items() if name not in _ORIGIN}
     return path if kept == fields else json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -106,50 +139,49 @@ def port_in(port: Port, dtype: str | None) -> Port:
     return port if dtype is None or port.dtype == "int64" else dataclasses.replace(port, dtype=_FLOATS[dtype])
 
 
-def _describe(made: Deployment) -> dict[str, object]:
+def _describe(made: Deployment) -> Description:
     manifest = made.bundle.manifest
     dtype = made.differs.get("dtype")
-    return {
-        "format_version": 1,
-        "target": made.target,
-        "tool": f"teamlora-export {__version__}",
-        "task": manifest.task,
-        "dtype": dtype or manifest.dtype,
-        "op": dict(manifest.op),
-        "tokens": dataclasses.asdict(manifest.tokens),
-        "base_sha256": dict(manifest.base["sha256"]),
-        "adapter_sha256": made.differs.get("adapter_sha256", manifest.adapter["sha256"]),
-        "inputs": [dataclasses.asdict(port_in(port, dtype)) for port in manifest.inputs],
-        "outputs": [dataclasses.asdict(port_in(port, dtype)) for port in manifest.outputs],
-        "files": {name: sha256_of(made.model / name) for name in sorted(made.files)},
-        "program": {name: sha256_of(made.folder / name) for name in sorted(made.program)},
-    }
+    return Description(
+        target=made.target,
+        tool=f"teamlora-export {__version__}",
+        task=manifest.task,
+        dtype=dtype or manifest.dtype,
+        op=manifest.op,
+        tokens=manifest.tokens,
+        base_sha256=manifest.base["sha256"],
+        adapter_sha256=made.differs.get("adapter_sha256", manifest.adapter["sha256"]),
+        inputs=tuple(port_in(port, dtype) for port in manifest.inputs),
+        outputs=tuple(port_in(port, dtype) for port in manifest.outputs),
+        files={name: sha256_of(made.model / name) for name in sorted(made.files)},
+        program={name: sha256_of(made.folder / name) for name in sorted(made.program)},
+    )
 
 
-def _refuse_work(out: Path, described: Path) -> None:
-    """Refuse to replace a deployment whose program somebody has changed or added to."""
-    if not (out / described).is_file():
-        return
+def _our_files(out: Path, described: Path) -> set[str]:
+    """What a deployment's folder holds that we wrote, whose program nobody has changed since."""
+    refusal = f"{out}: exists and is not a deployment of this kind; it is left as it is. Choose another -o."
     try:
-        fields = json.loads((out / described).read_text(encoding="utf-8"))
-        program, model = dict(fields["program"]), {(described.parent / name).as_posix() for name in fields["files"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{out / described}: cannot be read ({error!r}). Choose another -o.") from None
-    known = {*program, *model, described.as_posix()}
-    work = [name for name, digest in program.items() if (out / name).is_file() and sha256_of(out / name) != digest]
-    for path in out.rglob("*"):
-        relative = path.relative_to(out)
-        if path.is_file() and relative.as_posix() not in known and not _is_built(relative):
-            work.append(relative.as_posix())
-    if work:
-        raise ExportError(
-            f"{out / work[0]}: is not as it was written, and would be lost. Choose another -o, or remove {out}."
-        )
+        found = read_record(out / described, Description, "Choose another -o.", out, newest=FORMAT_VERSION)
+    except FileNotFoundError:
+        raise ExportError(refusal) from None
+    except ExportError as reason:
+        raise ExportError(f"{refusal} ({reason})") from None
+    for name, digest in found.program.items():
+        if (out / name).is_file() and sha256_of(out / name, out) != digest:
+            raise ExportError(
+                f"{out / name}: is not as it was written, and would be lost. Choose another -o, or remove {out}."
+            )
+    ours = {*found.program, *((described.parent / name).as_posix() for name in found.files), described.as_posix()}
+    return {*ours, *(name for name in entries(out) if _source_of(name) in ours)}
 
 
-def _is_built(path: Path) -> bool:
-    """What following a README leaves behind: a build, libraries, an environment, compiled Python."""
-    return any(part in ("__pycache__", "libraries") or part.startswith((".", "build")) for part in path.parts[:-1])
+def _source_of(compiled: str) -> str | None:
+    """The program that Python compiled into the file, where it is one of those."""
+    path = PurePosixPath(compiled)
+    if path.parent.name != "__pycache__" or path.suffix != ".pyc":
+        return None
+    return (path.parent.parent / f"{path.name.partition('.')[0]}.py").as_posix()
 
 
 def require_cpu_dtype(bundle: Bundle, target: str) -> None:

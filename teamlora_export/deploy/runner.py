@@ -32,7 +32,7 @@ _NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 _RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
 # What describes a folder: which of its fields has the hashes, and the newest format that is known.
-_DESCRIPTIONS = {"deploy.json": ("files", 1), "manifest.json": ("sha256", 1)}
+_DESCRIPTIONS = {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)}
 # What is opened here or by a server, so that a list of hashes without one of them is not whole.
 _OPENED = ("model.onnx", "model.onnx.data", "model.plan", "tokenizer.json")
 _LARGEST_TEXT = 512 << 20

@@ -9,28 +9,29 @@ in `_target` and `_set_up_plugin` below.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from teamlora_export import __version__
-from teamlora_export.bundle import ENGINES_NAME, Bundle, check_files, require_space
-from teamlora_export.engine.facts import EngineFacts, facts_path, write_facts
+from teamlora_export.bundle import ENGINES_NAME, Bundle, check_files
+from teamlora_export.cache import cache_folder
+from teamlora_export.engine.facts import EngineFacts, EnginePlugin, refuse_foreign_engine, write_engine
 from teamlora_export.engine.plugin import PluginLibrary, find_plugin
 from teamlora_export.engine.prepare import prepared_model
 from teamlora_export.engine.profiles import ShapeProfile, make_profiles
 from teamlora_export.engine.progress import BuildProgress, run_cancellable
 from teamlora_export.engine.runtime import Messages, TensorRT, open_runtime
 from teamlora_export.errors import ExportError
+from teamlora_export.files import read_bytes
 from teamlora_export.graph.precision import DTYPES
-from teamlora_export.graph.template import cache_folder
 from teamlora_export.progress import Reporter
+from teamlora_export.staging import existing, write_aside
 
 _MOST_WARNINGS = 3
+_LARGEST_TIMINGS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -90,45 +91,30 @@ def build_engine(
     path = output or bundle.folder / ENGINES_NAME / f"{dtype}-{runtime.name}.engine"
     if path.suffix != ".engine":
         raise ExportError(f"{path}: an engine's name ends in .engine, because NAME.json comes beside it.")
+    refuse_foreign_engine(path)
     use_plugin = options.use_plugin and runtime.takes_plugins
     plugin = find_plugin(options.plugin, reporter) if use_plugin else None
-    with (
-        _existing(path.parent),
-        prepared_model(bundle, dtype, path.parent, for_plugin=use_plugin, reporter=reporter) as model,
-    ):
-        engine = _Builder(runtime, options, reporter).build(model, bundle, profiles, capabilities, plugin)
-    facts = EngineFacts(
-        runtime=runtime.name,
-        runtime_version=runtime.version,
-        targets=_targets(runtime, capabilities),
-        task=bundle.manifest.task,
-        dtype=dtype,
-        profiles=profiles,
-        plugin=_describe(plugin) if plugin else None,
-        model_sha256=dict(bundle.manifest.sha256),
-        adapter_sha256=bundle.manifest.adapter["sha256"],
-        refit_weights=dict(bundle.manifest.refit["weights"]) if options.refit and bundle.manifest.refit else None,
-        stripped=options.strip_weights,
-        size=len(engine),
-        sha256=hashlib.sha256(engine).hexdigest(),
-        tool_version=__version__,
-    )
-    write_engine(engine, facts, path)
+    with existing(path.parent):
+        with prepared_model(bundle, dtype, path, for_plugin=use_plugin, reporter=reporter) as model:
+            engine = _Builder(runtime, options, reporter).build(model, bundle, profiles, capabilities, plugin)
+        facts = EngineFacts(
+            runtime=runtime.name,
+            runtime_version=runtime.version,
+            targets=_targets(runtime, capabilities),
+            task=bundle.manifest.task,
+            dtype=dtype,
+            profiles=profiles,
+            plugin=_describe(plugin) if plugin else None,
+            model_sha256=dict(bundle.manifest.sha256),
+            adapter_sha256=bundle.manifest.adapter["sha256"],
+            refit_weights=dict(bundle.manifest.refit["weights"]) if options.refit and bundle.manifest.refit else None,
+            stripped=options.strip_weights,
+            size=len(engine),
+            sha256=hashlib.sha256(engine).hexdigest(),
+            tool_version=__version__,
+        )
+        write_engine(engine, facts, path)
     return path, facts
-
-
-def write_engine(engine: memoryview | bytes, facts: EngineFacts, path: Path) -> None:
-    """Write an engine and its facts; each is written aside and moved, the engine first."""
-    require_space(path.parent, len(engine))
-    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        staged.write_bytes(engine)
-        # Never old facts beside a new engine: better none.
-        facts_path(path).unlink(missing_ok=True)
-        os.replace(staged, path)
-        write_facts(facts, path)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 class _Builder:
@@ -241,8 +227,10 @@ class _Builder:
 
     def _load_timings(self, config: Any) -> None:
         path = self._timing_file()
-        held = path.read_bytes() if path.is_file() else b""
+        held = read_bytes(path, largest=_LARGEST_TIMINGS) if path.exists() else b""
         if not config.set_timing_cache(config.create_timing_cache(held), ignore_mismatch=False):
+            if self._options.timing_cache is not None:
+                raise ExportError(f"{path}: is no timing cache of this GPU and version. Name another --timing-cache.")
             self._reporter.warn(f"{path}: is a timing cache of another GPU or version; it is made anew.")
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
 
@@ -252,12 +240,9 @@ class _Builder:
             return
         path = self._timing_file()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
-            staged.write_bytes(memoryview(config.get_timing_cache().serialize()))
-            os.replace(staged, path)
-        except OSError as error:
-            self._reporter.warn(f"{path}: the timing cache cannot be written ({error.strerror}).")
+            write_aside(path, memoryview(config.get_timing_cache().serialize()), result=False)
+        except ExportError as error:
+            self._reporter.warn(f"The timing cache is not kept: {error}")
 
 
 def _holding(held: object, work: Callable[[], Any]) -> Callable[[], Any]:
@@ -312,20 +297,11 @@ def _targets(runtime: TensorRT, capabilities: Sequence[str]) -> tuple[str, ...]:
     return tuple(f"compute capability {name}" for name in capabilities)
 
 
-def _describe(plugin: PluginLibrary) -> dict[str, Any]:
-    fields = asdict(plugin)
-    return {name: fields[name] for name in ("op", "op_version", "build", "sha256", "tensorrt")}
-
-
-@contextmanager
-def _existing(folder: Path) -> Iterator[None]:
-    """`folder` exists inside of the block; what had to be made for it goes away again where the block fails."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        for path in made:
-            if not any(path.iterdir()):
-                path.rmdir()
-        raise
+def _describe(plugin: PluginLibrary) -> EnginePlugin:
+    return {
+        "op": plugin.op,
+        "op_version": plugin.op_version,
+        "build": plugin.build,
+        "sha256": plugin.sha256,
+        "tensorrt": plugin.tensorrt,
+    }

@@ -8,14 +8,27 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, TypedDict
 
-from teamlora_export.bundle import ENGINES_NAME, MANIFEST_NAME, Bundle, read_bundle
+import msgspec
+
+from teamlora_export.bundle import ENGINES_NAME, MANIFEST_NAME, Bundle, Dtype, Sha256, Task, Validation, read_bundle
 from teamlora_export.engine.profiles import ShapeProfile
 from teamlora_export.errors import ExportError
-from teamlora_export.files import sha256_of
+from teamlora_export.files import read_record, sha256_of
+from teamlora_export.staging import require_space, settle, write_aside, write_together
 
 FORMAT_VERSION = 1
+
+
+class EnginePlugin(TypedDict):
+    """The plugin that an engine was built with: its op, build, SHA-256, and the version of TensorRT's headers."""
+
+    op: str
+    op_version: int
+    build: str
+    sha256: Sha256
+    tensorrt: str
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,7 @@ class EngineFacts:
         targets: the GPUs or compute capabilities that it was built for.
         dtype: of weights and activations.
         profiles: the shapes that it takes.
-        plugin: version of the op, build and SHA-256 of the library, or None where bodies were inlined.
+        plugin: None where bodies were inlined.
         model_sha256: of the bundle's files that it was made of.
         adapter_sha256: of the adapter that is in it.
         refit_weights: names of the weights that `trt refit` can exchange -> their recipes; None where it cannot.
@@ -36,21 +49,21 @@ class EngineFacts:
         validation: figures of the last `validate --engine`, None before the first.
     """
 
-    runtime: str
+    runtime: Annotated[str, msgspec.Meta(pattern="^(tensorrt|rtx)$")]
     runtime_version: str
     targets: tuple[str, ...]
-    task: str
-    dtype: str
+    task: Task
+    dtype: Dtype
     profiles: tuple[ShapeProfile, ...]
-    plugin: Mapping[str, Any] | None
-    model_sha256: Mapping[str, str]
-    adapter_sha256: str
+    plugin: EnginePlugin | None
+    model_sha256: Mapping[str, Sha256]
+    adapter_sha256: Sha256
     refit_weights: Mapping[str, str] | None
     stripped: bool
     size: int
-    sha256: str
+    sha256: Sha256
     tool_version: str
-    validation: Mapping[str, Any] | None = None
+    validation: Validation | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -64,6 +77,7 @@ def find_engine(bundle: Bundle, name: str) -> Path:
     Raises:
         ExportError: there is none; its message lists those that are there.
     """
+    settle(bundle.folder / ENGINES_NAME)
     inside = bundle.folder / ENGINES_NAME / f"{name}.engine"
     if "/" not in name and inside.is_file():
         return inside
@@ -89,10 +103,39 @@ def bundle_of(engine: Path, given: Path | None) -> Bundle:
 
 
 def write_facts(facts: EngineFacts, engine: Path) -> None:
-    path = facts_path(engine)
-    staged = path.with_name(f".{path.name}.partial")
-    staged.write_text(json.dumps(dataclasses.asdict(facts), indent=2) + "\n", encoding="utf-8")
-    os.replace(staged, path)
+    """Write the facts of an engine that is there; raises as `write_aside` does."""
+    write_aside(facts_path(engine), _to_json(facts))
+
+
+def write_engine(engine: memoryview | bytes, facts: EngineFacts, path: Path) -> None:
+    """Write an engine and its facts: both are old, or both are new.
+
+    Raises:
+        ExportError: see `refuse_foreign_engine`; or they cannot be written, or the disk is full.
+    """
+    refuse_foreign_engine(path)
+    require_space(path.parent, len(engine))
+    write_together({path: engine, facts_path(path): _to_json(facts)})
+
+
+def refuse_foreign_engine(path: Path) -> None:
+    """Refuse to replace NAME.engine and NAME.json that are not a pair that we wrote."""
+    settle(path.parent)
+    pair = (path, facts_path(path))
+    there = [file for file in pair if os.path.lexists(file)]
+    if there and not _is_ours(path):
+        raise ExportError(
+            f"{there[0]}: exists and is not an engine that teamlora-export wrote; it is left as it is. "
+            "Choose another -o."
+        )
+
+
+def listed_engines(folder: Path) -> set[str]:
+    """The files in a bundle's folder that belong to engines that we wrote, relative to it."""
+    engines = folder / ENGINES_NAME
+    settle(engines)
+    ours = [path for path in engines.glob("*.engine") if _is_ours(path)]
+    return {file.relative_to(folder).as_posix() for path in ours for file in (path, facts_path(path))}
 
 
 def read_facts(engine: Path) -> EngineFacts:
@@ -101,26 +144,28 @@ def read_facts(engine: Path) -> EngineFacts:
     Raises:
         ExportError: a file is missing or damaged, the two do not belong together, or a newer tool wrote them.
     """
+    settle(engine.parent)
     path = facts_path(engine)
-    for needed in (engine, path):
-        if not needed.is_file():
-            raise ExportError(f"{needed}: no such file. An engine is a pair of files, NAME.engine and NAME.json.")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields["format_version"] > FORMAT_VERSION:
-            raise ExportError(f"{path}: was written by a newer teamlora-export ({fields['tool_version']}). Upgrade it.")
-        fields["profiles"] = tuple(
-            ShapeProfile(p["name"], {name: _range(shapes) for name, shapes in p["inputs"].items()})
-            for p in fields["profiles"]
-        )
-        facts = EngineFacts(**{**fields, "targets": tuple(fields["targets"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{path}: cannot be read ({error!r}). Build the engine again.") from None
-    if sha256_of(engine) != facts.sha256:
+        facts = read_record(path, EngineFacts, "Build the engine again.", newest=FORMAT_VERSION)
+        found = sha256_of(engine)
+    except FileNotFoundError as error:
+        missing = error.filename
+        raise ExportError(
+            f"{missing}: no such file. An engine is a pair of files, NAME.engine and NAME.json."
+        ) from None
+    if found != facts.sha256:
         raise ExportError(f"{engine}: is not the engine that {path.name} describes (SHA-256 differs). Build it again.")
     return facts
 
 
-def _range(shapes: list[list[int]]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    least, best, most = (tuple(shape) for shape in shapes)
-    return least, best, most
+def _is_ours(engine: Path) -> bool:
+    try:
+        read_facts(engine)
+    except ExportError:
+        return False
+    return True
+
+
+def _to_json(facts: EngineFacts) -> str:
+    return json.dumps(dataclasses.asdict(facts), indent=2) + "\n"

@@ -81,8 +81,6 @@ def _give_weights(
         raise ExportError(f"{path}: holds no weights, and needs the bundle that it was built from.")
     refitter = runtime.trt.Refitter(engine, logger)
     parser = runtime.trt.OnnxParserRefitter(refitter, logger)
-    with prepared_model(
-        bundle, facts.dtype, path.parent, for_plugin=facts.plugin is not None, reporter=reporter
-    ) as model:
+    with prepared_model(bundle, facts.dtype, path, for_plugin=facts.plugin is not None, reporter=reporter) as model:
         if not parser.refit_from_file(str(model)) or not refitter.refit_cuda_engine():
             raise ExportError(f"{path}: the bundle's weights do not fit into it. Build the engine again.")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,12 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from teamlora_export.cache import cache_folder
 from teamlora_export.engine.toolchain import Toolchain, find_toolchain
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
-from teamlora_export.graph.template import cache_folder
 from teamlora_export.progress import Reporter
+from teamlora_export.staging import write_aside
 
 LIBRARY_NAME = "libteamlora_tensorrt.so"
 # A100; RTX 30, A10; RTX 40, L4; H100; B200; RTX 50.
@@ -72,10 +72,7 @@ def build_plugin(architectures: Sequence[str] = ARCHITECTURES, reporter: Reporte
     with reporter.step(label), tempfile.TemporaryDirectory() as folder:
         made = _compile(Path(folder), toolchain, architectures, build)
         library = read_plugin(made)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        staged = kept.with_name(f".{LIBRARY_NAME}.{os.getpid()}")
-        staged.write_bytes(made.read_bytes())
-        os.replace(staged, kept)
+        write_aside(kept, made.read_bytes())
     return replace(library, path=kept)
 
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, check_files, require_space
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, check_files
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import ChangePrecision
+from teamlora_export.interrupt import held, note_written
 from teamlora_export.progress import Reporter
+from teamlora_export.staging import require_space, scratch_folder
 
 
 def write_graph(bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, reporter: Reporter) -> Path:
@@ -23,20 +25,18 @@ def write_graph(bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, repo
     Raises:
         ExportError: as `prepared_model`; or `out` exists.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise ExportError(f"{out}: exists. Choose another -o.")
     check_files(bundle)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with prepared_model(bundle, dtype, out.parent, for_plugin=for_plugin, reporter=reporter) as path:
-        os.replace(path.parent, out)
+    with prepared_model(bundle, dtype, out, for_plugin=for_plugin, reporter=reporter) as path, held():
+        os.rename(path.parent, out)
+        note_written(out)
     return out / MODEL_NAME
 
 
 @contextmanager
-def prepared_model(
-    bundle: Bundle, dtype: str, staging: Path, *, for_plugin: bool, reporter: Reporter
-) -> Iterator[Path]:
-    """Write the graph of `bundle` in `dtype` into a folder in `staging`; yields its path, and removes it afterwards.
+def prepared_model(bundle: Bundle, dtype: str, place: Path, *, for_plugin: bool, reporter: Reporter) -> Iterator[Path]:
+    """Write the graph of `bundle` in `dtype` into a folder beside `place`; yields its path, and removes it afterwards.
 
     Weights are cast one at a time where the dtype changes; where it does not, the bundle's own file is linked.
 
@@ -59,10 +59,7 @@ def prepared_model(
             node.overload = ""
     else:
         inline_bodies(model)
-    folder = staging / f".model.{os.getpid()}.partial"
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    with scratch_folder(place) as folder:
         if dtype == bundle.manifest.dtype:
             _link(bundle.data, folder / DATA_NAME)
             ir.save(model, folder / MODEL_NAME)
@@ -78,8 +75,6 @@ def prepared_model(
                     callback=lambda tensor, _info: advance(tensor.nbytes),
                 )
         yield folder / MODEL_NAME
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -11,8 +11,7 @@ import numpy as np
 
 from teamlora_export.adapter import AdapterSpec, BaseSignature, LinearShape, align_with_base, read_adapter
 from teamlora_export.bundle import Bundle
-from teamlora_export.engine.build import write_engine
-from teamlora_export.engine.facts import EngineFacts, read_facts
+from teamlora_export.engine.facts import EngineFacts, read_facts, write_engine
 from teamlora_export.engine.load import load_engine, open_engine_runtime
 from teamlora_export.engine.runtime import Messages
 from teamlora_export.errors import ExportError, raise_findings

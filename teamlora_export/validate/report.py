@@ -15,10 +15,15 @@ import jinja2
 from rich.console import Console
 from rich.table import Table
 
+from teamlora_export import __version__
 from teamlora_export.bundle import Bundle
 from teamlora_export.errors import ExportError
+from teamlora_export.files import open_file
+from teamlora_export.staging import write_aside
 from teamlora_export.validate.judge import FLOOR, MULTIPLE, Judgement, Verdict
 
+# At the top of every report, so that one may replace another.
+_MARK = b"teamlora-export"
 _LAYER = re.compile(r"^(.*?\.\d+)\.(.+)$")
 
 
@@ -48,6 +53,7 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
 def write_json(verdict: Verdict, bundle: Bundle, path: Path) -> None:
     """Every figure of the verdict. Numbers that JSON cannot hold (infinity, NaN) become strings."""
     fields = {
+        "tool": f"teamlora-export {__version__}",
         "bundle": bundle.folder.name,
         "passed": verdict.passed,
         "rule": {"multiple": MULTIPLE, "floor_in_roundoff": FLOOR},
@@ -157,11 +163,21 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def refuse_foreign_report(path: Path) -> None:
+    """Refuse to replace a file that is no report of ours.
+
+    Raises:
+        ExportError: it is something else.
+    """
+    if os.path.lexists(path) and not (path.is_file() and _is_report(path)):
+        raise ExportError(f"{path}: exists and is not a report that teamlora-export wrote. Choose another name.")
+
+
+def _is_report(path: Path) -> bool:
+    with open_file(path) as file:
+        return _MARK in file.read(500)
+
+
 def _write(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, path)
-    except OSError as error:
-        raise ExportError(f"{path}: cannot be written ({error.strerror}).") from None
+    refuse_foreign_report(path)
+    write_aside(path, text)

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
-from teamlora_export.bundle import Bundle, check_files, write_manifest
+from teamlora_export.bundle import Bundle, Validation, check_files, write_manifest
 from teamlora_export.engine.facts import EngineFacts, find_engine, read_facts, write_facts
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel, open_base
@@ -157,7 +157,7 @@ def _mean_share(share: np.ndarray) -> list[float]:
     return [float(value) for value in share.reshape(-1, share.shape[-1]).mean(axis=0)]
 
 
-def _summary(verdict: Verdict) -> dict[str, object]:
+def _summary(verdict: Verdict) -> Validation:
     worst = verdict.worst
     tokens = [case for case in verdict.cases if case.greedy_tokens]
     return {

@@ -287,7 +287,7 @@ def test_an_engine_and_a_plugin_that_do_not_belong_are_refused(make_bundle, plug
         engine.with_suffix(".json").write_text(json.dumps({**facts, **changes}))
         return deploy_cpp(bundle, tmp_path / "out", engine="fp16-rtx", plugin=plugin.path)
 
-    described = {"op_version": 1, "build": plugin.build, "sha256": plugin.sha256}
+    described = {name: getattr(plugin, name) for name in ("op", "op_version", "build", "sha256", "tensorrt")}
     made = deploy(plugin=described)
     assert (made / "model" / "plugins" / plugin.path.name).read_bytes() == plugin.path.read_bytes()
     described_model = json.loads((made / "model" / "deploy.json").read_text())
@@ -300,7 +300,7 @@ def test_an_engine_and_a_plugin_that_do_not_belong_are_refused(make_bundle, plug
     with pytest.raises(ExportError, match="is not the plugin that"):
         deploy(plugin={**described, "sha256": "0" * 64})
     with pytest.raises(ExportError, match="built from another export"):
-        deploy(model_sha256={"model.onnx": "0"})
+        deploy(model_sha256={"model.onnx": "0" * 64})
     with pytest.raises(ExportError, match="holds no weights"):
         deploy(stripped=True)
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from conftest import list_again
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.cpp import deploy_cpp
@@ -27,7 +28,7 @@ def test_configurations_lose_the_path_and_the_token_that_their_model_was_loaded_
     traces = {"_name_or_path": "/home/somebody/models/llama", "use_auth_token": "hf_secret"}
     path.write_text(json.dumps({**fields, **traces}))
     (bundle.folder / "tokenizer_config.json").write_text(json.dumps({"name_or_path": "/home/somebody", "kept": "é"}))
-    folder = deploy_python(bundle, tmp_path / "out")
+    folder = deploy_python(list_again(bundle.folder), tmp_path / "out")
     assert json.loads((folder / "config.json").read_text()) == fields
     assert json.loads((folder / "tokenizer_config.json").read_text()) == {"kept": "é"}
     for file in folder.iterdir():
@@ -36,26 +37,59 @@ def test_configurations_lose_the_path_and_the_token_that_their_model_was_loaded_
     assert files["config.json"] == sha256_of(folder / "config.json")
     path.write_text("[1")
     with pytest.raises(ExportError, match=r"config\.json: cannot be read"):
-        deploy_python(bundle, tmp_path / "other")
+        deploy_python(list_again(bundle.folder), tmp_path / "other")
 
 
-def test_a_program_that_somebody_changed_is_not_replaced(bundle, tmp_path):
+def test_what_somebody_changed_or_added_is_not_replaced(bundle, tmp_path):
     project = deploy_cpp(bundle, tmp_path / "project")
-    (project / "build").mkdir()
-    (project / "build" / "CMakeCache.txt").touch()
-    assert deploy_cpp(bundle, project) == project
-    assert not (project / "build").exists()
+    for name in ("notes.txt", ".git/config", "build/CMakeCache.txt", "model/server.py", "__pycache__/other.py"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text("mine")
+        with pytest.raises(ExportError, match=f"{name}: is not a file that teamlora-export wrote"):
+            deploy_cpp(bundle, project)
+        assert (project / name).read_text() == "mine"
+        (project / name).unlink()
+        if name.count("/") and not name.startswith("model"):
+            (project / name).parent.rmdir()
     (project / "main.cpp").write_text("// mine")
     with pytest.raises(ExportError, match=r"main\.cpp: is not as it was written"):
         deploy_cpp(bundle, project)
     assert (project / "main.cpp").read_text() == "// mine"
-    other = deploy_python(bundle, tmp_path / "other")
-    (other / "server.py").touch()
-    with pytest.raises(ExportError, match=r"server\.py: is not as it was written"):
-        deploy_python(bundle, other)
-    (other / "deploy.json").write_text("{}")
-    with pytest.raises(ExportError, match=r"deploy\.json: cannot be read"):
-        deploy_python(bundle, other)
+
+
+def test_what_python_compiled_of_a_program_is_replaced_with_it(bundle, tmp_path):
+    out = deploy_python(bundle, tmp_path / "out")
+    (out / "__pycache__").mkdir()
+    (out / "__pycache__" / "runner.cpython-311.pyc").write_bytes(b"compiled")
+    deploy_python(bundle, out)
+    assert not (out / "__pycache__").exists()
+
+
+@pytest.mark.parametrize("fields", [{"files": []}, {"program": {"runner.py": 3}}, {"task": 1}, {"op": "x"}])
+def test_what_is_no_description_of_ours_makes_no_deployment(fields, bundle, tmp_path):
+    out = deploy_python(bundle, tmp_path / "out")
+    described = json.loads((out / "deploy.json").read_text())
+    (out / "deploy.json").write_text(json.dumps({**described, **fields}))
+    with pytest.raises(ExportError, match=r"is not a deployment.*left as it is.*deploy\.json: Expected"):
+        deploy_python(bundle, out)
+    assert (out / "runner.py").is_file()
+
+
+def test_no_link_leads_out_of_the_bundle_into_a_deployment(bundle, tmp_path):
+    (tmp_path / "config.json").write_bytes((bundle.folder / "config.json").read_bytes())
+    (bundle.folder / "config.json").unlink()
+    (bundle.folder / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(ExportError, match=r"config\.json: is a link to a file outside"):
+        deploy_python(bundle, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_bundle_itself_is_never_replaced(bundle, tmp_path):
+    (tmp_path / "link").symlink_to(bundle.folder)
+    for out in (bundle.folder, tmp_path / "link", tmp_path, bundle.folder / ".." / "bundle"):
+        with pytest.raises(ExportError, match="which is read"):
+            deploy_python(bundle, out)
+    assert list_again(bundle.folder).manifest == bundle.manifest
 
 
 def test_the_model_of_a_deployment_may_be_replaced(bundle, tmp_path):

@@ -301,7 +301,7 @@ def test_an_engine_is_deployed_with_its_plugin_and_both_profiles(make_bundle, pl
         deploy_triton(bundle, tmp_path / "out", engine="fp16-rtx")
     # What TensorRT would have written: none can be built without a GPU, and Triton's part does not look inside.
     facts = json.loads(engine.with_suffix(".json").read_text())
-    described = {"op_version": 1, "build": plugin.build, "sha256": plugin.sha256}
+    described = {name: getattr(plugin, name) for name in ("op", "op_version", "build", "sha256", "tensorrt")}
     engine.with_suffix(".json").write_text(json.dumps({**facts, "runtime": "tensorrt", "plugin": described}))
     out = deploy_triton(bundle, tmp_path / "out", name="llama", engine="fp16-rtx", plugin=plugin.path)
     folder = out / "models" / "llama"

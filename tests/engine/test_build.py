@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -9,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, list_again
 
 from teamlora_export.bundle import Bundle, read_bundle
 from teamlora_export.engine.build import BuildOptions, build_engine
-from teamlora_export.engine.facts import facts_path, find_engine, read_facts
+from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, read_facts, write_engine
 from teamlora_export.engine.profiles import make_profiles
 from teamlora_export.errors import ExportError
 from teamlora_export.validate.cases import make_cases
@@ -104,15 +107,11 @@ def test_wrong_options_are_one_message_and_write_nothing(arguments, message, bun
 def test_a_graph_that_tensorrt_refuses_is_its_message_and_no_file(bundle):
     import onnx_ir as ir
 
-    from teamlora_export.bundle import write_manifest
-    from teamlora_export.files import sha256_of
-
     model = ir.load(bundle.model)
     node = next(node for node in model.graph if node.op_type == "MatMul")
     node.op_type = "NoSuchOperator"
     ir.save(model, bundle.model)
-    bundle.manifest.sha256["model.onnx"] = sha256_of(bundle.model)  # type: ignore[index]
-    write_manifest(bundle.folder, bundle.manifest)
+    list_again(bundle.folder)
     result = run("trt", bundle.folder, "--runtime", "rtx")
     assert result.returncode == 2
     assert "cannot take the graph" in result.stderr
@@ -130,7 +129,7 @@ def test_changed_files_are_refused(bundle):
         read_facts(path)
     fields = json.loads(facts_path(path).read_text())
     facts_path(path).write_text(json.dumps({**fields, "format_version": 99}))
-    with pytest.raises(ExportError, match="newer teamlora-export"):
+    with pytest.raises(ExportError, match="format version 99, this tool reads up to 1"):
         read_facts(path)
     facts_path(path).unlink()
     with pytest.raises(ExportError, match="pair of files"):
@@ -171,3 +170,69 @@ def test_profiles_take_what_a_validation_runs_and_say_what_they_refuse(make_bund
     assert too_long == (
         "past_key_values.0.key is [1, 2, 500, 8], the profile 'decode' takes [1, 2, 0, 8] to [4, 2, 127, 8]"
     )
+
+
+def test_only_engines_that_we_wrote_are_replaced_and_leftovers_go(bundle, tmp_path):
+    path, facts = build_engine(bundle, RTX)
+    (path.parent / ".fp32-rtx.engine.00000000.teamlora-partial").mkdir()
+    (path.parent / ".fp32-rtx.engine.00000001.teamlora-partial").write_bytes(b"killed")
+    write_engine(b"another", dataclasses.replace(facts, sha256=hashlib.sha256(b"another").hexdigest()), path)
+    assert read_facts(path).sha256 != facts.sha256
+    assert sorted(file.name for file in path.parent.iterdir()) == ["fp32-rtx.engine", "fp32-rtx.json"]
+    for name, content in (("x.engine", b"theirs"), ("y.json", b'{"mine": 1}'), ("y.engine", b"theirs")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ExportError, match=rf"{name}: exists and is not an engine that teamlora-export wrote"):
+            build_engine(bundle, RTX, (tmp_path / name).with_suffix(".engine"))
+        assert (tmp_path / name).read_bytes() == content
+        (tmp_path / name).unlink()
+    path.write_bytes(b"put here by its owner")
+    with pytest.raises(ExportError, match="exists and is not an engine"):
+        build_engine(bundle, RTX)
+    assert path.read_bytes() == b"put here by its owner"
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"profiles": [{"name": "a", "inputs": {"input_ids": [[1], [2]]}}]}, "length 3"),
+        ({"profiles": 3}, "Expected `array`, got `int`"),
+        ({"targets": [1]}, "Expected `str`, got `int`"),
+        ({"plugin": {"op": 1}}, "Expected `str`, got `int`"),
+        ({"size": "big"}, "Expected `int`, got `str`"),
+        ({"sha256": None}, "Expected `str`, got `null`"),
+        ({"runtime": "cuda"}, "matching regex"),
+        ({"refit_weights": {"a": []}}, "Expected `str`, got `array`"),
+    ],
+)
+def test_facts_with_a_field_of_another_type_are_refused(fields, reason, make_bundle, tmp_path):
+    engine = tmp_path / "tiny.engine"
+    facts = dataclasses.asdict(as_facts(make_bundle("llama"), engine))
+    facts_path(engine).write_text(json.dumps({**facts, **fields}))
+    with pytest.raises(ExportError, match=reason) as refusal:
+        read_facts(engine)
+    assert str(facts_path(engine)) in str(refusal.value)
+
+
+def as_facts(bundle: Bundle, engine: Path) -> EngineFacts:
+    """Facts of a file that is written as if it were an engine."""
+    write_engine(
+        b"engine",
+        facts := EngineFacts(
+            runtime="rtx",
+            runtime_version="1.7",
+            targets=("compute capability 8.9",),
+            task=bundle.manifest.task,
+            dtype="fp32",
+            profiles=make_profiles(bundle, None),
+            plugin=None,
+            model_sha256=bundle.manifest.sha256,
+            adapter_sha256=bundle.manifest.adapter["sha256"],
+            refit_weights=None,
+            stripped=False,
+            size=6,
+            sha256=hashlib.sha256(b"engine").hexdigest(),
+            tool_version="0.1.0",
+        ),
+        engine,
+    )
+    return facts

@@ -10,9 +10,8 @@ import onnx_ir as ir
 import pytest
 from conftest import ARCHITECTURES
 
-from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, read_bundle, write_manifest
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, hash_files, read_bundle, write_manifest
 from teamlora_export.errors import ExportError
-from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
 from teamlora_export.graph.precision import DTYPES, ChangePrecision
 from teamlora_export.validate.run import validate_bundle
@@ -25,7 +24,7 @@ def retyped(bundle: Bundle, dtype: str, folder: Path) -> Bundle:
     model = ir.load(bundle.model)
     ChangePrecision(bundle.manifest.dtype, dtype)(model)
     ir.save(model, folder / MODEL_NAME, external_data=DATA_NAME)
-    hashes = {name: sha256_of(folder / name) for name in (MODEL_NAME, DATA_NAME)}
+    hashes = hash_files(folder)
     write_manifest(folder, dataclasses.replace(bundle.manifest, dtype=dtype, sha256=hashes))
     return read_bundle(folder)
 

@@ -12,8 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, read_bundle, write_manifest
-from teamlora_export.files import sha256_of
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, hash_files, read_bundle, write_manifest
 from teamlora_export.validate.run import validate_bundle
 
 QKV = "model.layers.3.self_attn.q_proj+k_proj+v_proj"
@@ -170,7 +169,7 @@ def plant(tmp_path, make_bundle) -> Callable[[Fault], Bundle]:
         model = ir.load(source.model)
         fault.edit(model)
         ir.save(model, folder / MODEL_NAME, external_data=DATA_NAME)
-        hashes = {name: sha256_of(folder / name) for name in (MODEL_NAME, DATA_NAME)}
+        hashes = hash_files(folder)
         write_manifest(folder, dataclasses.replace(source.manifest, sha256=hashes))
         return read_bundle(folder)
 

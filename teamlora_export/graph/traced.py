@@ -1,9 +1,9 @@
 """Traced graphs, kept: the next adapter of the same shapes on the same base needs no tracing, and no torch.
 
 A graph depends on the base's configuration, the task, the dtype, the adapter's shapes and the versions of the
-libraries that traced it, and on no weight. A template is kept in the user's cache under a hash of exactly these: the
-graph with its recipes, and what is needed to check another adapter and to read the base's weights. A damaged entry is
-thrown away.
+libraries that traced it, and on no weight. A traced graph is kept in the user's cache under a hash of exactly these, as
+one file: the hash of all that follows, a line of JSON with the recipes of the weights and what is needed to check
+another adapter and to read the base's weights, and the graph. A damaged entry is thrown away.
 """
 
 from __future__ import annotations
@@ -12,29 +12,33 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from teamlora_export import __version__
 from teamlora_export.adapter import AdapterSpec, BaseSignature, LinearShape
-from teamlora_export.files import sha256_of
+from teamlora_export.cache import cache_folder
+from teamlora_export.errors import ExportError
+from teamlora_export.files import read_bytes
 from teamlora_export.graph import op
 from teamlora_export.graph.weights import Recipe, WeightTensor, bind, recipe_of
 from teamlora_export.model.source import BaseSource
+from teamlora_export.staging import write_aside
 
 LIBRARIES = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript")
-_FORMAT = 1
-_GRAPH, _FACTS = "graph.onnx", "template.json"
+_FORMAT = 2
+# A graph without weights has a few MB.
+_LARGEST = 512 << 20
 
 
 @dataclass(frozen=True)
-class Template:
+class TracedGraph:
     """A graph whose weights are recipes, and what makes it usable for another adapter.
 
     Attributes:
@@ -51,13 +55,7 @@ class Template:
     model_type: str
 
 
-def cache_folder() -> Path:
-    """`TEAMLORA_EXPORT_CACHE`, or `teamlora-export` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "teamlora-export"
-    return Path(os.environ.get("TEAMLORA_EXPORT_CACHE") or default)
-
-
-def template_key(source: BaseSource, adapter: AdapterSpec, task: str, dtype: str) -> str:
+def graph_key(source: BaseSource, adapter: AdapterSpec, task: str, dtype: str) -> str:
     """Hash of all that a graph depends on. `adapter` as it was read, `task` as it was asked for."""
     shapes = {
         path: [sorted(op.weight_shapes(p).items()), p.shared_down, p.num_experts]
@@ -76,62 +74,67 @@ def template_key(source: BaseSource, adapter: AdapterSpec, task: str, dtype: str
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def load_template(key: str) -> Template | None:
-    """The template under `key`, or None. An entry that cannot be trusted is removed."""
-    folder = cache_folder() / "templates" / key
-    if not folder.is_dir():
-        return None
+def load_graph(key: str) -> TracedGraph | None:
+    """The graph under `key`, or None. An entry that cannot be trusted is removed."""
+    path = _entry(key)
     try:
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        if facts["sha256"] != sha256_of(folder / _GRAPH):
-            raise ValueError("the graph is not the one that was kept")
-        model = ir.load(folder / _GRAPH)
+        facts, graph = _unpack(read_bytes(path, largest=_LARGEST))
+        model = ir.from_proto(onnx.ModelProto.FromString(graph))
         for name, recipe in facts["recipes"].items():
             value = model.graph.initializers[name]
             tensor = value.const_value
             assert tensor is not None
             value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
             bind(value, Recipe.from_json(recipe))
-        return Template(model, _signature(facts["signature"]), facts["aliases"], facts["task"], facts["model_type"])
+        return TracedGraph(model, _signature(facts["signature"]), facts["aliases"], facts["task"], facts["model_type"])
+    except FileNotFoundError:
+        return None
     except Exception:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            path.unlink()
         return None
 
 
-def keep_template(key: str, template: Template) -> None:
-    """Keep `template` under `key`. A cache that cannot be written is no reason to fail: the export goes on without."""
-    folder = cache_folder() / "templates" / key
-    graph = template.model.graph
-    weights = [value for value in graph.initializers.values() if recipe_of(value) is not None]
+def keep_graph(key: str, traced: TracedGraph) -> None:
+    """Keep `traced` under `key`. A cache that cannot be written is no reason to fail: the export goes on without."""
+    weights = [value for value in traced.model.graph.initializers.values() if recipe_of(value) is not None]
     tensors = [value.const_value for value in weights]
-    recipes = {value.name: recipe.to_json() for value in weights if (recipe := recipe_of(value))}
+    facts = {
+        "recipes": {value.name: recipe.to_json() for value in weights if (recipe := recipe_of(value))},
+        "signature": dataclasses.asdict(traced.signature),
+        "aliases": traced.aliases,
+        "task": traced.task,
+        "model_type": traced.model_type,
+    }
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
-            for value, tensor in zip(weights, tensors, strict=True):
-                assert isinstance(tensor, WeightTensor)
-                # A reference to a file that need not exist; the recipe takes its place when the template is loaded.
-                shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
-                value.const_value = ir.ExternalTensor("weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
-            ir.save(template.model, Path(staging) / _GRAPH)
-            facts = {
-                "sha256": sha256_of(Path(staging) / _GRAPH),
-                "recipes": recipes,
-                "signature": dataclasses.asdict(template.signature),
-                "aliases": template.aliases,
-                "task": template.task,
-                "model_type": template.model_type,
-            }
-            (Path(staging) / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-            made = folder.with_name(f"{key}.{os.getpid()}")
-            shutil.copytree(staging, made)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(made, folder)
-    except OSError:
-        pass
+        for value, tensor in zip(weights, tensors, strict=True):
+            assert isinstance(tensor, WeightTensor)
+            # A reference to a file that need not exist; the recipe takes its place when the graph is loaded.
+            shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
+            value.const_value = ir.ExternalTensor("weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+        graph = ir.to_proto(traced.model).SerializeToString()
+        with suppress(ExportError):
+            write_aside(_entry(key), _pack(facts, graph), result=False)
     finally:
         for value, tensor in zip(weights, tensors, strict=True):
             value.const_value = tensor
+
+
+def _entry(key: str) -> Path:
+    return cache_folder() / "graphs" / key
+
+
+def _pack(facts: dict[str, object], graph: bytes) -> bytes:
+    content = json.dumps(facts).encode() + b"\n" + graph
+    return hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def _unpack(entry: bytes) -> tuple[dict[str, Any], bytes]:
+    digest, _, content = entry.partition(b"\n")
+    if digest.decode() != hashlib.sha256(content).hexdigest():
+        raise ValueError("the entry is not the one that was kept")
+    facts, _, graph = content.partition(b"\n")
+    return json.loads(facts), graph
 
 
 def _signature(fields: dict[str, object]) -> BaseSignature:

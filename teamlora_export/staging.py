@@ -1,0 +1,344 @@
+"""Writes everything that takes a place on disk: aside first, then into its place in one step, whole.
+
+    .NAME.TOKEN.teamlora-partial    being written: a folder or a file, beside its place; locked by its process
+    .NAME.TOKEN.teamlora-ready      written: a folder of files that belong together and are about to be moved out of it
+    .NAME.TOKEN.teamlora-old        what was in the place, for a moment, where two names cannot be exchanged
+
+A process that is killed leaves these behind. Whoever stages something in a folder first sweeps it: what is partial
+goes, what is ready takes its place, what is old comes back where its place is empty. So there is always the old or the
+new. A process holds a lock (`flock`) on what it writes, and one on the parent folder while it changes names there:
+nobody sweeps what is at work, and of two runs with one destination the last one stands, whole.
+
+Only what we wrote ourselves is replaced. Who stages a folder says which files of an existing one are ours; anything
+else in it is a refusal that names it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from pathlib import Path
+
+from teamlora_export import interrupt
+from teamlora_export.errors import ExportError
+
+_PARTIAL, _READY, _OLD = "teamlora-partial", "teamlora-ready", "teamlora-old"
+_STAGED = re.compile(rf"^\.(?P<name>.+)\.[0-9a-f]{{8}}\.(?P<state>{_PARTIAL}|{_READY}|{_OLD})$", re.DOTALL)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+Listing = Callable[[Path], Collection[str]]
+Content = str | bytes | memoryview
+
+
+@contextmanager
+def staged(out: Path, listed: Listing, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+    """A folder beside `out` to write into; it becomes `out` when the block ends, and vanishes when it fails.
+
+    Args:
+        listed: names the files of an existing folder that we wrote, relative to it; raises `ExportError` where the
+            folder is none of ours. An empty folder is not asked about.
+        inputs: files and folders that are read while the folder is written.
+
+    Raises:
+        ExportError: `out` is not a folder of ours, holds something else or an input, or cannot be written.
+    """
+    place = real_path(out)
+    refuse_foreign(place, listed, inputs)
+    with scratch_folder(place) as staging:
+        yield staging
+        with _locked(place.parent):
+            # Again: an export takes time, and its owner may have put something there.
+            refuse_foreign(place, listed, inputs)
+            with interrupt.held():
+                _replace_folder(staging, place)
+                interrupt.note_written(out)
+
+
+@contextmanager
+def scratch_folder(place: Path) -> Iterator[Path]:
+    """A folder beside `place` to write into, gone when the block ends.
+
+    Parents that had to be made for it go again where the block fails.
+
+    Raises:
+        ExportError: it cannot be written, or the disk is full.
+    """
+    staging = _staging_path(place, _PARTIAL)
+    with _explained(place), existing(place.parent), ExitStack() as locks:
+        try:
+            with _locked(place.parent):
+                _sweep(place.parent)
+                staging.mkdir()
+                locks.enter_context(_lock(staging))
+            yield staging
+        finally:
+            with interrupt.held():
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_aside(path: Path, content: Content, *, result: bool = True) -> None:
+    """Write a file beside `path`, then move it there: the file is the old one or the new one, never half of one.
+
+    Args:
+        result: it is what a command was asked for; an interruption that comes later says that it is there.
+
+    Raises:
+        ExportError: it cannot be written, or the disk is full.
+    """
+    staging = _staging_path(path, _PARTIAL)
+    with _explained(path), existing(path.parent), ExitStack() as files:
+        try:
+            with _locked(path.parent):
+                _sweep(path.parent)
+                file = files.enter_context(staging.open("xb"))
+                _wait_for_lock(file.fileno())
+            file.write(_bytes(content))
+            file.flush()
+            with interrupt.held():
+                os.replace(staging, path)
+                if result:
+                    interrupt.note_written(path)
+        finally:
+            with interrupt.held():
+                staging.unlink(missing_ok=True)
+
+
+def write_together(files: Mapping[Path, Content]) -> None:
+    """Write files of one folder that belong together: all are old, or all are new, for everyone who calls `settle`.
+
+    Raises:
+        ExportError: they cannot be written, or the disk is full.
+    """
+    first, *_ = files
+    with scratch_folder(first) as staging:
+        for path, content in files.items():
+            (staging / path.name).write_bytes(_bytes(content))
+        with _locked(first.parent), interrupt.held():
+            ready = staging.with_name(staging.name.replace(_PARTIAL, _READY))
+            os.rename(staging, ready)
+            _move_out(ready)
+            for path in files:
+                interrupt.note_written(path)
+
+
+@contextmanager
+def existing(folder: Path) -> Iterator[None]:
+    """`folder` exists inside of the block; what had to be made for it goes away again where the block fails."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def settle(folder: Path) -> None:
+    """Finish or remove what killed runs left in `folder`, so that what is read there is whole."""
+    try:
+        if any(map(_STAGED.match, os.listdir(folder))):
+            with _locked(folder):
+                _sweep(folder)
+    except OSError:
+        # Nothing there, or nothing that may be changed: the reader says what is missing.
+        return
+
+
+def real_path(path: Path) -> Path:
+    """Where `path` leads, resolved once: links and `..` cannot mean something else later.
+
+    Raises:
+        ExportError: its links lead in a circle.
+    """
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ExportError(f"{path}: leads nowhere ({error}). Choose another -o.") from None
+
+
+def refuse_foreign(place: Path, listed: Listing, inputs: Sequence[Path] = ()) -> None:
+    """Refuse to replace anything but a folder with nothing in it but files that we wrote, or an empty one.
+
+    Raises:
+        ExportError: with the name of what is there.
+    """
+    settle(place)
+    for given in inputs:
+        if real_path(given).is_relative_to(place):
+            raise ExportError(f"{place}: is, or holds, {given}, which is read. Choose another -o.")
+    try:
+        if not os.path.lexists(place):
+            return
+        if not place.is_dir():
+            raise ExportError(f"{place}: exists and is not a folder. Choose another -o.")
+        if not any(place.iterdir()):
+            return
+        ours = listed(place)
+        for found in entries(place):
+            if found not in ours:
+                raise ExportError(
+                    f"{place / found}: is not a file that teamlora-export wrote, and would be lost. "
+                    "Move it elsewhere, or choose another -o."
+                )
+    except OSError as error:
+        raise ExportError(f"{error.filename or place}: cannot be read ({error.strerror}). Choose another -o.") from None
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Refuse to start writing `needed` bytes where they do not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        staged_name = _STAGED.match(folder.name)
+        place = folder.with_name(staged_name["name"]) if staged_name else folder
+        raise ExportError(f"{place}: {size_text(needed)} are needed, {size_text(free)} are free. Choose another -o.")
+
+
+def size_text(size: int) -> str:
+    """Bytes as people say them."""
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}" if size < 1000 * unit else f"{size / unit:,.0f} {name}"
+    return f"{size} bytes"
+
+
+def entries(folder: Path) -> Iterator[str]:
+    """Everything below `folder` that is no folder with something in it, relative to it; links are not followed."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        here = Path(parent)
+        links = [name for name in folders if (here / name).is_symlink()]
+        for name in (*files, *links):
+            yield (here / name).relative_to(folder).as_posix()
+        if not folders and not files and here != folder:
+            yield here.relative_to(folder).as_posix()
+
+
+def _replace_folder(staging: Path, place: Path) -> None:
+    """`staging` becomes `place`; what was there is in `staging` afterwards, or gone."""
+    if _exchange(staging, place):
+        return
+    old = staging.with_name(staging.name.replace(_PARTIAL, _OLD))
+    if place.exists():
+        os.rename(place, old)
+    try:
+        os.rename(staging, place)
+    except BaseException:
+        if old.exists() and not place.exists():
+            os.rename(old, place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; False where the system cannot, or there is nothing to exchange with."""
+    sys.audit("os.rename", str(one), str(other), -1, -1)
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, exchange = -100, 2
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def _move_out(ready: Path) -> None:
+    for path in sorted(ready.iterdir()):
+        os.replace(path, ready.parent / path.name)
+    ready.rmdir()
+
+
+def _sweep(folder: Path) -> None:
+    """Finish or remove what killed runs left in `folder`, which is locked."""
+    for name in os.listdir(folder):
+        match = _STAGED.match(name)
+        path = folder / name
+        if match is None or not _is_abandoned(path):
+            continue
+        with suppress(OSError):
+            _finish(path, folder / match["name"], match["state"])
+
+
+def _finish(path: Path, place: Path, state: str) -> None:
+    if state == _READY:
+        _move_out(path)
+    elif state == _OLD and not os.path.lexists(place):
+        os.rename(path, place)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether nobody writes it any more; what cannot be told from the outside is taken to be at work."""
+    try:
+        if not stat.S_ISDIR(kind := path.lstat().st_mode) and not stat.S_ISREG(kind):
+            return False
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _staging_path(place: Path, state: str) -> Path:
+    return place.with_name(f".{place.name}.{secrets.token_hex(4)}.{state}")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Alone with the names in `folder` inside of the block."""
+    # What is being written is its writer's alone.
+    with nullcontext() if _STAGED.match(folder.name) else _lock(folder):
+        yield
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold `path` inside of the block; the system lets go of it where the process is killed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _wait_for_lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int) -> None:
+    """A file system that has no locks does without."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+@contextmanager
+def _explained(place: Path) -> Iterator[None]:
+    """What the system refuses, in one sentence that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise ExportError(
+                f"{place}: {error.strerror}; nothing was written. Free space, or choose another place."
+            ) from None
+        raise ExportError(f"{error.filename or place}: {error.strerror or error}; nothing was written.") from None
+
+
+def _bytes(content: Content) -> bytes | memoryview:
+    return content.encode(errors="replace") if isinstance(content, str) else content
