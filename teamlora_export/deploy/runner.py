@@ -454,7 +454,7 @@ def _brief(error: BaseException) -> str:
 
 
 def _open(path: Path) -> Any:
-    """A regular file for reading; opening a FIFO would wait for somebody to write to it."""
+    """A regular file for reading; opening a FIFO would wait for a writer."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

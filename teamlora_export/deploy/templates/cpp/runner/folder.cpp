@@ -42,7 +42,7 @@ json read_json(const fs::path& path) {
 }
 
 std::string sha256(const fs::path& path) {
-    // Opening a FIFO would wait for somebody to write to it.
+    // Opening a FIFO would wait for a writer.
     std::ifstream file;
     if (is_file(path)) file.open(path, std::ios::binary);
     if (!file.is_open()) throw Error(path.string() + ": is missing or cannot be read. Copy the folder again.");
