@@ -102,8 +102,8 @@ class Model:
         """
         if not self.generates:
             raise ModelError(f"{self.folder}: does not generate text.")
-        prompts = [self._settings.require_ids(prompt) for prompt in prompts]
-        count = self._settings.room(prompts, count)
+        count = self.require_room(prompts, count)
+        prompts = [list(prompt) for prompt in prompts]
         width = max(map(len, prompts))
         rows = [[*[self._settings.padding] * (width - len(prompt)), *prompt] for prompt in prompts]
         mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
@@ -132,6 +132,10 @@ class Model:
             step = tokens[:, None].astype(np.int64)
             mask = np.concatenate([mask, np.ones_like(step)], axis=1)
         return answers
+
+    def require_room(self, prompts: Sequence[Sequence[int]], count: int) -> int:
+        """How many tokens can follow the prompts, `count` at most; raises as `generate` does where there is none."""
+        return self._settings.room([self._settings.require_ids(prompt) for prompt in prompts], count)
 
     def encode(self, inputs: Sequence[Sequence[int]]) -> np.ndarray:
         """Tasks other than generation: one row for each input (token ids).
@@ -371,6 +375,8 @@ def _sha256(path: Path) -> str:
 def answer(model: Model, prompts: Sequence[str], count: int, write: Callable[[str], object]) -> tuple[int, float]:
     """Answer prompts; a single one is streamed. Returns the number of tokens and the seconds that they took."""
     ids = [encode_text(model.tokenizer, prompt) for prompt in prompts]
+    # Before anything is written.
+    model.require_room(ids, count)
     started = time.perf_counter()
     if len(prompts) == 1:
         text = TextStream(model.tokenizer)
