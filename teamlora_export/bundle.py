@@ -21,6 +21,7 @@ import msgspec
 from teamlora_export.errors import ExportError
 from teamlora_export.files import copy_file, read_record, sha256_of
 from teamlora_export.staging import entries, settle, write_aside
+from teamlora_export.tokens import Tokens
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
@@ -138,6 +139,7 @@ class Manifest:
     """What made a bundle, and what it is.
 
     Attributes:
+        tokens: what the model says of its tokens.
         sha256: every file of the bundle, but this one and engines, relative to its folder.
         validation: None before the first.
         refit: None where the bundle cannot serve it.
@@ -152,6 +154,7 @@ class Manifest:
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     sha256: Mapping[str, Sha256]
+    tokens: Tokens
     validation: Validation | None = None
     refit: Refit | None = None
     format_version: int = FORMAT_VERSION

@@ -211,11 +211,11 @@ def embed(
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
     """Try a bundle that does not generate text: a line of JSON for each text, with its vector or scores."""
-    from teamlora_export.deploy.runner import Model, ModelError
+    from teamlora_export.deploy.runner import Model, ModelError, encode_text
 
     try:
         model = Model(bundle, check=check)
-        rows = model.encode([model.tokenizer.encode(text).ids for text in texts])
+        rows = model.encode([encode_text(model.tokenizer, text) for text in texts])
     except ModelError as error:
         raise ExportError(str(error)) from None
     for row in rows:

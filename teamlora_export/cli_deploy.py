@@ -67,7 +67,7 @@ def deploy_cpp_command(
 def deploy_triton_command(
     output: OutputOption,
     bundle: BundleArgument = THIS_FOLDER,
-    name: Annotated[str | None, typer.Option(help="Of the model. Default: the bundle's folder.")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model. Default: the base's and the adapter's.")] = None,
     engine: EngineOption = None,
     plugin: PluginOption = None,
     library: LibraryOption = None,

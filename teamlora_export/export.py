@@ -42,6 +42,7 @@ from teamlora_export.model.checkpoint import open_safetensors_weights
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import real_path, refuse_foreign, require_space, staged
+from teamlora_export.tokens import read_tokens
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 OP_FORMS = ("function", "standard")
@@ -108,6 +109,7 @@ def export_onnx(
                 dtype=dtype,
                 inputs=tuple(_port(value) for value in model.graph.inputs),
                 outputs=tuple(_port(value) for value in model.graph.outputs),
+                tokens=read_tokens(folder, traced.task),
                 sha256=hash_files(folder, {DATA_NAME: data_sha256}),
                 refit=refit,
             )

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +14,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
+import onnx
 import pytest
+import tokenizers
 import torch
 import transformers
+from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, align_with_base, read_adapter, write_adapter
 from teamlora_export.bundle import MANIFEST_NAME, Bundle, hash_files, read_bundle
 from teamlora_export.engine.plugin import PluginLibrary, build_plugin
+from teamlora_export.engine.toolchain import find_toolchain
 from teamlora_export.export import export_onnx
 from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.model.initialize import new_adapter
@@ -29,6 +33,7 @@ from teamlora_export.model.inject import inject
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
+from get_libraries import get_libraries  # noqa: E402
 from get_model import get_model  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -166,6 +171,8 @@ def make_base(tmp_path_factory) -> Callable[[str], BaseModel]:
                     parameter.data += 0.1 * torch.randn_like(parameter)
             folder = tmp_path_factory.mktemp(f"base-{name}")
             model.save_pretrained(folder)
+            if architecture.task == "text-generation":
+                save_tokenizer(folder)
             made[name] = open_base(str(folder), architecture.task)
         return made[name]
 
@@ -245,6 +252,42 @@ def smollm2_greedy() -> dict[tuple[int, ...], list[int]]:
         tokens = model.generate(torch.tensor([ids]), max_new_tokens=GREEDY_TOKENS, do_sample=False)[0, len(ids) :]
         answers[tuple(ids)] = [token for token in tokens.tolist() if token != model.config.eos_token_id]
     return answers
+
+
+def build_cpp(source: Path, folder: Path, *options: str, targets: Sequence[str] = ("all",)) -> Path:
+    """Build a CMake project on the libraries that deployments are built on; every warning stops it."""
+    prefix = f"{get_libraries()};{find_toolchain().cuda_root}"
+    configure = ["cmake", "-S", source, "-B", folder, f"-DCMAKE_PREFIX_PATH={prefix}", "-DTEAMLORA_WERROR=ON", *options]
+    for command in (configure, ["cmake", "--build", folder, "--parallel", "2", "--target", *targets]):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A small tokenizer of 384 tokens of printable ASCII, which begins each text with a token 1, into `folder`."""
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=384, special_tokens=["<pad>", "<s>", "</s>"])
+    text = (ROOT / "LICENSE").read_text().encode("ascii", "ignore").decode().split("\n")
+    tokenizer.train_from_iterator(text, trainer)
+    assert tokenizer.get_vocab_size() == 384
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def poison_token(folder: Path, token: int) -> None:
+    """Make a token's row in the embedding of the model in `folder` NaN, so that it spreads as an overflow would."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    tables = [tensor for tensor in model.graph.initializer if list(tensor.dims) == [384, 32]]
+    # A tied one bears the name of its other use.
+    table = min(tables, key=lambda tensor: "embed" not in tensor.name)
+    fields = {entry.key: entry.value for entry in table.external_data}
+    with (folder / fields["location"]).open("r+b") as file:
+        file.seek(int(fields["offset"]) + token * 32 * 4)
+        file.write(np.full(32, np.nan, np.float32).tobytes())
 
 
 def list_again(folder: Path) -> Bundle:

@@ -25,6 +25,7 @@ from teamlora_export.bundle import (
 from teamlora_export.errors import ExportError
 from teamlora_export.files import copy_file, read_json, read_record, sha256_of
 from teamlora_export.staging import entries, require_space, staged
+from teamlora_export.tokens import Tokens
 
 DEPLOY_NAME = "deploy.json"
 FORMAT_VERSION = 1
@@ -48,6 +49,7 @@ class Description:
     task: Task
     dtype: Dtype
     op: OpForm
+    tokens: Tokens
     base_sha256: Mapping[str, Sha256]
     adapter_sha256: Sha256
     inputs: tuple[Port, ...]
@@ -146,6 +148,7 @@ def _describe(made: Deployment) -> Description:
         task=manifest.task,
         dtype=dtype or manifest.dtype,
         op=manifest.op,
+        tokens=manifest.tokens,
         base_sha256=manifest.base["sha256"],
         adapter_sha256=made.differs.get("adapter_sha256", manifest.adapter["sha256"]),
         inputs=tuple(port_in(port, dtype) for port in manifest.inputs),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from teamlora_export.bundle import MODEL_NAME, Bundle
-from teamlora_export.deploy.folder import deployment, require_cpu_dtype
-from teamlora_export.deploy.python import render
+from teamlora_export.deploy.folder import Deployment, deployment, require_cpu_dtype
+from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, tokenizer_config, why_unreadable
+from teamlora_export.deploy.render import render
 from teamlora_export.errors import ExportError
 
 CONFIG_NAME = "genai_config.json"
@@ -26,41 +27,61 @@ def deploy_genai(bundle: Bundle, out: Path, library: str | None = None) -> Path:
     """
     if bundle.manifest.task != "text-generation":
         raise ExportError(f"{bundle.folder}: is for {bundle.manifest.task}; onnxruntime-genai generates text only.")
-    if not (bundle.folder / "tokenizer.json").is_file():
-        raise ExportError(f"{bundle.folder}: has no tokenizer.json, which onnxruntime-genai reads. Export it again.")
+    problem = why_unreadable(bundle)
+    if problem is None and not bundle.manifest.tokens.stops:
+        problem = "no token ends a text (eos_token_id in config.json), and onnxruntime-genai insists on one"
+    if problem is not None:
+        raise ExportError(f"{bundle.folder}: {problem}. Deploy it with `python` or `triton`.")
     require_cpu_dtype(bundle, "genai")
     with deployment(bundle, out, "genai") as made:
-        made.add(CONFIG_NAME, json.dumps(genai_config(bundle, library), indent=4) + "\n")
+        add_genai_files(made, library)
         made.write("README.md", render("genai.README.md.j2", bundle, library=library))
     return out
 
 
+def add_genai_files(made: Deployment, library: str | None = None) -> None:
+    """Add what onnxruntime-genai reads beside the graph."""
+    made.add(CONFIG_NAME, json.dumps(genai_config(made.bundle, library), indent=4) + "\n")
+    made.add(TOKENIZER_CONFIG_NAME, tokenizer_config(made.bundle))
+
+
 def genai_config(bundle: Bundle, library: str | None = None) -> dict[str, Any]:
-    """The configuration: names and sizes come from the graph's own inputs, special tokens from the base's files."""
-    config = _read(bundle, "config.json")
-    settings = {**config, **_read(bundle, "generation_config.json")}
+    """The configuration: names and sizes come from the graph's own inputs, ids from what the manifest says of tokens.
+
+    onnxruntime-genai takes no null; what a model does not have is left out, or is an id that does not occur.
+
+    Raises:
+        ExportError: the layers' caches differ in size, of which onnxruntime-genai knows one.
+    """
+    tokens = bundle.manifest.tokens
     caches = [port for port in bundle.manifest.inputs if port.name.startswith("past_key_values.")]
     names = {port.name for port in bundle.manifest.inputs}
-    heads, head_size = caches[0].shape[1], caches[0].shape[3]
-    context = config.get("max_position_embeddings") or config.get("n_positions") or _DEFAULT_LENGTH
+    sizes = {(port.shape[1], port.shape[3]) for port in caches}
+    if len(sizes) != 1:
+        raise ExportError(
+            f"{bundle.folder}: its layers' caches differ in size ({sorted(map(str, sizes))}), and onnxruntime-genai "
+            "takes one. Deploy it with another target."
+        )
+    heads, head_size = sizes.pop()
+    logits = next(port for port in bundle.manifest.outputs if port.name == "logits")
     inputs = {name: name for name in ("input_ids", "attention_mask", "position_ids") if name in names}
-    stops = settings.get("eos_token_id")
-    stop = stops[0] if isinstance(stops, list) else stops
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if library:
         options["custom_ops_library"] = library
+    context = tokens.most or _DEFAULT_LENGTH
     return {
         "model": {
-            "type": bundle.manifest.base["model_type"],
-            "vocab_size": config["vocab_size"],
+            # Any decoder whose inputs and outputs are named here; the names of architectures are for graphs of its own
+            # builder, and several of ours are not among them.
+            "type": "decoder",
+            "vocab_size": logits.shape[-1],
             "context_length": context,
-            "bos_token_id": settings.get("bos_token_id", stop),
-            "eos_token_id": stops,
-            "pad_token_id": settings.get("pad_token_id", stop),
+            "bos_token_id": tokens.padding if tokens.start is None else tokens.start,
+            # It refuses ids that do not exist. Where nothing stops a text, `deploy cpp` takes its tokenizer alone.
+            "eos_token_id": list(tokens.stops) or [tokens.padding],
+            "pad_token_id": tokens.padding,
             "decoder": {
                 "filename": MODEL_NAME,
-                "hidden_size": config.get("hidden_size") or config.get("n_embd"),
-                "num_attention_heads": config.get("num_attention_heads") or config.get("n_head"),
                 "num_key_value_heads": heads,
                 "head_size": head_size,
                 "num_hidden_layers": len(caches) // 2,
@@ -91,11 +112,3 @@ def genai_config(bundle: Bundle, library: str | None = None) -> dict[str, Any]:
             "top_p": 1.0,
         },
     }
-
-
-def _read(bundle: Bundle, name: str) -> dict[str, Any]:
-    path = bundle.folder / name
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{path}: cannot be read ({error}).") from None

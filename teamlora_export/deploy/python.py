@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jinja2
-
 from teamlora_export.bundle import Bundle
-from teamlora_export.deploy.folder import TEMPLATES, deployment, require_cpu_dtype
+from teamlora_export.deploy.folder import deployment, require_cpu_dtype
+from teamlora_export.deploy.render import render
 
 RUNNER_NAME = "runner.py"
 # The oldest that run what we write.
@@ -26,16 +25,3 @@ def deploy_python(bundle: Bundle, out: Path) -> Path:
         made.write("requirements.txt", REQUIREMENTS)
         made.write("README.md", render("python.README.md.j2", bundle))
     return out
-
-
-def render(template: str, bundle: Bundle, **values: object) -> str:
-    """A template of this package, filled in for `bundle`."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,
-    )
-    return environment.get_template(template).render(manifest=bundle.manifest, **values)

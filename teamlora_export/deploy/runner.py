@@ -15,16 +15,28 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import re
+import stat
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64}
+_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+_RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
+# What describes a folder: which of its fields has the hashes, and the newest format that is known.
+_DESCRIPTIONS = {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)}
+# What is opened here or by a server, so that a list of hashes without one of them is not whole.
+_OPENED = ("model.onnx", "model.onnx.data", "model.plan", "tokenizer.json")
+_LARGEST_TEXT = 512 << 20
+_MOST_THREADS = 1024
 
 
 class ModelError(Exception):
@@ -43,27 +55,30 @@ class Model:
     def __init__(self, folder: Path, library: Path | None = None, check: bool = True, threads: int = 0) -> None:
         import onnxruntime as ort
 
+        if not 0 <= threads <= _MOST_THREADS:
+            raise ModelError(f"{threads} threads: give 0 to {_MOST_THREADS}.")
         self.folder = Path(folder)
+        self._settings = read_settings(self.folder)
         if check:
-            check_files(self.folder)
+            check_files(self.folder, self._settings.hashes)
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4
         options.intra_op_num_threads = threads
-        if library is not None:
-            options.register_custom_ops_library(str(library))
+        try:
+            if library is not None:
+                options.register_custom_ops_library(str(library))
+        except Exception as error:
+            raise ModelError(f"{library}: cannot be loaded as a library of ops ({_brief(error)}).") from None
         try:
             self._session = ort.InferenceSession(self.folder / "model.onnx", options, ["CPUExecutionProvider"])
         except Exception as error:
             raise ModelError(
-                f"{self.folder}: ONNX Runtime {ort.__version__} cannot load the model ({error})."
+                f"{self.folder}: ONNX Runtime {ort.__version__} cannot load the model ({_brief(error)})."
             ) from None
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
         self._caches = [value for name, value in self._inputs.items() if name.startswith("past_key_values.")]
-        for cache in self._caches:
-            if cache.type not in _NUMPY:
-                raise ModelError(f"{self.folder}: has inputs of {cache.type}, which run on a GPU only.")
-        self._settings = read_settings(self.folder)
+        self._check_interface()
         self._tokenizer: Any = None
 
     @property
@@ -76,18 +91,21 @@ class Model:
         count: int = 64,
         on_token: Callable[[int, int], object] | None = None,
     ) -> list[list[int]]:
-        """Up to `count` tokens after each prompt (token ids), greedily, until its end-of-text token, which is left out.
+        """Up to `count` tokens after each prompt (token ids), greedily, until its end-of-text token, which is left out,
+        or until the model has no room for more.
 
         Args:
             on_token: called with (row of the batch, token) as soon as a token is known.
+
+        Raises:
+            ModelError: a prompt is empty, too long, or holds what is no token's id; or the model cannot run it.
         """
         if not self.generates:
             raise ModelError(f"{self.folder}: does not generate text.")
-        if not prompts or not all(prompts):
-            raise ModelError("An empty prompt has nothing to go on from.")
+        count = self.require_room(prompts, count)
+        prompts = [list(prompt) for prompt in prompts]
         width = max(map(len, prompts))
-        self._settings.require_room(width, count)
-        rows = [[self._settings.padding] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        rows = [[*[self._settings.padding] * (width - len(prompt)), *prompt] for prompt in prompts]
         mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
         step = np.array(rows, np.int64)
         answers: list[list[int]] = [[] for _ in prompts]
@@ -98,8 +116,10 @@ class Model:
             positions = np.where(mask > 0, mask.cumsum(axis=1) - 1, 1)[:, -step.shape[1] :]
             given = {"input_ids": step, "attention_mask": mask, "position_ids": positions}
             feeds.update({name: value for name, value in given.items() if name in self._inputs})
-            outputs = dict(zip(self._outputs, self._session.run(self._outputs, feeds), strict=True))
-            tokens = outputs.pop("logits")[:, -1].argmax(axis=-1)
+            outputs = self._run(self._outputs, feeds)
+            logits = outputs.pop("logits")[:, -1]
+            self._require_numbers(logits[going])
+            tokens = logits.argmax(axis=-1)
             for row, token in enumerate(tokens.tolist()):
                 going[row] = going[row] and token not in self._settings.stops
                 if going[row]:
@@ -108,10 +128,14 @@ class Model:
                         on_token(row, token)
             if not any(going):
                 break
-            feeds = {name.replace("present", "past_key_values"): value for name, value in outputs.items()}
+            feeds = {cache.name: outputs[_present(cache.name)] for cache in self._caches}
             step = tokens[:, None].astype(np.int64)
             mask = np.concatenate([mask, np.ones_like(step)], axis=1)
         return answers
+
+    def require_room(self, prompts: Sequence[Sequence[int]], count: int) -> int:
+        """How many tokens can follow the prompts, `count` at most; raises as `generate` does where there is none."""
+        return self._settings.room([self._settings.require_ids(prompt) for prompt in prompts], count)
 
     def encode(self, inputs: Sequence[Sequence[int]]) -> np.ndarray:
         """Tasks other than generation: one row for each input (token ids).
@@ -120,8 +144,8 @@ class Model:
         """
         if self.generates:
             raise ModelError(f"{self.folder}: generates text; it gives no vectors.")
-        if not inputs or not all(inputs):
-            raise ModelError("An empty input has nothing to encode.")
+        inputs = [self._settings.require_ids(row) for row in inputs]
+        self._settings.require_room(inputs)
         width = max(map(len, inputs))
         given = {
             "input_ids": [[*row, *[self._settings.padding] * (width - len(row))] for row in inputs],
@@ -129,58 +153,173 @@ class Model:
             "token_type_ids": [[0] * width for _ in inputs],
         }
         feeds = {name: np.array(value, np.int64) for name, value in given.items() if name in self._inputs}
-        wanted = next(n for n in ("sentence_embedding", "logits", "last_hidden_state") if n in self._outputs)
-        return self._session.run([wanted], feeds)[0]
+        wanted = next(name for name in _RESULTS if name in self._outputs)
+        found = self._run([wanted], feeds)[wanted]
+        self._require_numbers(found[feeds["attention_mask"] > 0] if wanted == "last_hidden_state" else found)
+        return found
+
+    def _run(self, wanted: Sequence[str], feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            return dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
+        except Exception as error:
+            raise ModelError(f"{self.folder}: ONNX Runtime cannot run the model ({_brief(error)}).") from None
+
+    def _require_numbers(self, found: np.ndarray) -> None:
+        if np.isnan(found).any():
+            raise ModelError(f"{self.folder}: the model's answer to this is no number (NaN).")
+
+    def _check_interface(self) -> None:
+        """Refuse a model that is not one of ours before anything is asked of it."""
+        for name, value in self._inputs.items():
+            if name not in _NUMBERS and value not in self._caches:
+                raise ModelError(f"{self.folder}: its model has an input {name!r:.80}, which is unknown here.")
+        for cache in self._caches:
+            if cache.type not in _NUMPY:
+                raise ModelError(f"{self.folder}: has inputs of {cache.type}, which run on a GPU only.")
+            sizes = [cache.shape[axis] for axis in (1, 3)] if len(cache.shape) == 4 else [None]
+            if not all(isinstance(size, int) for size in sizes) or _present(cache.name) not in self._outputs:
+                raise ModelError(f"{self.folder}: its model's cache {cache.name!r:.80} is not one that is known here.")
+        if not any(name in self._outputs for name in (("logits",) if self._caches else _RESULTS)):
+            raise ModelError(f"{self.folder}: its model gives no {' or '.join(_RESULTS)}.")
 
     @property
     def tokenizer(self) -> Any:
         """The model's tokenizer (the package tokenizers)."""
         if self._tokenizer is None:
-            self._tokenizer = open_tokenizer(self.folder)
+            self._tokenizer = open_tokenizer(self.folder, self._settings.cut)
         return self._tokenizer
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the model's configuration says of its tokens.
+    """What describes the model.
 
     Attributes:
-        stops: the tokens that end a text. padding: the one that fills a row.
-        positions: tokens of prompt and answer together; None where no limit is known.
+        hashes: SHA-256 of its files.
+        vocabulary: ids are below it; None where that is not known. padding: the id that fills a row.
+        stops: the ids that end a text.
+        most: tokens that the model takes at most, prompt and answer together; None where there is no limit.
+        cut: words are cut to so many tokens; None where a longer input is refused.
     """
 
-    stops: tuple[int, ...]
+    hashes: Mapping[str, str]
+    vocabulary: int | None
     padding: int
-    positions: int | None
+    stops: tuple[int, ...]
+    most: int | None
+    cut: int | None
 
-    def require_room(self, width: int, count: int) -> None:
-        """Refuse a prompt of `width` tokens that cannot have an answer of `count`."""
-        if self.positions and width + count > self.positions:
-            raise ModelError(f"{width} tokens and {count} more do not fit into the model's {self.positions} positions.")
+    def require_ids(self, ids: Sequence[int]) -> list[int]:
+        """The ids of one input, all of which must exist."""
+        ids = list(ids)
+        if not ids:
+            raise ModelError("An empty prompt has nothing to go on from.")
+        for id_ in ids:
+            if not isinstance(id_, (int, np.integer)) or not 0 <= id_ < (self.vocabulary or 1 << 31):
+                known = f"vocabulary of {self.vocabulary}" if self.vocabulary else "vocabulary"
+                raise ModelError(f"Token {id_!r:.40} is not in the model's {known}.")
+        return ids
+
+    def require_room(self, inputs: Sequence[Sequence[int]]) -> None:
+        """Refuse inputs that are longer than the model takes."""
+        if not inputs:
+            raise ModelError("There is no prompt.")
+        longest = max(map(len, inputs))
+        if self.most is not None and longest > self.most:
+            raise ModelError(f"{longest} tokens; the model takes {self.most}.")
+
+    def room(self, prompts: Sequence[Sequence[int]], count: int) -> int:
+        """How many tokens can follow the prompts, `count` at most."""
+        if count < 1:
+            raise ModelError(f"{count} tokens: give at least 1.")
+        self.require_room(prompts)
+        longest = max(map(len, prompts))
+        if longest == self.most:
+            raise ModelError(f"{longest} tokens; the model takes {self.most}, its answer included.")
+        return count if self.most is None else min(count, self.most - longest)
 
 
 def read_settings(folder: Path) -> Settings:
-    """From config.json and generation_config.json in the model's folder."""
-    config = _read_json(folder / "config.json")
-    settings = {**config, **_read_json(folder / "generation_config.json")}
-    stops = settings.get("eos_token_id")
+    """From the deploy.json in the model's folder, or from a bundle's manifest.json.
+
+    Raises:
+        ModelError: there is none, a newer tool wrote it, or a field is missing or of another type.
+    """
+    name = next((name for name in _DESCRIPTIONS if os.path.lexists(folder / name)), None)
+    if name is None:
+        raise ModelError(f"{folder}: holds neither deploy.json nor manifest.json. Is it a model's folder?")
+    path, (entry, newest) = folder / name, _DESCRIPTIONS[name]
+    fields = _read_json(path)
+    version = fields.get("format_version")
+    if type(version) is int and version > newest:
+        raise ModelError(f"{path}: was written by a newer teamlora-export. Use that version's program.")
+    hashes: Any = fields.get(entry)
+    tokens: Any = fields.get("tokens")
+
+    def fits(name: str, least: int) -> bool:
+        return name in tokens and (tokens[name] is None or _is_whole(tokens[name], least))
+
+    if not (
+        _is_whole(version, 1)
+        and isinstance(hashes, dict)
+        and all(isinstance(value, str) for value in hashes.values())
+        and isinstance(tokens, dict)
+        and all(fits(name, 1) for name in ("vocabulary", "most", "cut"))
+        and _is_whole(tokens.get("padding"), 0)
+        and isinstance(tokens.get("stops"), list)
+        and all(_is_whole(stop, 0) for stop in tokens["stops"])
+    ):
+        raise ModelError(f"{path}: format_version, {entry} or tokens are not as they should be. Copy it again.")
     return Settings(
-        stops=tuple(stops if isinstance(stops, list) else [] if stops is None else [stops]),
-        padding=int(settings.get("pad_token_id") or 0),
-        positions=config.get("max_position_embeddings") or config.get("n_positions"),
+        hashes, tokens["vocabulary"], tokens["padding"], tuple(tokens["stops"]), tokens["most"], tokens["cut"]
     )
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer, from the package tokenizers."""
+def _is_whole(value: object, least: int) -> bool:
+    return type(value) is int and least <= value < 1 << 31
+
+
+def open_tokenizer(folder: Path, cut: int | None) -> Any:
+    """The model's tokenizer, from the package tokenizers; it cuts words to `cut` tokens, special ones included.
+
+    Raises:
+        ModelError: it is missing, or cannot be read.
+    """
     from tokenizers import Tokenizer
 
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ModelError(f"{path}: is missing, so words cannot be read (runner.py takes --ids).")
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.no_padding()
+    with _tokenizing(f"{path}: cannot be read as a tokenizer"):
+        tokenizer = Tokenizer.from_buffer(_read_bytes(path))
+        tokenizer.no_padding()
+        # What the file itself says of lengths has no meaning: transformers and sentence-transformers set it anew.
+        tokenizer.no_truncation()
+        if cut is not None:
+            tokenizer.enable_truncation(cut)
     return tokenizer
+
+
+def encode_text(tokenizer: Any, text: str, specials: bool = True) -> list[int]:
+    """The token ids of a text; with the special ones that the tokenizer puts around it.
+
+    Raises:
+        ModelError: the text is not UTF-8, or the tokenizer fails on it.
+    """
+    with _tokenizing(f"{text!r:.80}: cannot be read by the tokenizer"):
+        text.encode()
+        return tokenizer.encode(text, add_special_tokens=specials).ids
+
+
+@contextmanager
+def _tokenizing(what: str) -> Iterator[None]:
+    """The package tokenizers panics on some files, which is no Exception."""
+    try:
+        yield
+    except (ModelError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ModelError(f"{what} ({_brief(error)}).") from None
 
 
 class TextStream:
@@ -201,34 +340,43 @@ class TextStream:
         return piece
 
 
-def check_files(folder: Path) -> None:
-    """Compare every file of the model with its hash in deploy.json, or in a bundle's manifest.json.
+def check_files(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Compare every file of the model with its hash.
 
     Raises:
-        ModelError: there are no hashes, a file is missing, or it is another one.
+        ModelError: the list of hashes is not whole, a file is missing, or it is another one.
     """
-    for name, entry in (("deploy.json", "files"), ("manifest.json", "sha256")):
-        if (folder / name).is_file():
-            hashes = _read_json(folder / name).get(entry, {})
-            break
-    else:
-        raise ModelError(f"{folder}: holds neither deploy.json nor manifest.json. Is it a model's folder?")
+    listed = {"model.onnx", "model.onnx.data"} <= set(hashes) or any(_is_engine(name) for name in hashes)
+    unlisted = [name for name in _OPENED if (folder / name).is_file() and name not in hashes]
+    if not listed or unlisted:
+        missing = unlisted[0] if unlisted else "the model"
+        raise ModelError(f"{folder}: its list of hashes lacks {missing}. Copy the folder again.")
     for file, expected in hashes.items():
         if Path(file).is_absolute() or ".." in Path(file).parts:
-            raise ModelError(f"{folder / name}: names {file}, which is not in its folder.")
-        if not (folder / file).is_file():
-            raise ModelError(f"{folder / file}: is missing. Copy the folder again.")
-        with (folder / file).open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != expected:
+            raise ModelError(f"{folder}: its list of hashes names {file!r:.80}, which is not in its folder.")
+        if _sha256(folder / file) != expected:
             raise ModelError(
                 f"{folder / file}: is not the file that belongs here (its SHA-256 differs). Copy it again."
             )
 
 
+def _is_engine(name: str) -> bool:
+    return name == "model.plan" or (name.startswith("engines/") and name.endswith(".engine"))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with _open(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}). Copy the folder again.") from None
+
+
 def answer(model: Model, prompts: Sequence[str], count: int, write: Callable[[str], object]) -> tuple[int, float]:
     """Answer prompts; a single one is streamed. Returns the number of tokens and the seconds that they took."""
-    ids = [model.tokenizer.encode(prompt).ids for prompt in prompts]
+    ids = [encode_text(model.tokenizer, prompt) for prompt in prompts]
+    # Before anything is written.
+    model.require_room(ids, count)
     started = time.perf_counter()
     if len(prompts) == 1:
         text = TextStream(model.tokenizer)
@@ -245,41 +393,100 @@ def answer(model: Model, prompts: Sequence[str], count: int, write: Callable[[st
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompts", nargs="*", metavar="TEXT")
-    parser.add_argument("--ids", type=int, nargs="+", help="token ids of one prompt, in place of words")
-    parser.add_argument("--tokens", type=int, default=64, help="generate at most so many")
+    parser.add_argument("--ids", type=_number, nargs="+", help="token ids of one prompt, in place of words")
+    parser.add_argument("--tokens", type=_number, default=64, help="generate at most so many")
     parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="the model's folder")
     parser.add_argument("--library", type=Path, help="a native library with the op")
-    parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; 0: every core")
+    parser.add_argument("--threads", type=_number, default=0, help="of ONNX Runtime; 0: every core")
     parser.add_argument("--no-check", action="store_true", help="do not compare the files with their hashes")
     given = parser.parse_args(arguments)
     if bool(given.prompts) == bool(given.ids):
         parser.error("give TEXT or --ids")
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal may know less than the model says.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        model = Model(given.model, given.library, not given.no_check, given.threads)
-        if given.ids:
-            values = model.generate([given.ids], given.tokens)[0] if model.generates else model.encode([given.ids])[0]
-            print(*np.ravel(values).tolist())
-        elif model.generates:
-            prompts = [prompt.replace("\\n", "\n") for prompt in given.prompts]
-            count, seconds = answer(model, prompts, given.tokens, _write)
-            print(f"({count} tokens, {count / seconds:.1f} a second)", file=sys.stderr)
-        else:
-            for row in model.encode([model.tokenizer.encode(text).ids for text in given.prompts]):
-                print(json.dumps(row.astype(float).tolist()))
+        _answer(given)
     except ModelError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("Interrupted.")
+    except MemoryError:
+        _fail("Not enough memory for this model on this machine.")
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is not installed: pip install -r requirements.txt")
+    except OSError as error:
+        _fail(f"{error.filename or 'The output'}: {error.strerror or error}.")
+
+
+def _answer(given: argparse.Namespace) -> None:
+    model = Model(given.model, given.library, not given.no_check, given.threads)
+    if given.ids:
+        values = model.generate([given.ids], given.tokens)[0] if model.generates else model.encode([given.ids])[0]
+        _write(" ".join(map(str, np.ravel(values).tolist())) + "\n")
+    elif model.generates:
+        prompts = [prompt.replace("\\n", "\n") for prompt in given.prompts]
+        count, seconds = answer(model, prompts, given.tokens, _write)
+        print(f"({count} tokens, {count / seconds:.1f} a second)", file=sys.stderr)
+    else:
+        for row in model.encode([encode_text(model.tokenizer, text) for text in given.prompts]):
+            _write(json.dumps(row.astype(float).tolist()) + "\n")
 
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _fail(message: str) -> None:
+    print(f"Error: {message}", file=sys.stderr, flush=True)
+    # What is left in the output's buffer may have nowhere to go.
+    os._exit(2)
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch("-?[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number")
+    return int(text)
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values", "present", 1)
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of what another library says."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:300]}..."
+
+
+def _open(path: Path) -> Any:
+    """A regular file for reading; opening a FIFO would wait for a writer."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _read_bytes(path: Path) -> bytes:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        with _open(path) as file:
+            data = file.read(_LARGEST_TEXT + 1)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({error}).") from None
+    if len(data) > _LARGEST_TEXT:
+        raise ModelError(f"{path}: is larger than such a file can be.")
+    return data
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(_read_bytes(path).decode())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read ({_brief(error)}). Copy it again.") from None
+    if not isinstance(fields, dict):
+        raise ModelError(f"{path}: does not hold a JSON object. Copy it again.")
+    return fields
 
 
 if __name__ == "__main__":

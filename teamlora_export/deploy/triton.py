@@ -8,19 +8,21 @@ models/NAME_tokenizer the ensemble's first step
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy import triton_config
-from teamlora_export.deploy.cpp import add_engine, refuse_stray_plugin
+from teamlora_export.deploy.engine import add_engine, refuse_stray_plugin
 from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment
-from teamlora_export.deploy.python import RUNNER_NAME, render
-from teamlora_export.deploy.runner import read_settings
+from teamlora_export.deploy.python import RUNNER_NAME
+from teamlora_export.deploy.render import render
 from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.errors import ExportError
 
 SOURCES = TEMPLATES / "triton"
 REPOSITORY = "models"
+# It is also a folder's, with more behind it.
+_LONGEST_NAME = 100
 
 
 def deploy_triton(
@@ -41,7 +43,7 @@ def deploy_triton(
     """Write the repository into `out`.
 
     Args:
-        name: of the model. Default: the bundle's folder.
+        name: of the model. Default: `default_name`.
         engine, plugin: see `deploy_cpp`; the engine must be TensorRT's, not TensorRT-RTX's.
         library: a native library with the op, as the server will find it. gpu: run the graph on a GPU.
         text: add the models that take words, where the bundle has a tokenizer. check_files: they compare hashes first.
@@ -52,7 +54,7 @@ def deploy_triton(
         ExportError: see `deployment` and `add_engine`; the engine does not run in Triton; a model in bfloat16 would run
             on a CPU; or the name is none.
     """
-    name = name or bundle.folder.resolve().name
+    name = name or default_name(bundle)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ExportError(f"--name {name}: give letters, digits, '_', '-' and '.'.")
     refuse_stray_plugin(engine, plugin)
@@ -95,6 +97,13 @@ def deploy_triton(
     return out
 
 
+def default_name(bundle: Bundle) -> str:
+    """The base's name and the adapter's, as a model is called in a repository."""
+    sources = (str(bundle.manifest.base["source"]), str(bundle.manifest.adapter["source"]))
+    name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", PurePath(source).name) for source in sources)
+    return name.strip("-._")[:_LONGEST_NAME] or "model"
+
+
 def _batch(facts: EngineFacts | None, wanted: int | None, default: int) -> int:
     if facts is None:
         return wanted or default
@@ -120,7 +129,7 @@ def _write_python_model(made: Deployment, config: object, source: str) -> None:
 
 def _write_program(made: Deployment, name: str, text: bool, **facts: object) -> None:
     """What a person reads and runs: README and clients."""
-    manifest = made.bundle.manifest
+    manifest, tokens = made.bundle.manifest, made.bundle.manifest.tokens
     inputs = [port.name for port in manifest.inputs if not port.name.startswith("past_key_values.")]
     generates = manifest.task == "text-generation"
     values = {
@@ -131,7 +140,9 @@ def _write_program(made: Deployment, name: str, text: bool, **facts: object) -> 
         "text": text,
         "generates": generates,
         "takes_positions": "position_ids" in inputs,
-        "stops": list(read_settings(made.bundle.folder).stops),
+        "stops": list(tokens.stops),
+        "vocabulary": tokens.vocabulary or 1 << 31,
+        "most": tokens.most,
     }
     client = "client_generate.py.j2" if generates else "client_encode.py.j2"
     for file, template in (("client.py", client), ("client.sh", "client.sh.j2"), ("README.md", "README.md.j2")):

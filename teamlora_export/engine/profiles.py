@@ -7,7 +7,6 @@ Other tasks have one.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ Range = tuple[Shape, Shape, Shape]
 # Without --shapes: (batch, tokens) at least, best, at most; tokens at most what the model has positions for.
 _GENERATION = ((1, 1), (1, 256), (4, 2048))
 _ENCODING = ((1, 1), (8, 128), (32, 512))
-_SHAPES = re.compile(r"^(\d+)x(\d+),(\d+)x(\d+),(\d+)x(\d+)$")
+_SHAPES = re.compile(r"^" + ",".join([r"(\d{1,9})x(\d{1,9})"] * 3) + "$", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def make_profiles(bundle: Bundle, shapes: str | None) -> tuple[ShapeProfile, ...
     """
     generates = bundle.manifest.task == "text-generation"
     points = _parse(shapes) if shapes else _default(bundle, _GENERATION if generates else _ENCODING)
-    limit = _most_positions(bundle)
+    limit = bundle.manifest.tokens.most
     if limit is not None and points[2][1] > limit:
         raise ExportError(f"--shapes: {points[2][1]} tokens, but the model has {limit} positions.")
     if not generates:
@@ -85,25 +84,8 @@ def _parse(text: str) -> list[tuple[int, int]]:
 
 
 def _default(bundle: Bundle, points: tuple[tuple[int, int], ...]) -> list[tuple[int, int]]:
-    limit = _most_positions(bundle) or points[2][1]
+    limit = bundle.manifest.tokens.most or points[2][1]
     return [(batch, min(tokens, limit)) for batch, tokens in points]
-
-
-def _most_positions(bundle: Bundle) -> int | None:
-    path = bundle.folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    limit = config.get("max_position_embeddings") or config.get("n_positions")
-    if not isinstance(limit, int):
-        return None
-    # RoBERTa numbers its positions from the padding's id on.
-    offset = config.get("pad_token_id") or 0
-    return limit - offset - 1 if config.get("model_type") in _OFFSET_POSITIONS else limit
-
-
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"}
 
 
 def _profile(name: str, ports: tuple[Port, ...], sizes: list[dict[str, int]]) -> ShapeProfile:

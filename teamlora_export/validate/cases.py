@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from teamlora_export.tokens import longest_input
 
 Feeds = dict[str, np.ndarray]
 
@@ -29,7 +32,7 @@ def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> li
     """
     rng = np.random.default_rng(seed)
     pad = getattr(config, "pad_token_id", None) or 0
-    limit = int(getattr(config, "max_position_embeddings", 0) or 512)
+    limit = longest_input(config.to_dict(), Path(config.name_or_path, "config.json")) or 512
 
     def case(name: str, lengths: list[int], side: str, steps: int = 0) -> Case:
         width = max(lengths)

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import ARCHITECTURES, GREEDY_TOKENS, ROOT, readme_block
-from get_libraries import get_libraries
+from conftest import ARCHITECTURES, GREEDY_TOKENS, ROOT, build_cpp, poison_token, readme_block
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.cpp import deploy_cpp
@@ -30,15 +29,6 @@ from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
 
 _SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
-
-
-def build(source: Path, folder: Path, *options: str, targets: Sequence[str] = ("all",)) -> Path:
-    prefix = f"{get_libraries()};{find_toolchain().cuda_root}"
-    configure = ["cmake", "-S", source, "-B", folder, f"-DCMAKE_PREFIX_PATH={prefix}", "-DTEAMLORA_WERROR=ON", *options]
-    for command in (configure, ["cmake", "--build", folder, "--parallel", "2", "--target", *targets]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 def run(program: Path, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -84,7 +74,7 @@ def runner(project) -> Path:
 @pytest.fixture(scope="module")
 def requests(project, tmp_path_factory) -> Path:
     """The folder of the programs around the project."""
-    return build(ROOT / "tests" / "deploy" / "cpp", tmp_path_factory.mktemp("requests"), f"-DDEPLOYED={project}")
+    return build_cpp(ROOT / "tests" / "deploy" / "cpp", tmp_path_factory.mktemp("requests"), f"-DDEPLOYED={project}")
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +121,21 @@ def test_what_is_wrong_is_one_message_and_exit_code_2(runner, project, make_bund
     assert "Token 384 is not in the model's vocabulary of 384" in refused("--model", model, "--ids", words="1 384")
     assert "Not a line of token ids: 1 x" in refused("--model", model, "--ids", words="1 x")
     assert "There is no prompt" in refused("--model", model, "--ids", words="\n")
-    assert "do not fit into the model's 128 positions" in refused("--model", model, "--ids", "--tokens", 500)
-    assert "tokenizer.json: is missing" in refused("--model", model, "word")
+    for line in ("5 99999999999999999999", "5 1.5", "5 0x7", "5,6", "5 " + "9" * 5000):
+        assert "Not a line of token ids: 5" in refused("--model", model, "--ids", words=line)
+    assert "Token -1 is not in" in refused("--model", model, "--ids", words="5 -1")
+    for count in (128, 129):
+        assert f"{count} tokens; the model takes 128" in refused("--model", model, "--ids", words="7 " * count)
+    assert "0 tokens: give at least 1" in refused("--model", model, "--ids", "--tokens", 0)
+    assert "give a number" in refused("--model", model, "--ids", "--tokens", -3)
+    assert "give 0 to 1024" in refused("--model", model, "--ids", "--threads", 100_000_000)
+    assert "not text in UTF-8" in refused("--model", model, os.fsdecode(b"\xff\xfe"))
+    assert "not text in UTF-8" in refused("--model", model, words="a\0b")
+    assert len(run(runner, "--model", model, "--ids", "--tokens", 2**31 - 1, input="7 " * 120).stdout.split()) <= 8
+    roberta = deploy_cpp(make_bundle("roberta"), tmp_path / "roberta") / "model"
+    assert "129 tokens; the model takes 128" in refused("--model", roberta, "--ids", words="7 " * 129)
+    assert run(runner, "--model", roberta, "--ids", input="7 " * 128).returncode == 0
+    assert "tokenizer.json: is missing" in refused("--model", roberta, "word")
     assert "without the back end tensorrt" in refused("--model", model, "--backend", "tensorrt")
     assert "cannot be loaded as a library of ops" in refused("--model", model, "--ids", "--library", model / "none.so")
     assert "no such option" in refused("--verbose")
@@ -142,11 +145,27 @@ def test_what_is_wrong_is_one_message_and_exit_code_2(runner, project, make_bund
         file.write(b"\1")
     assert "model.onnx.data: is not the file that belongs here" in refused("--model", model, "--ids")
     assert run(runner, "--model", model, "--ids", "--no-check", "--tokens", 1, input="1").returncode == 0
+    poison_token(model, 7)
+    assert "no number (NaN)" in refused("--model", model, "--ids", "--no-check", words="5 7")
     (model / "model.onnx").write_bytes(b"no model")
     assert "cannot load it" in refused("--model", model, "--ids", "--no-check")
     fields = json.loads((model / "deploy.json").read_text())
-    (model / "deploy.json").write_text(json.dumps({**fields, "files": {"../secret": "0"}}))
-    assert "not in its folder" in refused("--model", model, "--ids")
+    tokens = fields["tokens"]
+    for message, changes in {
+        "not in its folder": {"files": {**fields["files"], "../secret": "0"}},
+        "lists no model": {"files": {}},
+        "does not list tokenizer.json": {"files": {n: h for n, h in fields["files"].items() if n != "tokenizer.json"}},
+        "must be string": {"files": {"model.onnx": 5}},
+        "a number is not as it should be: 1.5": {"tokens": {**tokens, "padding": 1.5}},
+        "a number is not as it should be: -1": {"tokens": {**tokens, "stops": [-1]}},
+        "a number is not as it should be: 4294967296": {"tokens": {**tokens, "most": 2**32}},
+        "key 'vocabulary' not found": {"tokens": {}},
+        "cannot use at() with array": {"tokens": []},
+    }.items():
+        (model / "deploy.json").write_text(json.dumps({**fields, **changes}))
+        assert message in refused("--model", model, "--ids")
+    (model / "deploy.json").write_text('{"a":' * 100_000)
+    assert "cannot be read" in refused("--model", model, "--ids")
     (model / "deploy.json").write_text(json.dumps({**fields, "format_version": 99}))
     assert "newer teamlora-export" in refused("--model", model, "--ids")
     (model / "deploy.json").write_text("{")
@@ -166,7 +185,7 @@ def test_a_thousand_requests_on_eight_threads_are_answered_as_one_by_one(request
 def test_no_memory_error_undefined_behaviour_or_leak(project, make_bundle, tmp_path):
     source = ROOT / "tests" / "deploy" / "cpp"
     options = (f"-DDEPLOYED={project}", f"-DCMAKE_CXX_FLAGS={_SANITIZE}", "-DCMAKE_BUILD_TYPE=Debug")
-    programs = build(source, tmp_path / "sanitized", *options, targets=("requests", "emulated_requests", "runner"))
+    programs = build_cpp(source, tmp_path / "sanitized", *options, targets=("requests", "emulated_requests", "runner"))
     model = deploy_cpp(make_bundle("llama"), tmp_path / "llama") / "model"
     alone = run(programs / "requests", model, 1000)
     assert alone.returncode == 0, alone.stdout + alone.stderr
@@ -277,7 +296,7 @@ def test_the_tensorrt_project_is_compiled_linked_and_runs_up_to_the_missing_driv
     assert not (project / "model" / "model.onnx").exists()
     include = f"-DTENSORRT_INCLUDE_DIR={find_toolchain().tensorrt_include}"
     options = ("-DTEAMLORA_ONNXRUNTIME=OFF", "-DTEAMLORA_TENSORRT=ON", include)
-    runner = build(project, project / "build", *options) / "runner"
+    runner = build_cpp(project, project / "build", *options) / "runner"
     done = run(runner, "--ids", cwd=project, input="1 2 3\n")
     assert done.returncode == 2
     assert "TensorRT runs on a GPU, and none can be used here" in done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import onnxruntime_genai as og
 import pytest
 from conftest import GREEDY_TOKENS, PROMPTS, readme_block
 
+from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.genai import deploy_genai, genai_config
+from teamlora_export.deploy.genai_tokenizer import tokenizer_config, why_unreadable
 from teamlora_export.errors import ExportError
 
 
@@ -77,12 +81,51 @@ def test_the_configuration_follows_the_graph(make_bundle):
     assert "position_ids" not in genai_config(without)["model"]["decoder"]["inputs"]
 
 
+def test_what_configurations_leave_open_is_settled(make_bundle):
+    """Null and missing ids, an end that does not exist, a tokenizer_config.json that the library cannot read."""
+    bundle = make_bundle("qwen2")
+    fields = json.loads((bundle.folder / "config.json").read_text())
+    assert fields["eos_token_id"] is fields["bos_token_id"] is None
+    model = genai_config(bundle)["model"]
+    assert (model["eos_token_id"], model["bos_token_id"], model["pad_token_id"]) == ([2], 0, 0)
+    assert None not in [*model.values(), *model["decoder"].values()]
+    written = json.loads(tokenizer_config(bundle))
+    expected = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": False}
+    assert written == {"tokenizer_class": "PreTrainedTokenizerFast", **expected}
+
+
+def test_a_tokenizer_or_a_cache_that_it_does_not_know_is_refused(make_bundle, tmp_path):
+    source = make_bundle("llama")
+    folder = Path(shutil.copytree(source.folder, tmp_path / "bundle"))
+    bundle = Bundle(folder, source.manifest)
+    assert why_unreadable(bundle) is None
+    kept = json.loads((folder / "tokenizer.json").read_text())
+    for changes, reason in (
+        ({"decoder": None}, "its tokenizer's decoder is None"),
+        ({"decoder": {"type": "Metaspace"}}, "decoder is 'Metaspace', and onnxruntime-genai reads ByteLevel and"),
+        ({"model": {"type": "Unigram"}}, "its tokenizer's model is 'Unigram'"),
+        ({"model": {"type": "BPE", "vocab": 3}}, "cannot be read as a tokenizer"),
+    ):
+        (folder / "tokenizer.json").write_text(json.dumps({**kept, **changes}))
+        assert reason in str(why_unreadable(bundle))
+    first, *others = bundle.manifest.inputs
+    wider = [dataclasses.replace(p, shape=(*p.shape[:3], 16)) if p.name.endswith("0.value") else p for p in others]
+    manifest = dataclasses.replace(bundle.manifest, inputs=(first, *wider))
+    with pytest.raises(ExportError, match="caches differ in size"):
+        genai_config(Bundle(folder, manifest))
+    endless = dataclasses.replace(source.manifest, tokens=dataclasses.replace(source.manifest.tokens, stops=()))
+    with pytest.raises(ExportError, match="no token ends a text"):
+        deploy_genai(Bundle(source.folder, endless), tmp_path / "out")
+
+
 def test_what_it_cannot_run_is_refused(make_bundle, tmp_path):
     with pytest.raises(ExportError, match="generates text only"):
         deploy_genai(make_bundle("bert"), tmp_path / "out")
-    with pytest.raises(ExportError, match=r"no tokenizer\.json"):
-        deploy_genai(make_bundle("llama"), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
+    source = make_bundle("llama")
+    folder = Path(shutil.copytree(source.folder, tmp_path / "bundle", ignore=lambda *_: ["tokenizer.json"]))
+    with pytest.raises(ExportError, match=r"there is no tokenizer\.json"):
+        deploy_genai(Bundle(folder, source.manifest), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_line_writes_it(smollm2, tmp_path):

@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import GREEDY_TOKENS, ROOT, readme_block
+import transformers
+from conftest import GREEDY_TOKENS, ROOT, poison_token, readme_block, save_tokenizer
 
-from teamlora_export.bundle import Bundle, write_manifest
+from teamlora_export.bundle import FORMAT_VERSION, Bundle, write_manifest
 from teamlora_export.deploy.python import deploy_python
-from teamlora_export.deploy.runner import Model, ModelError, TextStream
+from teamlora_export.deploy.runner import _DESCRIPTIONS, Model, ModelError, TextStream, encode_text
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 
 # Importing anything that the deployment's requirements do not name is refused.
 _ONLY_REQUIREMENTS = """
@@ -102,11 +104,20 @@ def test_a_changed_or_missing_file_is_refused_unless_the_check_is_left_out(deplo
     assert "model.onnx.data: is not the file that belongs here" in refused.stderr
     assert "Traceback" not in refused.stderr
     assert run(folder, "--ids", 1, "--no-check", "--tokens", 1).returncode == 0
+    shutil.copyfile(deployed / "model.onnx.data", folder / "model.onnx.data")
     (folder / "config.json").unlink()
-    assert "config.json: is missing" in run(folder, "--ids", 1).stderr
+    assert "config.json: cannot be read" in run(folder, "--ids", 1).stderr
     fields = json.loads((folder / "deploy.json").read_text())
-    (folder / "deploy.json").write_text(json.dumps({**fields, "files": {"../secret": "0"}}))
-    assert "not in its folder" in run(folder, "--ids", 1).stderr
+    without = {name: {n: h for n, h in fields["files"].items() if n != name} for name in fields["files"]}
+    for files, message in (
+        ({"../secret": "0", **fields["files"]}, "not in its folder"),
+        (without["model.onnx"], "lacks model.onnx"),
+        (without["model.onnx.data"], "lacks model.onnx.data"),
+        (without["tokenizer.json"], "lacks tokenizer.json"),
+        ({}, "lacks model.onnx"),
+    ):
+        (folder / "deploy.json").write_text(json.dumps({**fields, "files": files}))
+        assert message in run(folder, "--ids", 1).stderr
     assert "neither deploy.json nor manifest.json" in run(folder, "--model", tmp_path, "--ids", 1).stderr
 
 
@@ -114,8 +125,11 @@ def test_requests_that_cannot_be_are_refused(deployed, make_bundle):
     model = Model(deployed, check=False)
     with pytest.raises(ModelError, match="empty prompt"):
         model.generate([[]])
-    with pytest.raises(ModelError, match="8192 positions"):
-        model.generate([[1]], 10_000)
+    with pytest.raises(ModelError, match="8192 tokens; the model takes 8192, its answer included"):
+        model.generate([[1] * 8192])
+    for ids in ([-1], [49152], [1.5], [10**30], ["1"]):
+        with pytest.raises(ModelError, match="is not in the model's vocabulary of 49152"):
+            model.generate([ids])
     with pytest.raises(ModelError, match="gives no vectors"):
         model.encode([[1]])
     with pytest.raises(ModelError, match="does not generate text"):
@@ -179,3 +193,92 @@ def test_what_cannot_be_deployed_is_refused_and_leaves_nothing(make_bundle, tmp_
     with pytest.raises(ExportError, match="SHA-256 differs"):
         deploy_python(bundle, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "mine"]
+
+
+def test_an_input_is_as_long_as_the_model_takes_and_no_longer(make_bundle):
+    decoder = Model(make_bundle("gpt2").folder)
+    prompt = [7] * 120
+    assert len(decoder.generate([prompt, [8]], 100)[0]) <= 128 - 120
+    with pytest.raises(ModelError, match="128 tokens; the model takes 128, its answer included"):
+        decoder.generate([[7] * 128])
+    # RoBERTa's 130 positions hold 128 tokens, since it counts from the padding's id on.
+    encoder = Model(make_bundle("roberta").folder)
+    assert encoder.encode([[7] * 128]).shape[1] == 128
+    with pytest.raises(ModelError, match="129 tokens; the model takes 128"):
+        encoder.encode([[7] * 129, [8]])
+
+
+def test_sentences_are_cut_as_sentence_transformers_cuts_them(minilm):
+    model, words = Model(minilm.folder), "A sentence that is long. " * 100
+    ids = encode_text(model.tokenizer, words)
+    expected = transformers.AutoTokenizer.from_pretrained(minilm.folder)(words, truncation=True, max_length=256)
+    limit = json.loads((minilm.folder / "sentence_bert_config.json").read_text())["max_seq_length"]
+    assert (len(ids), ids) == (limit, expected["input_ids"])
+    assert model.encode([ids]).shape == (1, 384)
+
+
+def test_a_nan_in_one_request_is_refused_and_reaches_no_other(make_bundle, tmp_path):
+    folder = deploy_python(make_bundle("mistral"), tmp_path / "out")
+    prompts = [[9, 10, 11, 12, 13], [14, 15]]
+    expected = Model(folder).generate(prompts, 8)
+    poison_token(folder, 7)
+    model = Model(folder, check=False)
+    assert model.generate(prompts, 8) == expected
+    for bad in ([[7]], [[7, 9], [10]]):
+        with pytest.raises(ModelError, match="no number"):
+            model.generate(bad, 8)
+        assert model.generate(prompts, 8) == expected
+
+
+def test_arguments_and_files_that_cannot_be_are_one_sentence(make_bundle, tmp_path):
+    folder = deploy_python(make_bundle("llama"), tmp_path / "out")
+    described = json.loads((folder / "deploy.json").read_text())
+
+    def refused(*arguments: object, **environment: str) -> str:
+        command = [sys.executable, folder / "runner.py", *arguments]
+        done = subprocess.run(command, capture_output=True, timeout=60, env={**os.environ, **environment})
+        told = done.stderr.decode()
+        assert done.returncode == 2, told
+        assert "Traceback" not in told
+        return told.splitlines()[-1]
+
+    assert "give at least 1" in refused("--ids", "5", "--tokens", "-3")
+    assert "give 0 to 1024" in refused("--ids", "5", "--threads", "100000000")
+    assert "is not a whole number" in refused("--ids", "5", "1.5")
+    assert "is not a whole number" in refused("--ids", "9" * 5000)
+    assert "vocabulary of 384" in refused("--ids", "384")
+    assert "vocabulary of 384" in refused("--ids", "-1")
+    assert "cannot be loaded as a library of ops" in refused("--ids", "5", "--library", folder / "README.md")
+    save_tokenizer(folder)
+    described["files"]["tokenizer.json"] = sha256_of(folder / "tokenizer.json")
+
+    def describe(**changes: object) -> None:
+        (folder / "deploy.json").write_text(json.dumps({**described, **changes}))
+
+    describe()
+    assert "cannot be read by the tokenizer" in refused(b"\xff\xfe")
+    for name, content in (("tokenizer.json", "{}"), ("model.onnx", "no model")):
+        kept = (folder / name).read_bytes()
+        (folder / name).write_text(content)
+        describe(files={**described["files"], name: sha256_of(folder / name)})
+        assert ("cannot be read as a tokenizer" if "tok" in name else "cannot load the model") in refused("word")
+        (folder / name).write_bytes(kept)
+    tokens = described["tokens"]
+    for wrong in ({"padding": None}, {"stops": [1.5]}, {"most": "9"}, {"vocabulary": 10**400}, {"cut": -1}):
+        describe(tokens={**tokens, **wrong})
+        assert "not as they should be" in refused("--ids", "5")
+    for wrong in ({"tokens": []}, {"files": [1]}, {"files": {"model.onnx": 5}}, {"format_version": "1"}):
+        describe(**wrong)
+        assert "not as they should be" in refused("--ids", "5")
+    describe(format_version=99)
+    assert "newer teamlora-export" in refused("--ids", "5")
+    for content in (b"{", b"[1]", b"\xff", b'{"a":' * 100_000, b"1" * 5000):
+        (folder / "deploy.json").write_bytes(content)
+        assert "deploy.json: " in refused("--ids", "5")
+    (folder / "deploy.json").unlink()
+    os.mkfifo(folder / "deploy.json")
+    assert "deploy.json: cannot be read" in refused("--ids", "5")
+
+
+def test_what_it_reads_is_what_is_written_today():
+    assert _DESCRIPTIONS == {"deploy.json": ("files", 1), "manifest.json": ("sha256", FORMAT_VERSION)}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GREEDY_TOKENS, PROMPTS, ROOT
+from conftest import GREEDY_TOKENS, PROMPTS, ROOT, poison_token
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
@@ -23,7 +23,7 @@ from triton_server import LoadError, RequestError, Server
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.runner import Model
-from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.deploy.triton import default_name, deploy_triton
 from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.engine.profiles import make_profiles
 from teamlora_export.errors import ExportError
@@ -109,12 +109,16 @@ def test_words_are_answered_whole_or_as_a_stream(server, deployed, smollm2_greed
 
 
 def test_requests_that_cannot_be_are_refused_in_words(server):
-    with pytest.raises(RequestError, match="Give a prompt"):
+    with pytest.raises(RequestError, match="INVALID_ARG: An empty prompt"):
         list(server.stream("smollm2_text", {"text_input": words("")}))
-    with pytest.raises(RequestError, match="invalid start byte"):
+    with pytest.raises(RequestError, match=r"INVALID_ARG: .*invalid start byte"):
         list(server.stream("smollm2_text", {"text_input": np.array([b"\xff"], np.object_)}))
-    with pytest.raises(RequestError, match="8192 positions"):
-        list(server.stream("smollm2_text", {"text_input": words("a"), "max_tokens": np.array([9000], np.int32)}))
+    with pytest.raises(RequestError, match="INVALID_ARG: 9000 tokens; the model takes 8192"):
+        list(server.stream("smollm2_text", {"text_input": words(" a" * 9000)}))
+    for count in (0, -3):
+        given = {"text_input": words("a"), "max_tokens": np.array([count], np.int32)}
+        with pytest.raises(RequestError, match=f"INVALID_ARG: {count} tokens: give at least 1"):
+            list(server.stream("smollm2_text", given))
     with pytest.raises(RequestError, match="unexpected inference input"):
         list(server.stream("smollm2_text", {"prompt": words("a")}))
     ids = {name: np.ones((1, 1), np.int64) for name in ("input_ids", "attention_mask", "position_ids")}
@@ -134,10 +138,19 @@ def test_its_clients_work_over_grpc_and_http(server, deployed, smollm2_greedy):
         found = client("--tokens", GREEDY_TOKENS, "--ids", *ids)
         assert [int(token) for token in found.stdout.split()] == answer, found.stderr
         assert not server.models["smollm2"].states, "the sequence was ended"
-        refused = client("--tokens", 9000, "word")
-        assert refused.returncode == 1
-        assert "8192 positions" in refused.stderr
-        assert "Traceback" not in refused.stderr
+        for message, arguments in {
+            "9000 tokens; the model takes 8192": (" a" * 9000,),
+            "8192 tokens; the model takes 8192, its answer included": ("--ids", *["7"] * 8192),
+            "'-3': give a whole number from 1": ("--tokens", -3, "word"),
+            "'-1': give a whole number from 0 to 49151": ("--ids", -1),
+            "'49152': give a whole number from 0 to 49151": ("--ids", 49152),
+            "'1.5': give a whole number": ("--ids", 1.5),
+            "not text in UTF-8": (os.fsdecode(b"\xff"),),
+        }.items():
+            refused = client(*arguments)
+            assert (refused.returncode, message in refused.stderr) == (2, True), refused.stderr
+            assert "Traceback" not in refused.stderr
+        assert not server.models["smollm2"].states
         curl = run("sh", deployed / "client.sh", SERVER=http)
         assert curl.returncode == 0, curl.stderr
         whole, *events = [line for line in curl.stdout.splitlines() if line]
@@ -165,6 +178,22 @@ def test_a_thousand_requests_on_eight_threads_are_answered_as_one_by_one(make_bu
         together = list(pool.map(ask, range(1, 1001)))
     assert not server.models["llama"].states
     assert together == [ask(sequence) for sequence in range(1, 1001)]
+
+
+def test_a_nan_in_one_sequence_is_refused_and_reaches_no_other(make_bundle, tmp_path):
+    deployed = deploy_triton(make_bundle("mistral"), tmp_path / "out", name="m", check_files=False)
+    poison_token(deployed / "models" / "m" / "1", 7)
+    server = Server(deployed / "models")
+    prompts = [[9, 10, 11], [12, 13, 14]]
+    expected = generate(server, "m", prompts, 8)
+    # In one batch with a sequence that has become NaN, and after it.
+    assert generate(server, "m", [prompts[0], [9, 7, 11], prompts[1]], 8)[::2] == expected
+    assert generate(server, "m", prompts, 8) == expected
+    tokenizer = Model(deployed / "models" / "m" / "1", check=False).tokenizer
+    asked = {"text_input": words(tokenizer.decode([9, 7]))}
+    with pytest.raises(RequestError, match=r"INTERNAL: .*no number \(NaN\)"):
+        list(server.stream("m_text", asked))
+    assert not server.models["m"].states, "the sequence was ended"
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "opt", "gpt2"])
@@ -202,6 +231,9 @@ def test_encoders_are_batched_and_warmed_up(architecture, output, make_bundle, t
         assert np.allclose([float(value) for value in found.stdout.split()], np.ravel(expected), atol=1e-5), (
             found.stderr
         )
+        refused = run(*command[:-3], *["7"] * 131)
+        takes = {"bert": 130, "roberta": 128}[architecture]
+        assert (refused.returncode, refused.stderr) == (2, f"Error: 131 tokens; the model takes {takes}.\n")
         curl = run("sh", deployed / "client.sh", SERVER=http)
         assert np.allclose(json.loads(curl.stdout)["outputs"][0]["data"], np.ravel(expected), atol=1e-5), curl.stderr
 
@@ -214,7 +246,12 @@ def test_an_ensemble_takes_words_and_gives_the_same_vectors(minilm, tmp_path):
     expected = model.encode([model.tokenizer.encode(text).ids for text in texts])
     found = server.infer("minilm_text", {"text_input": words(*texts).reshape(2, 1)})
     assert np.allclose(found["sentence_embedding"], expected, atol=1e-5)
-    with pytest.raises(RequestError, match="invalid start byte"):
+    limit = json.loads((minilm.folder / "sentence_bert_config.json").read_text())["max_seq_length"]
+    long = server.infer("minilm_text", {"text_input": words("A word " * 1000).reshape(1, 1)})
+    cut = model.tokenizer.encode("A word " * 1000).ids
+    assert len(cut) == limit
+    assert np.allclose(long["sentence_embedding"], model.encode([cut]), atol=1e-5)
+    with pytest.raises(RequestError, match=r"INVALID_ARG: .*invalid start byte"):
         server.infer("minilm_text", {"text_input": np.array([[b"\xff"]], np.object_)})
     with serve(server) as (http, grpc):
         told = run(sys.executable, deployed / "client.py", "--url", grpc, *texts)
@@ -323,8 +360,11 @@ def test_the_command_line_writes_it_without_a_path_of_this_machine(make_bundle, 
     bundle, out = make_bundle("llama"), tmp_path / "out"
     done = run(sys.executable, "-m", "teamlora_export.cli", "deploy", "triton", bundle.folder, "-o", out, "--no-text")
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in (out / "models").iterdir()] == [bundle.folder.name]
+    name = default_name(bundle)
+    assert [path.name for path in (out / "models").iterdir()] == [name]
+    sources = (bundle.manifest.base["source"], bundle.manifest.adapter["source"])
+    assert name == "-".join(Path(source).name for source in sources) != bundle.folder.name
     for path in out.rglob("*"):
         if path.is_file() and path.suffix != ".data":
             assert str(ROOT.parent).encode() not in path.read_bytes().replace(b"/tmp", b""), path
-    assert f"{bundle.folder.name}_text" not in (out / "README.md").read_text()
+    assert f"{name}_text" not in (out / "README.md").read_text()

@@ -304,7 +304,7 @@ class PythonModel(Model):
 
     def _outputs(self, answer: Any) -> Tensors:
         if answer.has_error():
-            raise RequestError(answer.error().message())
+            raise RequestError(f"{answer.error().code}: {answer.error().message()}")
         return {tensor.name(): tensor.as_numpy() for tensor in answer.output_tensors()}
 
 
@@ -347,8 +347,10 @@ def _backend_utils(server: Server) -> types.ModuleType:
             return self._array
 
     class TritonError:
-        def __init__(self, message: str) -> None:
-            self._message = message
+        INTERNAL, INVALID_ARG = "INTERNAL", "INVALID_ARG"
+
+        def __init__(self, message: str, code: str = INTERNAL) -> None:
+            self._message, self.code = message, code
 
         def message(self) -> str:
             return self._message

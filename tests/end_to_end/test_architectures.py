@@ -3,15 +3,22 @@ trace."""
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime_genai as og
 import pytest
 import torch
-from conftest import ARCHITECTURES, MIXTURES
+from conftest import ARCHITECTURES, MIXTURES, build_cpp
 
 from teamlora_export.adapter import align_with_base, read_adapter
+from teamlora_export.deploy.cpp import deploy_cpp
+from teamlora_export.deploy.genai import deploy_genai
+from teamlora_export.deploy.python import deploy_python
+from teamlora_export.deploy.runner import Model, encode_text
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 from teamlora_export.graph.build import build_graph
@@ -27,6 +34,39 @@ def test_a_bundle_of_every_architecture_equals_pytorch(name, make_bundle):
     verdict = validate_bundle(bundle)
     assert verdict.passed, verdict.departure or verdict.worst
     assert bundle.manifest.op["nodes"] > 0
+
+
+@pytest.fixture(scope="module")
+def cpp_program(make_bundle, tmp_path_factory) -> Path:
+    project = deploy_cpp(make_bundle("llama"), tmp_path_factory.mktemp("cpp") / "project")
+    return build_cpp(project, project / "build", targets=("runner",)) / "runner"
+
+
+@pytest.mark.parametrize("name", [name for name, known in ARCHITECTURES.items() if known.task == "text-generation"])
+def test_words_go_in_and_come_out_alike_of_python_genai_and_cpp(name, make_bundle, cpp_program, tmp_path):
+    model = Model(deploy_python(make_bundle(name), tmp_path / "python"))
+    prompts = ["Once upon a time", "The License does not"]
+    ids = [encode_text(model.tokenizer, prompt) for prompt in prompts]
+    answers = model.generate(ids, 20)
+    expected = [model.tokenizer.decode(answer) for answer in answers]
+
+    folder = deploy_cpp(make_bundle(name), tmp_path / "cpp") / "model"
+    told = subprocess.run([cpp_program, "--model", folder, "--tokens", "20", *prompts], capture_output=True, text=True)
+    assert told.stdout == "".join(map("{}{}\n".format, prompts, expected)), told.stderr
+
+    genai = og.Model(str(deploy_genai(make_bundle(name), tmp_path / "genai")))
+    tokenizer = og.Tokenizer(genai)
+    tokenizer.update_options(add_special_tokens="true")
+    assert [tokenizer.encode(prompt).tolist() for prompt in prompts] == ids
+    parameters = og.GeneratorParams(genai)
+    parameters.set_search_options(max_length=len(ids[0]) + 20)
+    generator = og.Generator(genai, parameters)
+    generator.append_tokens(ids[0])
+    stream, text = tokenizer.create_stream(), ""
+    while not generator.is_done():
+        generator.generate_next_token()
+        text += stream.decode(generator.get_next_tokens()[0])
+    assert text == expected[0]
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

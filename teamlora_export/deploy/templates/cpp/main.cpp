@@ -6,6 +6,7 @@
 // Options: --model DIR (default: model), --tokens N (64), --backend onnxruntime|tensorrt, --engine NAME,
 // --library FILE (with the op, for ONNX Runtime), --threads N, --no-check (leaves out the comparison of hashes).
 // Without prompts, the standard input is one. Exit codes: 0 done, 2 wrong input or environment.
+#include <charconv>
 #include <chrono>
 #include <iostream>
 #include <iterator>
@@ -37,7 +38,7 @@ int number(const std::string& option, const std::string& text) {
     } catch (const std::exception&) {
         used = 0;
     }
-    if (used != text.size() || value < 0) throw Error(option + " " + text + ": give a number.");
+    if (used == 0 || used != text.size() || value < 0) throw Error(option + " " + text + ": give a number.");
     return value;
 }
 
@@ -79,9 +80,15 @@ Arguments parse(const std::vector<std::string>& words) {
 std::vector<Tokens> read_ids(std::istream& input) {
     std::vector<Tokens> prompts;
     for (std::string line; std::getline(input, line);) {
-        std::istringstream numbers(line);
-        Tokens ids{std::istream_iterator<std::int64_t>(numbers), {}};
-        if (!numbers.eof()) throw Error("Not a line of token ids: " + line);
+        std::istringstream words(line);
+        Tokens ids;
+        for (std::string word; words >> word;) {
+            const char* end = word.data() + word.size();
+            const auto read = std::from_chars(word.data(), end, ids.emplace_back());
+            if (read.ec != std::errc() || read.ptr != end) {
+                throw Error("Not a line of token ids: " + line.substr(0, 80));
+            }
+        }
         if (!ids.empty()) prompts.push_back(ids);
     }
     return prompts;
@@ -154,7 +161,11 @@ void run(Arguments arguments) {
 int main(int count, char** words) {
     try {
         run(parse({words + 1, words + count}));
+        if (!std::cout.flush()) throw Error("The output cannot be written.");
         return 0;
+    } catch (const std::bad_alloc&) {
+        std::cerr << "Error: Not enough memory for this model on this machine.\n";
+        return 2;
     } catch (const std::exception& error) {
         std::cerr << "Error: " << error.what() << '\n';
         return 2;

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from opened import open_beside
-from runner import ModelError, TextStream
+from opened import open_beside, refusal
+from runner import TextStream, encode_text
 
 _DEFAULT_TOKENS = 64
 
@@ -27,18 +27,16 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 self._answer(request, sender)
-            except (ModelError, UnicodeError, pb_utils.TritonModelException) as error:
-                sender.send(pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error))))
+            except Exception as error:
+                sender.send(refusal(error))
             finally:
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def _answer(self, request: Any, sender: Any) -> None:
         prompt = _given(request, "text_input", b"").decode()
         count = int(_given(request, "max_tokens", _DEFAULT_TOKENS))
-        ids = self._tokenizer.encode(prompt).ids
-        if not ids or count < 1:
-            raise ModelError("Give a prompt, and max_tokens of at least 1.")
-        self._settings.require_room(len(ids), count)
+        ids = self._settings.require_ids(encode_text(self._tokenizer, prompt))
+        count = self._settings.room([ids], count)
         text = TextStream(self._tokenizer)
         pieces = map(text.add, self._tokens(ids, count, sender))
         whole = not _given(request, "stream", False)
@@ -51,19 +49,26 @@ class TritonPythonModel:
         sequence = int.from_bytes(os.urandom(8), "little") | 1
         # The state that Triton starts with is a cache of one row, which is masked out.
         mask = [0] + [1] * len(ids)
-        step, flags = list(ids), pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START
-        for left in reversed(range(count)):
-            if left == 0:
-                flags |= pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END
-            token = self._next(step, mask, sequence, flags)
-            step, mask, flags = [token], [*mask, 1], 0
-            if token in self._settings.stops or sender.is_cancelled():
-                if left > 0:
-                    self._next(step, mask, sequence, pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END)
-                return
-            yield token
+        step, flags, ended = list(ids), pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START, False
+        try:
+            for left in reversed(range(count)):
+                ended = left == 0
+                if ended:
+                    flags |= pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END
+                response = self._run(step, mask, sequence, flags)
+                # What a further request looks like, should there be no token to go on from.
+                step, mask, flags = step[-1:], [*mask, 1], 0
+                token = _best(response)
+                if token in self._settings.stops or sender.is_cancelled():
+                    return
+                yield token
+                step = [token]
+        finally:
+            # A sequence that is not ended keeps its place, and its cache, until it has been idle for a while.
+            if not ended:
+                self._run(step, mask, sequence, pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END)
 
-    def _next(self, step: list[int], mask: list[int], sequence: int, flags: int) -> int:
+    def _run(self, step: list[int], mask: list[int], sequence: int, flags: int) -> Any:
         first = sum(mask) - len(step)
         given = {"input_ids": step, "attention_mask": mask}
         if self._takes_positions:
@@ -76,10 +81,17 @@ class TritonPythonModel:
             flags=flags,
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
-        response = request.exec()
-        if response.has_error():
-            raise pb_utils.TritonModelException(response.error().message())
-        return int(pb_utils.get_output_tensor_by_name(response, "logits").as_numpy()[0, -1].argmax())
+        return request.exec()
+
+
+def _best(response: Any) -> int:
+    """The token that the model's answer holds most likely."""
+    if response.has_error():
+        raise pb_utils.TritonModelException(response.error().message())
+    logits = pb_utils.get_output_tensor_by_name(response, "logits").as_numpy()[0, -1]
+    if np.isnan(logits).any():
+        raise pb_utils.TritonModelException("The model's answer to this is no number (NaN).")
+    return int(logits.argmax())
 
 
 def _given(request: Any, name: str, default: Any) -> Any:

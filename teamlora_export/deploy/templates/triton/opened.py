@@ -15,9 +15,17 @@ def open_beside(args: dict[str, str]) -> tuple[dict[str, str], Settings, Any]:
     parameters = {name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()}
     folder = Path(__file__).resolve().parents[2] / parameters["model"] / "1"
     try:
+        settings = read_settings(folder)
         # Once for all instances, since it reads every byte of the model.
         if parameters["check_files"] == "true" and args["model_instance_name"].endswith("_0"):
-            check_files(folder)
-        return parameters, read_settings(folder), open_tokenizer(folder)
+            check_files(folder, settings.hashes)
+        return parameters, settings, open_tokenizer(folder, settings.cut)
     except ModelError as error:
         raise pb_utils.TritonModelException(str(error)) from None
+
+
+def refusal(error: Exception) -> pb_utils.InferenceResponse:
+    """The answer to a request that cannot be answered: whose fault it is, in a sentence."""
+    given = isinstance(error, (ModelError, UnicodeError))
+    code = pb_utils.TritonError.INVALID_ARG if given else pb_utils.TritonError.INTERNAL
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error) or type(error).__name__, code))

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from opened import open_beside
-from runner import ModelError
+from opened import open_beside, refusal
+from runner import encode_text
 
 # Rows are padded to a multiple, so that requests of about the same length can share a batch.
 _MULTIPLE = 16
@@ -26,16 +26,13 @@ class TritonPythonModel:
     def _answer(self, request: Any) -> Any:
         texts = pb_utils.get_input_tensor_by_name(request, "text_input").as_numpy().flatten()
         try:
-            rows = [self._tokenizer.encode(text.decode()).ids for text in texts]
-            longest = max(map(len, rows))
-            if min(map(len, rows)) == 0:
-                raise ModelError("An empty text has nothing to encode.")
-            self._settings.require_room(longest, 0)
-        except (ModelError, UnicodeError) as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error)))
-        width = -(-longest // _MULTIPLE) * _MULTIPLE
-        if self._settings.positions:
-            width = max(longest, min(width, self._settings.positions))
+            rows = [self._settings.require_ids(encode_text(self._tokenizer, text.decode())) for text in texts]
+            self._settings.require_room(rows)
+        except Exception as error:
+            return refusal(error)
+        width = -(-max(map(len, rows)) // _MULTIPLE) * _MULTIPLE
+        if self._settings.most is not None:
+            width = min(width, self._settings.most)
         given = {
             "input_ids": [[*row, *[self._settings.padding] * (width - len(row))] for row in rows],
             "attention_mask": [[1] * len(row) + [0] * (width - len(row)) for row in rows],

@@ -2,8 +2,10 @@
 
 #include <openssl/evp.h>
 
+#include <algorithm>
 #include <array>
 #include <fstream>
+#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 
@@ -15,21 +17,35 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-constexpr int kFormatVersion = 1;
+constexpr std::int64_t kFormatVersion = 1;
+constexpr std::int64_t kLargestId = std::int64_t{1} << 31;
+constexpr std::uintmax_t kLargestJson = 64u << 20;
+// What is opened in a model's folder: a list of hashes without one of them is not whole.
+constexpr const char* kOpened[] = {"model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json",
+                                   "genai_config.json"};
+
+bool is_file(const fs::path& path) {
+    std::error_code error;
+    return fs::is_regular_file(path, error);
+}
 
 json read_json(const fs::path& path) {
+    std::error_code failed;
+    const std::uintmax_t size = fs::file_size(path, failed);
+    if (failed || size > kLargestJson) throw Error(path.string() + ": is no file of a size that it can have.");
     std::ifstream file(path);
-    if (!file) return json::object();
     try {
         return json::parse(file);
     } catch (const json::exception& error) {
-        throw Error(path.string() + ": cannot be read (" + error.what() + "). Copy it again.");
+        throw Error(path.string() + ": cannot be read (" + error.what() + "). Copy the folder again.");
     }
 }
 
 std::string sha256(const fs::path& path) {
-    std::ifstream file(path, std::ios::binary);
-    if (!file) throw Error(path.string() + ": is missing or cannot be read. Copy the folder again.");
+    // Opening a FIFO would wait for a writer.
+    std::ifstream file;
+    if (is_file(path)) file.open(path, std::ios::binary);
+    if (!file.is_open()) throw Error(path.string() + ": is missing or cannot be read. Copy the folder again.");
     const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(), EVP_MD_CTX_free);
     std::vector<char> block(1 << 20);
     std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};
@@ -58,71 +74,76 @@ bool stays_inside(const fs::path& relative) {
     return true;
 }
 
-void check_files(const fs::path& folder, const json& files) {
-    for (const auto& [name, expected] : files.items()) {
-        if (!stays_inside(name)) {
-            throw Error((folder / "deploy.json").string() + ": names " + name + ", which is not in its folder.");
+bool is_engine(const fs::path& file) { return file.parent_path() == "engines" && file.extension() == ".engine"; }
+
+void check_files(const fs::path& folder, const std::map<std::string, std::string>& files) {
+    const fs::path described = folder / "deploy.json";
+    const bool has_graph = files.count("model.onnx") != 0 && files.count("model.onnx.data") != 0;
+    const bool has_engine =
+        std::any_of(files.begin(), files.end(), [](const auto& file) { return is_engine(file.first); });
+    if (!has_graph && !has_engine) throw Error(described.string() + ": lists no model. Copy the folder again.");
+    for (const char* name : kOpened) {
+        if (is_file(folder / name) && files.count(name) == 0) {
+            throw Error(described.string() + ": does not list " + name + ". Copy the folder again.");
         }
-        if (sha256(folder / name) != expected.get<std::string>()) {
+    }
+    for (const auto& [name, expected] : files) {
+        if (!stays_inside(name)) {
+            throw Error(described.string() + ": names " + name + ", which is not in its folder.");
+        }
+        if (sha256(folder / name) != expected) {
             throw Error((folder / name).string() +
                         ": is not the file that belongs here (its SHA-256 differs). Copy it again.");
         }
     }
 }
 
-// The first of `names` that is a number in `config`.
-std::int64_t number(const json& config, std::initializer_list<const char*> names) {
-    for (const char* name : names) {
-        if (config.contains(name) && config[name].is_number_integer()) return config[name].get<std::int64_t>();
+// A whole number from `least` on; 0 for null.
+std::int64_t whole(const json& value, std::int64_t least) {
+    if (value.is_null()) return 0;
+    const bool fits = value.is_number_unsigned() && value.get<std::uint64_t>() < kLargestId;
+    if (!fits || value.get<std::int64_t>() < least) {
+        throw Error("a number is not as it should be: " + value.dump().substr(0, 40));
     }
-    return 0;
+    return value.get<std::int64_t>();
 }
 
-bool has_window(const json& config) {
-    const auto kinds = config.find("layer_types");
-    if (kinds != config.end() && kinds->is_array()) {
-        for (const auto& kind : *kinds) {
-            if (kind != "full_attention") return true;
-        }
-        return false;
+void read_tokens(const json& tokens, Folder& folder) {
+    folder.vocabulary = whole(tokens.at("vocabulary"), 1);
+    folder.padding = whole(tokens.at("padding"), 0);
+    folder.most_tokens = whole(tokens.at("most"), 1);
+    folder.has_window = tokens.at("windowed").get<bool>();
+    for (const json& stop : tokens.at("stops").get<std::vector<json>>()) {
+        folder.stop_tokens.push_back(whole(stop, 0));
     }
-    return number(config, {"sliding_window", "local_attention"}) > 0;
 }
 
 }  // namespace
 
 Folder open_folder(const fs::path& path, bool check) {
     const fs::path described = path / "deploy.json";
-    if (!fs::is_regular_file(described)) {
+    if (!is_file(described)) {
         throw Error(path.string() + ": holds no deploy.json. Is it the model's folder?");
     }
     const json deployed = read_json(described);
-    json config = read_json(path / "config.json");
     Folder folder;
+    folder.path = path;
+    std::map<std::string, std::string> files;
     try {
-        if (deployed.at("format_version").get<int>() > kFormatVersion) {
-            throw Error(described.string() + ": was written by a newer teamlora-export. Use that version's program.");
+        const std::int64_t version = whole(deployed.at("format_version"), 1);
+        if (version > kFormatVersion) {
+            throw Error("a newer teamlora-export wrote it, whose own program opens it");
         }
-        if (check) check_files(path, deployed.at("files"));
-        config.update(read_json(path / "generation_config.json"));
-        folder.path = path;
         folder.task = deployed.at("task").get<std::string>();
-        for (const auto& [name, hash] : deployed.at("files").items()) {
-            const fs::path file(name);
-            if (file.parent_path() == "engines" && file.extension() == ".engine") {
-                folder.engines.push_back(file.stem().string());
-            }
-        }
-        const json stops = config.value("eos_token_id", json());
-        if (stops.is_number_integer()) folder.stop_tokens = {stops.get<std::int64_t>()};
-        if (stops.is_array()) folder.stop_tokens = stops.get<std::vector<std::int64_t>>();
-    } catch (const json::exception& error) {
+        read_tokens(deployed.at("tokens"), folder);
+        deployed.at("files").get_to(files);
+    } catch (const std::exception& error) {
         throw Error(described.string() + ": cannot be read (" + error.what() + "). Copy the folder again.");
     }
-    folder.padding = number(config, {"pad_token_id"});
-    folder.vocabulary = number(config, {"vocab_size"});
-    folder.most_positions = number(config, {"max_position_embeddings", "n_positions"});
-    folder.has_window = has_window(config);
+    for (const auto& file : files) {
+        if (is_engine(file.first)) folder.engines.push_back(fs::path(file.first).stem().string());
+    }
+    if (check) check_files(path, files);
     return folder;
 }
 

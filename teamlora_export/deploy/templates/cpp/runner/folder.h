@@ -13,9 +13,10 @@ struct Folder {
     std::string task;
     std::vector<std::int64_t> stop_tokens;
     std::int64_t padding = 0;
+    // Ids are below it; 0: that is not known.
     std::int64_t vocabulary = 0;
-    // Prompt and answer together; 0: no limit is known.
-    std::int64_t most_positions = 0;
+    // Tokens that the model takes at most, prompt and answer together; 0: there is no limit.
+    std::int64_t most_tokens = 0;
     // Some layer sees a window of the last tokens only, so that the order within the cache matters.
     bool has_window = false;
     // Names of the engines in `engines/`.
@@ -26,7 +27,7 @@ struct Folder {
     std::filesystem::path plugin() const { return path / "plugins" / "libteamlora_tensorrt.so"; }
 };
 
-// Reads the folder's deploy.json and config.json; with `check`, compares every file with its hash. Throws an Error.
+// Reads the folder's deploy.json; with `check`, compares every file with its hash. Throws an Error.
 Folder open_folder(const std::filesystem::path& path, bool check);
 
 }  // namespace teamlora

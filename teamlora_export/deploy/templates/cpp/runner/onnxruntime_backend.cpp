@@ -9,6 +9,14 @@
 namespace teamlora {
 namespace {
 
+constexpr int kMostThreads = 1024;
+
+// The first line of what ONNX Runtime says.
+std::string brief(const std::exception& error) {
+    const std::string text = error.what();
+    return text.substr(0, std::min<std::size_t>(text.find('\n'), 300));
+}
+
 struct Port {
     std::string name;
     ONNXTensorElementDataType type;
@@ -33,27 +41,23 @@ std::vector<float> read_floats(const Ort::Value& value, std::size_t start, std::
 class OnnxRuntime : public Backend {
 public:
     OnnxRuntime(const Folder& folder, const Options& options) {
+        if (options.threads < 0 || options.threads > kMostThreads) {
+            throw Error(std::to_string(options.threads) + " threads: give 0 to " + std::to_string(kMostThreads) + ".");
+        }
         Ort::SessionOptions session_options;
         session_options.SetIntraOpNumThreads(options.threads);
-        session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+        session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
         try {
             if (!options.op_library.empty()) session_options.RegisterCustomOpsLibrary(options.op_library.c_str());
         } catch (const Ort::Exception& error) {
-            throw Error(options.op_library.string() + ": cannot be loaded as a library of ops (" + error.what() + ").");
+            throw Error(options.op_library.string() + ": cannot be loaded as a library of ops (" + brief(error) + ").");
         }
         try {
             session_ = Ort::Session(environment_, folder.model().c_str(), session_options);
+            read_ports();
         } catch (const Ort::Exception& error) {
             throw Error(folder.model().string() + ": ONNX Runtime " + Ort::GetVersionString() + " cannot load it (" +
-                        error.what() + ").");
-        }
-        const Ort::AllocatorWithDefaultOptions allocator;
-        for (std::size_t i = 0; i < session_.GetInputCount(); ++i) {
-            inputs_.push_back(port(session_.GetInputNameAllocated(i, allocator).get(), session_.GetInputTypeInfo(i)));
-        }
-        for (std::size_t i = 0; i < session_.GetOutputCount(); ++i) {
-            outputs_.push_back(
-                port(session_.GetOutputNameAllocated(i, allocator).get(), session_.GetOutputTypeInfo(i)));
+                        brief(error) + ").");
         }
     }
 
@@ -89,7 +93,7 @@ public:
             return session_.Run(Ort::RunOptions(nullptr), input_names.data(), values.data(), values.size(),
                                 output_names.data(), output_names.size());
         } catch (const Ort::Exception& error) {
-            throw Error(std::string("ONNX Runtime failed: ") + error.what());
+            throw Error("ONNX Runtime cannot run the model (" + brief(error) + ").");
         }
     }
 
@@ -110,9 +114,31 @@ public:
     }
 
 private:
+    void read_ports() {
+        const Ort::AllocatorWithDefaultOptions allocator;
+        for (std::size_t i = 0; i < session_.GetInputCount(); ++i) {
+            inputs_.push_back(port(session_.GetInputNameAllocated(i, allocator).get(), session_.GetInputTypeInfo(i)));
+            if (is_past(inputs_.back().name)) require_cache(inputs_.back());
+        }
+        for (std::size_t i = 0; i < session_.GetOutputCount(); ++i) {
+            outputs_.push_back(
+                port(session_.GetOutputNameAllocated(i, allocator).get(), session_.GetOutputTypeInfo(i)));
+        }
+    }
+
     static Port port(std::string name, const Ort::TypeInfo& info) {
+        if (info.GetONNXType() != ONNX_TYPE_TENSOR) throw Error("The model's " + name + " is not a tensor.");
         const auto tensor = info.GetTensorTypeAndShapeInfo();
         return {std::move(name), tensor.GetElementType(), tensor.GetShape()};
+    }
+
+    // [batch, heads, tokens, size of a head]
+    static void require_cache(const Port& cache) {
+        const bool floats =
+            cache.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT || cache.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+        if (!floats || cache.shape.size() != 4 || cache.shape[1] < 1 || cache.shape[3] < 1) {
+            throw Error("The model's cache " + cache.name + " is not one that this program knows.");
+        }
     }
 
     Ort::Env environment_{ORT_LOGGING_LEVEL_ERROR, "teamlora"};
@@ -170,6 +196,9 @@ private:
     // From logits [batch, tokens, vocabulary].
     void read_last(const Ort::Value& value) {
         const std::vector<std::int64_t> shape = value.GetTensorTypeAndShapeInfo().GetShape();
+        if (shape.size() != 3 || shape[0] != static_cast<std::int64_t>(batch_) || shape[1] < 1 || shape[2] < 1) {
+            throw Error("The model's logits are not one row of the vocabulary for each token.");
+        }
         const auto tokens = static_cast<std::size_t>(shape[1]), vocabulary = static_cast<std::size_t>(shape[2]);
         logits_.clear();
         for (std::size_t row = 0; row < batch_; ++row) {

@@ -1,6 +1,7 @@
 #include "runner.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "backend.h"
 #include "folder.h"
@@ -73,6 +74,13 @@ Tokens with_one_more(const Tokens& mask, std::size_t batch) {
     return longer;
 }
 
+// What is no number compares with nothing, so that the largest of such values means nothing.
+void require_numbers(std::vector<float>::const_iterator start, std::vector<float>::const_iterator end) {
+    if (std::any_of(start, end, [](float value) { return std::isnan(value); })) {
+        throw Error("The model's answer to this is no number (NaN).");
+    }
+}
+
 }  // namespace
 
 Runner::Runner(const std::filesystem::path& folder, const Options& options)
@@ -91,24 +99,23 @@ std::vector<Tokens> Runner::generate(const std::vector<Tokens>& prompts, std::si
                                      const OnToken& on_token) const {
     if (!generates()) throw Error(folder_->path.string() + ": does not generate text.");
     check(prompts);
-    const std::size_t batch = prompts.size(), width = longest(prompts), most = width + count;
-    if (folder_->most_positions > 0 && most > static_cast<std::size_t>(folder_->most_positions)) {
-        throw Error(std::to_string(width) + " tokens and " + std::to_string(count) +
-                    " more do not fit into the model's " + std::to_string(folder_->most_positions) + " positions.");
-    }
+    const std::size_t batch = prompts.size(), width = longest(prompts);
+    count = room(width, count);
     Tokens ids = pad(prompts, width, folder_->padding, true);
     Tokens mask = pad(ones_like(prompts), width, 0, true);
     Tokens positions = positions_of(mask, batch);
     std::vector<Tokens> answers(batch);
     std::vector<bool> going(batch, true);
-    const std::unique_ptr<Decoder> decoder = backend_->start(batch, most);
+    const std::unique_ptr<Decoder> decoder = backend_->start(batch, width + count);
     for (std::size_t step = 0; step < count; ++step) {
         const std::vector<float>& logits = decoder->run(ids, mask, positions);
         const std::size_t vocabulary = logits.size() / batch;
         ids.resize(batch);
         for (std::size_t row = 0; row < batch; ++row) {
             const auto start = logits.begin() + static_cast<std::ptrdiff_t>(row * vocabulary);
-            ids[row] = std::max_element(start, start + static_cast<std::ptrdiff_t>(vocabulary)) - start;
+            const auto end = start + static_cast<std::ptrdiff_t>(vocabulary);
+            if (going[row]) require_numbers(start, end);
+            ids[row] = std::max_element(start, end) - start;
             const auto& stops = folder_->stop_tokens;
             if (going[row] && std::find(stops.begin(), stops.end(), ids[row]) != stops.end()) going[row] = false;
             if (!going[row]) continue;
@@ -131,14 +138,24 @@ std::vector<std::vector<float>> Runner::encode(const std::vector<Tokens>& inputs
     const std::vector<float> values =
         backend_->encode(pad(inputs, width, folder_->padding, false), pad(ones_like(inputs), width, 0, false), batch);
     std::vector<std::vector<float>> rows;
-    const auto each = static_cast<std::ptrdiff_t>(values.size() / batch);
-    for (auto row = values.begin(); row != values.end(); row += each) rows.emplace_back(row, row + each);
+    const std::size_t each = values.size() / batch;
+    for (std::size_t row = 0; row < batch; ++row) {
+        const auto start = values.begin() + static_cast<std::ptrdiff_t>(row * each);
+        // Of hidden states, those of padding mean nothing.
+        require_numbers(start, start + static_cast<std::ptrdiff_t>(std::max<std::size_t>(
+                                           each * inputs[row].size() / width, std::min<std::size_t>(each, 1))));
+        rows.emplace_back(start, start + static_cast<std::ptrdiff_t>(each));
+    }
     return rows;
 }
 
 void Runner::check(const std::vector<Tokens>& rows) const {
     if (rows.empty()) throw Error("There is no prompt.");
+    const auto most = static_cast<std::size_t>(folder_->most_tokens);
     for (const Tokens& row : rows) {
+        if (most > 0 && row.size() > most) {
+            throw Error(std::to_string(row.size()) + " tokens; the model takes " + std::to_string(most) + ".");
+        }
         if (row.empty()) throw Error("An empty prompt has nothing to go on from.");
         for (const std::int64_t token : row) {
             if (token < 0 || (folder_->vocabulary > 0 && token >= folder_->vocabulary)) {
@@ -147,6 +164,18 @@ void Runner::check(const std::vector<Tokens>& rows) const {
             }
         }
     }
+}
+
+// How many tokens can follow a prompt of `width`.
+std::size_t Runner::room(std::size_t width, std::size_t count) const {
+    if (count == 0) throw Error("0 tokens: give at least 1.");
+    const auto most = static_cast<std::size_t>(folder_->most_tokens);
+    if (most == 0) return count;
+    if (width == most) {
+        throw Error(std::to_string(width) + " tokens; the model takes " + std::to_string(most) +
+                    ", its answer included.");
+    }
+    return std::min(count, most - width);
 }
 
 bool is_past(const std::string& name) { return starts_with(name, "past_key_values."); }

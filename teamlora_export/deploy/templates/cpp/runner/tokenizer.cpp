@@ -1,28 +1,14 @@
 #include "tokenizer.h"
 
-#include <string_view>
+#include <algorithm>
 #include <utility>
-
-namespace teamlora {
-
-std::string TextStream::add(std::int64_t token) {
-    tokens_.push_back(token);
-    const std::string text = tokenizer_.decode(tokens_);
-    constexpr std::string_view kIncomplete = "\xEF\xBF\xBD";
-    if (text.size() < shown_ ||
-        (text.size() >= kIncomplete.size() && text.compare(text.size() - 3, 3, kIncomplete) == 0)) {
-        return "";
-    }
-    return text.substr(std::exchange(shown_, text.size()));
-}
-
-}  // namespace teamlora
 
 #ifndef TEAMLORA_TOKENIZER
 
 namespace teamlora {
 
 struct Tokenizer::Library {};
+struct TextStream::Library {};
 
 Tokenizer::Tokenizer(const std::filesystem::path&) {
     throw Error(
@@ -31,6 +17,9 @@ Tokenizer::Tokenizer(const std::filesystem::path&) {
 Tokenizer::~Tokenizer() = default;
 Tokens Tokenizer::encode(const std::string&) const { return {}; }
 std::string Tokenizer::decode(const Tokens&) const { return ""; }
+TextStream::TextStream(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+TextStream::~TextStream() = default;
+std::string TextStream::add(std::int64_t) { return ""; }
 
 }  // namespace teamlora
 
@@ -42,6 +31,7 @@ extern "C" {
 struct OgaResult;
 struct OgaConfig;
 struct OgaTokenizer;
+struct OgaTokenizerStream;
 struct OgaSequences;
 const char* OgaResultGetError(const OgaResult*);
 void OgaDestroyResult(OgaResult*);
@@ -54,8 +44,10 @@ void OgaDestroySequences(OgaSequences*);
 OgaResult* OgaTokenizerEncode(const OgaTokenizer*, const char* text, OgaSequences*);
 std::size_t OgaSequencesGetSequenceCount(const OgaSequences*, std::size_t index);
 const std::int32_t* OgaSequencesGetSequenceData(const OgaSequences*, std::size_t index);
-OgaResult* OgaTokenizerDecode(const OgaTokenizer*, const std::int32_t*, std::size_t, const char** text);
-void OgaDestroyString(const char*);
+OgaResult* OgaUpdateTokenizerOptions(OgaTokenizer*, const char* const* names, const char* const* values, std::size_t);
+OgaResult* OgaCreateTokenizerStream(const OgaTokenizer*, OgaTokenizerStream**);
+void OgaDestroyTokenizerStream(OgaTokenizerStream*);
+OgaResult* OgaTokenizerStreamDecode(OgaTokenizerStream*, std::int32_t token, const char** text);
 void OgaShutdown();
 }
 
@@ -66,7 +58,7 @@ void check(OgaResult* result, const std::string& what) {
     if (result == nullptr) return;
     const std::string message = OgaResultGetError(result);
     OgaDestroyResult(result);
-    throw Error(what + ": " + message);
+    throw Error(what + ": " + message.substr(0, std::min<std::size_t>(message.find('\n'), 300)));
 }
 
 template <typename T>
@@ -77,6 +69,29 @@ Handle<T> create(void (*destroy)(T*), const std::string& what, Create make) {
     T* made = nullptr;
     check(make(&made), what);
     return {made, destroy};
+}
+
+// Whole characters, none of them 0, which would end the text early: the library takes whatever it is given.
+bool is_utf8(const std::string& text) {
+    std::size_t missing = 0;
+    unsigned least = 0, character = 0;
+    for (const char byte : text) {
+        const auto bits = static_cast<unsigned char>(byte);
+        if (missing > 0) {
+            if ((bits & 0xC0) != 0x80) return false;
+            character = character << 6 | (bits & 0x3Fu);
+            const bool surrogate = character >= 0xD800 && character < 0xE000;
+            if (--missing == 0 && (character < least || character > 0x10FFFF || surrogate)) return false;
+        } else if (bits >= 0x80) {
+            missing = bits >= 0xF0 ? 3 : bits >= 0xE0 ? 2 : 1;
+            if (bits < 0xC0 || bits >= 0xF8) return false;
+            character = bits & (0x3Fu >> missing);
+            least = missing == 3 ? 0x10000 : missing == 2 ? 0x800 : 0x80;
+        } else if (bits == 0) {
+            return false;
+        }
+    }
+    return missing == 0;
 }
 
 // The library wants to be told when nobody uses it any more, before the program's own end.
@@ -110,11 +125,16 @@ Tokenizer::Tokenizer(const std::filesystem::path& folder) : library_(std::make_u
     library_->tokenizer = create<OgaTokenizer>(OgaDestroyTokenizer, where, [&](OgaTokenizer** made) {
         return OgaCreateTokenizerFromConfig(config.get(), made);
     });
+    // It leaves them out unless it is told.
+    const char* const name = "add_special_tokens";
+    const char* const value = "true";
+    check(OgaUpdateTokenizerOptions(library_->tokenizer.get(), &name, &value, 1), where);
 }
 
 Tokenizer::~Tokenizer() = default;
 
 Tokens Tokenizer::encode(const std::string& text) const {
+    if (!is_utf8(text)) throw Error("A prompt is not text in UTF-8.");
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto sequences = create<OgaSequences>(OgaDestroySequences, "The tokenizer", OgaCreateSequences);
     check(OgaTokenizerEncode(library_->tokenizer.get(), text.c_str(), sequences.get()), "The tokenizer");
@@ -122,12 +142,32 @@ Tokens Tokenizer::encode(const std::string& text) const {
     return {data, data + OgaSequencesGetSequenceCount(sequences.get(), 0)};
 }
 
+// Piece by piece: decoding all at once stops at the first byte that belongs to no character.
 std::string Tokenizer::decode(const Tokens& tokens) const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const std::vector<std::int32_t> narrow(tokens.begin(), tokens.end());
+    TextStream stream(*this);
+    std::string text;
+    for (const std::int64_t token : tokens) text += stream.add(token);
+    return text;
+}
+
+struct TextStream::Library {
+    Handle<OgaTokenizerStream> stream{nullptr, OgaDestroyTokenizerStream};
+};
+
+TextStream::TextStream(const Tokenizer& tokenizer) : tokenizer_(tokenizer), library_(std::make_unique<Library>()) {
+    const std::lock_guard<std::mutex> lock(tokenizer_.mutex_);
+    library_->stream =
+        create<OgaTokenizerStream>(OgaDestroyTokenizerStream, "The tokenizer", [&](OgaTokenizerStream** made) {
+            return OgaCreateTokenizerStream(tokenizer_.library_->tokenizer.get(), made);
+        });
+}
+
+TextStream::~TextStream() = default;
+
+std::string TextStream::add(std::int64_t token) {
+    const std::lock_guard<std::mutex> lock(tokenizer_.mutex_);
     const char* text = nullptr;
-    check(OgaTokenizerDecode(library_->tokenizer.get(), narrow.data(), narrow.size(), &text), "The tokenizer");
-    const std::unique_ptr<const char, void (*)(const char*)> owner(text, OgaDestroyString);
+    check(OgaTokenizerStreamDecode(library_->stream.get(), static_cast<std::int32_t>(token), &text), "The tokenizer");
     return text;
 }
 

@@ -17,10 +17,12 @@ public:
     explicit Tokenizer(const std::filesystem::path& folder);
     ~Tokenizer();
 
+    // With the special tokens that the model's texts have around them. Throws an Error for what is no text in UTF-8.
     Tokens encode(const std::string& text) const;
     std::string decode(const Tokens& tokens) const;
 
 private:
+    friend class TextStream;
     struct Library;
     std::unique_ptr<Library> library_;
     mutable std::mutex mutex_;
@@ -29,14 +31,15 @@ private:
 // Turns tokens into text piece by piece: a piece ends where a character does. For one row of one request.
 class TextStream {
 public:
-    explicit TextStream(const Tokenizer& tokenizer) : tokenizer_(tokenizer) {}
+    explicit TextStream(const Tokenizer& tokenizer);
+    ~TextStream();
     // What `token` adds to the text; nothing while a character is not complete.
     std::string add(std::int64_t token);
 
 private:
+    struct Library;
     const Tokenizer& tokenizer_;
-    Tokens tokens_;
-    std::size_t shown_ = 0;
+    std::unique_ptr<Library> library_;
 };
 
 }  // namespace teamlora
