@@ -32,16 +32,24 @@ def signature() -> TracedSignature:
 def test_inputs_and_outputs_take_the_names_of_the_ecosystem(signature):
     model = traced(["input_ids", *_CACHE], ["logits", *(f"output.{name}" for name in _CACHE)])
     _name_inputs_and_outputs(model, signature)
-    assert [value.name for value in model.graph.inputs] == ["input_ids", "past_key_values.0.key", "past_key_values.0.value"]
+    assert [value.name for value in model.graph.inputs] == [
+        "input_ids",
+        "past_key_values.0.key",
+        "past_key_values.0.value",
+    ]
     assert [value.name for value in model.graph.outputs] == ["logits", "present.0.key", "present.0.value"]
 
 
 @pytest.mark.parametrize(
     ("inputs", "outputs", "message"),
     [
-        (["input_ids", "cache.0.k", "cache.0.v"], [], r"inputs named cache.0.k, cache.0.v where past_key_values.0.key, "),
-        (["input_ids", *_CACHE], ["scores", *_CACHE], r"outputs named scores where logits is expected"),
-        (["input_ids", *_CACHE, "cache_position"], [], r"inputs named cache_position where nothing is expected"),
+        (
+            ["input_ids", "cache.0.k", "cache.0.v"],
+            [],
+            "inputs named cache.0.k, cache.0.v where past_key_values.0.key",
+        ),
+        (["input_ids", *_CACHE], ["scores", *_CACHE], "outputs named scores where logits is expected"),
+        (["input_ids", *_CACHE, "cache_position"], [], "inputs named cache_position where nothing is expected"),
         ([*_CACHE, "input_ids"], [], "inputs named in another order"),
     ],
 )
