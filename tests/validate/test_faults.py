@@ -12,8 +12,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, read_bundle, write_manifest
+from teamlora_export.files import sha256_of
 from teamlora_export.validate.run import validate_bundle
 
 QKV = "model.layers.3.self_attn.q_proj+k_proj+v_proj"
