@@ -51,10 +51,10 @@ def test_a_list_with_a_gap_is_refused_by_name(folder):
     with pytest.raises(ExportError, match=r"does not list model\.onnx"):
         read_bundle(folder)
     edit(folder, sha256=listed)
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ExportError, match=r"does not list tokenizer\.json"):
+    (folder / "vocab.txt").write_text("{}")
+    with pytest.raises(ExportError, match=r"does not list vocab\.txt"):
         read_bundle(folder)
-    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.txt").unlink()
     (folder / "config.json").unlink()
     with pytest.raises(ExportError, match=r"config\.json is missing"):
         read_bundle(folder)

@@ -211,3 +211,55 @@ def test_a_missing_runtime_is_one_sentence_with_the_command_that_installs_it(mak
     assert result.returncode == 2
     assert "pip install 'teamlora-export[cpu]'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_a_terminal_would_obey_is_shown_escaped_and_markup_as_it_is(adapter, tmp_path, make_base):
+    edit_config(adapter, bias="\x1b[31m[red]\x07" + "x" * 70_000)
+    result = run("inspect", adapter)
+    assert result.returncode == 2
+    assert r"\x1b[31m[red]\x07" in result.stderr
+    assert "\x1b" not in result.stderr
+    assert len(result.stderr.encode()) < 4096
+    assert run("inspect", "--\x1b[31mred").stderr.count("\x1b") == 0
+
+
+def test_results_are_whole_lines_or_json_where_no_terminal_reads_them(adapter, tmp_path):
+    deep = tmp_path / ("folder-" * 20)
+    shutil.copytree(adapter, deep)
+    told = run("inspect", deep).stdout.splitlines()
+    assert told[:2] == [f"Adapter {deep}", "family: teamlora"]
+    printed = run("inspect", deep, "--json", "-").stdout
+    assert json.loads(printed)["path"] == str(deep)
+    written = tmp_path / "told.json"
+    for _ in range(2):
+        assert run("inspect", deep, "--json", written).stdout.splitlines() == told
+    assert written.read_text() == printed
+    written.write_text("{}")
+    refused = run("inspect", deep, "--json", written)
+    assert (refused.returncode, written.read_text()) == (2, "{}")
+    assert "is no earlier result" in refused.stderr
+
+
+def test_an_output_that_nobody_takes_is_one_sentence(adapter):
+    command = [sys.executable, "-m", "teamlora_export.cli", "inspect", str(adapter)]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (2, "Error: The result cannot be printed (No space left on device).\n")
+    closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
+    assert (closed.returncode, closed.stderr) == (0, "")
+    unread = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert unread.stdout and unread.stderr
+    unread.stdout.close()
+    assert unread.stderr.read() == "Error: The result cannot be printed (Broken pipe).\n"
+    assert unread.wait() == 2
+    ascii_only = run("inspect", adapter, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert ascii_only.returncode == 0
+
+
+def test_a_bundle_is_the_folder_that_the_command_runs_in(make_bundle):
+    result = run("inspect", "--json", "-", cwd=make_bundle("llama").folder)
+    assert json.loads(result.stdout)["task"] == "text-generation", result.stderr
+    elsewhere = run("trt", "--fp16", cwd="/")
+    assert elsewhere.returncode == 2
+    assert "is not a bundle" in elsewhere.stderr
+    assert "is empty" in run("inspect", "").stderr

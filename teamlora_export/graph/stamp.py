@@ -310,25 +310,30 @@ class _Repeater:
     def _source(self, value: ir.Value, values: dict[ir.Value, ir.Value], source: int, target: int) -> ir.Value:
         """The deep graph's counterpart of a weight, constant or input that is read for the first time."""
         recipe = recipe_of(value)
-        is_constant = recipe is None and not value.is_graph_input()
-        name = (
-            _moved(value.name or "", self._plan.prefix, source, target)
-            if is_constant
-            else self._renamed(value.name or "", source, target)
-        )
+        name = self._renamed(value.name or "", source, target)
         if value.is_graph_input():
             made = next((v for v in self._inputs if v.name == name), None) or self._add_input(value, name)
+        elif recipe is None:
+            made = self._constant(value)
         elif name in self._initializers:
             made = self._initializers[name]
-        elif recipe is not None:
+        else:
             moved = recipe.renamed(lambda key: _moved(key, self._plan.prefix, source, target))
             made = new_weight(name, *static_type(value), moved)
             self._initializers[name] = made
-        else:
-            made = ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
-            self._initializers[name] = made
         values[value] = made
         return made
+
+    def _constant(self, value: ir.Value) -> ir.Value:
+        """One for all copies. A constant that has the name of a layer's buffer may be read by another layer too, which
+        happened to need the same number, so its name says no layer."""
+        name = value.name or ""
+        if layer_of(name, self._plan.prefix)[0] is not None:
+            name = f"constant/{name}"
+        if name not in self._initializers:
+            made = ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
+            self._initializers[name] = made
+        return self._initializers[name]
 
     def _add_input(self, value: ir.Value, name: str) -> ir.Value:
         self._inputs.append(ir.Value(name=name, type=value.type, shape=value.shape))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -200,6 +201,13 @@ def test_all_findings_are_listed_at_once(tmp_path, rng):
         ({"lora_nums": 4, "use_dora": True}, "use_dora"),
         ({"lora_nums": 4, "target_modules": ["v_proj"]}, "target_modules does not name it"),
         ({}, "lora_nums is missing"),
+        ({"lora_nums": 4, "r": float("inf")}, "r is inf"),
+        ({"lora_nums": 4, "lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"lora_nums": 10**8, "r": 10**8}, "lora_nums is 100000000"),
+        ({"lora_nums": 4, "rank_pattern": {"q_proj": 2.5}}, "rank_pattern is"),
+        ({"lora_nums": 4, "rank_pattern": {"(": 4}}, "not a regular expression"),
+        ({"lora_nums": 4, "fan_in_fan_out": "no"}, "fan_in_fan_out is 'no'"),
+        ({"lora_nums": 4, "task_type": ["x" * 99_999]}, "task_type is"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(config, message, tmp_path, rng):
@@ -218,6 +226,41 @@ def test_damaged_files_are_refused(tmp_path, rng):
         read_adapter(folder)
     with pytest.raises(ExportError, match="no such folder"):
         read_adapter(tmp_path / "nowhere")
+
+
+ODD_TENSORS = {
+    "sparse": (lambda: torch.ones(8, IN).to_sparse(), "is sparse or nested"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(8, IN), torch.ones(2, IN)]), "is sparse or nested"),
+    "on meta": (lambda: torch.ones(8, IN, device="meta"), "holds no values"),
+    "larger than the file": (lambda: torch.zeros(1).expand(1 << 40), "more values than the file has"),
+    "complex": (lambda: torch.ones(8, IN, dtype=torch.complex64), "is complex64, expected"),
+    "no tensor": (lambda: [1, 2], "does not hold tensors by name"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_TENSORS)
+def test_a_tensor_of_a_bin_file_that_is_not_plain_is_refused_by_name(name, tmp_path, rng):
+    make, message = ODD_TENSORS[name]
+    key = f"{PREFIX}layers.0.q_proj.lora_A.weight"
+    folder = write(tmp_path, teamlora(rng), lora_nums=4)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({key: make()}, folder / "adapter_model.bin")
+    with pytest.raises(ExportError, match=message):
+        read_adapter(folder)
+
+
+def test_a_compressed_bin_file_is_not_unpacked(tmp_path, rng):
+    folder = write(tmp_path, teamlora(rng), lora_nums=4)
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"a": torch.zeros(1 << 20)}, folder / "plain")
+    with (
+        zipfile.ZipFile(folder / "plain") as plain,
+        zipfile.ZipFile(folder / "adapter_model.bin", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(ExportError, match="it is compressed"):
+        read_adapter(folder)
 
 
 class _Payload:
