@@ -76,6 +76,7 @@ class Manifest:
         op: domain, name, version, nodes (how many) and form ("function" or "standard").
         validation: figures of the last `validate`, None before the first.
         refit: what exchanging the adapter in an engine needs; None in bundles of older versions.
+        recipes: how each of the other weights is made of the base, by name; None in bundles of older versions.
     """
 
     tool: Mapping[str, str]
@@ -89,6 +90,7 @@ class Manifest:
     sha256: Mapping[str, str]
     validation: Mapping[str, Any] | None = None
     refit: Mapping[str, Any] | None = None
+    recipes: Mapping[str, str] | None = None
     format_version: int = FORMAT_VERSION
 
 

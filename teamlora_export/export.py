@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -86,7 +87,12 @@ def export_onnx(
         _warn_of_normalizers(adapter, reporter)
         _warn_of_unused(model, adapter, reporter)
         nodes = sum(op.is_op(node) for node in model.graph)
-        refit = _describe_refit(model, adapter, template.signature)
+        recipes = {
+            value.name or "": recipe
+            for value in model.graph.initializers.values()
+            if (recipe := weights.recipe_of(value))
+        }
+        refit = _describe_refit(recipes, adapter, template.signature)
         if op_form == "standard":
             inline_bodies(model)
         model.producer_name, model.producer_version = "teamlora-export", __version__
@@ -107,6 +113,7 @@ def export_onnx(
                 outputs=tuple(_port(value) for value in model.graph.outputs),
                 sha256={MODEL_NAME: sha256_of(folder / MODEL_NAME), DATA_NAME: data_sha256},
                 refit=refit,
+                recipes={name: recipe.to_json() for name, recipe in recipes.items() if name not in refit["weights"]},
             )
             write_manifest(folder, manifest)
     return read_bundle(out)
@@ -188,11 +195,10 @@ def _describe_adapter(adapter: AdapterSpec) -> dict[str, object]:
     }
 
 
-def _describe_refit(model: ir.Model, adapter: AdapterSpec, signature: BaseSignature) -> dict[str, object]:
+def _describe_refit(
+    recipes: Mapping[str, weights.Recipe], adapter: AdapterSpec, signature: BaseSignature
+) -> dict[str, Any]:
     """What exchanging the adapter needs: the recipes of its weights, and what another adapter is checked against."""
-    recipes = {
-        value.name: recipe for value in model.graph.initializers.values() if (recipe := weights.recipe_of(value))
-    }
     own = {
         name: recipe.to_json()
         for name, recipe in recipes.items()

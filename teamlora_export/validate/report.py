@@ -17,7 +17,8 @@ from rich.table import Table
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.errors import ExportError
-from teamlora_export.validate.judge import FLOOR, MULTIPLE, Judgement, Verdict
+from teamlora_export.validate.judge import FLOOR, MULTIPLE
+from teamlora_export.validate.verdict import Judgement, Verdict
 
 _LAYER = re.compile(r"^(.*?\.\d+)\.(.+)$")
 
@@ -88,10 +89,9 @@ def _conclusion(verdict: Verdict) -> str:
         failed = [case.name for case in verdict.cases if not case.passed]
         return f"FAILED: greedy tokens differ in {', '.join(failed)}, though every output is within its tolerance."
     departure = verdict.departure
-    return (
-        f"FAILED. First to depart: {departure.module} (node {departure.node}), in the case '{departure.case}': "
-        f"error {departure.judgement.error.rms:.2e}, allowed {departure.judgement.allowed:.2e}."
-    )
+    more = len({d.module for d in verdict.departures}) - 1
+    others = "" if not more else f" {more} more {'departs' if more == 1 else 'depart'}: see --json."
+    return f"FAILED. First to depart: {departure.module} (node {departure.node}): {departure.reason}.{others}"
 
 
 def _share(judgement: Judgement) -> float:
