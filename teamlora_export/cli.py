@@ -110,6 +110,7 @@ def validate(
 ) -> None:
     """Compare a bundle with PyTorch; exit with 1 where it departs, and say which module does."""
     from teamlora_export.bundle import read_bundle
+    from teamlora_export.progress import Reporter
     from teamlora_export.validate.report import print_verdict, write_html, write_json
     from teamlora_export.validate.run import validate_bundle
 
@@ -127,6 +128,8 @@ def validate(
         write_html(verdict, opened, report)
     if json is not None:
         write_json(verdict, opened, json)
+    if verdict.not_kept:
+        Reporter().warn(f"The verdict could not be kept: {verdict.not_kept}.")
     if not verdict.passed:
         raise typer.Exit(1)
 

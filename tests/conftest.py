@@ -58,6 +58,7 @@ class Architecture:
     fields: dict[str, object]
     targets: tuple[str, ...]
     task: str = "text-generation"
+    gain: float = 1.0
 
 
 _LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -132,11 +133,17 @@ ARCHITECTURES = {
         "feature-extraction",
     ),
 }
+# Not of another kind, but with weights so large that each layer multiplies the rounding of the one before.
+AMPLIFYING = Architecture("LlamaConfig", {**_DECODER, "num_hidden_layers": 8}, _LLAMA_TARGETS, gain=8.0)
 _CLASSES = {
     "text-generation": AutoModelForCausalLM,
     "feature-extraction": AutoModel,
     "text-classification": AutoModelForSequenceClassification,
 }
+
+
+def architecture_of(name: str) -> Architecture:
+    return AMPLIFYING if name == "amplifying" else ARCHITECTURES[name]
 
 
 @pytest.fixture(scope="session")
@@ -146,7 +153,7 @@ def make_base(tmp_path_factory) -> Callable[[str], BaseModel]:
 
     def make(name: str) -> BaseModel:
         if name not in made:
-            architecture = ARCHITECTURES[name]
+            architecture = architecture_of(name)
             torch.manual_seed(sum(map(ord, name)))
             config = getattr(transformers, architecture.config_class)(**architecture.fields)
             model = _CLASSES[architecture.task].from_config(config)
@@ -154,6 +161,8 @@ def make_base(tmp_path_factory) -> Callable[[str], BaseModel]:
                 if parameter.ndim == 1:
                     # Biases and norms that do something.
                     parameter.data += 0.1 * torch.randn_like(parameter)
+                else:
+                    parameter.data *= architecture.gain
             folder = tmp_path_factory.mktemp(f"base-{name}")
             model.save_pretrained(folder)
             made[name] = open_base(str(folder), architecture.task)
@@ -176,7 +185,7 @@ def make_adapter(make_base, tmp_path_factory) -> Callable[[str], Path]:
     def make(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(f"adapter-{name}")
-            write_adapter(random_adapter(make_base(name), ARCHITECTURES[name].targets), made[name])
+            write_adapter(random_adapter(make_base(name), architecture_of(name).targets), made[name])
         return made[name]
 
     return make

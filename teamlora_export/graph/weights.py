@@ -181,9 +181,7 @@ def adapter_weights(
     Raises:
         ExportError: a recipe needs a weight of the base.
     """
-    kinds = {
-        name: ir.DataType.FLOAT if recipe.parts[0].source == "mix" else dtype for name, recipe in recipes.items()
-    }
+    kinds = {name: ir.DataType.FLOAT if recipe.parts[0].source == "mix" else dtype for name, recipe in recipes.items()}
     return make_weights(recipes, _NoBase(), adapter, kinds)
 
 

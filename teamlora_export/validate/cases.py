@@ -75,7 +75,7 @@ def first_step(inputs: Sequence[Port], case: Case) -> Step:
     """The whole prompt of a case, with an empty cache where the model has one."""
     caches = [port for port in inputs if port.name.startswith("past_key_values.")]
     batch = len(case.mask)
-    past = {port.name: np.zeros((batch, port.shape[1], 0, port.shape[3]), np.float32) for port in caches}  # type: ignore[arg-type]
+    past = {port.name: np.zeros((batch, int(port.shape[1]), 0, int(port.shape[3])), np.float32) for port in caches}
     return Step(_common_feeds(inputs, case.ids, case.mask) | past, case.mask)
 
 

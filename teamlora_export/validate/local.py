@@ -21,9 +21,13 @@ from teamlora_export.validate.metrics import ErrorStats, attended
 from teamlora_export.validate.torch_runner import TorchRunner
 from teamlora_export.validate.verdict import UNIT_ROUNDOFF, Judgement, LocalCheck
 
-MULTIPLE = 8.0
+# Kernels in 16 bits round at other places than PyTorch's (attention's scores and shares, for one): good models stay
+# below a third of this. In float32 they stay below a tenth, and faults of a thousandth are above it.
+MULTIPLE = 16.0
 # In units of roundoff of a column's own size, or of the median column's where that is larger.
-FLOOR = {"fp32": 512.0, "fp16": 8.0, "bf16": 8.0}
+FLOOR = {"fp32": 512.0, "fp16": 32.0, "bf16": 32.0}
+# In units of the 16-bit type, for values in float32 arithmetic that are made with constants rounded to that type.
+FLOOR_OF_ROUNDED_CONSTANTS = 16.0
 
 
 class Tappable(Protocol):
@@ -55,18 +59,21 @@ class LocalJudge:
         self._inexact = inexact
 
     def check(self, case: Case) -> Iterator[LocalCheck]:
-        """The prompt of a case and, where the task generates, one token after it."""
-        own = [False] if self._pytorch is not None else []
-        for wide in own if self._dtype == "fp32" and own else [True, *own]:
-            arithmetic = ", in float32 arithmetic" if wide else ""
-            step = first_step(self._inputs, case)
+        """The prompt of a case and, where the task generates, one token after it (in the sharper arithmetic)."""
+        sharp = self._dtype != "fp32" or self._pytorch is None
+        yield from self._follow(case, sharp, bool(case.steps))
+        if sharp and self._pytorch is not None:
+            yield from self._follow(case, False, False)
+
+    def _follow(self, case: Case, wide: bool, decode: bool) -> Iterator[LocalCheck]:
+        name = f"{case.name}{', in float32 arithmetic' if wide else ''}"
+        step = first_step(self._inputs, case)
+        found = self._candidate.run_with_taps(step.feeds, wide)
+        yield LocalCheck(name, wide, tuple(self._judge(step, found, wide)))
+        if decode:
+            step = next_step(self._inputs, step, _finite(found), found["logits"])
             found = self._candidate.run_with_taps(step.feeds, wide)
-            yield LocalCheck(f"{case.name}{arithmetic}", wide, tuple(self._judge(step, found, wide)))
-            if case.steps:
-                step = next_step(self._inputs, step, _finite(found), found["logits"])
-                found = self._candidate.run_with_taps(step.feeds, wide)
-                name = f"{case.name}, next token{arithmetic}"
-                yield LocalCheck(name, wide, tuple(self._judge(step, found, wide)))
+            yield LocalCheck(f"{name}, next token", wide, tuple(self._judge(step, found, wide)))
 
     def check_step(self, step: Step, name: str) -> Iterator[LocalCheck]:
         """One step as it is."""
@@ -76,16 +83,22 @@ class LocalJudge:
     def _judge(self, step: Step, found: Feeds, wide: bool) -> Iterator[Judgement]:
         """Every value that the candidate shows, in the order in which PyTorch computes them."""
         reference = self._reference.run_forced(step.feeds, found)
-        pytorch = self._pytorch.run_forced(step.feeds, found) if self._pytorch is not None and not wide else {}
+        pytorch: Feeds = {}
+        if self._pytorch is not None and not wide:
+            # A runtime may round once more between modules, or once less (ONNX Runtime drops pairs of casts).
+            pytorch = self._pytorch.run_forced(step.feeds, found, jitter=True)
         for name, exact in reference.items():
             if name not in found:
                 continue
             theirs = attended(name, pytorch[name], step.mask) if name in pytorch else None
-            kind = self._dtype if not wide or name in self._inexact else "fp32"
-            floor = FLOOR[kind] * UNIT_ROUNDOFF[kind]
-            yield judge_columns(
-                name, attended(name, found[name], step.mask), attended(name, exact, step.mask), theirs, floor
-            )
+            ours = attended(name, found[name], step.mask)
+            yield judge_columns(name, ours, attended(name, exact, step.mask), theirs, self._floor(name, wide))
+
+    def _floor(self, name: str, wide: bool) -> float:
+        if wide and name in self._inexact:
+            return FLOOR_OF_ROUNDED_CONSTANTS * UNIT_ROUNDOFF[self._dtype]
+        dtype = "fp32" if wide else self._dtype
+        return FLOOR[dtype] * UNIT_ROUNDOFF[dtype]
 
 
 def judge_columns(
@@ -94,7 +107,8 @@ def judge_columns(
     """The worst column of arrays [tokens, ..]; its error is a root mean square over tokens.
 
     Allowed is `MULTIPLE` times PyTorch's error there, or `floor` times the column's size where that is more. A column
-    that happens to be small, or to have been rounded well, is allowed what the median column is.
+    that happens to be small is allowed what the median column is; one that PyTorch happens to round well, what it errs
+    by in all, for its size.
     """
     if candidate.shape != reference.shape:
         return Judgement(name, ErrorStats(np.inf, np.inf, 0.0), ErrorStats(0.0, 0.0, 0.0), 0.0)
@@ -105,7 +119,8 @@ def judge_columns(
     theirs = _rms(_columns(pytorch) - exact) if pytorch is not None else np.zeros_like(scale)
     # Where PyTorch itself overflows in this dtype, the dtype is at fault, and nothing beyond the floor is allowed.
     theirs[~np.isfinite(theirs)] = 0.0
-    theirs = _at_least_median(theirs)
+    relative = np.divide(theirs, scale, out=np.zeros_like(theirs), where=scale > 0)
+    theirs = np.maximum(theirs, np.sqrt(np.mean(np.square(relative))) * scale if relative.size else 0.0)
     allowed = np.maximum(MULTIPLE * theirs, floor * scale)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(error > 0, error / allowed, 0.0)

@@ -30,7 +30,7 @@ from teamlora_export.validate.judge import Judge
 from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.local import LocalJudge
 from teamlora_export.validate.onnx_runner import OnnxRunner
-from teamlora_export.validate.stored import judge_weights, recipes_of
+from teamlora_export.validate.stored import judge_weights, kept_in_float32, recipes_of
 from teamlora_export.validate.taps import live_values, module_of, with_rounded_constants
 from teamlora_export.validate.torch_runner import TorchRunner
 from teamlora_export.validate.verdict import Departure, LocalCheck, Verdict
@@ -136,7 +136,8 @@ class _Inside:
 
     def _local_judge(self) -> LocalJudge:
         manifest = self._graph.bundle.manifest
-        self._reference.round_weights(_TORCH_DTYPES[manifest.dtype])
+        kept = kept_in_float32(self._graph.inlined, self._recipes)
+        self._reference.round_weights(_TORCH_DTYPES[manifest.dtype], kept)
         values = {name: tap.value for name, tap in self._graph.taps.items()}
         values |= {port.name: port.name for port in manifest.outputs}
         rounded = with_rounded_constants(self._graph.inlined, values.values(), self._recipes)
@@ -264,5 +265,7 @@ def _summary(verdict: Verdict) -> dict[str, object]:
         "worst_times_pytorch": worst.times_pytorch,
         "greedy_tokens": sum(case.greedy_tokens for case in tokens),
         "greedy_equal": sum(case.greedy_equal for case in tokens),
+        "weights": verdict.weights,
+        "module_values": sum(len(check.judgements) for check in verdict.local),
         "first_departure": verdict.departure.module if verdict.departure else None,
     }

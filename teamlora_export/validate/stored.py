@@ -22,6 +22,16 @@ def recipes_of(manifest: Manifest) -> dict[str, Recipe]:
     return {name: Recipe.from_json(text) for name, text in texts.items()}
 
 
+def kept_in_float32(model: ir.Model, recipes: Mapping[str, Recipe]) -> set[str]:
+    """Parameters of the base that the file holds in float32, and in no other type."""
+    held: dict[str, set[ir.DataType | None]] = {}
+    for name, recipe in recipes.items():
+        if name in model.graph.initializers:
+            for part in recipe.parts:
+                held.setdefault(part.key, set()).add(model.graph.initializers[name].dtype)
+    return {key for key, dtypes in held.items() if dtypes == {ir.DataType.FLOAT}}
+
+
 def judge_weights(
     model: ir.Model, recipes: Mapping[str, Recipe], base: BaseWeights, adapter: AdapterSpec, live: set[str]
 ) -> Iterator[Departure]:

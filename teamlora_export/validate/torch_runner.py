@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -58,13 +58,17 @@ class TorchRunner:
         with torch.no_grad(), _Float64Islands() if self._dtype == torch.float64 else nullcontext():
             return self._run_encoder(feeds) if self._forward else self._run_decoder(feeds)
 
-    def run_forced(self, feeds: Feeds, taps: Mapping[str, np.ndarray]) -> Feeds:
+    def run_forced(self, feeds: Feeds, taps: Mapping[str, np.ndarray], jitter: bool = False) -> Feeds:
         """Run with each value that is in `taps` put in place of the model's own.
+
+        Args:
+            jitter: move some of them by a unit in the last place, so that together they are off by as much as if each
+                had been rounded once more.
 
         Returns:
             The model's own: outputs by name, and values by tap, in the order in which they were computed.
         """
-        follower = _Follower(taps, self._dtype)
+        follower = _Follower(taps, torch.Generator().manual_seed(0) if jitter else None)
         try:
             follower.attach(self._model)
             outputs = self.run(feeds)
@@ -78,19 +82,20 @@ class TorchRunner:
             return self._streamed.read(name)
         return self._model.get_parameter(name).detach().numpy()
 
-    def round_weights(self, dtype: torch.dtype) -> None:
-        """From now on, compute with the weights that a file in `dtype` holds."""
+    def round_weights(self, dtype: torch.dtype, kept: Collection[str]) -> None:
+        """From now on, compute with the weights that a file in `dtype` holds; those of the base in `kept` stay."""
         if dtype not in _NUMPY_DTYPES:
             return
         for path, module in self._model.named_modules():
             if isinstance(module, ExpertLinear):
                 _round_experts(module, op.fold(self._adapter.projections[path]), dtype)
         if self._streamed is not None:
-            self._streamed.rounding = _NUMPY_DTYPES[dtype]
+            self._streamed.rounding, self._streamed.kept = _NUMPY_DTYPES[dtype], kept
             return
-        for module in self._model.modules():
+        for path, module in self._model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if name in ("weight", "bias") or not isinstance(module, ExpertLinear):
+                of_base = name in ("weight", "bias") or not isinstance(module, ExpertLinear)
+                if of_base and f"{path}.{name}".lstrip(".") not in kept:
                     parameter.data = parameter.data.to(dtype).to(self._dtype)
 
     def expert_use(self) -> dict[str, np.ndarray]:
@@ -129,23 +134,24 @@ class _StreamedWeights:
         self._weights = weights
         self._overrides = overrides
         self.rounding: np.dtype | None = None
+        self.kept: Collection[str] = ()
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights
 
     def read(self, name: str) -> np.ndarray:
         array = self._overrides[name] if name in self._overrides else self._weights.read(name)
-        floating = array.dtype.kind not in "iub"
-        return array.astype(self.rounding) if self.rounding is not None and floating else array
+        rounded = self.rounding is not None and name not in self.kept and array.dtype.kind not in "iub"
+        return array.astype(self.rounding) if rounded else array
 
 
 class _Follower:
     """Hooks that keep what each module gives and pass on what the candidate had in its place."""
 
-    def __init__(self, taps: Mapping[str, np.ndarray], dtype: torch.dtype) -> None:
+    def __init__(self, taps: Mapping[str, np.ndarray], jitter: torch.Generator | None) -> None:
         self.own: Feeds = {}
         self._taps = taps
-        self._dtype = dtype
+        self._jitter = jitter
         self._handles: list[Any] = []
         # Of several calls of one module, all but the last are numbered by how many follow.
         self._remaining = Counter(name.partition("#")[0] for name in taps if "/" not in name)
@@ -201,7 +207,19 @@ class _Follower:
             return own
         self.own[name] = _to_numpy(own)
         theirs = torch.from_numpy(np.ascontiguousarray(self._taps[name])).to(own.dtype)
-        return torch.where(torch.isfinite(theirs), theirs, own) if theirs.shape == own.shape else own
+        if theirs.shape != own.shape:
+            return own
+        if self._jitter is not None:
+            theirs = _jittered(theirs, self._jitter)
+        return torch.where(torch.isfinite(theirs), theirs, own)
+
+
+def _jittered(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """One of twelve numbers moved to one of its neighbours: a variance of a twelfth of a unit, as rounding has."""
+    bits = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
+    drawn = torch.rand(tensor.shape, generator=generator)
+    moved = (bits + (drawn < 1 / 24).to(bits.dtype) - (drawn > 23 / 24).to(bits.dtype)).view(tensor.dtype)
+    return torch.where((tensor != 0) & torch.isfinite(moved), moved, tensor)
 
 
 def _round_experts(layer: ExpertLinear, folded: op.OpWeights, dtype: torch.dtype) -> None:

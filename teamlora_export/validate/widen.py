@@ -1,9 +1,9 @@
 """Lets a graph in 16 bits run in float32 arithmetic.
 
-    rounded: every node's result is rounded to the 16-bit type, as a kernel with float32 accumulation does. This is how
-        bfloat16 runs where there are no kernels for it: errors are the format's own.
-    not rounded: the graph and its weights as they are in the file, without the noise of the format. What is wrong with
-        the graph itself shows at float32's precision.
+rounded: every node's result is rounded to the 16-bit type, as a kernel with float32 accumulation does. This is how
+    bfloat16 runs where there are no kernels for it: errors are the format's own.
+not rounded: the graph and its weights as they are in the file, without the noise of the format. What is wrong with
+    the graph itself shows at float32's precision.
 """
 
 from __future__ import annotations
