@@ -17,7 +17,7 @@ from teamlora_export.errors import ExportError
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import DTYPES
 from teamlora_export.validate.cases import Feeds
-from teamlora_export.validate.taps import EXPERTS, Tap, expert_inputs, find_taps, module_of
+from teamlora_export.validate.taps import EXPERTS, Tap, expert_inputs, find_taps, live_values, marked_values, module_of
 from teamlora_export.validate.verdict import Departure
 from teamlora_export.validate.widen import widen
 
@@ -48,15 +48,13 @@ class OnnxRunner:
         """What of the inside can be looked at, in the order of the graph."""
         return find_taps(self.inlined, self._adapted, self._inlined_and_inputs[1])
 
-    def departures(self, live: Collection[str]) -> Iterator[Departure]:
-        """What is wrong with the graph's form.
-
-        Args:
-            live: values that the model's outputs depend on.
-        """
-        for name, tap in self.taps.items():
-            if tap.value not in live:
-                yield Departure("graph", module_of(name), self.producer_of(name), f"{name} is read by nothing")
+    def departures(self) -> Iterator[Departure]:
+        """What is wrong with the graph's form: modules that nothing reads, and projections without experts."""
+        live = live_values(self.written)
+        for value, modules in marked_values(self.written):
+            if value.name not in live:
+                node = self.producer_of(modules[0])
+                yield Departure("graph", module_of(modules[0]), node, f"{modules[0]} is read by nothing")
         for name in self.taps:
             if name.partition("#")[0] in self._adapted and f"{name}/{EXPERTS}" not in self.taps:
                 yield Departure("graph", module_of(name), self.producer_of(name), "no experts are added to its base")
@@ -64,16 +62,16 @@ class OnnxRunner:
     def producer_of(self, tap_or_output: str) -> str:
         """Name of the node that makes a module's value, or an output of the model; of siblings, their common node."""
         module = tap_or_output.partition("/")[0]
-        name = self.taps[module].value if module in self.taps else module
-        made = {value.name: node for node in self._written.graph for value in node.outputs}
-        node = made.get(name)
+        modules = {name: str(value.name) for value, names in marked_values(self.written) for name in names}
+        made = {value.name: node for node in self.written.graph for value in node.outputs}
+        node = made.get(modules.get(module, module))
         if node is not None and node.op_type == "Split" and node.inputs[0] is not None:
             node = node.inputs[0].producer() or node
         return (node.name or node.op_type) if node is not None else "an input of the model"
 
     @cached_property
-    def _written(self) -> ir.Model:
-        """The model as it is in the file."""
+    def written(self) -> ir.Model:
+        """The model as it is in the file. To be read only."""
         return ir.load(self.bundle.model)
 
     @cached_property

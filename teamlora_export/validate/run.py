@@ -115,11 +115,11 @@ class _Inside:
         self.weights = 0
 
     def judge(self, case: Case, reporter: Reporter) -> None:
-        live = live_values(self._graph.inlined)
-        self.departures += self._graph.departures(live)
+        self.departures += self._graph.departures()
         if self._recipes:
             with reporter.step(f"Comparing {len(self._recipes)} weights with their sources"):
-                model = self._graph.inlined
+                model = self._graph.written
+                live = live_values(model)
                 self.departures += judge_weights(model, self._recipes, self._reference, self._adapter, live)
                 self.weights = len(self._recipes)
         with reporter.step("Comparing module by module"):

@@ -55,7 +55,7 @@ def find_taps(model: ir.Model, adapted: Collection[str], inputs: Mapping[str, st
         inputs: what `expert_inputs` gave before the bodies were inlined.
     """
     taps: dict[str, Tap] = {}
-    for value, modules in _marked(model):
+    for value, modules in marked_values(model):
         for module in modules:
             if module.partition("#")[0] in adapted:
                 taps |= _parts(module, value, inputs)
@@ -63,7 +63,8 @@ def find_taps(model: ir.Model, adapted: Collection[str], inputs: Mapping[str, st
     return taps
 
 
-def _marked(model: ir.Model) -> Iterator[tuple[ir.Value, list[str]]]:
+def marked_values(model: ir.Model) -> Iterator[tuple[ir.Value, list[str]]]:
+    """Each value that modules returned, with their names."""
     values = (value for node in model.graph for value in node.outputs)
     for value in (*model.graph.inputs, *values):
         if MODULES_KEY in value.metadata_props:
