@@ -118,6 +118,8 @@ class Validation(TypedDict):
     worst_times_pytorch: float
     greedy_tokens: int
     greedy_equal: int
+    weights: int
+    module_values: int
     first_departure: str | None
 
 
@@ -141,8 +143,8 @@ class Manifest:
     Attributes:
         tokens: what the model says of its tokens.
         sha256: every file of the bundle, but this one and engines, relative to its folder.
+        recipes: how each weight of the base is made, by its name in the graph; the adapter's are in `refit`.
         validation: None before the first.
-        refit: None where the bundle cannot serve it.
     """
 
     tool: Mapping[str, str]
@@ -155,8 +157,9 @@ class Manifest:
     outputs: tuple[Port, ...]
     sha256: Mapping[str, Sha256]
     tokens: Tokens
+    refit: Refit
+    recipes: Mapping[str, str]
     validation: Validation | None = None
-    refit: Refit | None = None
     format_version: int = FORMAT_VERSION
 
 

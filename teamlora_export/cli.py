@@ -139,6 +139,7 @@ def validate(
 ) -> None:
     """Compare a bundle with PyTorch; exit with 1 where it departs, and say which module does."""
     from teamlora_export.bundle import read_bundle
+    from teamlora_export.progress import Reporter
     from teamlora_export.validate.report import print_verdict, refuse_foreign_report, verdict_fields, write_html
     from teamlora_export.validate.run import validate_bundle
 
@@ -160,6 +161,8 @@ def validate(
     if report is not None:
         write_html(verdict, opened, report)
     write_json(verdict_fields(verdict, opened), json)
+    if verdict.not_kept:
+        Reporter().warn(f"The verdict could not be kept: {verdict.not_kept}")
     if not verdict.passed:
         raise typer.Exit(1)
 

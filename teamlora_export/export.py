@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -90,7 +90,12 @@ def export_onnx(
         _warn_of_normalizers(adapter, reporter)
         _warn_of_unused(model, adapter, reporter)
         nodes = sum(op.is_op(node) for node in model.graph)
-        refit = _describe_refit(model, adapter, traced.signature)
+        recipes = {
+            value.name or "": recipe
+            for value in model.graph.initializers.values()
+            if (recipe := weights.recipe_of(value))
+        }
+        refit = _describe_refit(recipes, adapter, traced.signature)
         if op_form == "standard":
             inline_bodies(model)
         model.producer_name, model.producer_version = "teamlora-export", __version__
@@ -112,6 +117,7 @@ def export_onnx(
                 tokens=read_tokens(folder, traced.task),
                 sha256=hash_files(folder, {DATA_NAME: data_sha256}),
                 refit=refit,
+                recipes={name: recipe.to_json() for name, recipe in recipes.items() if name not in refit["weights"]},
             )
             write_manifest(folder, manifest)
     return Bundle(given, read_bundle(out).manifest)
@@ -199,11 +205,8 @@ def _describe_adapter(adapter: AdapterSpec) -> AdapterOrigin:
     }
 
 
-def _describe_refit(model: ir.Model, adapter: AdapterSpec, signature: BaseSignature) -> Refit:
+def _describe_refit(recipes: Mapping[str, weights.Recipe], adapter: AdapterSpec, signature: BaseSignature) -> Refit:
     """What exchanging the adapter needs: the recipes of its weights, and what another adapter is checked against."""
-    recipes = {
-        value.name or "": recipe for value in model.graph.initializers.values() if (recipe := weights.recipe_of(value))
-    }
     own = {
         name: recipe.to_json()
         for name, recipe in recipes.items()

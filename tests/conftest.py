@@ -64,6 +64,7 @@ class Architecture:
     fields: dict[str, object]
     targets: tuple[str, ...]
     task: str = "text-generation"
+    gain: float = 1.0
 
 
 _LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -146,7 +147,9 @@ MIXTURES = {
     "qwen3_moe": Architecture("Qwen3MoeConfig", {**_MIXTURE, "num_experts": 4}, ("q_proj", "o_proj")),
     "qwen2_moe": Architecture("Qwen2MoeConfig", {**_MIXTURE, "num_experts": 4}, _LLAMA_TARGETS),
 }
-_ALL = {**ARCHITECTURES, **MIXTURES}
+# Not of another kind, but with weights so large that each layer multiplies the rounding of the one before.
+AMPLIFYING = Architecture("LlamaConfig", {**_DECODER, "num_hidden_layers": 8}, _LLAMA_TARGETS, gain=8.0)
+_ALL = {**ARCHITECTURES, **MIXTURES, "amplifying": AMPLIFYING}
 _CLASSES = {
     "text-generation": AutoModelForCausalLM,
     "feature-extraction": AutoModel,
@@ -169,6 +172,8 @@ def make_base(tmp_path_factory) -> Callable[[str], BaseModel]:
                 if parameter.ndim == 1:
                     # Biases and norms that do something.
                     parameter.data += 0.1 * torch.randn_like(parameter)
+                else:
+                    parameter.data *= architecture.gain
             folder = tmp_path_factory.mktemp(f"base-{name}")
             model.save_pretrained(folder)
             if architecture.task == "text-generation":

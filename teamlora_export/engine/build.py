@@ -82,8 +82,6 @@ def build_engine(
     dtype = options.dtype or bundle.manifest.dtype
     if dtype not in DTYPES:
         raise ExportError(f"dtype {dtype}: unknown. Use {', '.join(DTYPES)}.")
-    if options.refit and bundle.manifest.refit is None:
-        raise ExportError(f"{bundle.folder}: was exported by a version that knew no refit. Export it again.")
     profiles = make_profiles(bundle, options.shapes)
     runtime = open_runtime(options.runtime, reporter.say)
     capabilities = _capabilities(runtime, options.capabilities)
@@ -113,7 +111,7 @@ def build_engine(
             plugin=_describe(plugin) if plugin else None,
             model_sha256=dict(bundle.manifest.sha256),
             adapter_sha256=bundle.manifest.adapter["sha256"],
-            refit_weights=dict(bundle.manifest.refit["weights"]) if options.refit and bundle.manifest.refit else None,
+            refit_weights=dict(bundle.manifest.refit["weights"]) if options.refit else None,
             stripped=options.strip_weights,
             size=len(engine),
             sha256=hashlib.sha256(engine).hexdigest(),
@@ -148,7 +146,7 @@ class _Builder:
         with self._reporter.step("Parsing the graph"):
             if not run_cancellable(lambda: parser.parse_from_file(str(model)), lambda: None):
                 raise self._parse_error(parser)
-        if self._options.refit and bundle.manifest.refit is not None:
+        if self._options.refit:
             self._mark_refittable(network, bundle.manifest.refit["weights"])
         with BuildProgress(self._trt, self._reporter) as progress:
             config = self._configure(builder, network, profiles, capabilities)

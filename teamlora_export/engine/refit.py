@@ -79,7 +79,7 @@ def refit_weights(
     """
     if facts.refit_weights is None:
         raise ExportError(f"{engine}: was built without --refit. Build it again with it.")
-    if dict(facts.model_sha256) != dict(bundle.manifest.sha256) or bundle.manifest.refit is None:
+    if dict(facts.model_sha256) != dict(bundle.manifest.sha256):
         raise ExportError(f"{bundle.folder}: is not the bundle that {engine.name} was built from.")
     adapter = _aligned(read_adapter(adapter_folder), bundle)
     recipes = {name: Recipe.from_json(text) for name, text in facts.refit_weights.items()}

@@ -181,10 +181,17 @@ def adapter_weights(
     Raises:
         ExportError: a recipe needs a weight of the base.
     """
-    cook = _Cook(_NoBase(), adapter)
+    kinds = {name: ir.DataType.FLOAT if recipe.parts[0].source == "mix" else dtype for name, recipe in recipes.items()}
+    return make_weights(recipes, _NoBase(), adapter, kinds)
+
+
+def make_weights(
+    recipes: Mapping[str, Recipe], base: BaseWeights, adapter: AdapterSpec, dtypes: Mapping[str, ir.DataType]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """What each recipe gives in its dtype, by name, made one at a time. An array is valid until the next but one."""
+    cook = _Cook(base, adapter)
     for name, recipe in recipes.items():
-        kind = ir.DataType.FLOAT if recipe.parts[0].source == "mix" else dtype
-        yield name, cook.make(recipe, kind)
+        yield name, cook.make(recipe, dtypes[name])
 
 
 class _NoBase:

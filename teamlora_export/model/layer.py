@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -62,13 +64,15 @@ class ExpertLinear(FrozenLinear):
         self.last_routing: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        return sum(self.contributions(x), start=self.base_projection(x))
+
+    def contributions(self, x: Tensor) -> Iterator[Tensor]:
+        """x [.., in] -> what each expert adds to the base's projection, w_i (u_i Bit), [.., out] each."""
         w = self.route(x)
         self.last_routing = w if self.training else w.detach()
         u = nn.functional.linear(self.dropout(x), self.down) * self.scaling
-        y = self.base_projection(x)
         for i, (w_i, u_i) in enumerate(zip(w.to(u.dtype).split(1, dim=-1), self.expert_inputs(u), strict=True)):
-            y = y + w_i * nn.functional.linear(u_i, self.up[i])
-        return y
+            yield w_i * nn.functional.linear(u_i, self.up[i])
 
     def route(self, x: Tensor) -> Tensor:
         """x [.., in] -> routing weights [.., k] that sum to `routing_sum`."""

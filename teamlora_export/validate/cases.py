@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from teamlora_export.bundle import Port
 from teamlora_export.tokens import longest_input
 
 Feeds = dict[str, np.ndarray]
@@ -23,6 +25,14 @@ class Case:
     ids: np.ndarray
     mask: np.ndarray
     steps: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the model: what it is fed, and the mask over all tokens so far."""
+
+    feeds: Feeds
+    mask: np.ndarray
 
 
 def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> list[Case]:
@@ -61,6 +71,29 @@ def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> li
         case("batch of 2, padded left", [6, 13], "left"),
         case(f"one sentence of {long}", [long], "right"),
     ]
+
+
+def first_step(inputs: Sequence[Port], case: Case) -> Step:
+    """The whole prompt of a case, with an empty cache where the model has one."""
+    caches = [port for port in inputs if port.name.startswith("past_key_values.")]
+    batch = len(case.mask)
+    past = {port.name: np.zeros((batch, int(port.shape[1]), 0, int(port.shape[3])), np.float32) for port in caches}
+    return Step(_common_feeds(inputs, case.ids, case.mask) | past, case.mask)
+
+
+def next_step(inputs: Sequence[Port], step: Step, outputs: Feeds, logits: np.ndarray) -> Step:
+    """One more token after `step`, the likeliest by `logits`, with the cache of `outputs`."""
+    ids = logits[:, -1].argmax(axis=-1)[:, None]
+    mask = np.concatenate([step.mask, np.ones_like(ids)], axis=1)
+    presents = {name: value for name, value in outputs.items() if name.startswith("present.")}
+    past = {f"past_key_values.{name.removeprefix('present.')}": value for name, value in presents.items()}
+    return Step(_common_feeds(inputs, ids, mask) | past, mask)
+
+
+def _common_feeds(inputs: Sequence[Port], ids: np.ndarray, mask: np.ndarray) -> Feeds:
+    feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    feeds["position_ids"] = position_ids(mask)[:, -ids.shape[1] :]
+    return {port.name: feeds[port.name] for port in inputs if port.name in feeds}
 
 
 def position_ids(mask: np.ndarray) -> np.ndarray:

@@ -16,7 +16,6 @@ from teamlora_export.engine.profiles import ShapeProfile
 from teamlora_export.errors import ExportError
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.cases import Case, Feeds
-from teamlora_export.validate.runners import Taps
 
 
 class EngineRunner:
@@ -58,13 +57,6 @@ class EngineRunner:
         }
         outputs = self._runner.infer(inputs, check_inputs=False)
         return {name: _to_numpy(outputs[name]) for name in self._outputs}
-
-    def run_with_taps(self, feeds: Feeds) -> tuple[Feeds, Taps]:
-        """Outputs alone: an engine shows nothing of its inside."""
-        return self.run(feeds), {}
-
-    def producer_of(self, module_or_output: str) -> str:
-        return f"inside of {self._path.name}"
 
     def _choose_profile(self, shapes: dict[str, tuple[int, ...]]) -> int:
         for index, profile in enumerate(self._facts.profiles):

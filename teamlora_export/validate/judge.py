@@ -1,111 +1,41 @@
-"""Runs the cases, decides, and finds the first module that departs.
+"""Runs the cases from end to end and judges the outputs.
 
 The reference is the adapted PyTorch model in float64. PyTorch itself, run in the candidate's dtype, shows how much
-error that
-dtype costs. A candidate passes when each of its outputs errs at most `MULTIPLE` times as much (root mean square
-over real
-tokens) as PyTorch does, in that step or over all of them; with a floor of `FLOOR` units of roundoff, should PyTorch
-err less.
+error that dtype costs. An output passes when it errs at most `MULTIPLE` times as much (root mean square over real
+tokens) as PyTorch's does, in that step or over all of them; with a floor of `FLOOR` units of roundoff, should PyTorch
+err less. Errors of a whole model hide what is wrong in one module: `local.py` judges those.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from teamlora_export.bundle import Port
-from teamlora_export.validate.cases import Case, Feeds, position_ids
+from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
 from teamlora_export.validate.metrics import ErrorStats, attended, kl_divergence, measure, top5_overlap
-from teamlora_export.validate.runners import Runner
+from teamlora_export.validate.verdict import UNIT_ROUNDOFF, CaseResult, Judgement
 
 # Another order of additions moves an error by a factor of about two. ONNX Runtime's float32 Sigmoid adds to that: it is
 # off by up to 1e-7, which is 1.7 % of its value at -12, and gated MLPs multiply it into activations of hundreds
 # (SmolLM2-135M: 7 times PyTorch's error). Real faults move an error by a hundred and more.
 MULTIPLE = 10.0
 FLOOR = 4.0
-# Module values are judged one by one, over few numbers, so by a wider margin.
-MODULE_MULTIPLE = 16.0
 # Largest error of a few against the root mean square of all.
 _PEAK = 3.0
-UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
 
-@dataclass(frozen=True)
-class Judgement:
-    """An error, what was allowed, and what PyTorch's own was."""
+class Runner(Protocol):
+    """Anything that can run a model; arrays go in and come out by the graph's own names."""
 
-    name: str
-    error: ErrorStats
-    pytorch: ErrorStats
-    allowed: float
-
-    @property
-    def passed(self) -> bool:
-        # Written so that NaN fails.
-        return self.error.rms <= self.allowed
-
-    @property
-    def times_pytorch(self) -> float:
-        return self.error.rms / self.pytorch.rms if self.pytorch.rms > 0 else math.inf if self.error.rms > 0 else 0.0
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """One case. `judgements` has the worst step of each output; token figures are for text generation only."""
-
-    name: str
-    judgements: tuple[Judgement, ...]
-    greedy_tokens: int = 0
-    greedy_equal: int = 0
-    greedy_excused: int = 0
-    top5: float | None = None
-    kl: float | None = None
-
-    @property
-    def passed(self) -> bool:
-        return all(j.passed for j in self.judgements) and self.greedy_equal + self.greedy_excused == self.greedy_tokens
-
-
-@dataclass(frozen=True)
-class Departure:
-    """The first module whose output is wrong, and the node that makes it."""
-
-    module: str
-    node: str
-    judgement: Judgement
-    case: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    dtype: str
-    cases: tuple[CaseResult, ...]
-    modules: tuple[Judgement, ...] = ()
-    departure: Departure | None = None
-    expert_use: dict[str, list[float]] = field(default_factory=dict)
-    candidate: str = "ONNX Runtime"
-
-    @property
-    def passed(self) -> bool:
-        return all(case.passed for case in self.cases)
-
-    @property
-    def worst(self) -> Judgement:
-        """The judgement that came closest to failing, or failed by most."""
-        return max((j for case in self.cases for j in case.judgements), key=_severity)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One call of the model: what all runners were fed (with the reference's cache), and the mask over all tokens
-    so far."""
-
-    feeds: Feeds
-    mask: np.ndarray
+    def run(self, feeds: Feeds) -> Feeds:
+        """Outputs by name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -113,7 +43,7 @@ class _Measured:
     """One output in one step of one case, before it is judged."""
 
     case: Case
-    step: _Step
+    step: Step
     name: str
     ours: ErrorStats
     pytorch: ErrorStats
@@ -158,48 +88,28 @@ class Judge:
         for measured in self._measured:
             judgement = self._judge_measured(measured)
             outputs = worst[measured.case.name]
-            if measured.name not in outputs or _severity(judgement) > _severity(outputs[measured.name]):
+            if measured.name not in outputs or judgement.severity > outputs[measured.name].severity:
                 outputs[measured.name] = judgement
         return tuple(
             CaseResult(case, tuple(worst[case].values()), **_token_figures(rows, worst[case]))  # type: ignore[arg-type]
             for case, rows in self._tokens.items()
         )
 
-    def locate(self, producer_of: Callable[[str], str]) -> Departure | None:
-        """The first module that departs in the first step that failed, fed with the reference's own cache."""
-        failing = next((m for m in self._measured if not self._judge_measured(m).passed), None)
-        if failing is None:
-            return None
-        for judgement in self.judge_modules(failing.step):
+    def first_failure(self) -> tuple[str, Step, Judgement] | None:
+        """Case, step (with the reference's own cache) and output of the first that failed."""
+        for measured in self._measured:
+            judgement = self._judge_measured(measured)
             if not judgement.passed:
-                return Departure(judgement.name, producer_of(judgement.name), judgement, failing.case.name)
-        judgement = self._judge_measured(failing)
-        return Departure(judgement.name, producer_of(judgement.name), judgement, failing.case.name)
-
-    def judge_modules(self, step: _Step | None = None) -> Iterator[Judgement]:
-        """Every module's output in one step (the first by default), in the order in which modules finish.
-
-        Outputs of the model that no module returns (the cache) come last.
-        """
-        step = step or self._measured[0].step
-        runs = [runner.run_with_taps(step.feeds) for runner in self._runners]
-        for kind, multiple in ((1, MODULE_MULTIPLE), (0, MULTIPLE)):
-            found = [run[kind] for run in runs]
-            for name in found[0]:
-                if all(name in values for values in found):
-                    reference, pytorch, candidate = (attended(name, values[name], step.mask) for values in found)
-                    stats = measure(candidate, reference), measure(pytorch, reference)
-                    pooled = self._pooled(name) if kind == 0 else 0.0
-                    yield self._judge(name, *stats, multiple=multiple, pooled=pooled)
+                return measured.case.name, measured.step, judgement
+        return None
 
     def _judge_measured(self, measured: _Measured) -> Judgement:
-        return self._judge(measured.name, measured.ours, measured.pytorch, MULTIPLE, self._pooled(measured.name))
-
-    def _judge(self, name: str, ours: ErrorStats, pytorch: ErrorStats, multiple: float, pooled: float) -> Judgement:
+        pytorch = measured.pytorch
         floor = FLOOR * UNIT_ROUNDOFF[self._dtype] * pytorch.scale
         # Where PyTorch itself overflows in this dtype, the dtype is at fault, and nothing beyond the floor is allowed.
         theirs = pytorch.rms if math.isfinite(pytorch.rms) else 0.0
-        return Judgement(name, ours, pytorch, max(multiple * max(theirs, pooled), floor))
+        allowed = max(MULTIPLE * max(theirs, self._pooled(measured.name)), floor)
+        return Judgement(measured.name, measured.ours, pytorch, allowed)
 
     def _pooled(self, name: str) -> float:
         """PyTorch's error of an output, root mean square over all steps of all cases.
@@ -209,39 +119,15 @@ class Judge:
         squares = self._pytorch_squares.get(name)
         return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
 
-    def _steps(self, case: Case) -> Iterator[tuple[_Step, tuple[Feeds, Feeds, Feeds]]]:
+    def _steps(self, case: Case) -> Iterator[tuple[Step, tuple[Feeds, Feeds, Feeds]]]:
         """Each runner decodes from its own cache; the tokens are the reference's."""
-        ids, mask = case.ids, case.mask
-        pasts: list[Feeds] = [{}, {}, {}]
-        for _ in range(case.steps + 1):
-            common = self._common_feeds(ids, mask)
-            outputs = tuple(
-                runner.run({**common, **self._past_feeds(past, len(mask))})
-                for runner, past in zip(self._runners, pasts, strict=True)
-            )
-            yield _Step({**common, **self._past_feeds(pasts[0], len(mask))}, mask), outputs  # type: ignore[misc]
-            if "logits" not in outputs[0] or not case.steps:
-                return
-            pasts = [{n: v for n, v in output.items() if n.startswith("present.")} for output in outputs]
-            ids = outputs[0]["logits"][:, -1].argmax(axis=-1)[:, None]
-            mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-
-    def _common_feeds(self, ids: np.ndarray, mask: np.ndarray) -> Feeds:
-        feeds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-        feeds["position_ids"] = position_ids(mask)[:, -ids.shape[1] :]
-        return {port.name: feeds[port.name] for port in self._inputs if port.name in feeds}
-
-    def _past_feeds(self, past: Feeds, batch: int) -> Feeds:
-        """A step's cache as the next one's input; an empty one before the first."""
-        if past:
-            return {f"past_key_values.{name.removeprefix('present.')}": value for name, value in past.items()}
-        caches = [port for port in self._inputs if port.name.startswith("past_key_values.")]
-        return {port.name: np.zeros((batch, port.shape[1], 0, port.shape[3]), np.float32) for port in caches}  # type: ignore[arg-type]
-
-
-def _severity(judgement: Judgement) -> float:
-    ratio = judgement.error.rms / judgement.allowed if judgement.allowed > 0 else math.inf
-    return math.inf if math.isnan(ratio) else ratio
+        steps = [first_step(self._inputs, case)] * len(self._runners)
+        for remaining in reversed(range(case.steps + 1)):
+            outputs = tuple(runner.run(step.feeds) for runner, step in zip(self._runners, steps, strict=True))
+            yield steps[0], outputs  # type: ignore[misc]
+            if remaining:
+                logits = outputs[0]["logits"]
+                steps = [next_step(self._inputs, s, o, logits) for s, o in zip(steps, outputs, strict=True)]
 
 
 def _token_figures(rows: list[_TokenRow], outputs: dict[str, Judgement]) -> dict[str, float | int]:

@@ -7,17 +7,17 @@ piece computes it again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.errors import ExportError
-from teamlora_export.graph.passes.module_outputs import MODULES_KEY
 from teamlora_export.validate.cases import Feeds
-from teamlora_export.validate.runners import OnnxRunner, Taps, open_model, run_session
+from teamlora_export.validate.onnx_runner import OnnxRunner, open_model, run_session
 
 
 @dataclass(frozen=True)
@@ -31,23 +31,23 @@ class _Piece:
 class LayerwiseOnnxRunner(OnnxRunner):
     """`OnnxRunner` in the memory of one layer."""
 
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle)
-        self._proto = onnx.load(bundle.model, load_external_data=False)
+    def __init__(self, bundle: Bundle, adapted: Collection[str]) -> None:
+        super().__init__(bundle, adapted)
+        typed = self._fresh()
+        common.ShapeInferencePass()(typed)
+        self._proto = ir.to_proto(typed)
         self._producers = {name: node for node in self._proto.graph.node for name in node.output}
         self._types = {info.name: info for info in self._proto.graph.value_info}
-        self._modules = _marked_values(self._proto)
         self._pieces = tuple(self._cut())
 
     def run(self, feeds: Feeds) -> Feeds:
-        return self._run(feeds, [])[0]
+        values = self._run(feeds, (), False)
+        return {output.name: values[output.name] for output in self._proto.graph.output}
 
-    def run_with_taps(self, feeds: Feeds) -> tuple[Feeds, Taps]:
-        outputs, values = self._run(feeds, list(self._modules))
-        return outputs, {module: values[name] for name, modules in self._modules.items() for module in modules}
+    def _run_tapped(self, feeds: Feeds, wide: bool) -> Feeds:
+        return self._run(feeds, {tap.value for tap in self.taps.values()}, wide)
 
-    def _run(self, feeds: Feeds, extra: Sequence[str]) -> tuple[Feeds, Feeds]:
-        wanted = [output.name for output in self._proto.graph.output]
+    def _run(self, feeds: Feeds, extra: Collection[str], wide: bool) -> Feeds:
         values: Feeds = dict(feeds)
         known: set[str] = set()
         for piece in self._pieces:
@@ -56,9 +56,9 @@ class LayerwiseOnnxRunner(OnnxRunner):
             # What all pieces compute again is given by the first that does.
             known.update(inside)
             model = self._extract(nodes, piece, inside)
-            session = open_model(model, self._bundle)
+            session = open_model(model, self.bundle, wide)
             values |= run_session(session, values)
-        return {name: values[name] for name in wanted}, values
+        return values
 
     def _cut(self) -> Iterator[_Piece]:
         entry, residuals = self._boundaries()
@@ -73,13 +73,13 @@ class LayerwiseOnnxRunner(OnnxRunner):
             yield _Piece(entry, tuple(rest))
 
     def _boundaries(self) -> tuple[str, list[str]]:
-        by_module = {module: name for name, modules in self._modules.items() for module in modules}
+        by_module = {name: tap.value for name, tap in self.taps.items()}
         for module, entry in by_module.items():
             prefix = module.removesuffix(".input")
             if module != prefix and f"{prefix}.0" in by_module:
                 layers = [by_module[f"{prefix}.{i}"] for i in range(len(by_module)) if f"{prefix}.{i}" in by_module]
                 return entry, layers
-        raise ExportError(f"{self._bundle.folder}: its layers cannot be told apart. Validate it on a larger machine.")
+        raise ExportError(f"{self.bundle.folder}: its layers cannot be told apart. Validate it on a larger machine.")
 
     def _nodes(self, outputs: Sequence[str], entry: str | None) -> list[onnx.NodeProto]:
         """The nodes between `entry` and `outputs`, in the graph's order."""
@@ -108,20 +108,7 @@ class LayerwiseOnnxRunner(OnnxRunner):
         sub = onnx.helper.make_graph(nodes, "piece", inputs, outputs, initializers, value_info=infos)
         model = onnx.helper.make_model(
             sub,
-            functions=self._proto.functions,
             opset_imports=self._proto.opset_import,
             ir_version=self._proto.ir_version,
         )
         return ir.from_proto(model)
-
-
-def _marked_values(proto: onnx.ModelProto) -> dict[str, list[str]]:
-    """Value name -> modules that returned it, in the order of the graph."""
-    marked = {}
-    infos = {info.name: info for info in (*proto.graph.value_info, *proto.graph.output)}
-    for node in proto.graph.node:
-        for name in node.output:
-            properties = {p.key: p.value for p in infos[name].metadata_props} if name in infos else {}
-            if MODULES_KEY in properties:
-                marked[name] = properties[MODULES_KEY].split(",")
-    return marked

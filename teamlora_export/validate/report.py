@@ -18,10 +18,13 @@ from teamlora_export.bundle import Bundle
 from teamlora_export.errors import ExportError
 from teamlora_export.files import open_file
 from teamlora_export.staging import write_aside
-from teamlora_export.validate.judge import FLOOR, MULTIPLE, Judgement, Verdict
+from teamlora_export.validate import local
+from teamlora_export.validate.judge import FLOOR, MULTIPLE
+from teamlora_export.validate.verdict import Judgement, Verdict
 
 # At the top of every report, so that one may replace another.
 _MARK = b"teamlora-export"
+_MOST_DEPARTURES = 10
 _LAYER = re.compile(r"^(.*?\.\d+)\.(.+)$")
 
 
@@ -46,6 +49,11 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
         )
     console.print(table)
     console.print(_conclusion(verdict), markup=False)
+    console.print(_inside(verdict), markup=False)
+    for departure in verdict.departures[1:_MOST_DEPARTURES]:
+        console.print(f"  also {departure.module} (node {departure.node}): {departure.reason}", markup=False)
+    if len(verdict.departures) > _MOST_DEPARTURES:
+        console.print(f"  and {len(verdict.departures) - _MOST_DEPARTURES} more: see --json", markup=False)
 
 
 def verdict_fields(verdict: Verdict, bundle: Bundle) -> dict[str, Any]:
@@ -54,6 +62,7 @@ def verdict_fields(verdict: Verdict, bundle: Bundle) -> dict[str, Any]:
         "bundle": bundle.folder.resolve().name,
         "passed": verdict.passed,
         "rule": {"multiple": MULTIPLE, "floor_in_roundoff": FLOOR},
+        "rule_for_modules": {"multiple": local.MULTIPLE, "floor_in_roundoff": local.FLOOR},
         **dataclasses.asdict(verdict),
     }
 
@@ -70,6 +79,7 @@ def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
         manifest=bundle.manifest,
         name=bundle.folder.resolve().name,
         conclusion=_conclusion(verdict),
+        inside=_inside(verdict),
         multiple=MULTIPLE,
         chart=_module_chart(verdict.modules),
         experts=_expert_rows(verdict.expert_use),
@@ -90,9 +100,18 @@ def _conclusion(verdict: Verdict) -> str:
         failed = [case.name for case in verdict.cases if not case.passed]
         return f"FAILED: greedy tokens differ in {', '.join(failed)}, though every output is within its tolerance."
     departure = verdict.departure
+    return f"FAILED. First to depart: {departure.module} (node {departure.node}): {departure.reason}."
+
+
+def _inside(verdict: Verdict) -> str:
+    """What was compared beside the outputs."""
+    if not verdict.local:
+        return "Of the inside nothing was compared: an engine with another adapter than its bundle shows outputs alone."
+    worst = max((check.worst for check in verdict.local if check.worst), key=lambda j: j.severity)
+    values = sum(len(check.judgements) for check in verdict.local)
     return (
-        f"FAILED. First to depart: {departure.module} (node {departure.node}), in the case '{departure.case}': "
-        f"error {departure.judgement.error.rms:.2e}, allowed {departure.judgement.allowed:.2e}."
+        f"Compared as well: {verdict.weights} weights with their sources; {values} values of modules, each on what was computed before it "
+        f"(the worst, {worst.name}, errs by {worst.severity:.2g} of what is allowed)."
     )
 
 
@@ -114,7 +133,7 @@ class Chart:
 def _module_chart(modules: tuple[Judgement, ...]) -> Chart:
     """Relative error over modules in the order in which they finish; PyTorch's own beside it."""
     finite = [m for m in modules if math.isfinite(m.error.rms) and m.error.scale > 0]
-    shown = [m for m in finite if not m.name.startswith("present.")]
+    shown = [m for m in finite if not m.name.startswith("present.") and "/" not in m.name]
     values = [
         v for m in shown for v in (m.error.rms / m.error.scale, m.pytorch.rms / m.error.scale) if 0 < v < math.inf
     ]

@@ -1,5 +1,8 @@
-"""`teamlora-export validate`: finds what made a bundle, runs the cases, judges, and writes the verdict into its
-manifest."""
+"""`teamlora-export validate`: finds what made a bundle, judges it, and writes the verdict into its manifest.
+
+Three checks, and all must pass: the outputs from end to end, over several cases; every weight in the file against its
+source; every module by itself, on what the candidate computed before it.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,16 @@ from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights
 from teamlora_export.model.source import weights_sha256
 from teamlora_export.progress import Reporter
-from teamlora_export.validate.cases import Case, make_cases
+from teamlora_export.validate.cases import Case, Step, make_cases
 from teamlora_export.validate.engine_runner import EngineRunner, cases_within
-from teamlora_export.validate.judge import Judge, Verdict
+from teamlora_export.validate.judge import Judge
 from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
-from teamlora_export.validate.runners import OnnxRunner, TorchRunner
+from teamlora_export.validate.local import LocalJudge
+from teamlora_export.validate.onnx_runner import OnnxRunner
+from teamlora_export.validate.stored import judge_weights, kept_in_float32, recipes_of
+from teamlora_export.validate.taps import live_values, module_of, with_rounded_constants
+from teamlora_export.validate.torch_runner import TorchRunner
+from teamlora_export.validate.verdict import Departure, LocalCheck, Verdict
 
 _TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -66,22 +74,108 @@ def validate_bundle(
     with reporter.step("Preparing PyTorch in float64 and the bundle's dtype"):
         reference = TorchRunner(base, adapter, torch.float64, weights)
         pytorch = TorchRunner(base, adapter, _TORCH_DTYPES[dtype], weights)
-    candidate = engine.runner if engine else OnnxRunner(bundle) if weights is None else LayerwiseOnnxRunner(bundle)
-    judge = Judge(dtype, reference, pytorch, candidate, manifest.inputs)
+    graph = (OnnxRunner if weights is None else LayerwiseOnnxRunner)(bundle, adapter.projections)
+    judge = Judge(dtype, reference, pytorch, engine.runner if engine else graph, manifest.inputs)
     cases = make_cases(base.config, base.task, brief=weights is not None)
     for case in engine.choose(cases, reporter) if engine else cases:
         with reporter.step(f"Case: {case.name}"):
             judge.add_case(case)
-    with reporter.step("Comparing module by module"):
-        modules = tuple(judge.judge_modules())
-        expert_use = {path: _mean_share(share) for path, share in reference.expert_use().items()}
-        departure = judge.locate(candidate.producer_of)
-    label = engine.label if engine else "ONNX Runtime"
-    verdict = Verdict(dtype, judge.results(), modules, departure, expert_use, label)
-    if engine:
-        write_facts(dataclasses.replace(engine.facts, validation=_summary(verdict)), engine.path)
-    else:
-        write_manifest(bundle.folder, dataclasses.replace(manifest, validation=_summary(verdict)))
+    expert_use = {path: _mean_share(share) for path, share in reference.expert_use().items()}
+    graph.forget()
+    inside = _Inside(graph, reference, None if engine else pytorch, adapter)
+    if engine is None or adapter_sha256 == manifest.adapter["sha256"]:
+        inside.judge(max(cases, key=lambda case: len(case.mask)), reporter)
+    departures = inside.departures or _from_outputs(judge, inside)
+    verdict = Verdict(
+        dtype=dtype,
+        cases=judge.results(),
+        departures=tuple(departures),
+        local=tuple(inside.checks),
+        weights=inside.weights,
+        expert_use=expert_use,
+        candidate=engine.label if engine else "ONNX Runtime",
+    )
+    return _keep(verdict, bundle, engine)
+
+
+class _Inside:
+    """The checks of a bundle's file: its graph, its weights, its modules.
+
+    For an engine they show that what it was built from is right; the engine itself shows its outputs alone.
+    """
+
+    def __init__(
+        self, graph: OnnxRunner, reference: TorchRunner, pytorch: TorchRunner | None, adapter: AdapterSpec
+    ) -> None:
+        self._graph, self._reference, self._pytorch = graph, reference, pytorch
+        self._adapter = adapter
+        self._recipes = recipes_of(graph.bundle.manifest)
+        self.departures: list[Departure] = []
+        self.checks: list[LocalCheck] = []
+        self.weights = 0
+
+    def judge(self, case: Case, reporter: Reporter) -> None:
+        self.departures += self._graph.departures()
+        with reporter.step(f"Comparing {len(self._recipes)} weights with their sources"):
+            model = self._graph.written
+            live = live_values(model)
+            self.departures += judge_weights(model, self._recipes, self._reference, self._adapter, live)
+            self.weights = len(self._recipes)
+        with reporter.step("Comparing module by module"):
+            for check in self._local_judge().check(case):
+                self._add(check)
+
+    def follow(self, step: Step, name: str) -> None:
+        """Judge module by module in one step that failed from end to end."""
+        for check in self._local_judge().check_step(step, name):
+            self._add(check)
+
+    def producer_of(self, name: str) -> str:
+        return self._graph.producer_of(name)
+
+    def _local_judge(self) -> LocalJudge:
+        manifest = self._graph.bundle.manifest
+        kept = kept_in_float32(self._graph.inlined, self._recipes)
+        self._reference.round_weights(_TORCH_DTYPES[manifest.dtype], kept)
+        values = {name: tap.value for name, tap in self._graph.taps.items()}
+        values |= {port.name: port.name for port in manifest.outputs}
+        rounded = with_rounded_constants(self._graph.inlined, values.values(), self._recipes)
+        inexact = {name for name, value in values.items() if value in rounded}
+        return LocalJudge(manifest.dtype, self._reference, self._pytorch, self._graph, manifest.inputs, inexact)
+
+    def _add(self, check: LocalCheck) -> None:
+        self.checks.append(check)
+        for judgement in check.judgements:
+            if not judgement.passed:
+                reason = (
+                    f"{judgement.name} errs by {judgement.error.rms:.2e} in one column, allowed is "
+                    f"{judgement.allowed:.2e} (case: {check.case})"
+                )
+                node = self._graph.producer_of(judgement.name)
+                self.departures.append(Departure("modules", module_of(judgement.name), node, reason))
+
+
+def _from_outputs(judge: Judge, inside: _Inside) -> list[Departure]:
+    """Where an output departs though nothing else was found: the first module that departs in that step."""
+    failure = judge.first_failure()
+    if failure is None:
+        return []
+    case, step, judgement = failure
+    inside.follow(step, f"{case}, the step that failed")
+    reason = f"errs by {judgement.error.rms:.2e}, allowed is {judgement.allowed:.2e} (case: {case})"
+    node = inside.producer_of(judgement.name)
+    return [*inside.departures, Departure("outputs", judgement.name, node, f"{judgement.name} {reason}")]
+
+
+def _keep(verdict: Verdict, bundle: Bundle, engine: _Engine | None) -> Verdict:
+    """Write the verdict beside what was judged; where that cannot be, the verdict says so."""
+    try:
+        if engine:
+            write_facts(dataclasses.replace(engine.facts, validation=_summary(verdict)), engine.path)
+        else:
+            write_manifest(bundle.folder, dataclasses.replace(bundle.manifest, validation=_summary(verdict)))
+    except ExportError as error:
+        return dataclasses.replace(verdict, not_kept=str(error))
     return verdict
 
 
@@ -171,5 +265,7 @@ def _summary(verdict: Verdict) -> Validation:
         "worst_times_pytorch": worst.times_pytorch,
         "greedy_tokens": sum(case.greedy_tokens for case in tokens),
         "greedy_equal": sum(case.greedy_equal for case in tokens),
+        "weights": verdict.weights,
+        "module_values": sum(len(check.judgements) for check in verdict.local),
         "first_departure": verdict.departure.module if verdict.departure else None,
     }

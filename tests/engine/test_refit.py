@@ -34,7 +34,7 @@ def refittable(bundle: Bundle, dtype: str, engine: Path, **changes: object) -> E
         plugin=None,
         model_sha256=dict(bundle.manifest.sha256),
         adapter_sha256=bundle.manifest.adapter["sha256"],
-        refit_weights=dict(bundle.manifest.refit["weights"]),  # type: ignore[index]
+        refit_weights=dict(bundle.manifest.refit["weights"]),
         stripped=False,
         size=6,
         sha256=sha256_of(engine),

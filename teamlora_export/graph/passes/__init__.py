@@ -10,7 +10,7 @@ import onnx_ir.passes.common as common
 
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
 from teamlora_export.graph.passes.fold_transposes import FoldTransposes
-from teamlora_export.graph.passes.module_outputs import NameModuleOutputs
+from teamlora_export.graph.passes.module_outputs import MODULES_KEY, NameModuleOutputs
 from teamlora_export.graph.passes.name_nodes import NameNodes
 from teamlora_export.graph.passes.pack_siblings import PackSiblings
 from teamlora_export.graph.passes.share_dimensions import ShareDimensions
@@ -36,7 +36,17 @@ def rewrite(model: ir.Model) -> None:
 
 
 def inline_bodies(model: ir.Model) -> None:
-    """Replace every op of ours by its body (`--op standard`), in place."""
+    """Replace every op of ours by its body (`--op standard`), in place. Values keep the names of their modules."""
+    modules = {
+        value.name: value.metadata_props[MODULES_KEY]
+        for node in model.graph
+        for value in node.outputs
+        if MODULES_KEY in value.metadata_props
+    }
     common.InlinePass()(model)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in modules:
+                value.metadata_props[MODULES_KEY] = modules[value.name]
     common.RemoveUnusedNodesPass()(model)
     NameNodes()(model)

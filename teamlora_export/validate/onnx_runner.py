@@ -1,0 +1,156 @@
+"""A bundle's model in ONNX Runtime, on the CPU: as it is, with its inside to be seen, and in wide arithmetic."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import onnxruntime as ort
+
+from teamlora_export.bundle import Bundle
+from teamlora_export.errors import ExportError
+from teamlora_export.graph.passes import inline_bodies
+from teamlora_export.graph.precision import DTYPES
+from teamlora_export.validate.cases import Feeds
+from teamlora_export.validate.taps import EXPERTS, Tap, expert_inputs, find_taps, live_values, marked_values, module_of
+from teamlora_export.validate.verdict import Departure
+from teamlora_export.validate.widen import widen
+
+
+class OnnxRunner:
+    """A bundle's model.
+
+    bfloat16 models run in float32 with every node's result rounded to bfloat16, because the runtime has no CPU
+    kernels for it.
+
+    Args:
+        adapted: paths of the adapted projections, whose parts can be looked at.
+    """
+
+    def __init__(self, bundle: Bundle, adapted: Collection[str]) -> None:
+        self.bundle = bundle
+        self._adapted = adapted
+        self._session: ort.InferenceSession | None = None
+        self._tapped: dict[bool, ort.InferenceSession] = {}
+
+    @cached_property
+    def inlined(self) -> ir.Model:
+        """The model with the op's bodies in place. To be read only: its weights stay in the bundle's file."""
+        return self._inlined_and_inputs[0]
+
+    @cached_property
+    def taps(self) -> dict[str, Tap]:
+        """What of the inside can be looked at, in the order of the graph."""
+        return find_taps(self.inlined, self._adapted, self._inlined_and_inputs[1])
+
+    def departures(self) -> Iterator[Departure]:
+        """What is wrong with the graph's form: modules that nothing reads, and projections without experts."""
+        live = live_values(self.written)
+        for value, modules in marked_values(self.written):
+            if value.name not in live:
+                node = self.producer_of(modules[0])
+                yield Departure("graph", module_of(modules[0]), node, f"{modules[0]} is read by nothing")
+        for name in self.taps:
+            if name.partition("#")[0] in self._adapted and f"{name}/{EXPERTS}" not in self.taps:
+                yield Departure("graph", module_of(name), self.producer_of(name), "no experts are added to its base")
+
+    def producer_of(self, tap_or_output: str) -> str:
+        """Name of the node that makes a module's value, or an output of the model; of siblings, their common node."""
+        module = tap_or_output.partition("/")[0]
+        modules = {name: str(value.name) for value, names in marked_values(self.written) for name in names}
+        made = {value.name: node for node in self.written.graph for value in node.outputs}
+        node = made.get(modules.get(module, module))
+        if node is not None and node.op_type == "Split" and node.inputs[0] is not None:
+            node = node.inputs[0].producer() or node
+        return (node.name or node.op_type) if node is not None else "an input of the model"
+
+    @cached_property
+    def written(self) -> ir.Model:
+        """The model as it is in the file. To be read only."""
+        return ir.load(self.bundle.model)
+
+    @cached_property
+    def _inlined_and_inputs(self) -> tuple[ir.Model, dict[str, str]]:
+        model = ir.load(self.bundle.model)
+        inputs = expert_inputs(model)
+        inline_bodies(model)
+        return model, inputs
+
+    def run(self, feeds: Feeds) -> Feeds:
+        """Outputs by name."""
+        if self._session is None:
+            narrow = self.bundle.manifest.dtype == "bf16"
+            self._session = open_model(self._fresh(), self.bundle) if narrow else _open_session(self.bundle.model)
+        return run_session(self._session, feeds)
+
+    def run_with_taps(self, feeds: Feeds, wide: bool = False) -> Feeds:
+        """Values by tap, then outputs by name.
+
+        Args:
+            wide: in float32 arithmetic throughout, with the weights of the file.
+        """
+        values = self._run_tapped(feeds, wide)
+        found = {name: tap.of(values) for name, tap in self.taps.items() if tap.value in values}
+        return found | {port.name: values[port.name] for port in self.bundle.manifest.outputs}
+
+    def forget(self) -> None:
+        """Close all sessions: each holds the weights."""
+        self._session = None
+        self._tapped.clear()
+
+    def _run_tapped(self, feeds: Feeds, wide: bool) -> Feeds:
+        if wide not in self._tapped:
+            self._tapped.clear()
+            model = self._fresh()
+            values = {value.name: value for node in model.graph for value in node.outputs}
+            present = {value.name for value in (*model.graph.outputs, *model.graph.inputs)}
+            wanted = dict.fromkeys(tap.value for tap in self.taps.values())
+            model.graph.outputs.extend(values[name] for name in wanted if name not in present)
+            self._tapped[wide] = open_model(model, self.bundle, wide)
+        return feeds | run_session(self._tapped[wide], feeds)
+
+    def _fresh(self) -> ir.Model:
+        """The model with bodies in place, to be changed."""
+        return self.inlined.clone()
+
+
+def open_model(model: ir.Model, bundle: Bundle, wide: bool = False) -> ort.InferenceSession:
+    """A session on a model derived from a bundle's (bodies in place), with the bundle's weights."""
+    dtype = bundle.manifest.dtype
+    if dtype == "bf16" or (wide and dtype != "fp32"):
+        widen(model, DTYPES[dtype], rounded=not wide)
+        common.RemoveUnusedNodesPass()(model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(model, path)
+        return _open_session(path, bundle.folder)
+
+
+def _open_session(path: Path, weights_folder: Path | None = None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if weights_folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
+    try:
+        if weights_folder is None:
+            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ExportError(f"{path.name}: ONNX Runtime {ort.__version__} cannot load it ({error}).") from None
+
+
+_NUMPY_TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def run_session(session: ort.InferenceSession, feeds: Feeds) -> Feeds:
+    """Feed a session what it takes of `feeds`, cast to its types; every output by name."""
+    types = {value.name: _NUMPY_TYPES[value.type] for value in session.get_inputs()}
+    with np.errstate(over="ignore"):
+        inputs = {name: feeds[name].astype(kind) for name, kind in types.items()}
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))

@@ -1,0 +1,255 @@
+"""The adapted model in PyTorch: the reference in float64, and the candidate's dtype beside it.
+
+`run` computes as the model does. `run_forced` follows a candidate instead: each module is fed with what the candidate
+computed before it, so that what it gives says what this one module makes of that, whatever went wrong earlier.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import DynamicCache
+
+from teamlora_export.adapter.spec import AdapterSpec
+from teamlora_export.graph import op
+from teamlora_export.graph.tasks import encoder_forward
+from teamlora_export.model.base import BaseModel
+from teamlora_export.model.checkpoint import SafetensorsWeights
+from teamlora_export.model.inject import inject
+from teamlora_export.model.layer import ExpertLinear
+from teamlora_export.model.streaming import stream_weights
+from teamlora_export.validate.cases import Feeds
+from teamlora_export.validate.taps import BASE, EXPERTS, INPUT
+
+_PAST = re.compile(r"^past_key_values\.(\d+)\.key$")
+_NUMPY_DTYPES = {torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
+
+
+class TorchRunner:
+    """The adapted model in PyTorch, in `dtype`; with `weights`, each module's are read from there while it runs."""
+
+    def __init__(
+        self, base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype, weights: SafetensorsWeights | None = None
+    ) -> None:
+        self._adapter = adapter
+        self._streamed: _StreamedWeights | None = None
+        if weights is None:
+            self._model = base.load(dtype)
+            inject(self._model, adapter)
+        else:
+            self._model = base.skeleton(dtype)
+            inject(self._model, replace(adapter, overrides={}))
+            self._streamed = _StreamedWeights(weights, adapter.overrides)
+            stream_weights(self._model, self._streamed, {})
+        self._forward = None if base.task == "text-generation" else encoder_forward(base, self._model)
+        self._dtype = dtype
+
+    def run(self, feeds: Feeds) -> Feeds:
+        with torch.no_grad(), _Float64Islands() if self._dtype == torch.float64 else nullcontext():
+            return self._run_encoder(feeds) if self._forward else self._run_decoder(feeds)
+
+    def run_forced(self, feeds: Feeds, taps: Mapping[str, np.ndarray], jitter: bool = False) -> Feeds:
+        """Run with each value that is in `taps` put in place of the model's own.
+
+        Args:
+            jitter: move some of them by a unit in the last place, so that together they are off by as much as if each
+                had been rounded once more.
+
+        Returns:
+            The model's own: outputs by name, and values by tap, in the order in which they were computed.
+        """
+        follower = _Follower(taps, torch.Generator().manual_seed(0) if jitter else None)
+        try:
+            follower.attach(self._model)
+            outputs = self.run(feeds)
+        finally:
+            follower.detach()
+        return follower.own | outputs
+
+    def read(self, name: str) -> np.ndarray:
+        """A parameter of the base by name, as the model computes with it."""
+        if self._streamed is not None:
+            return self._streamed.read(name)
+        return self._model.get_parameter(name).detach().numpy()
+
+    def round_weights(self, dtype: torch.dtype, kept: Collection[str]) -> None:
+        """From now on, compute with the weights that a file in `dtype` holds; those of the base in `kept` stay."""
+        if dtype not in _NUMPY_DTYPES:
+            return
+        for path, module in self._model.named_modules():
+            if isinstance(module, ExpertLinear):
+                _round_experts(module, op.fold(self._adapter.projections[path]), dtype)
+        if self._streamed is not None:
+            self._streamed.rounding, self._streamed.kept = _NUMPY_DTYPES[dtype], kept
+            return
+        for path, module in self._model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                of_base = name in ("weight", "bias") or not isinstance(module, ExpertLinear)
+                if of_base and f"{path}.{name}".lstrip(".") not in kept:
+                    parameter.data = parameter.data.to(dtype).to(self._dtype)
+
+    def expert_use(self) -> dict[str, np.ndarray]:
+        """Share of each expert in the last run, by module path; each is [.., k] and sums to one."""
+        return {
+            path: _to_numpy(module.last_routing / module.routing_sum)
+            for path, module in self._model.named_modules()
+            if isinstance(module, ExpertLinear) and module.last_routing is not None
+        }
+
+    def _run_encoder(self, feeds: Feeds) -> Feeds:
+        assert self._forward is not None
+        outputs = self._forward(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+        return {name: _to_numpy(value) for name, value in outputs.items()}
+
+    def _run_decoder(self, feeds: Feeds) -> Feeds:
+        # Without a configuration the cache keeps all tokens in sliding-window layers too; the mask applies the window.
+        cache = DynamicCache()
+        inputs = {name: torch.from_numpy(value) for name, value in feeds.items() if not name.startswith("past_")}
+        for name, key in feeds.items():
+            if match := _PAST.match(name):
+                value = feeds[f"past_key_values.{match[1]}.value"]
+                cache.update(_to_torch(key, self._dtype), _to_torch(value, self._dtype), int(match[1]))
+        outputs = self._model(**inputs, past_key_values=cache, use_cache=True, return_dict=True)
+        arrays = {"logits": _to_numpy(outputs.logits)}
+        for index, layer in enumerate(outputs.past_key_values.layers):
+            arrays[f"present.{index}.key"] = _to_numpy(layer.keys)
+            arrays[f"present.{index}.value"] = _to_numpy(layer.values)
+        return arrays
+
+
+class _StreamedWeights:
+    """The base's weights and what the adapter replaced of them, from disk; rounded once `rounding` is set."""
+
+    def __init__(self, weights: SafetensorsWeights, overrides: Mapping[str, np.ndarray]) -> None:
+        self._weights = weights
+        self._overrides = overrides
+        self.rounding: np.dtype | None = None
+        self.kept: Collection[str] = ()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._weights
+
+    def read(self, name: str) -> np.ndarray:
+        array = self._overrides[name] if name in self._overrides else self._weights.read(name)
+        rounded = self.rounding is not None and name not in self.kept and array.dtype.kind not in "iub"
+        return array.astype(self.rounding) if rounded else array
+
+
+class _Follower:
+    """Hooks that keep what each module gives and pass on what the candidate had in its place."""
+
+    def __init__(self, taps: Mapping[str, np.ndarray], jitter: torch.Generator | None) -> None:
+        self.own: Feeds = {}
+        self._taps = taps
+        self._jitter = jitter
+        self._handles: list[Any] = []
+        # Of several calls of one module, all but the last are numbered by how many follow.
+        self._remaining = Counter(name.partition("#")[0] for name in taps if "/" not in name)
+
+    def attach(self, model: nn.Module) -> None:
+        for path, module in model.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module):
+                self._handles.append(module[0].register_forward_pre_hook(self._enter_layers(f"{path}.input")))
+            if isinstance(module, ExpertLinear):
+                self._handles.append(module.register_forward_pre_hook(self._enter_experts(path)))
+            if path:
+                self._handles.append(module.register_forward_hook(self._leave(path)))
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter_layers(self, name: str) -> Callable[..., Any]:
+        return lambda _module, args: (self._follow(self._call(name), args[0]), *args[1:]) if args else None
+
+    def _enter_experts(self, path: str) -> Callable[..., Any]:
+        def enter(module: ExpertLinear, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            call = self._numbered(path)
+            x = self._follow(f"{call}/{INPUT}", args[0])
+            self._follow(f"{call}/{BASE}", module.base_projection(x))
+            self._follow(f"{call}/{EXPERTS}", sum(module.contributions(x), start=torch.zeros((), dtype=x.dtype)))
+            return (x, *args[1:])
+
+        return enter
+
+    def _leave(self, path: str) -> Callable[..., Any]:
+        def leave(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return self._follow(self._call(path), output)
+            if type(output) is tuple and output and isinstance(output[0], Tensor):
+                return (self._follow(self._call(path), output[0]), *output[1:])
+            return None
+
+        return leave
+
+    def _numbered(self, path: str) -> str:
+        left = self._remaining[path] - 1
+        return f"{path}#{left}" if left > 0 else path
+
+    def _call(self, path: str) -> str:
+        name = self._numbered(path)
+        self._remaining[path] -= 1
+        return name
+
+    def _follow(self, name: str, own: Tensor) -> Tensor:
+        """`own` is kept; what the candidate has is passed on, but for numbers that are none."""
+        if name not in self._taps or not own.is_floating_point():
+            return own
+        self.own[name] = _to_numpy(own)
+        theirs = torch.from_numpy(np.ascontiguousarray(self._taps[name])).to(own.dtype)
+        if theirs.shape != own.shape:
+            return own
+        if self._jitter is not None:
+            theirs = _jittered(theirs, self._jitter)
+        return torch.where(torch.isfinite(theirs), theirs, own)
+
+
+def _jittered(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """One of twelve numbers moved to one of its neighbours: a variance of a twelfth of a unit, as rounding has."""
+    bits = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
+    drawn = torch.rand(tensor.shape, generator=generator)
+    moved = (bits + (drawn < 1 / 24).to(bits.dtype) - (drawn > 23 / 24).to(bits.dtype)).view(tensor.dtype)
+    return torch.where((tensor != 0) & torch.isfinite(moved), moved, tensor)
+
+
+def _round_experts(layer: ExpertLinear, folded: op.OpWeights, dtype: torch.dtype) -> None:
+    """Give `layer` the numbers that the op's inputs hold in `dtype`, with the constants taken out of them again."""
+    stacked = torch.from_numpy(folded.down).to(dtype).to(layer.down.dtype)
+    rows = len(layer.down)
+    layer.down.data = stacked[:rows] / (layer.scaling * layer.routing_sum)
+    layer.router.data = stacked[rows:]
+    layer.up.data = layer.up.data.to(dtype).to(layer.up.dtype)
+
+
+class _Float64Islands(TorchFunctionMode):
+    """Keeps a float64 model in float64 where its code asks for float32 (norms, softmax).
+
+    Models upcast half precision that way; on float64 the same code would cut the reference down to float32.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            if func is Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
+            kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).detach().numpy()
+
+
+def _to_torch(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype)

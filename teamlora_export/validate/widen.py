@@ -1,0 +1,64 @@
+"""Lets a graph in 16 bits run in float32 arithmetic.
+
+rounded: every node's result is rounded to the 16-bit type, as a kernel with float32 accumulation does. This is how
+    bfloat16 runs where there are no kernels for it: errors are the format's own.
+not rounded: the graph and its weights as they are in the file, without the noise of the format. What is wrong with
+    the graph itself shows at float32's precision.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+_FP32 = ir.DataType.FLOAT
+
+
+def widen(model: ir.Model, narrow: ir.DataType, rounded: bool) -> None:
+    """Rewrite `model` (bodies inlined), whose 16-bit type is `narrow`, in place. Inputs and outputs become float32."""
+    common.ShapeInferencePass()(model)
+    graph = model.graph
+    nodes = list(graph)
+    for weight in [v for v in graph.initializers.values() if v.dtype == narrow]:
+        widened = _cast(weight, _FP32, f"{weight.name}.float32")
+        ir.convenience.replace_all_uses_with(weight, widened)
+        widened.producer().replace_input_with(0, weight)  # type: ignore[union-attr]
+        graph.insert_before(nodes[0], widened.producer())  # type: ignore[arg-type]
+    for value in graph.inputs:
+        if value.dtype == narrow:
+            value.type = ir.TensorType(_FP32)
+    for node in nodes:
+        _widen_attributes(node, narrow)
+        for value in node.outputs:
+            if value.dtype == narrow and rounded:
+                _round_after(graph, node, value, narrow)
+            elif value.dtype == narrow:
+                value.type = ir.TensorType(_FP32)
+
+
+def _round_after(graph: ir.Graph, node: ir.Node, value: ir.Value, narrow: ir.DataType) -> None:
+    """Everything that read `value` now reads it rounded to `narrow` and widened again, under its own name."""
+    name = value.name
+    value.type, value.name = ir.TensorType(_FP32), f"{name}.exact"
+    rounded = _cast(value, narrow, f"{name}.rounded")
+    wide = _cast(rounded, _FP32, f"{name}.widened")
+    ir.convenience.replace_all_uses_with(value, wide, replace_graph_outputs=True)
+    rounded.producer().replace_input_with(0, value)  # type: ignore[union-attr]
+    graph.insert_after(node, [rounded.producer(), wide.producer()])  # type: ignore[list-item]
+    wide.name = name
+
+
+def _widen_attributes(node: ir.Node, narrow: ir.DataType) -> None:
+    for name, attribute in list(node.attributes.items()):
+        if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == narrow:
+            tensor = ir.tensor(attribute.as_tensor().numpy().astype("float32"))
+            node.attributes[name] = ir.AttrTensor(name, tensor)
+        elif name in ("to", "dtype") and attribute.as_int() == narrow:
+            node.attributes[name] = ir.AttrInt64(name, _FP32)
+
+
+def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
+    node = ir.node("Cast", [value], {"to": int(dtype)}, name=name)
+    output = node.outputs[0]
+    output.name, output.type, output.shape = name, ir.TensorType(dtype), value.shape
+    return output
