@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"

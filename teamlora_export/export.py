@@ -19,7 +19,6 @@ import onnx_ir as ir
 
 from teamlora_export import __version__
 from teamlora_export.adapter import AdapterSpec, BaseSignature, align_with_base, read_adapter
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import (
     DATA_NAME,
     ENGINES_NAME,
@@ -35,6 +34,7 @@ from teamlora_export.bundle import (
     write_manifest,
 )
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 from teamlora_export.graph import op, weights
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.template import LIBRARIES, Template, keep_template, load_template, template_key

@@ -20,10 +20,10 @@ from safetensors.numpy import load_file, save_file
 
 from teamlora_export import export
 from teamlora_export.adapter import read_adapter, write_adapter
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import DATA_NAME, MODEL_NAME
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
+from teamlora_export.files import sha256_of
 from teamlora_export.graph import template
 from teamlora_export.model.source import find_base
 from teamlora_export.progress import Reporter

@@ -1,6 +1,6 @@
 """Checkpoints of TeamLoRA and its relatives, read into one `AdapterSpec`.
 
-`files.py` opens what lies on disk, `config.py` reads `adapter_config.json`, `families.py` knows each family's keys,
+`tensors.py` opens what lies on disk, `config.py` reads `adapter_config.json`, `families.py` knows each family's keys,
 `read.py` joins the three, `check.py` compares the result with a base model, `write.py` writes the published layout.
 To add a family, add one `Family` to `families.py`.
 """

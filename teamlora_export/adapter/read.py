@@ -1,6 +1,6 @@
 """Reads an adapter folder into an `AdapterSpec`, and finds everything that is wrong with it before anything else runs.
 
-Stages: open (`files.py`), parse the config (`config.py`), sort keys into modules, name the family (`families.py`),
+Stages: open (`tensors.py`), parse the config (`config.py`), sort keys into modules, name the family (`families.py`),
 compare
 each module's leaves with what the family expects, build. Findings are collected over all modules and raised at once.
 """
@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from teamlora_export.adapter import files
 from teamlora_export.adapter.config import CONFIG_NAME, AdapterConfig, read_config
 from teamlora_export.adapter.families import Family, ModuleSizes, count_experts, detect_family
 from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
+from teamlora_export.adapter.tensors import FLOAT_DTYPES, read_tensors
 from teamlora_export.errors import ExportError, raise_findings
+from teamlora_export.files import sha256_of
 
 _PREFIX = "base_model.model."
 _LEAF = re.compile(r"^(?P<path>.+?)\.(?P<leaf>lora_[A-Za-z_]+\d*(?:\.fc)?)(?:\.default)?\.(?P<kind>weight|bias)$")
@@ -38,7 +39,7 @@ def read_adapter(folder: str | Path) -> AdapterSpec:
     if not folder.is_dir():
         raise ExportError(f"{folder}: no such folder. Give the folder that holds {CONFIG_NAME}.")
     config = read_config(folder)
-    tensors, path = files.read_tensors(folder)
+    tensors, path = read_tensors(folder)
     modules, others = _sort_keys(tensors)
     family = detect_family(set().union(*modules.values()) if modules else set())
     if family is None:
@@ -56,7 +57,7 @@ def read_adapter(folder: str | Path) -> AdapterSpec:
         projections=projections,
         overrides=overrides,
         source=str(folder.resolve()),
-        sha256=files.sha256_of(path),
+        sha256=sha256_of(path),
     )
 
 
@@ -77,8 +78,8 @@ def _sort_keys(tensors: Mapping[str, np.ndarray]) -> tuple[Modules, dict[str, np
 def _check_values(tensors: Mapping[str, np.ndarray]) -> list[str]:
     findings = []
     for name, value in tensors.items():
-        if str(value.dtype) not in files.FLOAT_DTYPES:
-            findings.append(f"{name} is {value.dtype}, expected one of {', '.join(files.FLOAT_DTYPES)}")
+        if str(value.dtype) not in FLOAT_DTYPES:
+            findings.append(f"{name} is {value.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
         elif bad := int(np.count_nonzero(~np.isfinite(value.astype(np.float32)))):
             findings.append(
                 f"{name} holds {bad} values that are NaN or infinite; training diverged or the file is damaged"

@@ -11,8 +11,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from teamlora_export.adapter.config import CONFIG_NAME
-from teamlora_export.adapter.files import SAFETENSORS_NAME
 from teamlora_export.adapter.spec import AdapterSpec
+from teamlora_export.adapter.tensors import SAFETENSORS_NAME
 from teamlora_export.errors import ExportError
 
 _PREFIX = "base_model.model."

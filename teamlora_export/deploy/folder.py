@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from teamlora_export import __version__
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import COMPANIONS, DATA_NAME, MODEL_NAME, Bundle, Port, check_files, require_space, staged
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 
 DEPLOY_NAME = "deploy.json"
 # Fields of configurations that transformers fills with a path or a secret of the machine.

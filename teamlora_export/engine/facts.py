@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import ENGINES_NAME, MANIFEST_NAME, Bundle, read_bundle
 from teamlora_export.engine.profiles import ShapeProfile
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 
 FORMAT_VERSION = 1
 

@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.engine.toolchain import Toolchain, find_toolchain
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
 from teamlora_export.graph.template import cache_folder
 from teamlora_export.progress import Reporter

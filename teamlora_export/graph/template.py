@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from teamlora_export import __version__
 from teamlora_export.adapter import AdapterSpec, BaseSignature, LinearShape
-from teamlora_export.adapter.files import sha256_of
+from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
 from teamlora_export.graph.weights import Recipe, WeightTensor, bind, recipe_of
 from teamlora_export.model.source import BaseSource

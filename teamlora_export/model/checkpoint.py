@@ -15,8 +15,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from teamlora_export.adapter.files import refuse_escape
 from teamlora_export.errors import ExportError
+from teamlora_export.files import refuse_escape
 from teamlora_export.model.source import BaseSource, read_weight_map
 
 _DTYPES = {

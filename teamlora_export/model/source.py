@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 
 CONFIG_NAME = "config.json"
 _CHUNK = 1 << 20

@@ -20,13 +20,13 @@ import pytest
 from conftest import GREEDY_TOKENS, ROOT, readme_block
 from get_libraries import get_libraries
 
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.cpp import deploy_cpp
 from teamlora_export.deploy.runner import Model
 from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.engine.toolchain import find_toolchain
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 
 _SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 

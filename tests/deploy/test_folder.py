@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.cpp import deploy_cpp
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 
 
 @pytest.fixture

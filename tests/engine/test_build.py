@@ -104,8 +104,8 @@ def test_wrong_options_are_one_message_and_write_nothing(arguments, message, bun
 def test_a_graph_that_tensorrt_refuses_is_its_message_and_no_file(bundle):
     import onnx_ir as ir
 
-    from teamlora_export.adapter.files import sha256_of
     from teamlora_export.bundle import write_manifest
+    from teamlora_export.files import sha256_of
 
     model = ir.load(bundle.model)
     node = next(node for node in model.graph if node.op_type == "MatMul")

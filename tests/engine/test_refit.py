@@ -11,13 +11,13 @@ import pytest
 from conftest import ARCHITECTURES, random_adapter
 
 from teamlora_export.adapter import write_adapter
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import Bundle
 from teamlora_export.engine.facts import EngineFacts, bundle_of, write_facts
 from teamlora_export.engine.profiles import make_profiles
 from teamlora_export.engine.refit import refit_engine, refit_weights
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
+from teamlora_export.files import sha256_of
 from teamlora_export.graph.precision import DTYPES, ChangePrecision
 
 

@@ -10,9 +10,9 @@ import onnx_ir as ir
 import pytest
 from conftest import ARCHITECTURES
 
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, read_bundle, write_manifest
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
 from teamlora_export.graph.precision import DTYPES, ChangePrecision
 from teamlora_export.validate.run import validate_bundle

@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from teamlora_export.adapter.files import sha256_of
 from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, read_bundle, write_manifest
+from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
 
 Change = Callable[[np.ndarray], np.ndarray]

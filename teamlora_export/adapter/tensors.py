@@ -6,7 +6,6 @@ that imports torch. Names are resolved inside the folder that was given and may 
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import ml_dtypes
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from teamlora_export.errors import ExportError
+from teamlora_export.files import refuse_escape
 
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -32,20 +32,6 @@ def read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], Path]:
             refuse_escape(path, folder)
             return reader(path), path
     raise ExportError(f"{folder}: neither {SAFETENSORS_NAME} nor {PICKLE_NAME} in it. Give the adapter's own folder.")
-
-
-def refuse_escape(path: Path, folder: Path) -> None:
-    """Refuse a file that a link leads out of `folder` (Hugging Face's cache keeps blobs beside its snapshots)."""
-    real, root = path.resolve(), folder.resolve()
-    cache = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    if not (real.is_relative_to(root) or real.is_relative_to(cache)):
-        raise ExportError(f"{path}: is a link to a file outside {folder}. Copy the file itself into the folder.")
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

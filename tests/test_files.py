@@ -1,0 +1,111 @@
+"""The reader of foreign files: each thing that is no readable file is one sentence that names it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from teamlora_export.errors import ExportError
+from teamlora_export.files import open_file, read_json, read_record, sha256_of, write_aside
+
+ADVICE = "Copy it again."
+
+
+@dataclass(frozen=True)
+class Record:
+    name: str
+    sizes: tuple[int, ...]
+    format_version: int = 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "cannot be read as JSON"),
+        (b"{", "cannot be read as JSON"),
+        (b"[1, 2]", "holds a list"),
+        (b"null", "holds a value"),
+        (b'{"a": "\xff"}', "is not text in UTF-8"),
+        (b'{"a":' * 100_000, "cannot be read as JSON"),
+        (b'{"a":' * 70 + b"1" + b"}" * 70, "nested more than 64 deep"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "cannot be read as JSON"),
+        (b'{"a": 1, "a": 2}', "names 'a' twice"),
+    ],
+)
+def test_what_is_no_json_object_is_refused_by_name(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ExportError, match=reason) as refusal:
+        read_json(path, ADVICE)
+    assert str(path) in str(refusal.value)
+    assert len(str(refusal.value)) < 1000
+
+
+def test_a_fifo_a_folder_and_a_sparse_giant_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    fifo, giant = tmp_path / "fifo.json", tmp_path / "giant.json"
+    os.mkfifo(fifo)
+    with giant.open("wb") as file:
+        file.truncate(3 << 30)
+    for path, reason in (
+        (fifo, "not a regular file"),
+        (tmp_path, "not a regular file"),
+        (Path("/dev/zero"), "not a regular file"),
+        (giant, "bytes; such a file has"),
+    ):
+        with pytest.raises(ExportError, match=reason):
+            read_json(path, ADVICE)
+    with pytest.raises(ExportError, match="not a regular file"):
+        sha256_of(fifo)
+
+
+def test_a_link_may_not_lead_out_of_the_folder_but_into_the_hubs_blobs(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "config.json").symlink_to(secret)
+    with pytest.raises(ExportError, match="link to a file outside"):
+        open_file(folder / "config.json", folder)
+    blob = tmp_path / "hub" / "blobs" / "abc"
+    snapshot = tmp_path / "hub" / "snapshots" / "1"
+    blob.parent.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    blob.write_text("{}")
+    (snapshot / "config.json").symlink_to(blob)
+    assert read_json(snapshot / "config.json", ADVICE, snapshot) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"sizes": [1], "format_version": 1}', "missing required field `name`"),
+        ('{"name": 3, "sizes": [1], "format_version": 1}', "Expected `str`, got `int`"),
+        ('{"name": "a", "sizes": [1.5], "format_version": 1}', "Expected `int`, got `float`"),
+        ('{"name": "a", "sizes": [1], "format_version": 2}', "format version 2, this tool reads up to 1"),
+        ('{"name": "a", "sizes": [1], "format_version": "1"}', "format_version is '1'"),
+        ('{"name": "a", "sizes": [1]}', "format_version is None"),
+    ],
+)
+def test_a_record_with_a_field_of_another_type_is_refused(tmp_path: Path, content: str, reason: str) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text(content)
+    with pytest.raises(ExportError, match=reason):
+        read_record(path, Record, ADVICE, newest=1)
+
+
+def test_a_record_is_read_into_its_dataclass(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_text('{"name": "a", "sizes": [1, 2], "format_version": 1, "more": 3}')
+    assert read_record(path, Record, ADVICE, newest=1) == Record("a", (1, 2))
+
+
+def test_a_file_that_cannot_be_written_whole_is_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "facts.json"
+    write_aside(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_aside(path, "\ud800")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["facts.json"]
