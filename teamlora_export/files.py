@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from teamlora_export.errors import ExportError
-from teamlora_export.staging import write_aside as write_aside
 
 # The largest index of shards that is known has some 20 MB; configurations have a few kB.
 LARGEST_JSON = 64 << 20

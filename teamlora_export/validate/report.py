@@ -110,8 +110,8 @@ def _inside(verdict: Verdict) -> str:
     worst = max((check.worst for check in verdict.local if check.worst), key=lambda j: j.severity)
     values = sum(len(check.judgements) for check in verdict.local)
     return (
-        f"Compared as well: {verdict.weights} weights with their sources; {values} values of modules, each on what was computed before it "
-        f"(the worst, {worst.name}, errs by {worst.severity:.2g} of what is allowed)."
+        f"Compared as well: {verdict.weights} weights with their sources; {values} values of modules, each on what was "
+        f"computed before it (the worst, {worst.name}, errs by {worst.severity:.2g} of what is allowed)."
     )
 
 

@@ -192,7 +192,7 @@ def test_every_planted_fault_is_located_where_each_layer_amplifies_rounding(grou
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_modules_show_what_is_wrong_with_their_weights(dtype, planted, monkeypatch):
     """Values alone, as if the weights could not be compared with their sources."""
-    monkeypatch.setattr("teamlora_export.validate.run.recipes_of", lambda manifest: {})
+    monkeypatch.setattr("teamlora_export.validate.run.judge_weights", lambda *_: ())
     assert_located(judged(planted(IN_WEIGHTS, "amplifying", dtype)), IN_WEIGHTS)
 
 
