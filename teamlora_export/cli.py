@@ -152,6 +152,7 @@ def generate(
     """Try a bundle: greedy text in ONNX Runtime, with the tokens a second at the end."""
     from teamlora_export.deploy.runner import Model, ModelError, answer
 
+    _check_library(library)
     try:
         model = Model(bundle, library, check)
         written = [prompt.replace("\\n", "\n") for prompt in prompts]
@@ -165,18 +166,28 @@ def generate(
 def embed(
     bundle: BundleArgument,
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...")],
+    library: Annotated[Path | None, typer.Option(help="A native library with the op.")] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
     """Try a bundle that does not generate text: a line of JSON for each text, with its vector or scores."""
     from teamlora_export.deploy.runner import Model, ModelError
 
+    _check_library(library)
     try:
-        model = Model(bundle, check=check)
+        model = Model(bundle, library, check)
         rows = model.encode([model.tokenizer.encode(text).ids for text in texts])
     except ModelError as error:
         raise ExportError(str(error)) from None
     for row in rows:
         print(row.astype(float).tolist())
+
+
+def _check_library(library: Path | None) -> None:
+    """Refuse a library of ours that does not fit; ONNX Runtime's own words name neither cause nor way out."""
+    if library is not None:
+        from teamlora_export.engine.onnxruntime_library import check_library, read_library
+
+        check_library(read_library(library))
 
 
 @trt_app.command("build")
@@ -277,8 +288,16 @@ def plugins_build(
     arch: Annotated[
         str | None, typer.Option(help="Compute capabilities without the dot: 80,89. Default: 80,86,89,90,100,120.")
     ] = None,
+    onnxruntime: Annotated[
+        bool, typer.Option("--onnxruntime", help="The native op for ONNX Runtime on a CPU instead.")
+    ] = False,
 ) -> None:
     """Compile the TensorRT plugin for this machine's TensorRT headers; kept in the user's cache."""
+    if onnxruntime:
+        from teamlora_export.engine.onnxruntime_library import build_library
+
+        print(build_library().path)
+        return
     from teamlora_export.engine.plugin import ARCHITECTURES, build_plugin
 
     print(build_plugin(tuple(arch.split(",")) if arch else ARCHITECTURES).path)

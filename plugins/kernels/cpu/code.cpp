@@ -6,32 +6,34 @@
 #include "code.h"
 #include "vector.h"
 
+#define TEAMLORA_UNROLL _Pragma("GCC unroll 12")
+
 namespace teamlora::cpu::TEAMLORA_CODE {
 namespace {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-template <int kRows, int kVectors>
-struct Tile {
-    Vector sums[kRows][kVectors];
-};
-
-// left [kRows, depth] with rows `stride` apart, times panel [depth, width].
+// left [kRows, depth] with rows `stride` apart, times panel [depth, width]. All loops over a tile are unrolled, or its
+// sums would live in memory.
 template <int kRows, int kVectors, class T>
-inline Tile<kRows, kVectors> product(const float* left, int64_t stride, const T* panel, int64_t width, int64_t depth) {
-    Tile<kRows, kVectors> tile{};
+inline void multiply(const float* left, int64_t stride, const T* panel, int64_t width, int64_t depth,
+                     Vector (&sums)[kRows][kVectors]) {
+    TEAMLORA_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+        TEAMLORA_UNROLL
+        for (int v = 0; v < kVectors; ++v) sums[m][v] = Vector{};
+    }
     for (int64_t d = 0; d < depth; ++d, panel += width) {
         Vector row[kVectors];
-#pragma GCC unroll 4
+        TEAMLORA_UNROLL
         for (int v = 0; v < kVectors; ++v) row[v] = load(panel + v * kLanes);
-#pragma GCC unroll 12
+        TEAMLORA_UNROLL
         for (int m = 0; m < kRows; ++m) {
             const float element = left[m * stride + d];
-#pragma GCC unroll 4
-            for (int v = 0; v < kVectors; ++v) tile.sums[m][v] += element * row[v];
+            TEAMLORA_UNROLL
+            for (int v = 0; v < kVectors; ++v) sums[m][v] += element * row[v];
         }
     }
-    return tile;
 }
 
 // Calls work.template tile<rows, vectors>() with what is known when the program runs made known to the compiler.
@@ -64,15 +66,27 @@ struct DownTile {
 
     template <int kRows, int kVectors>
     void tile() const {
-        const auto made = product<kRows, kVectors>(left, stride, panel, width, depth);
+        Vector sums[kRows][kVectors];
+        multiply<kRows, kVectors>(left, stride, panel, width, depth, sums);
+        TEAMLORA_UNROLL
         for (int m = 0; m < kRows; ++m) {
+            TEAMLORA_UNROLL
             for (int v = 0; v < kVectors; ++v) {
                 float* to = z + m * z_stride + v * kLanes;
-                store(to, adds ? load(to) + made.sums[m][v] : made.sums[m][v]);
+                store(to, adds ? load(to) + sums[m][v] : sums[m][v]);
             }
         }
     }
 };
+
+// y = base + sums for `count` columns.
+template <class T>
+__attribute__((noinline)) void add_part(const T* base, const float* sums, int64_t count, T* y) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const int64_t part = least(kLanes, count - i);
+        store_part(y + i, load_part(base + i, part) + load(sums + i), part);
+    }
+}
 
 template <class T>
 struct UpTile {
@@ -90,19 +104,26 @@ struct UpTile {
         for (int m = 0; m < kRows; ++m) {
             for (int v = 0; v < kVectors; ++v) __builtin_prefetch(base + m * out + (kVectors + v) * kLanes, 1);
         }
-        const auto made = product<kRows, kVectors>(left, stride, panel, width, depth);
-        const bool whole = width == kVectors * kLanes;
-        for (int m = 0; m < kRows; ++m) {
-            for (int v = 0; v < kVectors; ++v) {
-                const int64_t at = m * out + v * kLanes;
-                if (whole || v < kVectors - 1) {
-                    store(y + at, load(base + at) + made.sums[m][v]);
-                } else {
-                    const int64_t rest = width - v * kLanes;
-                    store_part(y + at, load_part(base + at, rest) + made.sums[m][v], rest);
+        Vector sums[kRows][kVectors];
+        multiply<kRows, kVectors>(left, stride, panel, width, depth, sums);
+        if (width == kVectors * kLanes) {
+            TEAMLORA_UNROLL
+            for (int m = 0; m < kRows; ++m) {
+                TEAMLORA_UNROLL
+                for (int v = 0; v < kVectors; ++v) {
+                    const int64_t at = m * out + v * kLanes;
+                    store(y + at, load(base + at) + sums[m][v]);
                 }
             }
+            return;
         }
+        float made[kRows][kVectors * kLanes];
+        TEAMLORA_UNROLL
+        for (int m = 0; m < kRows; ++m) {
+            TEAMLORA_UNROLL
+            for (int v = 0; v < kVectors; ++v) store(&made[m][v * kLanes], sums[m][v]);
+        }
+        for (int m = 0; m < kRows; ++m) add_part(base + m * out, made[m], width, y + m * out);
     }
 };
 
