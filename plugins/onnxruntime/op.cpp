@@ -66,6 +66,19 @@ void require_shape(Input input, const std::vector<int64_t>& found, const std::ve
     }
 }
 
+// What `work` throws, as ONNX Runtime takes it and releases it.
+template <class Work>
+OrtStatusPtr as_status(const Work& work) noexcept {
+    try {
+        work();
+        return nullptr;
+    } catch (const Ort::Exception& error) {
+        return Ort::GetApi().CreateStatus(error.GetOrtErrorCode(), error.what());
+    } catch (const std::exception& error) {
+        return Ort::GetApi().CreateStatus(ORT_RUNTIME_EXCEPTION, error.what());
+    }
+}
+
 // Tasks on the threads of the session that calls.
 void run_in_session(void* context, void (*task)(void*, size_t), size_t count, void* data) {
     Ort::KernelContext(static_cast<OrtKernelContext*>(context)).ParallelFor(task, count, 0, data);
@@ -116,15 +129,8 @@ cpu::Projection MixedExpertKernel::pack(const Get& input) const {
                            input(kMix).template GetTensorData<float>(), input(kUp).GetTensorRawData());
 }
 
-Ort::Status MixedExpertKernel::ComputeV2(OrtKernelContext* context) noexcept {
-    try {
-        compute(context);
-        return Ort::Status{nullptr};
-    } catch (const Ort::Exception& error) {
-        return Ort::Status(error.what(), error.GetOrtErrorCode());
-    } catch (const std::exception& error) {
-        return Ort::Status(error.what(), ORT_RUNTIME_EXCEPTION);
-    }
+OrtStatusPtr MixedExpertKernel::ComputeV2(OrtKernelContext* context) noexcept {
+    return as_status([&] { compute(context); });
 }
 
 void MixedExpertKernel::compute(OrtKernelContext* raw) {
@@ -148,6 +154,13 @@ void MixedExpertKernel::compute(OrtKernelContext* raw) {
 }
 
 MixedExpertOp::MixedExpertOp(cpu::DataType dtype) : dtype_(dtype) {
+    // y is like `base`; where that is known, ONNX Runtime may let it have the same memory. By the C interface, since the
+    // C++ one throws at dimensions without a name.
+    OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
+        OrtTensorTypeAndShapeInfo* info = nullptr;
+        const Ort::Status unknown(Ort::GetApi().ShapeInferContext_GetInputTypeShape(context, kBase, &info));
+        return unknown.IsOK() ? Ort::GetApi().ShapeInferContext_SetOutputTypeShape(context, 0, info) : nullptr;
+    };
     OrtCustomOp::GetMayInplace = [](int** input, int** output) -> size_t {
         *input = new int[1]{kBase};
         *output = new int[1]{0};
@@ -160,24 +173,13 @@ MixedExpertOp::MixedExpertOp(cpu::DataType dtype) : dtype_(dtype) {
 }
 
 OrtStatusPtr MixedExpertOp::CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const noexcept {
-    try {
-        *kernel = new MixedExpertKernel(info, dtype_);
-        return nullptr;
-    } catch (const Ort::Exception& error) {
-        return Ort::Status(error.what(), error.GetOrtErrorCode()).release();
-    } catch (const std::exception& error) {
-        return Ort::Status(error.what(), ORT_RUNTIME_EXCEPTION).release();
-    }
+    return as_status([&] { *kernel = new MixedExpertKernel(info, dtype_); });
 }
 
 ONNXTensorElementDataType MixedExpertOp::GetInputType(size_t index) const {
     if (index == kMix || dtype_ == cpu::DataType::kFloat32) return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     return dtype_ == cpu::DataType::kFloat16 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16
                                              : ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16;
-}
-
-Ort::Status MixedExpertOp::InferOutputShape(Ort::ShapeInferContext& context) {
-    return context.SetOutputShape(0, context.GetInputShape(kBase));
 }
 
 }  // namespace teamlora

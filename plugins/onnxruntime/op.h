@@ -24,7 +24,7 @@ public:
     MixedExpertKernel(const OrtKernelInfo* info, cpu::DataType dtype);
 
     // Called by any number of threads at once.
-    Ort::Status ComputeV2(OrtKernelContext* context) noexcept;
+    OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept;
 
 private:
     void compute(OrtKernelContext* context);
@@ -50,9 +50,6 @@ struct MixedExpertOp : Ort::CustomOpBase<MixedExpertOp, MixedExpertKernel, true>
     ONNXTensorElementDataType GetOutputType(size_t) const { return GetInputType(kBase); }
     int GetStartVersion() const { return kOpVersion; }
     int GetEndVersion() const { return kOpVersion; }
-
-    // y is like `base`: ONNX Runtime must know, or it gives y memory of its own.
-    static Ort::Status InferOutputShape(Ort::ShapeInferContext& context);
 
 private:
     cpu::DataType dtype_;

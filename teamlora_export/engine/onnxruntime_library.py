@@ -73,11 +73,12 @@ def build_library(reporter: Reporter | None = None) -> OnnxRuntimeLibrary:
         ExportError: a tool is missing, or the compiler fails; nothing is kept then.
     """
     reporter = reporter or Reporter()
-    tools, build = _find_tools(), library_sources_sha256()
-    kept = cache_folder() / "plugins" / f"{build}-ort{tools.api}-{platform.machine()}" / LIBRARY_NAME
-    if kept.is_file():
+    build, include = library_sources_sha256(), find_include()
+    for kept in _kept(build, "*" if include is None else str(_header_api(include))):
         reporter.say(f"Native op: taken from {kept}")
         return read_library(kept)
+    tools = _find_tools()
+    kept = cache_folder() / "plugins" / _key(build, str(tools.api)) / LIBRARY_NAME
     label = f"Compiling the op for ONNX Runtime 1.{tools.api} and newer"
     with reporter.step(label), tempfile.TemporaryDirectory() as folder:
         made = _compile(Path(folder), tools, build)
@@ -176,6 +177,15 @@ def library_sources_sha256() -> str:
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _key(build: str, api: str) -> str:
+    return f"{build}-ort{api}-{platform.machine()}"
+
+
+def _kept(build: str, api: str) -> list[Path]:
+    """Libraries that are kept, of any API where it is `*`."""
+    return sorted((cache_folder() / "plugins").glob(f"{_key(build, api)}/{LIBRARY_NAME}"))
 
 
 def find_include() -> Path | None:
