@@ -13,7 +13,8 @@ BundleArgument = Annotated[Path, typer.Argument(help="Folder of the bundle.")]
 OutputOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 EngineOption = Annotated[str | None, typer.Option(help="Run this engine of the bundle on TensorRT, not its graph.")]
 LibraryOption = Annotated[
-    str | None, typer.Option(help="A native library with the op, as the machine that runs the model will find it.")
+    str | None,
+    typer.Option(help="A native library with the op. genai: is copied; triton: as the server will find it."),
 ]
 PluginOption = Annotated[
     Path | None, typer.Option(help="The plugin that the engine was built with. Default: the one built here.")

@@ -154,8 +154,8 @@ void MixedExpertKernel::compute(OrtKernelContext* raw) {
 }
 
 MixedExpertOp::MixedExpertOp(cpu::DataType dtype) : dtype_(dtype) {
-    // y is like `base`; where that is known, ONNX Runtime may let it have the same memory. By the C interface, since the
-    // C++ one throws at dimensions without a name.
+    // y is like `base`; where that is known, ONNX Runtime may let it have the same memory. By the C interface, since
+    // the C++ one throws at dimensions without a name.
     OrtCustomOp::InferOutputShapeFn = [](const OrtCustomOp*, OrtShapeInferContext* context) -> OrtStatusPtr {
         OrtTensorTypeAndShapeInfo* info = nullptr;
         const Ort::Status unknown(Ort::GetApi().ShapeInferContext_GetInputTypeShape(context, kBase, &info));

@@ -222,8 +222,8 @@ std::string check(const Case& c, uint64_t seed) {
                     for (int64_t i = 0; i < rank; ++i) {
                         const double weight = up[i * out + o];
                         delta += v[i].value * weight;
-                        error += std::fabs(weight) *
-                                 (v[i].error + (rank + 8) * kEps * (std::fabs(v[i].value) + v[i].error));
+                        error +=
+                            std::fabs(weight) * (v[i].error + (rank + 8) * kEps * (std::fabs(v[i].value) + v[i].error));
                     }
                     const double added = base[t * out + o], exact = added + delta, found = result[t * out + o];
                     error += kEps * (std::fabs(added) + std::fabs(delta));
@@ -282,6 +282,44 @@ Case draw(std::mt19937_64& random) {
     return c;
 }
 
+// Every number of 16 bits, plus half a unit of its last place: with one expert that passes its input on, y is that sum
+// rounded, and the sum lies in the middle of two numbers.
+std::string check_ties(DataType type) {
+    const Shape shape{type, 2, 1, 1, false, {1}};
+    const int64_t tokens = 1 << 16;
+    const int digits = type == DataType::kFloat16 ? 10 : 7, least = type == DataType::kFloat16 ? -24 : -126;
+    Array x(type, 2 * tokens, 0), y(type, tokens, 0), down(type, 4, 0), up(type, 1, 0);
+    for (int64_t i = 0; i < 4; ++i) down.set(i, i < 2);
+    up.set(0, 1);
+    const float mix = 1;
+    for (int64_t t = 0; t < tokens; ++t) {
+        const auto bits = static_cast<uint16_t>(t);
+        std::memcpy(x.data() + 4 * t, &bits, 2);
+        const double number = x[2 * t];
+        const bool normal = std::isfinite(number) && number != 0;
+        x.set(2 * t + 1, normal ? std::ldexp(1.0, std::max(std::ilogb(number) - digits - 1, least)) : 0);
+        y.set(t, 0);
+    }
+    const auto inline_tasks = [](void*, void (*task)(void*, size_t), size_t count, void* data) {
+        for (size_t i = 0; i < count; ++i) task(data, i);
+    };
+    for (const Code* code : available_codes()) {
+        const Projection projection(shape, *code, down.data(), &mix, up.data());
+        Array result = y;
+        Workspace workspace;
+        projection.run({x.data(), y.data(), result.data()}, tokens, workspace, {inline_tasks, nullptr}, 2);
+        for (int64_t t = 0; t < tokens; ++t) {
+            const double expected = to_type(type, x[2 * t] + x[2 * t + 1]);
+            // The router's product with what is not finite is not a number, and so is y.
+            if (std::isfinite(x[2 * t]) ? result[t] != expected : !std::isnan(result[t])) {
+                return std::string(code->name) + ": " + std::to_string(x[2 * t]) + " gives " +
+                       std::to_string(result[t]) + ", expected " + std::to_string(expected);
+            }
+        }
+    }
+    return {};
+}
+
 // One projection, called by eight threads at once, gives what it gives alone, bit for bit.
 std::string check_threads() {
     const Shape shape{DataType::kFloat32, 96, 4, 2, false, {64, 30}};
@@ -321,6 +359,7 @@ int sweep(int64_t cases, uint64_t seed) {
         if (!problem.empty() && ++failures <= 10) std::printf("FAIL %s\n     %s\n", what.c_str(), problem.c_str());
     };
     for (const Case& c : all) report(describe(c), check(c, random()));
+    for (const DataType type : {DataType::kFloat16, DataType::kBFloat16}) report("ties", check_ties(type));
     report("eight threads", check_threads());
     std::string names;
     for (const Code* code : available_codes()) names += std::string(" ") + code->name;

@@ -4,8 +4,8 @@
     scripts/bench/op.py --bundle FOLDER       a bundle of your own
 
 All three run in one process, in strict turns, so that what else the machine does hits each alike. Printed are medians
-of time and of the ratio within a turn, over the bypassed graph, with the ratios' quartiles, beside what the adapter adds
-in weights (the floor of a decoding step) and in operations (the floor of a prefill).
+of time and of the ratio within a turn, over the bypassed graph, with the ratios' quartiles, beside what the adapter
+adds in weights: in bytes the floor of a decoding step, in products about that of a prefill.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import onnxruntime as ort
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
 from teamlora_export.adapter.initialize import new_adapter
+from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.export import export_onnx
 from teamlora_export.graph import op
 from teamlora_export.model.base import open_base
-from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.progress import Reporter
 
 ROOT = Path(__file__).parents[2]
@@ -141,7 +141,7 @@ def _session(path: Path, threads: int, library: Path | None = None) -> ort.Infer
 
 
 def _write_bypassed(bundle: Path, folder: Path) -> float:
-    """The graph with y = base in place of every op node, its weights shared; returns (base + adapter) / base in size."""
+    """The graph with y = base in place of every op node, on the same weights; returns (base + adapter) / base."""
     model = onnx.load(bundle / "model.onnx", load_external_data=False)
     adapter = set()
     for node in model.graph.node:

@@ -1,7 +1,7 @@
 """The native op for ONNX Runtime on a CPU: compiled on this machine, kept in the user's cache, described, checked.
 
-A model needs none: its op carries a definition in standard operators. With this library loaded, ONNX Runtime runs the op
-itself instead. One build serves every ONNX Runtime from the headers' version on, and holds the code of several
+A model needs none: its op carries a definition in standard operators. With this library loaded, ONNX Runtime runs the
+op itself instead. One build serves every ONNX Runtime from the headers' version on, and holds the code of several
 instruction sets, of which the fastest that the processor has is taken when it is loaded.
 """
 
@@ -117,7 +117,7 @@ def check_library(library: OnnxRuntimeLibrary) -> None:
     if installed is not None and installed < (1, library.onnxruntime_api):
         raise ExportError(
             f"{library.path}: needs ONNX Runtime 1.{library.onnxruntime_api} or newer, "
-            f"{'.'.join(map(str, installed))} is installed. Upgrade onnxruntime, or build the library with older headers."
+            f"{'.'.join(map(str, installed))} is installed. Upgrade onnxruntime, or build it with older headers."
         )
 
 

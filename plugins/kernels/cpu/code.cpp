@@ -1,8 +1,8 @@
 // The arithmetic, compiled once for each instruction set: TEAMLORA_CODE names it, the compiler's flags make it.
 //
 // Both products are sums over one row of a panel times one element of the left side, kept in registers as a tile of
-// tokens x columns. A panel narrower than its vectors is read past its row's end, into the next row: those columns' sums
-// are never stored (and packed weights end in room for one vector more).
+// tokens x columns. A panel narrower than its vectors is read past its row's end, into the next row: those columns'
+// sums are never stored (and packed weights end in room for one vector more).
 #include "code.h"
 #include "vector.h"
 
@@ -154,8 +154,9 @@ void down(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t t
             const Panel& panel = job.down_panels[p];
             const T* part = weights + panel.offset + begin * panel.width;
             for (int64_t t = 0; t < tokens; t += kTileRows) {
-                const DownTile<T> work{left + t * stride, stride, part, panel.width, depth,
-                                       z + t * job.z_stride + panel.column, job.z_stride, begin > from};
+                const DownTile<T> work{left + t * stride, stride,      part,
+                                       panel.width,       depth,       z + t * job.z_stride + panel.column,
+                                       job.z_stride,      begin > from};
                 with_size(work, least(kTileRows, tokens - t), panel.width);
             }
         }

@@ -6,7 +6,8 @@
 //     y = base + v up                          [tokens, O]             summed in float32, rounded to T
 //
 // The op's definition is teamlora_export/graph/op.py. Weights are packed once, into panels of as many columns as a tile
-// of the instruction set's registers has; a panel of `down` holds some of its rows, one of `up` some columns of one sibling.
+// of the instruction set's registers has; a panel of `down` holds some of its rows, one of `up` some columns of one
+// sibling.
 //
 // Few tokens read each weight once, and that is what takes the time: the depth of the first product, then the columns
 // of the second, are shared out to the threads. Many tokens are cut into blocks that go through all four steps while

@@ -1,7 +1,7 @@
 // A vector of floats of the instruction set that the including file is compiled for, and T's way in and out of it.
 //
-// Everything is in a namespace of the instruction set's own, and nothing of the standard library is called: one function
-// that the linker shares between two instruction sets would crash on a processor that has only one of them.
+// Everything is in a namespace of the instruction set's own, and nothing of the standard library is called: one
+// function that the linker shares between two instruction sets would crash on a processor that has only one of them.
 #pragma once
 
 #include <cstdint>
