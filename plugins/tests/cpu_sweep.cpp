@@ -256,8 +256,8 @@ std::vector<Case> edges() {
         add({type, 64, 4, 8, false, {100, 3}}, 100, 2);
         add({type, 300, 2, 3, true, {33, 5, 7}}, 23, 3);
         add({type, 576, 4, 8, false, {192, 64}}, 30, 8);
-        // Enough weights for several tasks of one token.
-        add({type, 2048, 4, 8, false, {700, 701}}, 2, 5);
+        // Enough weights for several tasks of few tokens.
+        add({type, 2048, 4, 8, false, {1400, 1401}}, 16, 5);
         add({type, 31, 40, 1, false, {17}}, 9, 2);
         for (const double poison : {static_cast<double>(NAN), static_cast<double>(INFINITY)}) {
             for (const int64_t tokens : {1, 50}) add({type, 40, 4, 2, false, {37}}, tokens, 2).poison = poison;

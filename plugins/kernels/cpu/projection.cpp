@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kCacheLine = 64;
 // What a task of the few-tokens path reads at least: waking a thread takes as long as reading so much.
-constexpr int64_t kTaskBytes = 64 << 10;
+constexpr int64_t kTaskBytes = 256 << 10;
 // So many tokens are multiplied while their weights are read from memory.
 constexpr int64_t kFreeTokens = 8;
 // More than so many full tiles of tokens make a task each.
