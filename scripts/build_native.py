@@ -1,14 +1,19 @@
-"""Builds what the tests of the native parts run: the plugin for every GPU, and the tests' own programs.
+"""Builds what the tests of the native parts run: the plugin for every GPU, the op for ONNX Runtime, and the tests' own
+programs.
 
 Prints the folder of the programs. What is up to date is not built again.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+from get_libraries import get_libraries
+
+from teamlora_export.engine.onnxruntime_library import build_library, find_include
 from teamlora_export.engine.plugin import build_plugin
 from teamlora_export.engine.toolchain import find_toolchain
 
@@ -18,15 +23,27 @@ BUILD = ROOT / "build" / "native"
 
 def main() -> None:
     build_plugin()
+    if find_include() is None:
+        os.environ["ONNXRUNTIME_INCLUDE_DIR"] = str(get_libraries() / "include")
+    build_library()
     toolchain = find_toolchain()
     configure = [
         *(toolchain.cmake, "-S", ROOT / "plugins", "-B", BUILD, "-DTEAMLORA_TENSORRT=OFF", "-DTEAMLORA_TESTS=ON"),
         f"-DTENSORRT_INCLUDE_DIR={toolchain.tensorrt_include}",
         f"-DCUDA_INCLUDE_DIR={toolchain.cuda_include}",
     ]
-    for command in (configure, [toolchain.cmake, "--build", BUILD, "--parallel", "2"]):
-        subprocess.run(command, check=True, stdout=sys.stderr)
+    _run(configure, BUILD)
+    configure = [
+        *(toolchain.cmake, "-S", ROOT / "plugins" / "onnxruntime", "-B", BUILD / "onnxruntime"),
+        *("-DTEAMLORA_LIBRARY=OFF", "-DTEAMLORA_TESTS=ON"),
+    ]
+    _run(configure, BUILD / "onnxruntime")
     print(BUILD)
+
+
+def _run(configure: list[object], folder: Path) -> None:
+    for command in (configure, ["cmake", "--build", folder, "--parallel", "2"]):
+        subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,11 @@ PluginOption = Annotated[
 ]
 
 
+NativeLibraryOption = Annotated[
+    Path | None, typer.Option(parser=given_path, metavar="FILE", help="A native library with the op.")
+]
+
+
 class _BuildByDefault(typer.core.TyperGroup):
     """`trt BUNDLE` builds; `trt refit` is a command of its own."""
 
@@ -190,14 +195,13 @@ def generate(
     bundle: Annotated[Path, typer.Argument(parser=given_path, metavar="BUNDLE", help="Folder of the bundle.")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One is streamed; several make a batch.")],
     tokens: Annotated[int, typer.Option(min=1, help="Generate at most so many.")] = 64,
-    library: Annotated[
-        Path | None, typer.Option(parser=given_path, metavar="FILE", help="A native library with the op.")
-    ] = None,
+    library: NativeLibraryOption = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
     """Try a bundle: greedy text in ONNX Runtime, with the tokens a second at the end."""
     from teamlora_export.deploy.runner import Model, ModelError, answer
 
+    _check_library(library)
     try:
         model = Model(bundle, library, check)
         written = [prompt.replace("\\n", "\n") for prompt in prompts]
@@ -211,18 +215,28 @@ def generate(
 def embed(
     bundle: Annotated[Path, typer.Argument(parser=given_path, metavar="BUNDLE", help="Folder of the bundle.")],
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...")],
+    library: NativeLibraryOption = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
     """Try a bundle that does not generate text: a line of JSON for each text, with its vector or scores."""
     from teamlora_export.deploy.runner import Model, ModelError, encode_text
 
+    _check_library(library)
     try:
-        model = Model(bundle, check=check)
+        model = Model(bundle, library, check)
         rows = model.encode([encode_text(model.tokenizer, text) for text in texts])
     except ModelError as error:
         raise ExportError(str(error)) from None
     for row in rows:
         say(str(row.astype(float).tolist()))
+
+
+def _check_library(library: Path | None) -> None:
+    """Refuse a library of ours that does not fit; ONNX Runtime's own words name neither cause nor way out."""
+    if library is not None:
+        from teamlora_export.engine.onnxruntime_library import check_library, read_library
+
+        check_library(read_library(library))
 
 
 @trt_app.command("build")
@@ -353,9 +367,20 @@ def plugins_build(
             help="Compute capabilities without the dot: 80,89. Default: those of 80,86,89,90,100,120 that nvcc knows."
         ),
     ] = None,
+    onnxruntime: Annotated[
+        bool, typer.Option("--onnxruntime", help="The native op for ONNX Runtime on a CPU instead.")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
-    """Compile the TensorRT plugin for the installed TensorRT; kept in the user's cache, and taken by later commands."""
+    """Compile the TensorRT plugin, or the native op for ONNX Runtime; kept in the user's cache for later commands."""
+    if onnxruntime:
+        from teamlora_export.engine.onnxruntime_library import build_library
+
+        if arch is not None:
+            raise ExportError("--arch is for the TensorRT plugin. Leave it out.")
+        native = build_library()
+        show(str(native.path), dataclasses.asdict(native), json)
+        return
     from teamlora_export.engine.plugin import build_plugin
 
     library = build_plugin(tuple(arch.split(",")) if arch else None)

@@ -13,7 +13,8 @@ deploy_app = typer.Typer(help="Write what a system loads: python, genai, cpp, tr
 
 EngineOption = Annotated[str | None, typer.Option(help="Run this engine of the bundle on TensorRT, not its graph.")]
 LibraryOption = Annotated[
-    str | None, typer.Option(help="A native library with the op, as the machine that runs the model will find it.")
+    str | None,
+    typer.Option(help="A native library with the op. genai: is copied; triton: as the server will find it."),
 ]
 PluginOption = Annotated[
     Path | None,

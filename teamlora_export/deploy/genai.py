@@ -10,7 +10,9 @@ from teamlora_export.bundle import MODEL_NAME, Bundle
 from teamlora_export.deploy.folder import Deployment, deployment, require_cpu_dtype
 from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, tokenizer_config, why_unreadable
 from teamlora_export.deploy.render import render
+from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.errors import ExportError
+from teamlora_export.progress import Reporter
 
 CONFIG_NAME = "genai_config.json"
 _DEFAULT_LENGTH = 2048
@@ -20,7 +22,7 @@ def deploy_genai(bundle: Bundle, out: Path, library: str | None = None) -> Path:
     """Write the deployment into `out`.
 
     Args:
-        library: a native library with the op, as the machine that runs it will find it.
+        library: a native library with the op, which is copied: onnxruntime-genai loads none from elsewhere.
 
     Raises:
         ExportError: see `deployment`; or the model does not generate text, has no tokenizer.json, or is in bfloat16.
@@ -33,7 +35,11 @@ def deploy_genai(bundle: Bundle, out: Path, library: str | None = None) -> Path:
     if problem is not None:
         raise ExportError(f"{bundle.folder}: {problem}. Deploy it with `python` or `triton`.")
     require_cpu_dtype(bundle, "genai")
+    path = None if library is None else find_library(Path(library), Reporter()).path
+    library = None if path is None else path.name
     with deployment(bundle, out, "genai") as made:
+        if path is not None:
+            made.add(path.name, path)
         add_genai_files(made, library)
         made.write("README.md", render("genai.README.md.j2", bundle, library=library))
     return out

@@ -247,7 +247,7 @@ def sources_sha256() -> str:
     """Of all that goes into the library, 16 digits."""
     root = sources_folder()
     digest = hashlib.sha256()
-    for path in sorted([root / "CMakeLists.txt", root / "op.h", *root.glob("kernels/*"), *root.glob("tensorrt/*")]):
+    for path in sorted([root / "CMakeLists.txt", root / "op.h", *root.glob("kernels/*.*"), *root.glob("tensorrt/*")]):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

@@ -16,6 +16,7 @@ from conftest import GREEDY_TOKENS, PROMPTS, readme_block
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.genai import deploy_genai, genai_config
 from teamlora_export.deploy.genai_tokenizer import tokenizer_config, why_unreadable
+from teamlora_export.engine.onnxruntime_library import LIBRARY_NAME, build_library
 from teamlora_export.errors import ExportError
 
 
@@ -42,6 +43,17 @@ def without_stops(tokens: list[int], stop: int) -> list[int]:
 def test_greedy_text_equals_pytorchs(model, smollm2_greedy):
     for ids, answer in smollm2_greedy.items():
         assert without_stops(generate(model, [list(ids)], GREEDY_TOKENS)[0], 2) == answer
+
+
+def test_the_native_op_travels_along_and_runs(smollm2, smollm2_greedy, tmp_path):
+    folder = deploy_genai(smollm2, tmp_path / "smollm2", library=str(build_library().path))
+    ids, answer = next(iter(smollm2_greedy.items()))
+    native = og.Model(str(folder))
+    found = generate(native, [list(ids)], GREEDY_TOKENS)[0]
+    assert str(folder / LIBRARY_NAME) in Path("/proc/self/maps").read_text()
+    assert without_stops(found, 2) == answer
+    with pytest.raises(ExportError, match="no such file"):
+        deploy_genai(smollm2, tmp_path / "other", library=str(tmp_path / "none.so"))
 
 
 def test_the_program_in_its_readme_works(smollm2, tmp_path):

@@ -1,0 +1,246 @@
+// The arithmetic, compiled once for each instruction set: TEAMLORA_CODE names it, the compiler's flags make it.
+//
+// Both products are sums over one row of a panel times one element of the left side, kept in registers as a tile of
+// tokens x columns. A panel narrower than its vectors is read past its row's end, into the next row: those columns'
+// sums are never stored (and packed weights end in room for one vector more).
+#include "code.h"
+#include "vector.h"
+
+#define TEAMLORA_UNROLL _Pragma("GCC unroll 12")
+
+namespace teamlora::cpu::TEAMLORA_CODE {
+namespace {
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// left [kRows, depth] with rows `stride` apart, times panel [depth, width]. All loops over a tile are unrolled, or its
+// sums would live in memory.
+template <int kRows, int kVectors, class T>
+inline void multiply(const float* left, int64_t stride, const T* panel, int64_t width, int64_t depth,
+                     Vector (&sums)[kRows][kVectors]) {
+    TEAMLORA_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+        TEAMLORA_UNROLL
+        for (int v = 0; v < kVectors; ++v) sums[m][v] = Vector{};
+    }
+    for (int64_t d = 0; d < depth; ++d, panel += width) {
+        Vector row[kVectors];
+        TEAMLORA_UNROLL
+        for (int v = 0; v < kVectors; ++v) row[v] = load(panel + v * kLanes);
+        TEAMLORA_UNROLL
+        for (int m = 0; m < kRows; ++m) {
+            const float element = left[m * stride + d];
+            TEAMLORA_UNROLL
+            for (int v = 0; v < kVectors; ++v) sums[m][v] += element * row[v];
+        }
+    }
+}
+
+// Calls work.template tile<rows, vectors>() with what is known when the program runs made known to the compiler.
+template <int kRows, int kVectors, class Work>
+inline void with_vectors(const Work& work, int64_t vectors) {
+    if (vectors == kVectors) {
+        work.template tile<kRows, kVectors>();
+    } else if constexpr (kVectors > 1) {
+        with_vectors<kRows, kVectors - 1>(work, vectors);
+    }
+}
+template <int kRows = kTileRows, class Work>
+inline void with_size(const Work& work, int64_t rows, int64_t width) {
+    if (rows == kRows) {
+        with_vectors<kRows, kTileVectors>(work, (width + kLanes - 1) / kLanes);
+    } else if constexpr (kRows > 1) {
+        with_size<kRows - 1>(work, rows, width);
+    }
+}
+
+template <class T>
+struct DownTile {
+    const float* left;
+    int64_t stride;
+    const T* panel;
+    int64_t width, depth;
+    float* z;
+    int64_t z_stride;
+    bool adds;
+
+    template <int kRows, int kVectors>
+    void tile() const {
+        Vector sums[kRows][kVectors];
+        multiply<kRows, kVectors>(left, stride, panel, width, depth, sums);
+        TEAMLORA_UNROLL
+        for (int m = 0; m < kRows; ++m) {
+            TEAMLORA_UNROLL
+            for (int v = 0; v < kVectors; ++v) {
+                float* to = z + m * z_stride + v * kLanes;
+                store(to, adds ? load(to) + sums[m][v] : sums[m][v]);
+            }
+        }
+    }
+};
+
+// y = base + sums for `count` columns.
+template <class T>
+__attribute__((noinline)) void add_part(const T* base, const float* sums, int64_t count, T* y) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+        const int64_t part = least(kLanes, count - i);
+        store_part(y + i, load_part(base + i, part) + load(sums + i), part);
+    }
+}
+
+template <class T>
+struct UpTile {
+    const float* left;
+    int64_t stride;
+    const T* panel;
+    int64_t width, depth;
+    const T* base;
+    T* y;
+    int64_t out;
+
+    template <int kRows, int kVectors>
+    void tile() const {
+        // The next panel's part of `base` is on its way while this one's sums are made.
+        for (int m = 0; m < kRows; ++m) {
+            for (int v = 0; v < kVectors; ++v) __builtin_prefetch(base + m * out + (kVectors + v) * kLanes, 1);
+        }
+        Vector sums[kRows][kVectors];
+        multiply<kRows, kVectors>(left, stride, panel, width, depth, sums);
+        if (width == kVectors * kLanes) {
+            TEAMLORA_UNROLL
+            for (int m = 0; m < kRows; ++m) {
+                TEAMLORA_UNROLL
+                for (int v = 0; v < kVectors; ++v) {
+                    const int64_t at = m * out + v * kLanes;
+                    store(y + at, load(base + at) + sums[m][v]);
+                }
+            }
+            return;
+        }
+        float made[kRows][kVectors * kLanes];
+        TEAMLORA_UNROLL
+        for (int m = 0; m < kRows; ++m) {
+            TEAMLORA_UNROLL
+            for (int v = 0; v < kVectors; ++v) store(&made[m][v * kLanes], sums[m][v]);
+        }
+        for (int m = 0; m < kRows; ++m) add_part(base + m * out, made[m], width, y + m * out);
+    }
+};
+
+template <class T>
+void widen(const T* from, int64_t stride, int64_t tokens, int64_t columns, float* to) {
+    for (int64_t t = 0; t < tokens; ++t) {
+        int64_t i = 0;
+        for (; i + kLanes <= columns; i += kLanes) store(to + t * columns + i, load(from + t * stride + i));
+        if (i < columns) store_part(to + t * columns + i, load_part(from + t * stride + i, columns - i), columns - i);
+    }
+}
+
+template <class T>
+void down(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t to, float* wide, float* z) {
+    const T* weights = static_cast<const T*>(job.down);
+    for (int64_t begin = from; begin < to; begin += kDepthBlock) {
+        const int64_t depth = least(kDepthBlock, to - begin);
+        const T* x = static_cast<const T*>(job.x) + first * job.in + begin;
+        const float* left;
+        int64_t stride;
+        if constexpr (sizeof(T) == sizeof(float)) {
+            left = x, stride = job.in;
+        } else {
+            widen(x, job.in, tokens, depth, wide);
+            left = wide, stride = depth;
+        }
+        for (int64_t p = 0; p < job.num_down_panels; ++p) {
+            const Panel& panel = job.down_panels[p];
+            const T* part = weights + panel.offset + begin * panel.width;
+            for (int64_t t = 0; t < tokens; t += kTileRows) {
+                const DownTile<T> work{left + t * stride, stride,      part,
+                                       panel.width,       depth,       z + t * job.z_stride + panel.column,
+                                       job.z_stride,      begin > from};
+                with_size(work, least(kTileRows, tokens - t), panel.width);
+            }
+        }
+    }
+}
+
+// A sibling's mixing weights: e = exp(logits - max) of all tokens at once, then one token's w at a time.
+inline void exponentials(const Job& job, int64_t tokens, const float* logits, float* e) {
+    const int64_t k = job.num_experts;
+    for (int64_t t = 0; t < tokens; ++t, logits += job.z_stride) {
+        float most = logits[0];
+        for (int64_t i = 1; i < k; ++i) most = logits[i] > most ? logits[i] : most;
+        for (int64_t i = 0; i < k; ++i) e[t * k + i] = logits[i] - most;
+    }
+    for (int64_t i = 0; i < tokens * k; i += kLanes) store(e + i, exp_of_negative(load(e + i)));
+}
+
+inline void normalised(int64_t k, const float* e, const float* mix, float* w) {
+    for (int64_t j = 0; j < k; ++j) w[j] = e[0] * mix[j];
+    for (int64_t i = 1; i < k; ++i) {
+        for (int64_t j = 0; j < k; ++j) w[j] += e[i] * mix[i * k + j];
+    }
+    float sum = 0;
+    for (int64_t j = 0; j < k; ++j) sum += w[j];
+    for (int64_t j = 0; j < k; ++j) w[j] /= sum;
+}
+
+template <class T>
+void route(const Job& job, int64_t tokens, float* z, float* weights, float* v) {
+    const int64_t k = job.num_experts, c = job.expert_rank, rows = job.down_rank + k;
+    if (sizeof(T) < sizeof(float)) {
+        for (int64_t i = 0; i < tokens * job.z_stride; i += kLanes) store(z + i, rounded<T>(load(z + i)));
+    }
+    float* w = weights;
+    float* e = weights + k;
+    for (int64_t g = 0; g < job.siblings; ++g) {
+        const float* mix = job.mix + g * k * k;
+        exponentials(job, tokens, z + g * rows + job.down_rank, e);
+        for (int64_t t = 0; t < tokens; ++t) {
+            const float* u = z + t * job.z_stride + g * rows;
+            float* to = v + t * job.v_stride + g * job.up_rank;
+            k == 4 ? normalised(4, e + t * 4, mix, w) : normalised(k, e + t * k, mix, w);
+            for (int64_t i = 0; i < k; ++i, u += job.shared_down ? 0 : c) {
+                for (int64_t j = 0; j < c; ++j) *to++ = w[i] * u[j];
+            }
+        }
+    }
+    if (sizeof(T) < sizeof(float)) {
+        for (int64_t i = 0; i < tokens * job.v_stride; i += kLanes) store(v + i, rounded<T>(load(v + i)));
+    }
+}
+
+template <class T>
+void up(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t to, const float* v) {
+    for (int64_t t = 0; t < tokens; t += kTileRows) {
+        for (int64_t p = from; p < to; ++p) {
+            const Panel& panel = job.up_panels[p];
+            const int64_t at = (first + t) * job.out + panel.column;
+            const UpTile<T> work{v + t * job.v_stride + panel.sibling * job.up_rank,
+                                 job.v_stride,
+                                 static_cast<const T*>(job.up) + panel.offset,
+                                 panel.width,
+                                 job.up_rank,
+                                 static_cast<const T*>(job.base) + at,
+                                 static_cast<T*>(job.y) + at,
+                                 job.out};
+            with_size(work, least(kTileRows, tokens - t), panel.width);
+        }
+    }
+}
+
+template <class T>
+constexpr Steps kSteps = {down<T>, route<T>, up<T>};
+
+#define TEAMLORA_TEXT_OF(name) #name
+#define TEAMLORA_TEXT(name) TEAMLORA_TEXT_OF(name)
+
+}  // namespace
+
+extern const Code kCode;
+const Code kCode = {TEAMLORA_TEXT(TEAMLORA_CODE),
+                    kLanes,
+                    kTileRows,
+                    kTileVectors * kLanes,
+                    {kSteps<float>, kSteps<Float16>, kSteps<BFloat16>}};
+
+}  // namespace teamlora::cpu::TEAMLORA_CODE

@@ -1,0 +1,49 @@
+// What is compiled once for each instruction set (code.cpp), and how one of them is chosen.
+#pragma once
+
+#include "projection.h"
+
+namespace teamlora::cpu {
+
+// A call as the compiled code sees it: plain numbers and pointers.
+struct Job {
+    int64_t in, num_experts, expert_rank, down_rank, up_rank, siblings, out;
+    bool shared_down;
+    // Of a token's z, and of its v, in floats.
+    int64_t z_stride, v_stride;
+    const void* x;
+    const void* base;
+    void* y;
+    const void* down;
+    const void* up;
+    const float* mix;
+    const Panel* down_panels;
+    int64_t num_down_panels;
+    const Panel* up_panels;
+    int64_t num_up_panels;
+};
+
+// One instruction set's code for one T. `tokens` tokens from `first` on.
+struct Steps {
+    // z = x downT over the columns [from, to) of x. `wide` holds tokens x kDepthBlock floats where T has 16 bits.
+    void (*down)(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t to, float* wide, float* z);
+    // v from the whole of z, which is rounded to T on the way. `weights` holds (tokens + 1) x k floats and a vector.
+    void (*route)(const Job& job, int64_t tokens, float* z, float* weights, float* v);
+    // y = base + v up in the panels [from, to).
+    void (*up)(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t to, const float* v);
+};
+
+struct Code {
+    const char* name;
+    // Floats of a vector; of a full tile, the rows (tokens) and the columns (a panel's width).
+    int64_t lanes, tile_rows, panel_width;
+    Steps steps[3];  // by DataType
+};
+
+// Columns of x that are multiplied before the next are looked at: a panel's part stays in the first cache.
+inline constexpr int64_t kDepthBlock = 256;
+
+// Those that this processor runs, the fastest first; the last one is portable.
+const std::vector<const Code*>& available_codes();
+
+}  // namespace teamlora::cpu
