@@ -18,6 +18,7 @@ from typing import Annotated, TypedDict
 
 import msgspec
 
+from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.files import copy_file, read_record, sha256_of
 from teamlora_export.staging import entries, settle, write_aside
@@ -61,7 +62,7 @@ COMPANIONS = (
 
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-Dtype = Annotated[str, msgspec.Meta(pattern="^(fp32|fp16|bf16)$")]
+Dtype = Annotated[str, msgspec.Meta(pattern=f"^({'|'.join(DTYPES)})$")]
 Task = Annotated[
     str, msgspec.Meta(pattern="^(text-generation|feature-extraction|sentence-embedding|text-classification)$")
 ]

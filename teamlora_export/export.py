@@ -33,6 +33,7 @@ from teamlora_export.bundle import (
     read_bundle,
     write_manifest,
 )
+from teamlora_export.dtypes import DTYPES
 from teamlora_export.engine.facts import listed_engines
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op, weights
@@ -44,7 +45,6 @@ from teamlora_export.progress import Reporter
 from teamlora_export.staging import real_path, refuse_foreign, require_space, staged
 from teamlora_export.tokens import read_tokens
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 OP_FORMS = ("function", "standard")
 _MOST_WARNINGS = 5
 
@@ -145,7 +145,7 @@ def _find_graph(
 
         base = _open_base(source, task)
         aligned = align_with_base(adapter, base.signature)
-        model = build_graph(base, aligned, getattr(torch, DTYPES[dtype]), reporter)
+        model = build_graph(base, aligned, getattr(torch, DTYPES[dtype].torch), reporter)
     traced = TracedGraph(model, base.signature, base.aliases(), base.task, base.config.model_type)
     if use_cache:
         keep_graph(key, traced)

@@ -22,6 +22,7 @@ from teamlora_export.bundle import (
     Task,
     check_files,
 )
+from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.files import copy_file, read_json, read_record, sha256_of
 from teamlora_export.staging import entries, require_space, staged
@@ -31,7 +32,6 @@ DEPLOY_NAME = "deploy.json"
 FORMAT_VERSION = 1
 # Fields of configurations that transformers fills with a path or a secret of the machine.
 _ORIGIN = {"_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "auth_token", "use_auth_token", "token"}
-_FLOATS = {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -136,7 +136,7 @@ def _without_origin(path: Path, folder: Path) -> Path | str:
 
 def port_in(port: Port, dtype: str | None) -> Port:
     """The port as an engine in `dtype` ("fp32", "fp16", "bf16") has it; None: as the graph has it."""
-    return port if dtype is None or port.dtype == "int64" else dataclasses.replace(port, dtype=_FLOATS[dtype])
+    return port if dtype is None or port.dtype == "int64" else dataclasses.replace(port, dtype=DTYPES[dtype].onnx)
 
 
 def _describe(made: Deployment) -> Description:

@@ -18,6 +18,7 @@ from typing import Any
 from teamlora_export import __version__
 from teamlora_export.bundle import ENGINES_NAME, Bundle, check_files
 from teamlora_export.cache import cache_folder
+from teamlora_export.dtypes import DTYPES
 from teamlora_export.engine.facts import EngineFacts, EnginePlugin, refuse_foreign_engine, write_engine
 from teamlora_export.engine.plugin import PluginLibrary, find_plugin, load_plugin
 from teamlora_export.engine.prepare import prepared_model
@@ -26,7 +27,6 @@ from teamlora_export.engine.progress import BuildProgress, run_cancellable
 from teamlora_export.engine.runtime import Messages, TensorRT, open_runtime
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_bytes
-from teamlora_export.graph.precision import DTYPES
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import existing, write_aside
 

@@ -15,7 +15,7 @@ from teamlora_export.engine.facts import EngineFacts, read_facts, write_engine
 from teamlora_export.engine.load import load_engine, open_engine_runtime
 from teamlora_export.engine.runtime import Messages
 from teamlora_export.errors import ExportError, raise_findings
-from teamlora_export.graph.precision import DTYPES
+from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import Recipe, adapter_weights
 from teamlora_export.progress import Reporter
 
@@ -84,7 +84,7 @@ def refit_weights(
     adapter = _aligned(read_adapter(adapter_folder), bundle)
     recipes = {name: Recipe.from_json(text) for name, text in facts.refit_weights.items()}
     # Each array is copied: the maker uses its memory again.
-    return {name: array.copy() for name, array in adapter_weights(recipes, adapter, DTYPES[facts.dtype])}
+    return {name: array.copy() for name, array in adapter_weights(recipes, adapter, IR_DTYPES[facts.dtype])}
 
 
 def _aligned(adapter: AdapterSpec, bundle: Bundle) -> AdapterSpec:

@@ -21,11 +21,12 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 from teamlora_export.graph.weights import cast_weight
 
-DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+IR_DTYPES = {name: ir.DataType[dtype.onnx.upper()] for name, dtype in DTYPES.items()}
 
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "Einsum", "Attention"}
 _SENSITIVE = {
@@ -54,7 +55,7 @@ class ChangePrecision(ir.passes.InPlacePass):
 
     def __init__(self, source: str, target: str) -> None:
         super().__init__()
-        self._source, self._target = DTYPES[source], DTYPES[target]
+        self._source, self._target = IR_DTYPES[source], IR_DTYPES[target]
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         if self._source == self._target:

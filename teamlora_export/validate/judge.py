@@ -17,9 +17,10 @@ from typing import Protocol
 import numpy as np
 
 from teamlora_export.bundle import Port
+from teamlora_export.dtypes import DTYPES
 from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
 from teamlora_export.validate.metrics import ErrorStats, attended, kl_divergence, measure, top5_overlap
-from teamlora_export.validate.verdict import UNIT_ROUNDOFF, CaseResult, Judgement
+from teamlora_export.validate.verdict import CaseResult, Judgement
 
 # Another order of additions moves an error by a factor of about two. ONNX Runtime's float32 Sigmoid adds to that: it is
 # off by up to 1e-7, which is 1.7 % of its value at -12, and gated MLPs multiply it into activations of hundreds
@@ -105,7 +106,7 @@ class Judge:
 
     def _judge_measured(self, measured: _Measured) -> Judgement:
         pytorch = measured.pytorch
-        floor = FLOOR * UNIT_ROUNDOFF[self._dtype] * pytorch.scale
+        floor = FLOOR * DTYPES[self._dtype].roundoff * pytorch.scale
         # Where PyTorch itself overflows in this dtype, the dtype is at fault, and nothing beyond the floor is allowed.
         theirs = pytorch.rms if math.isfinite(pytorch.rms) else 0.0
         allowed = max(MULTIPLE * max(theirs, self._pooled(measured.name)), floor)

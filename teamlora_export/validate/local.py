@@ -16,10 +16,11 @@ from typing import Protocol
 import numpy as np
 
 from teamlora_export.bundle import Port
+from teamlora_export.dtypes import DTYPES
 from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
 from teamlora_export.validate.metrics import ErrorStats, attended
 from teamlora_export.validate.torch_runner import TorchRunner
-from teamlora_export.validate.verdict import UNIT_ROUNDOFF, Judgement, LocalCheck
+from teamlora_export.validate.verdict import Judgement, LocalCheck
 
 # Kernels in 16 bits round at other places than PyTorch's (attention's scores and shares, for one): good models stay
 # below a third of this. In float32 they stay below a tenth, and faults of a thousandth are above it.
@@ -96,9 +97,9 @@ class LocalJudge:
 
     def _floor(self, name: str, wide: bool) -> float:
         if wide and name in self._inexact:
-            return FLOOR_OF_ROUNDED_CONSTANTS * UNIT_ROUNDOFF[self._dtype]
+            return FLOOR_OF_ROUNDED_CONSTANTS * DTYPES[self._dtype].roundoff
         dtype = "fp32" if wide else self._dtype
-        return FLOOR[dtype] * UNIT_ROUNDOFF[dtype]
+        return FLOOR[dtype] * DTYPES[dtype].roundoff
 
 
 def judge_columns(

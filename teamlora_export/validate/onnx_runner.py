@@ -15,7 +15,7 @@ import onnxruntime as ort
 from teamlora_export.bundle import Bundle
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.passes import inline_bodies
-from teamlora_export.graph.precision import DTYPES
+from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.validate.cases import Feeds
 from teamlora_export.validate.taps import EXPERTS, Tap, expert_inputs, find_taps, live_values, marked_values, module_of
 from teamlora_export.validate.verdict import Departure
@@ -123,7 +123,7 @@ def open_model(model: ir.Model, bundle: Bundle, wide: bool = False) -> ort.Infer
     """A session on a model derived from a bundle's (bodies in place), with the bundle's weights."""
     dtype = bundle.manifest.dtype
     if dtype == "bf16" or (wide and dtype != "fp32"):
-        widen(model, DTYPES[dtype], rounded=not wide)
+        widen(model, IR_DTYPES[dtype], rounded=not wide)
         common.RemoveUnusedNodesPass()(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

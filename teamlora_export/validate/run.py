@@ -18,6 +18,7 @@ import torch
 
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
 from teamlora_export.bundle import Bundle, Validation, check_files, write_manifest
+from teamlora_export.dtypes import DTYPES
 from teamlora_export.engine.facts import EngineFacts, find_engine, read_facts, write_facts
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel, open_base
@@ -34,8 +35,6 @@ from teamlora_export.validate.stored import judge_weights, kept_in_float32, reci
 from teamlora_export.validate.taps import live_values, module_of, with_rounded_constants
 from teamlora_export.validate.torch_runner import TorchRunner
 from teamlora_export.validate.verdict import Departure, LocalCheck, Verdict
-
-_TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def validate_bundle(
@@ -73,7 +72,7 @@ def validate_bundle(
         reporter.say("Layer by layer: the weights are read from disk on every call")
     with reporter.step("Preparing PyTorch in float64 and the bundle's dtype"):
         reference = TorchRunner(base, adapter, torch.float64, weights)
-        pytorch = TorchRunner(base, adapter, _TORCH_DTYPES[dtype], weights)
+        pytorch = TorchRunner(base, adapter, _torch_dtype(dtype), weights)
     graph = (OnnxRunner if weights is None else LayerwiseOnnxRunner)(bundle, adapter.projections)
     judge = Judge(dtype, reference, pytorch, engine.runner if engine else graph, manifest.inputs)
     cases = make_cases(base.config, base.task, brief=weights is not None)
@@ -136,7 +135,7 @@ class _Inside:
     def _local_judge(self) -> LocalJudge:
         manifest = self._graph.bundle.manifest
         kept = kept_in_float32(self._graph.inlined, self._recipes)
-        self._reference.round_weights(_TORCH_DTYPES[manifest.dtype], kept)
+        self._reference.round_weights(_torch_dtype(manifest.dtype), kept)
         values = {name: tap.value for name, tap in self._graph.taps.items()}
         values |= {port.name: port.name for port in manifest.outputs}
         rounded = with_rounded_constants(self._graph.inlined, values.values(), self._recipes)
@@ -230,6 +229,10 @@ def _open_sources(
             f"{base.name}: is not the base that {bundle.folder} was made of. Export again, or give --base."
         )
     return base, align_with_base(adapter, base.signature)
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    return getattr(torch, DTYPES[name].torch)
 
 
 def _fits(base: BaseModel) -> bool:

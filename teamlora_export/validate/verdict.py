@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 
 from teamlora_export.validate.metrics import ErrorStats
 
-UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
-
 
 @dataclass(frozen=True)
 class Judgement:

@@ -18,7 +18,7 @@ from teamlora_export.engine.refit import refit_engine, refit_weights
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.files import sha256_of
-from teamlora_export.graph.precision import DTYPES, ChangePrecision
+from teamlora_export.graph.precision import IR_DTYPES, ChangePrecision
 
 
 def refittable(bundle: Bundle, dtype: str, engine: Path, **changes: object) -> EngineFacts:
@@ -70,7 +70,7 @@ def test_the_weights_are_those_of_an_export_with_the_other_adapter(
     ChangePrecision("fp32", dtype)(model)
     for weight, array in found.items():
         value = model.graph.initializers[weight]
-        assert value.dtype == (ir.DataType.FLOAT if weight.endswith("mix") else DTYPES[dtype])
+        assert value.dtype == (ir.DataType.FLOAT if weight.endswith("mix") else IR_DTYPES[dtype])
         assert np.array_equal(array, value.const_value.numpy()), weight
     changed = {n for n, v in ir.load(bundle.model).graph.initializers.items() if _differs(v, exported)}
     assert changed == set(found), "these, and no others, differ between the two exports"

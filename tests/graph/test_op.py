@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from teamlora_export.graph import op
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
-from teamlora_export.graph.precision import DTYPES, ChangePrecision
+from teamlora_export.graph.precision import IR_DTYPES, ChangePrecision
 
 ROUNDOFF = {ir.DataType.FLOAT: 2.0**-24, ir.DataType.FLOAT16: 2.0**-11}
 
@@ -112,7 +112,7 @@ def test_an_inlined_body_that_is_retyped_rounds_there_too(family, target, rng):
     """As in a bundle of `--op standard`, whose weights are initializers."""
     projections = [random_projection(rng, family, d_out=50 + g) for g in range(2)]
     widths, k, shared = [p.out_features for p in projections], projections[0].num_experts, projections[0].shared_down
-    feeds = feeds_of(projections, rng.normal(size=(2, 9, 7)), rng.normal(size=(2, 9, sum(widths))), DTYPES[target])
+    feeds = feeds_of(projections, rng.normal(size=(2, 9, 7)), rng.normal(size=(2, 9, sum(widths))), IR_DTYPES[target])
     model = one_node_model(widths, k, shared, ir.DataType.FLOAT)
     inline_bodies(model)
     for value in [value for value in model.graph.inputs if value.name in ("down", "mix", "up")]:

@@ -13,7 +13,7 @@ from conftest import ARCHITECTURES
 from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, hash_files, read_bundle, write_manifest
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
-from teamlora_export.graph.precision import DTYPES, ChangePrecision
+from teamlora_export.graph.precision import IR_DTYPES, ChangePrecision
 from teamlora_export.validate.run import validate_bundle
 
 SENSITIVE = {"Softmax", "ReduceMean", "LayerNormalization", "Pow", "Sqrt", "Cos", "Sin"}
@@ -39,7 +39,7 @@ def test_a_float32_bundle_in_float16_is_as_exact_as_pytorch_in_float16(name, mak
 def test_every_dtype_becomes_every_other(source, target, make_bundle, tmp_path):
     bundle = retyped(make_bundle("llama", source), target, tmp_path)
     kinds = {value.dtype for value in ir.load(bundle.model).graph.inputs}
-    assert kinds == {ir.DataType.INT64, DTYPES[target]}
+    assert kinds == {ir.DataType.INT64, IR_DTYPES[target]}
     if source == "fp32":
         assert validate_bundle(bundle).passed
 
