@@ -41,7 +41,7 @@ trt_app = typer.Typer(
     help="Build a TensorRT or TensorRT-RTX engine of a bundle: trt BUNDLE [--fp16], or `trt build --help`.",
     no_args_is_help=True,
 )
-plugins_app = typer.Typer(help="Build and describe native libraries: the TensorRT plugin, the op for ONNX Runtime.", no_args_is_help=True)
+plugins_app = typer.Typer(help="Build and describe native libraries.", no_args_is_help=True)
 
 
 @trt_app.command("build")

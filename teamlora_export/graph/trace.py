@@ -112,10 +112,11 @@ def _export(model: nn.Module, signature: TracedSignature) -> ir.Model:
 def _mark_module_outputs(model: nn.Module) -> list[Any]:
     """Make each module's output pass through a marker node, so that values of the graph can be told by module.
 
-    Markers are taken out again by `passes/module_outputs.py`. Modules that return no floating-point tensor have
-    none. What
-    enters a list of layers is marked as `LIST.input`.
+    Markers are taken out again by `passes/module_outputs.py`. Modules that return no floating-point tensor have none,
+    nor have those inside of packed experts: they see tokens in an order of the implementation's choice. What enters a
+    list of layers is marked as `LIST.input`.
     """
+    packed = tuple(f"{path}." for path, module in model.named_modules() if _packs_experts(module))
 
     def hook(path: str):  # type: ignore[no-untyped-def]
         def mark(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -130,11 +131,20 @@ def _mark_module_outputs(model: nn.Module) -> list[Any]:
     def mark_input(path: str):  # type: ignore[no-untyped-def]
         return lambda _module, args: (_mark(args[0], path), *args[1:]) if args else None
 
-    handles: list[Any] = [module.register_forward_hook(hook(path)) for path, module in model.named_modules() if path]
+    handles: list[Any] = [
+        module.register_forward_hook(hook(path))
+        for path, module in model.named_modules()
+        if path and not path.startswith(packed)
+    ]
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module):
             handles.append(module[0].register_forward_pre_hook(mark_input(f"{path}.input")))
     return handles
+
+
+def _packs_experts(module: nn.Module) -> bool:
+    """Whether weights of several experts are in one tensor of this module."""
+    return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
 
 
 def _mark(tensor: Tensor, path: str) -> Tensor:

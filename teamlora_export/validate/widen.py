@@ -20,7 +20,7 @@ def widen(model: ir.Model, narrow: ir.DataType, rounded: bool) -> None:
     graph = model.graph
     nodes = list(graph)
     for weight in [v for v in graph.initializers.values() if v.dtype == narrow]:
-        widened = _cast(weight, _FP32, f"{weight.name}.float32")
+        widened = _cast(weight, _FP32, f"{weight.name}.widened")
         ir.convenience.replace_all_uses_with(weight, widened)
         widened.producer().replace_input_with(0, weight)  # type: ignore[union-attr]
         graph.insert_before(nodes[0], widened.producer())  # type: ignore[arg-type]

@@ -85,7 +85,8 @@ def test_the_inlined_form_equals_pytorch_and_holds_standard_ops_only(name, make_
     assert validate_bundle(bundle).passed
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "qwen2_moe"])
+# One of each way to be made of layers; what each layer computes is compared for every model (graph/record.py).
+@pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "gpt2", "phi3", "modernbert", "qwen2_moe"])
 def test_repeating_traced_layers_gives_the_graph_of_the_full_trace(name, make_base, make_adapter):
     base = make_base(name)
     adapter = align_with_base(read_adapter(make_adapter(name)), base.signature)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import ARCHITECTURES
 
 from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, hash_files, read_bundle, write_manifest
 from teamlora_export.errors import ExportError
@@ -29,7 +28,7 @@ def retyped(bundle: Bundle, dtype: str, folder: Path) -> Bundle:
     return read_bundle(folder)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "roberta", "modernbert"])
 def test_a_float32_bundle_in_float16_is_as_exact_as_pytorch_in_float16(name, make_bundle, tmp_path):
     verdict = validate_bundle(retyped(make_bundle(name), "fp16", tmp_path))
     assert verdict.passed, verdict.departure or verdict.worst
