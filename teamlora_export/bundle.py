@@ -19,7 +19,7 @@ from typing import Annotated, TypedDict
 import msgspec
 
 from teamlora_export.errors import ExportError
-from teamlora_export.files import copy_file, read_record, sha256_of
+from teamlora_export.files import LARGEST_TEXT, copy_file, read_record, sha256_of
 from teamlora_export.staging import entries, settle, write_aside
 from teamlora_export.tokens import Tokens
 
@@ -29,8 +29,6 @@ MANIFEST_NAME = "manifest.json"
 ENGINES_NAME = "engines"
 # 1 listed the hashes of the model and its weights alone.
 FORMAT_VERSION = 2
-# Large vocabularies have some 40 MB.
-LARGEST_COMPANION = 256 << 20
 # Names of the dynamic axes.
 BATCH, SEQUENCE, PAST, TOTAL = (
     "batch_size",
@@ -252,7 +250,7 @@ def copy_companions(source: Path, folder: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_symlink() or (source / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
-            copy_file(source / name, folder / name, source, LARGEST_COMPANION)
+            copy_file(source / name, folder / name, source, LARGEST_TEXT)
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -25,6 +25,8 @@ from teamlora_export.errors import ExportError
 
 # The largest index of shards that is known has some 20 MB; configurations have a few kB.
 LARGEST_JSON = 64 << 20
+# Large vocabularies have some 60 MB; what training logged beside a model has more.
+LARGEST_TEXT = 256 << 20
 # Deeper than any configuration, and shallow enough for every walk over one.
 _DEEPEST_JSON = 64
 _CHUNK = 1 << 20
@@ -33,7 +35,10 @@ _T = TypeVar("_T")
 
 def refuse_escape(path: Path, folder: Path) -> None:
     """Refuse a file that a link leads out of `folder` (Hugging Face's cache keeps blobs beside its snapshots)."""
-    real, root = path.resolve(), folder.resolve()
+    try:
+        real, root = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ExportError(f"{path}: leads nowhere ({error}). Copy the file itself into the folder.") from None
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
         raise ExportError(f"{path}: is a link to a file outside {folder}. Copy the file itself into the folder.")
