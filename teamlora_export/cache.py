@@ -20,6 +20,4 @@ def cache_folder() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "teamlora-export"
     except RuntimeError:
         # A user id without a name, as containers have.
-        raise ExportError(
-            "This user has no home. Set TEAMLORA_EXPORT_CACHE to a folder for the cache."
-        ) from None
+        raise ExportError("This user has no home. Set TEAMLORA_EXPORT_CACHE to a folder for the cache.") from None

@@ -15,7 +15,7 @@ import regex
 from teamlora_export.errors import ExportError
 
 # A rank of its own for each of 1,000 modules takes some 1.5 seconds.
-_SECONDS = 6.0
+_SECONDS = 4.0
 _LONGEST = 1 << 16
 # In `re` a brace that is no repetition is a letter; in `regex` it may allow errors in a match.
 _ODD_BRACE = re.compile(r"(?<!\\)\{(?!\d*,?\d*\})")
