@@ -254,14 +254,15 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST_NAME
-    manifest = read_record(path, Manifest, "Export the model again.", folder, newest=FORMAT_VERSION)
-    if manifest.format_version < FORMAT_VERSION:
-        raise ExportError(
-            f"{path}: has format version {manifest.format_version}, which lists some of its files only; this tool "
-            f"reads {FORMAT_VERSION}. Remove the folder, and export the model again."
-        )
-    return manifest
+    # Earlier ones list some of their files only.
+    return read_record(
+        folder / MANIFEST_NAME,
+        Manifest,
+        "Export the model again.",
+        folder,
+        newest=FORMAT_VERSION,
+        oldest=FORMAT_VERSION,
+    )
 
 
 def _check_list(folder: Path, listed: Mapping[str, str]) -> None:

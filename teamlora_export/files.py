@@ -109,15 +109,19 @@ def read_json(path: Path, advice: str, folder: Path | None = None, kind: type = 
     return fields
 
 
-def read_record(path: Path, kind: type[_T], advice: str, folder: Path | None = None, newest: int | None = None) -> _T:
+def read_record(
+    path: Path, kind: type[_T], advice: str, folder: Path | None = None, newest: int | None = None, oldest: int = 1
+) -> _T:
     """The JSON object in a file as the dataclass `kind`: fields that it does not have are passed over.
 
     Args:
         newest: the highest `format_version` that is known. Default: the file has none.
+        oldest: the lowest that is read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ExportError: as `read_json`; or a field is missing, of another type, or a newer tool wrote the file.
+        ExportError: as `read_json`; or a field is missing, of another type, or a newer or a much older tool wrote
+            the file.
     """
     fields = read_json(path, advice, folder)
     version = fields.get("format_version")
@@ -127,6 +131,11 @@ def read_record(path: Path, kind: type[_T], advice: str, folder: Path | None = N
                 f"{path}: has format version {version}, this tool reads up to {newest}. Upgrade teamlora-export."
             )
         raise ExportError(f"{path}: format_version is {version!r:.80}, expected 1 to {newest}. {advice}")
+    if version is not None and newest is not None and version < oldest:
+        raise ExportError(
+            f"{path}: has format version {version}, of an older tool; this one reads from {oldest} on. "
+            f"Remove {path.parent}, and make it again."
+        )
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:
