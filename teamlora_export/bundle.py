@@ -20,7 +20,7 @@ import msgspec
 
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
-from teamlora_export.files import copy_file, read_record, sha256_of
+from teamlora_export.files import LARGEST_TEXT, copy_file, read_record, sha256_of
 from teamlora_export.staging import entries, settle, write_aside
 from teamlora_export.tokens import Tokens
 
@@ -30,8 +30,6 @@ MANIFEST_NAME = "manifest.json"
 ENGINES_NAME = "engines"
 # 1 listed the hashes of the model and its weights alone.
 FORMAT_VERSION = 2
-# Large vocabularies have some 40 MB.
-LARGEST_COMPANION = 256 << 20
 # Names of the dynamic axes.
 BATCH, SEQUENCE, PAST, TOTAL = (
     "batch_size",
@@ -253,18 +251,19 @@ def copy_companions(source: Path, folder: Path) -> None:
     for name in COMPANIONS:
         if (source / name).is_symlink() or (source / name).exists():
             (folder / name).parent.mkdir(exist_ok=True)
-            copy_file(source / name, folder / name, source, LARGEST_COMPANION)
+            copy_file(source / name, folder / name, source, LARGEST_TEXT)
 
 
 def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST_NAME
-    manifest = read_record(path, Manifest, "Export the model again.", folder, newest=FORMAT_VERSION)
-    if manifest.format_version < FORMAT_VERSION:
-        raise ExportError(
-            f"{path}: has format version {manifest.format_version}, which lists some of its files only; this tool "
-            f"reads {FORMAT_VERSION}. Remove the folder, and export the model again."
-        )
-    return manifest
+    # Earlier ones list some of their files only.
+    return read_record(
+        folder / MANIFEST_NAME,
+        Manifest,
+        "Export the model again.",
+        folder,
+        newest=FORMAT_VERSION,
+        oldest=FORMAT_VERSION,
+    )
 
 
 def _check_list(folder: Path, listed: Mapping[str, str]) -> None:

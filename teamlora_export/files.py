@@ -25,6 +25,8 @@ from teamlora_export.errors import ExportError
 
 # The largest index of shards that is known has some 20 MB; configurations have a few kB.
 LARGEST_JSON = 64 << 20
+# Large vocabularies have some 60 MB; what training logged beside a model has more.
+LARGEST_TEXT = 256 << 20
 # Deeper than any configuration, and shallow enough for every walk over one.
 _DEEPEST_JSON = 64
 _CHUNK = 1 << 20
@@ -33,7 +35,10 @@ _T = TypeVar("_T")
 
 def refuse_escape(path: Path, folder: Path) -> None:
     """Refuse a file that a link leads out of `folder` (Hugging Face's cache keeps blobs beside its snapshots)."""
-    real, root = path.resolve(), folder.resolve()
+    try:
+        real, root = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ExportError(f"{path}: leads nowhere ({error}). Copy the file itself into the folder.") from None
     blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
     if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
         raise ExportError(f"{path}: is a link to a file outside {folder}. Copy the file itself into the folder.")
@@ -104,15 +109,19 @@ def read_json(path: Path, advice: str, folder: Path | None = None, kind: type = 
     return fields
 
 
-def read_record(path: Path, kind: type[_T], advice: str, folder: Path | None = None, newest: int | None = None) -> _T:
+def read_record(
+    path: Path, kind: type[_T], advice: str, folder: Path | None = None, newest: int | None = None, oldest: int = 1
+) -> _T:
     """The JSON object in a file as the dataclass `kind`: fields that it does not have are passed over.
 
     Args:
         newest: the highest `format_version` that is known. Default: the file has none.
+        oldest: the lowest that is read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ExportError: as `read_json`; or a field is missing, of another type, or a newer tool wrote the file.
+        ExportError: as `read_json`; or a field is missing, of another type, or a newer or a much older tool wrote
+            the file.
     """
     fields = read_json(path, advice, folder)
     version = fields.get("format_version")
@@ -122,6 +131,11 @@ def read_record(path: Path, kind: type[_T], advice: str, folder: Path | None = N
                 f"{path}: has format version {version}, this tool reads up to {newest}. Upgrade teamlora-export."
             )
         raise ExportError(f"{path}: format_version is {version!r:.80}, expected 1 to {newest}. {advice}")
+    if version is not None and newest is not None and version < oldest:
+        raise ExportError(
+            f"{path}: has format version {version}, of an older tool; this one reads from {oldest} on. "
+            f"Remove {path.parent}, and make it again."
+        )
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as error:

@@ -133,8 +133,8 @@ def write_together(files: Mapping[Path, Content]) -> None:
 def existing(folder: Path) -> Iterator[None]:
     """`folder` exists inside of the block; what had to be made for it goes away again where the block fails."""
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         for path in made:
@@ -181,6 +181,8 @@ def refuse_foreign(place: Path, listed: Listing, inputs: Sequence[Path] = ()) ->
             return
         if not place.is_dir():
             raise ExportError(f"{place}: exists and is not a folder. Choose another -o.")
+        if os.path.ismount(place):
+            raise ExportError(f"{place}: is where a disk is mounted, and cannot be replaced. Choose a folder in it.")
         if not any(place.iterdir()):
             return
         ours = listed(place)

@@ -71,7 +71,7 @@ def test_a_list_that_leads_out_of_the_folder_is_refused(name, folder):
     ("fields", "reason"),
     [
         ({"format_version": 99}, "format version 99"),
-        ({"format_version": 1}, "format version 1, which lists some"),
+        ({"format_version": 1, "tokens": None, "recipes": None}, "format version 1, of an older tool"),
         ({"sha256": {"model.onnx": "abc"}}, "matching regex"),
         ({"sha256": []}, r"Expected `object`, got `array` - at `\$\.sha256`"),
         ({"base": {"source": 3, "model_type": "llama", "sha256": {}}}, r"Expected `str`, got `int` - at `\$\.base"),

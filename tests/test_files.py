@@ -78,6 +78,13 @@ def test_a_link_may_not_lead_out_of_the_folder_but_into_the_hubs_blobs(tmp_path:
     assert read_json(snapshot / "config.json", ADVICE, snapshot) == {}
 
 
+def test_a_link_to_itself_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("config.json")
+    for folder in (tmp_path, None):
+        with pytest.raises(ExportError, match=r"config\.json: "):
+            open_file(tmp_path / "config.json", folder)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

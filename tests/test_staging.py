@@ -15,7 +15,7 @@ import pytest
 
 from teamlora_export import staging
 from teamlora_export.errors import ExportError
-from teamlora_export.staging import require_space, settle, staged, write_aside, write_together
+from teamlora_export.staging import refuse_foreign, require_space, settle, staged, write_aside, write_together
 
 
 def listed(folder: Path) -> set[str]:
@@ -240,6 +240,11 @@ def test_a_folder_or_a_file_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", "first")
     assert contents(tmp_path / "empty") == {"first"}
+
+
+def test_where_a_disk_is_mounted_is_refused_before_anything_is_written():
+    with pytest.raises(ExportError, match="Choose a folder in it"):
+        refuse_foreign(Path("/proc"), listed)
 
 
 def test_an_input_is_never_what_is_replaced_and_never_in_it(tmp_path):

@@ -14,6 +14,7 @@ from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, check_files
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import ChangePrecision
+from teamlora_export.graph.read import read_graph
 from teamlora_export.interrupt import held, note_written
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import require_space, scratch_folder
@@ -46,7 +47,7 @@ def prepared_model(bundle: Bundle, dtype: str, place: Path, *, for_plugin: bool,
     Raises:
         ExportError: the plugin is wanted but the bundle has no nodes of the op, or a weight does not fit into float16.
     """
-    model = ir.load(bundle.model)
+    model = read_graph(bundle)
     if for_plugin and bundle.manifest.op["form"] != "function":
         raise ExportError(
             f"{bundle.folder}: was exported with --op standard, so there is no op for the plugin to take."

@@ -4,5 +4,5 @@
 `trace.py` makes a graph whose initializers are recipes, not numbers (`tasks.py`: of which inputs and outputs),
 `optimize.py` simplifies it exactly, `passes/` rewrites it, `stamp.py` repeats its layers.
 `op.py` defines the op and its function body. `traced.py` keeps graphs for the next adapter; `weights.py` cooks the
-recipes into the data file.
+recipes into the data file. `read.py` reads what was written.
 """

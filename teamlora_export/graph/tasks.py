@@ -205,6 +205,10 @@ def encoder_forward(base: BaseModel, model: nn.Module) -> Callable[..., dict[str
     return embed
 
 
+# Of sentence-transformers, those that the graph computes, and one that does nothing after training.
+_SENTENCE_MODULES = {"Transformer", "Pooling", "Normalize", "Dropout"}
+
+
 @dataclass(frozen=True)
 class Pooling:
     """Hidden states to one vector a sentence, as sentence-transformers' `1_Pooling/config.json` and `modules.json`
@@ -227,12 +231,18 @@ def read_pooling(folder: Path) -> Pooling:
     """The pooling that `folder` asks for; mean and normalised where it says nothing.
 
     Raises:
-        ExportError: it asks for a mode other than mean or cls.
+        ExportError: it asks for a mode other than mean or cls, or for modules beside the pooling that change a vector.
     """
     advice = "Download the model again."
     try:
-        fields = read_json(folder / "1_Pooling" / "config.json", advice, folder)
         modules = read_json(folder / "modules.json", advice, folder, list)
+        kinds = [str(module.get("type")).rpartition(".")[2] for module in modules if isinstance(module, dict)]
+        if strange := sorted(set(kinds) - _SENTENCE_MODULES):
+            raise ExportError(
+                f"{folder / 'modules.json'}: names {', '.join(strange):.200}; {', '.join(sorted(_SENTENCE_MODULES))} "
+                "are supported. Take --task feature-extraction, and apply what comes after it yourself."
+            )
+        fields = read_json(folder / "1_Pooling" / "config.json", advice, folder)
     except FileNotFoundError:
         return Pooling()
     modes = [
@@ -240,7 +250,7 @@ def read_pooling(folder: Path) -> Pooling:
         for name, on in fields.items()
         if name.startswith("pooling_mode_") and on is True
     ]
-    normalize = any("Normalize" in str(module.get("type", "")) for module in modules if isinstance(module, dict))
+    normalize = "Normalize" in kinds
     if modes == ["mean_tokens"]:
         return Pooling("mean", normalize)
     if modes == ["cls_token"]:

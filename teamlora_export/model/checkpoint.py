@@ -182,14 +182,16 @@ def _safetensors_files(source: BaseSource) -> dict[Path, list[str]]:
     """Files, with the tensors that an index expects in each; no names means all that is there."""
     if source.gguf_file is not None:
         return {}
+    single = source.folder / "model.safetensors"
+    if single.is_file():
+        return {single: []}
     index = source.folder / "model.safetensors.index.json"
     if index.is_file():
         files: dict[Path, list[str]] = {}
         for name, file in read_weight_map(index).items():
             files.setdefault(source.folder / file, []).append(name)
         return files
-    single = source.folder / "model.safetensors"
-    return {single: []} if single.is_file() else {}
+    return {}
 
 
 def _read_header(path: Path, folder: Path) -> dict[str, _Extent]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teamlora_export.errors import ExportError
-from teamlora_export.files import LARGEST_JSON, open_file, read_json, sha256_of
+from teamlora_export.files import LARGEST_TEXT, open_file, read_json, sha256_of
 
 CONFIG_NAME = "config.json"
 _AGAIN = "Download the checkpoint again."
@@ -50,11 +50,12 @@ class BaseSource:
         if self.gguf_file is not None:
             return [self.folder / self.gguf_file]
         for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+            # An index beside the one file is left over from when there were shards.
+            if (self.folder / f"{stem}.{suffix}").is_file():
+                return [self.folder / f"{stem}.{suffix}"]
             index = self.folder / f"{stem}.{suffix}.index.json"
             if index.is_file():
                 return sorted({self.folder / name for name in set(read_weight_map(index).values())})
-            if (self.folder / f"{stem}.{suffix}").is_file():
-                return [self.folder / f"{stem}.{suffix}"]
         raise ExportError(f"{self.name}: holds no weights (model.safetensors, its shards, pytorch_model.bin or GGUF).")
 
     def identity(self) -> dict[str, str]:
@@ -85,7 +86,7 @@ def _check_files(folder: Path) -> None:
         if os.path.isdir(folder / inner):
             for path in sorted((folder / inner).iterdir()):
                 if path.suffix in _READ_SUFFIXES and os.path.exists(path) and not os.path.isdir(path):
-                    open_file(path, folder, LARGEST_JSON if path.suffix in _TEXT_SUFFIXES else None).close()
+                    open_file(path, folder, LARGEST_TEXT if path.suffix in _TEXT_SUFFIXES else None).close()
 
 
 def weights_sha256(source: BaseSource) -> dict[str, str]:

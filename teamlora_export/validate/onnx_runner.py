@@ -13,10 +13,12 @@ import onnx_ir.passes.common as common
 import onnxruntime as ort
 
 from teamlora_export.bundle import Bundle
-from teamlora_export.errors import ExportError
+from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import IR_DTYPES
+from teamlora_export.graph.read import read_graph
 from teamlora_export.validate.cases import Feeds
+from teamlora_export.validate.stored import adapted_modules
 from teamlora_export.validate.taps import EXPERTS, Tap, expert_inputs, find_taps, live_values, marked_values, module_of
 from teamlora_export.validate.verdict import Departure
 from teamlora_export.validate.widen import widen
@@ -55,6 +57,9 @@ class OnnxRunner:
             if value.name not in live:
                 node = self.producer_of(modules[0])
                 yield Departure("graph", module_of(modules[0]), node, f"{modules[0]} is read by nothing")
+        shown = {name.partition("#")[0] for name in self.taps}
+        for path in sorted(adapted_modules(self.bundle.manifest) - shown):
+            yield Departure("graph", path, "none", "no value of the graph says that it is this module's output")
         for name in self.taps:
             if name.partition("#")[0] in self._adapted and f"{name}/{EXPERTS}" not in self.taps:
                 yield Departure("graph", module_of(name), self.producer_of(name), "no experts are added to its base")
@@ -72,11 +77,11 @@ class OnnxRunner:
     @cached_property
     def written(self) -> ir.Model:
         """The model as it is in the file. To be read only."""
-        return ir.load(self.bundle.model)
+        return read_graph(self.bundle)
 
     @cached_property
     def _inlined_and_inputs(self) -> tuple[ir.Model, dict[str, str]]:
-        model = ir.load(self.bundle.model)
+        model = read_graph(self.bundle)
         inputs = expert_inputs(model)
         inline_bodies(model)
         return model, inputs
@@ -153,4 +158,7 @@ def run_session(session: ort.InferenceSession, feeds: Feeds) -> Feeds:
     with np.errstate(over="ignore"):
         inputs = {name: feeds[name].astype(kind) for name, kind in types.items()}
     names = [value.name for value in session.get_outputs()]
-    return dict(zip(names, session.run(names, inputs), strict=True))
+    try:
+        return dict(zip(names, session.run(names, inputs), strict=True))
+    except Exception as error:  # ONNX Runtime has no type for what a model makes of its input
+        raise ExportError(f"ONNX Runtime {ort.__version__} cannot run the model ({first_line(error)}).") from None

@@ -82,9 +82,11 @@ def validate_bundle(
     expert_use = {path: _mean_share(share) for path, share in reference.expert_use().items()}
     graph.forget()
     inside = _Inside(graph, reference, None if engine else pytorch, adapter)
-    if engine is None or adapter_sha256 == manifest.adapter["sha256"]:
+    # An engine whose adapter was exchanged is no longer what the graph is.
+    of_graph = adapter_sha256 == manifest.adapter["sha256"]
+    if of_graph:
         inside.judge(max(cases, key=lambda case: len(case.mask)), reporter)
-    departures = inside.departures or _from_outputs(judge, inside)
+    departures = inside.departures or _from_outputs(judge, inside, of_graph)
     verdict = Verdict(
         dtype=dtype,
         cases=judge.results(),
@@ -154,13 +156,15 @@ class _Inside:
                 self.departures.append(Departure("modules", module_of(judgement.name), node, reason))
 
 
-def _from_outputs(judge: Judge, inside: _Inside) -> list[Departure]:
-    """Where an output departs though nothing else was found: the first module that departs in that step."""
+def _from_outputs(judge: Judge, inside: _Inside, of_graph: bool) -> list[Departure]:
+    """Where an output departs though nothing else was found: the first module that departs in that step, where the
+    candidate is `of_graph`."""
     failure = judge.first_failure()
     if failure is None:
         return []
     case, step, judgement = failure
-    inside.follow(step, f"{case}, the step that failed")
+    if of_graph:
+        inside.follow(step, f"{case}, the step that failed")
     reason = f"errs by {judgement.error.rms:.2e}, allowed is {judgement.allowed:.2e} (case: {case})"
     node = inside.producer_of(judgement.name)
     return [*inside.departures, Departure("outputs", judgement.name, node, f"{judgement.name} {reason}")]

@@ -22,6 +22,12 @@ def recipes_of(manifest: Manifest) -> dict[str, Recipe]:
     return {name: Recipe.from_json(text) for name, text in texts.items()}
 
 
+def adapted_modules(manifest: Manifest) -> set[str]:
+    """Paths of the adapted modules that the graph runs."""
+    recipes = (Recipe.from_json(text) for text in manifest.refit["weights"].values())
+    return {part.key for recipe in recipes for part in recipe.parts if part.source in OP_SOURCES}
+
+
 def kept_in_float32(model: ir.Model, recipes: Mapping[str, Recipe]) -> set[str]:
     """Parameters of the base that the file holds in float32, and in no other type."""
     held: dict[str, set[ir.DataType | None]] = {}

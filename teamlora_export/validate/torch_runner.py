@@ -77,10 +77,11 @@ class TorchRunner:
         return follower.own | outputs
 
     def read(self, name: str) -> np.ndarray:
-        """A parameter of the base by name, as the model computes with it."""
+        """A parameter of the base, or a buffer that its checkpoint holds, by name, as the model computes with it."""
         if self._streamed is not None:
             return self._streamed.read(name)
-        return self._model.get_parameter(name).detach().numpy()
+        path, _, leaf = name.rpartition(".")
+        return getattr(self._model.get_submodule(path), leaf).detach().numpy()
 
     def round_weights(self, dtype: torch.dtype, kept: Collection[str]) -> None:
         """From now on, compute with the weights that a file in `dtype` holds; those of the base in `kept` stay."""
@@ -92,11 +93,12 @@ class TorchRunner:
         if self._streamed is not None:
             self._streamed.rounding, self._streamed.kept = _NUMPY_DTYPES[dtype], kept
             return
-        for path, module in self._model.named_modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                of_base = name in ("weight", "bias") or not isinstance(module, ExpertLinear)
-                if of_base and f"{path}.{name}".lstrip(".") not in kept:
-                    parameter.data = parameter.data.to(dtype).to(self._dtype)
+        # Persistent buffers are in the file too (what corrects a mixture's scores, rotary frequencies).
+        for name, tensor in self._model.state_dict(keep_vars=True).items():
+            path, _, leaf = name.rpartition(".")
+            of_base = leaf in ("weight", "bias") or not isinstance(self._model.get_submodule(path), ExpertLinear)
+            if of_base and name not in kept and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype).to(tensor.dtype)
 
     def expert_use(self) -> dict[str, np.ndarray]:
         """Share of each expert in the last run, by module path; each is [.., k] and sums to one."""

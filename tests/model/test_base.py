@@ -173,6 +173,16 @@ def test_a_file_that_leads_out_of_the_base_is_refused_before_anything_opens_it(n
         open_base(str(untied))
 
 
+def test_one_file_of_weights_comes_before_an_index_that_is_left_over(untied):
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (untied / "model.safetensors.index.json").write_text(json.dumps(index))
+    base = open_base(str(untied))
+    assert [path.name for path in base.source.weight_files()] == ["model.safetensors"]
+    weights = open_weights(base)
+    assert weights is not None
+    assert np.array_equal(weights.read(Q_PROJ), base.load(torch.float32).state_dict()[Q_PROJ].numpy())
+
+
 def test_a_hub_cache_and_a_folder_that_is_a_link_are_opened(untied, tmp_path):
     snapshot, blobs = tmp_path / "hub" / "snapshots" / "1", tmp_path / "hub" / "blobs"
     snapshot.mkdir(parents=True)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from faults import (
     Fault,
@@ -41,6 +42,7 @@ from typer.testing import CliRunner
 from teamlora_export.bundle import Bundle
 from teamlora_export.cli import app
 from teamlora_export.errors import ExportError
+from teamlora_export.graph.passes.module_outputs import MODULES_KEY
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.run import validate_bundle
 from teamlora_export.validate.verdict import Verdict
@@ -243,6 +245,18 @@ def test_a_bundle_saved_again_without_a_fault_passes(bundle, planted):
     verdict = judged(planted({}, *bundle))
     assert verdict.passed, verdict.departure
     assert any(j.name.endswith("/experts") for j in verdict.modules), "experts are looked at by themselves"
+
+
+def test_a_graph_that_does_not_say_which_value_is_which_modules_is_not_trusted(planted):
+    def forget(model: ir.Model) -> None:
+        for value in (value for node in model.graph for value in node.outputs):
+            value.metadata_props.pop(MODULES_KEY, None)
+
+    verdict = judged(planted({"marks": Fault(forget, "")}, "llama"))
+    assert not verdict.passed
+    assert verdict.departure is not None
+    assert verdict.departure.check == "graph"
+    assert len(verdict.departures) >= 28, "every adapted module"
 
 
 def test_a_verdict_that_cannot_be_kept_is_given_all_the_same(planted, monkeypatch):
