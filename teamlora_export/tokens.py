@@ -44,7 +44,8 @@ class Tokens:
         most: tokens that the model takes at most, prompt and answer together; None where there is no limit.
         cut: words are cut to so many tokens, special ones included, as sentence-transformers does; None where a longer
             input is refused instead.
-        windowed: some layer sees a window of the last tokens alone.
+        windowed: some layer counts the rows of the cache between two tokens (a window of the last tokens, a bias by
+            distance), so that none may be left out or stand empty.
     """
 
     vocabulary: int | None
@@ -172,6 +173,12 @@ def _cut(folder: Path, most: int | None) -> int | None:
 
 
 def _is_windowed(config: Mapping[str, Any]) -> bool:
+    # MPT's ALiBi goes by rows, not by the mask; GPT-Neo has a word of its own for the kinds of its layers, and windows
+    # in every second one where it is left out.
+    if config.get("model_type") == "mpt":
+        return True
+    if config.get("model_type") == "gpt_neo":
+        return "local" in str(config.get("attention_types", "local"))
     kinds = config.get("layer_types")
     if isinstance(kinds, list):
         return any(kind != "full_attention" for kind in kinds)

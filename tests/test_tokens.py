@@ -132,6 +132,23 @@ def test_what_is_no_number_is_one_sentence(tmp_path, name, value):
         read(tmp_path, {**_LLAMA, name: value})
 
 
+@pytest.mark.parametrize(
+    ("changes", "windowed"),
+    [
+        ({"sliding_window": None}, False),
+        ({"sliding_window": 8}, True),
+        ({"sliding_window": 8, "layer_types": ["full_attention"] * 2}, False),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, True),
+        ({"model_type": "gpt_neo", "attention_types": [[["global", "local"], 1]]}, True),
+        ({"model_type": "gpt_neo", "attention_types": [[["global"], 2]]}, False),
+        ({"model_type": "gpt_neo"}, True),
+        ({"model_type": "mpt"}, True),
+    ],
+)
+def test_layers_that_count_the_rows_between_two_tokens_are_known(tmp_path, changes, windowed):
+    assert read(tmp_path, {**_LLAMA, **changes}).windowed is windowed
+
+
 def test_fewer_positions_than_the_padding_takes_are_refused(tmp_path):
     with pytest.raises(ExportError, match="has 2 positions, of which the padding's id takes 2"):
         read(tmp_path, {"model_type": "roberta", "max_position_embeddings": 2, "pad_token_id": 1})

@@ -323,12 +323,15 @@ def _tokenizing(what: str) -> Iterator[None]:
 
 
 class TextStream:
-    """Turns tokens into text piece by piece: a piece ends where a character does."""
+    """Turns the tokens after a prompt into text piece by piece: a piece ends where a character does.
 
-    def __init__(self, tokenizer: Any) -> None:
+    Read with the prompt before them: at the start of a text, some tokenizers leave out a token's space.
+    """
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._shown = ""
+        self._tokens = list(prompt)
+        self._shown = tokenizer.decode(self._tokens)
 
     def add(self, token: int) -> str:
         """What `token` adds to the text; nothing while a character is not complete."""
@@ -379,14 +382,15 @@ def answer(model: Model, prompts: Sequence[str], count: int, write: Callable[[st
     model.require_room(ids, count)
     started = time.perf_counter()
     if len(prompts) == 1:
-        text = TextStream(model.tokenizer)
+        text = TextStream(model.tokenizer, ids[0])
         write(prompts[0])
         tokens = model.generate(ids, count, lambda _row, token: write(text.add(token)))
         write("\n")
     else:
         tokens = model.generate(ids, count)
-        for prompt, row in zip(prompts, tokens, strict=True):
-            write(prompt + model.tokenizer.decode(row) + "\n")
+        for prompt, given, row in zip(prompts, ids, tokens, strict=True):
+            text = TextStream(model.tokenizer, given)
+            write(prompt + "".join(map(text.add, row)) + "\n")
     return sum(map(len, tokens)), time.perf_counter() - started
 
 

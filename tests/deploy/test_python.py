@@ -154,7 +154,7 @@ def test_a_thousand_requests_on_eight_threads_are_answered_as_one_by_one(make_bu
 def test_characters_of_several_tokens_are_streamed_whole(deployed):
     tokenizer = Model(deployed, check=False).tokenizer
     text = "naïve 🦙 über"
-    stream = TextStream(tokenizer)
+    stream = TextStream(tokenizer, [])
     pieces = [stream.add(token) for token in tokenizer.encode(text).ids]
     assert "".join(pieces) == text
     assert "\ufffd" not in "".join(pieces)

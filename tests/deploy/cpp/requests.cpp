@@ -86,7 +86,11 @@ int main(int count, char** words) {
     const auto requests = draw(std::stoul(words[2]));
     const Tokens before(count > 3 ? 60 : 0, count > 3 ? std::stol(words[3]) : 0);
     const auto generate = [&](const auto& prompts) {
-        if (!before.empty()) runner.generate({before, before, before}, kTokens);
+        try {
+            if (!before.empty()) runner.generate({before, before, before}, kTokens);
+        } catch (const teamlora::Error&) {
+            // It is the one that is no number; what it has left is there all the same.
+        }
         return runner.generate(prompts, kTokens);
     };
     const std::size_t different = runner.generates()

@@ -37,7 +37,7 @@ class TritonPythonModel:
         count = int(_given(request, "max_tokens", _DEFAULT_TOKENS))
         ids = self._settings.require_ids(encode_text(self._tokenizer, prompt))
         count = self._settings.room([ids], count)
-        text = TextStream(self._tokenizer)
+        text = TextStream(self._tokenizer, ids)
         pieces = map(text.add, self._tokens(ids, count, sender))
         whole = not _given(request, "stream", False)
         for piece in ["".join(pieces)] if whole else pieces:
