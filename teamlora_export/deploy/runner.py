@@ -325,13 +325,14 @@ def _tokenizing(what: str) -> Iterator[None]:
 class TextStream:
     """Turns the tokens after a prompt into text piece by piece: a piece ends where a character does.
 
-    Read with the prompt before them: at the start of a text, some tokenizers leave out a token's space.
+    Read with the prompt's end before them: at the start of a text, some tokenizers leave out a token's space.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens = list(prompt)
-        self._shown = tokenizer.decode(self._tokens)
+        self._tokens = list(prompt[-8:])
+        # A prompt of ids may end within a character, which the answer completes.
+        self._shown = tokenizer.decode(self._tokens).rstrip("\ufffd")
 
     def add(self, token: int) -> str:
         """What `token` adds to the text; nothing while a character is not complete."""
