@@ -29,9 +29,16 @@ def write_graph(bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, repo
     if os.path.lexists(out):
         raise ExportError(f"{out}: exists. Choose another -o.")
     check_files(bundle)
-    with prepared_model(bundle, dtype, out, for_plugin=for_plugin, reporter=reporter) as path, held():
-        os.rename(path.parent, out)
-        note_written(out)
+    with prepared_model(bundle, dtype, out, for_plugin=for_plugin, reporter=reporter) as path:
+        data = path.with_name(DATA_NAME)
+        if data.stat().st_nlink > 1:
+            # A change to this folder must not reach the bundle, and onnx refuses a file with a second name.
+            data.unlink()
+            require_space(path.parent, bundle.data.stat().st_size)
+            shutil.copyfile(bundle.data, data)
+        with held():
+            os.rename(path.parent, out)
+            note_written(out)
     return out / MODEL_NAME
 
 

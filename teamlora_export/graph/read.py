@@ -4,19 +4,53 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from teamlora_export.bundle import Bundle
+from teamlora_export.bundle import DATA_NAME, Bundle
 from teamlora_export.errors import ExportError, first_line
+from teamlora_export.files import refuse_escape
+
+
+class _Weight(ir.ExternalTensor):
+    """A weight in the bundle's file.
+
+    Backups, snapshots and `trt` give that file more than one name; onnx_ir would take this for an attack.
+    """
+
+    def _check_path_containment(self) -> None:
+        """`read_graph` has looked at the path."""
 
 
 def read_graph(bundle: Bundle) -> ir.Model:
     """The graph as it is in the file.
 
     Raises:
-        ExportError: the file holds none.
+        ExportError: the file holds none, or its weights are elsewhere than in the bundle's own file.
     """
     try:
-        return ir.load(bundle.model)
+        model = ir.load(bundle.model)
     except Exception as error:  # protobuf's and onnx_ir's own, of many kinds
         raise ExportError(
             f"{bundle.model}: is no graph that can be read ({first_line(error)}). Export the model again."
         ) from None
+    refuse_escape(bundle.data, bundle.folder)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = _in_its_file(value.const_value, bundle)
+    return model
+
+
+def _in_its_file(tensor: ir.ExternalTensor, bundle: Bundle) -> _Weight:
+    if tensor.location != DATA_NAME:
+        raise ExportError(
+            f"{bundle.model}: has a weight in {tensor.location!r:.80}, expected {DATA_NAME}. Export the model again."
+        )
+    return _Weight(
+        tensor.location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name or "",
+        doc_string=tensor.doc_string,
+        metadata_props=tensor.metadata_props,
+        base_dir=tensor.base_dir,
+    )

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
+import onnx
 import onnx_ir as ir
 import pytest
 
+from teamlora_export.bundle import read_bundle
 from teamlora_export.engine.prepare import prepared_model, write_graph
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
+from teamlora_export.graph.read import read_graph
 from teamlora_export.progress import Reporter
 
 QUIET = Reporter(quiet=True)
@@ -44,6 +50,34 @@ def test_the_graph_alone_is_written_for_other_builders(make_bundle, tmp_path):
     with pytest.raises(ExportError, match="exists"):
         write_graph(bundle, "fp16", tmp_path / "graph", for_plugin=True, reporter=QUIET)
     assert [p.name for p in tmp_path.iterdir()] == ["graph"]
+
+
+def test_the_graph_alone_has_weights_of_its_own_and_leaves_its_bundle_readable(make_bundle, tmp_path):
+    """A second name for the bundle's file lets a change to one reach the other, and onnx refuses to load either."""
+    bundle = make_bundle("llama")
+    path = write_graph(bundle, "fp32", tmp_path / "graph", for_plugin=True, reporter=QUIET)
+    assert path.with_name(bundle.data.name).stat().st_nlink == bundle.data.stat().st_nlink == 1
+    onnx.load(path)
+
+
+def test_a_bundle_whose_weights_have_a_second_name_is_read(make_bundle, tmp_path):
+    """As in a snapshot that shares its files with the one before."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(make_bundle("llama").folder, folder)
+    os.link(folder / "model.onnx.data", tmp_path / "snapshot")
+    with prepared_model(read_bundle(folder), "fp16", tmp_path, for_plugin=True, reporter=QUIET) as path:
+        assert ir.load(path).graph.initializers
+
+
+def test_a_graph_whose_weights_are_in_another_file_is_refused(make_bundle, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(make_bundle("llama").folder, folder)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    for entry in graph.graph.initializer[-1].external_data:
+        entry.value = "../secret" if entry.key == "location" else entry.value
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises(ExportError, match=r"has a weight in '../secret'"):
+        read_graph(read_bundle(folder))
 
 
 def test_an_inlined_bundle_has_nothing_for_the_plugin(make_bundle, tmp_path):
