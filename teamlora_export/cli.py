@@ -127,6 +127,9 @@ def validate(
     from teamlora_export.validate.report import print_verdict, refuse_foreign_report, verdict_fields, write_html
     from teamlora_export.validate.run import validate_bundle
 
+    if engine == "":
+        # A variable that a script forgot to set: not the wish to judge the graph.
+        raise ExportError("--engine is empty. Give an engine's name, or leave the option out.")
     opened = read_bundle(bundle)
     refuse_foreign_result(json)
     if report is not None:
