@@ -57,8 +57,8 @@ class OnnxRunner:
             if value.name not in live:
                 node = self.producer_of(modules[0])
                 yield Departure("graph", module_of(modules[0]), node, f"{modules[0]} is read by nothing")
-        shown = {name.partition("#")[0] for name in self.taps}
-        for path in sorted(adapted_modules(self.bundle.manifest) - shown):
+        marked = {name.partition("#")[0] for _, modules in marked_values(self.written) for name in modules}
+        for path in sorted(adapted_modules(self.bundle.manifest) - marked):
             yield Departure("graph", path, "none", "no value of the graph says that it is this module's output")
         for name in self.taps:
             if name.partition("#")[0] in self._adapted and f"{name}/{EXPERTS}" not in self.taps:
