@@ -302,7 +302,9 @@ def test_an_engine_is_deployed_with_its_plugin_and_both_profiles(make_bundle, pl
     # What TensorRT would have written: none can be built without a GPU, and Triton's part does not look inside.
     facts = json.loads(engine.with_suffix(".json").read_text())
     described = {name: getattr(plugin, name) for name in ("op", "op_version", "build", "sha256", "tensorrt")}
-    engine.with_suffix(".json").write_text(json.dumps({**facts, "runtime": "tensorrt", "plugin": described}))
+    engine.with_suffix(".json").write_text(
+        json.dumps({**facts, "runtime": "tensorrt", "runtime_version": plugin.tensorrt, "plugin": described})
+    )
     out = deploy_triton(bundle, tmp_path / "out", name="llama", engine="fp16-rtx", plugin=plugin.path)
     folder = out / "models" / "llama"
     config = text_format.Parse((folder / "config.pbtxt").read_text(), pb.ModelConfig())
