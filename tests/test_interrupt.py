@@ -58,7 +58,7 @@ import os, signal
 from teamlora_export import cli
 from teamlora_export.errors import ExportError
 
-def work():
+def work(**_):
     try:
         os.kill(os.getpid(), signal.SIGINT)
     except BaseException:
@@ -75,7 +75,7 @@ cli.main()
 
 # One process that forks: a child for some of the file operations of a real run, which is killed there.
 _KILLED = """
-import os, shutil, signal, sys
+import json, os, shutil, signal, sys
 from pathlib import Path
 
 from teamlora_export.bundle import check_files, read_bundle
@@ -127,9 +127,13 @@ def export(out):
     export_onnx(base, second, out, reporter=QUIET)
 
 
+def whole_deployment(out):
+    check_deployment(out, json.loads((out / "deploy.json").read_text())["files"])
+
+
 CASES = {
     "bundle": (copy, export, whole_bundle),
-    "deployment": (lambda out: deploy_python(OLD, out), lambda out: deploy_python(NEW, out), check_deployment),
+    "deployment": (lambda out: deploy_python(OLD, out), lambda out: deploy_python(NEW, out), whole_deployment),
 }
 for name, (prepare, run, check) in CASES.items():
     place = root / name
