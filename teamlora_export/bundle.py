@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, TypedDict
@@ -30,6 +31,15 @@ MANIFEST_NAME = "manifest.json"
 ENGINES_NAME = "engines"
 # 1 listed the hashes of the model and its weights alone.
 FORMAT_VERSION = 2
+_CACHE = re.compile(r"past_key_values\.\d+\.(key|value)")
+_NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+# What each task is asked for.
+_RESULTS = {
+    "text-generation": ("logits",),
+    "text-classification": ("logits",),
+    "feature-extraction": ("last_hidden_state",),
+    "sentence-embedding": ("sentence_embedding",),
+}
 # Names of the dynamic axes.
 BATCH, SEQUENCE, PAST, TOTAL = (
     "batch_size",
@@ -281,14 +291,26 @@ def _check_list(folder: Path, listed: Mapping[str, str]) -> None:
 
 def _check_ports(folder: Path, manifest: Manifest) -> None:
     """What every runtime takes for granted."""
-    generates = manifest.task == "text-generation"
-    caches = [port for port in manifest.inputs if port.name.startswith("past_key_values.")]
+    caches = [port for port in manifest.inputs if _CACHE.fullmatch(port.name)]
+    numbers = [port for port in manifest.inputs if port not in caches]
+    given = {port.name for port in manifest.outputs}
     if (
-        all(port.name != "input_ids" for port in manifest.inputs)
-        or not manifest.outputs
-        or bool(caches) != generates
-        or any(len(port.shape) != 4 for port in caches)
+        all(port.name != "input_ids" for port in numbers)
+        or not all(port.name in _NUMBERS and port.dtype == "int64" and len(port.shape) == 2 for port in numbers)
+        or not all(_is_cache(port, manifest.dtype, given) for port in caches)
+        or bool(caches) != (manifest.task == "text-generation")
+        or not given.intersection(_RESULTS[manifest.task])
     ):
         raise ExportError(
             f"{folder / MANIFEST_NAME}: has not the inputs and outputs of {manifest.task}. Export the model again."
         )
+
+
+def _is_cache(port: Port, dtype: str, given: Collection[str]) -> bool:
+    """Of a form that runtimes can make an empty one of, and with an output that takes its place."""
+    sizes = [port.shape[axis] for axis in (1, 3)] if len(port.shape) == 4 else [None]
+    return (
+        port.dtype == DTYPES[dtype].onnx
+        and all(isinstance(size, int) and size > 0 for size in sizes)
+        and port.name.replace("past_key_values", "present") in given
+    )

@@ -25,7 +25,6 @@ from teamlora_export.bundle import (
     AdapterOrigin,
     Bundle,
     Manifest,
-    Port,
     Refit,
     copy_companions,
     hash_files,
@@ -38,6 +37,7 @@ from teamlora_export.engine.facts import listed_engines
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op, weights
 from teamlora_export.graph.passes import inline_bodies
+from teamlora_export.graph.read import port_of
 from teamlora_export.graph.traced import LIBRARIES, TracedGraph, graph_key, keep_graph, load_graph
 from teamlora_export.model.checkpoint import open_safetensors_weights
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
@@ -112,8 +112,8 @@ def export_onnx(
                 op={"domain": op.DOMAIN, "name": op.NAME, "version": op.VERSION, "nodes": nodes, "form": op_form},
                 task=traced.task,
                 dtype=dtype,
-                inputs=tuple(_port(value) for value in model.graph.inputs),
-                outputs=tuple(_port(value) for value in model.graph.outputs),
+                inputs=tuple(port_of(value) for value in model.graph.inputs),
+                outputs=tuple(port_of(value) for value in model.graph.outputs),
                 tokens=read_tokens(folder, traced.task),
                 sha256=hash_files(folder, {DATA_NAME: data_sha256}),
                 refit=refit,
@@ -244,9 +244,3 @@ def _warn_of_unused(model: ir.Model, adapter: AdapterSpec, reporter: Reporter) -
     if unused:
         count = "1 adapted module is" if len(unused) == 1 else f"{len(unused)} adapted modules are"
         reporter.warn(f"{count} not part of this task's graph: {', '.join(unused[:_MOST_WARNINGS])}.")
-
-
-def _port(value: ir.Value) -> Port:
-    assert value.dtype is not None
-    sizes = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape or ())
-    return Port(value.name or "", value.dtype.name.lower(), sizes)

@@ -81,6 +81,8 @@ def test_a_list_that_leads_out_of_the_folder_is_refused(name, folder):
         ({"task": "dancing"}, "matching regex"),
         ({"inputs": [{"name": "input_ids", "dtype": "int64", "shape": [1.5]}]}, "got `float`"),
         ({"inputs": []}, "has not the inputs and outputs"),
+        ({"inputs": [{"name": "input_ids", "dtype": "float", "shape": [1, 2]}]}, "has not the inputs and outputs"),
+        ({"outputs": [{"name": "logits", "dtype": "float", "shape": [1, 2, 3]}]}, "has not the inputs and outputs"),
         ({"validation": {"passed": "yes"}}, "Expected `bool`, got `str`"),
         ({"refit": {"weights": {"a": 1}}}, "Expected `str`, got `int`"),
     ],

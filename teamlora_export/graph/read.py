@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from teamlora_export.bundle import DATA_NAME, Bundle
+from teamlora_export.bundle import DATA_NAME, Bundle, Port
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.files import refuse_escape
 
@@ -23,7 +23,8 @@ def read_graph(bundle: Bundle) -> ir.Model:
     """The graph as it is in the file.
 
     Raises:
-        ExportError: the file holds none, or its weights are elsewhere than in the bundle's own file.
+        ExportError: the file holds none, or one with other inputs and outputs than the manifest says, or its weights
+            are elsewhere than in the bundle's own file.
     """
     try:
         model = ir.load(bundle.model)
@@ -31,11 +32,23 @@ def read_graph(bundle: Bundle) -> ir.Model:
         raise ExportError(
             f"{bundle.model}: is no graph that can be read ({first_line(error)}). Export the model again."
         ) from None
+    listed = (*bundle.manifest.inputs, *bundle.manifest.outputs)
+    if listed != tuple(map(port_of, (*model.graph.inputs, *model.graph.outputs))):
+        raise ExportError(
+            f"{bundle.model}: has not the inputs and outputs that its manifest lists. Export the model again."
+        )
     refuse_escape(bundle.data, bundle.folder)
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = _in_its_file(value.const_value, bundle)
     return model
+
+
+def port_of(value: ir.Value) -> Port:
+    """An input or output of a graph, as a manifest describes it."""
+    dtype = value.dtype.name.lower() if value.dtype is not None else "unknown"
+    sizes = tuple(size if isinstance(size, int) else str(size.value) for size in value.shape or ())
+    return Port(value.name or "", dtype, sizes)
 
 
 def _in_its_file(tensor: ir.ExternalTensor, bundle: Bundle) -> _Weight:

@@ -32,10 +32,15 @@ class OnnxRunner:
 
     Args:
         adapted: paths of the adapted projections, whose parts can be looked at.
+
+    Raises:
+        ExportError: as `read_graph`.
     """
 
     def __init__(self, bundle: Bundle, adapted: Collection[str]) -> None:
         self.bundle = bundle
+        # As it is in the file, and to be read only; read here, so that what is no graph is found before anything runs.
+        self.written = read_graph(bundle)
         self._adapted = adapted
         self._session: ort.InferenceSession | None = None
         self._tapped: dict[bool, ort.InferenceSession] = {}
@@ -73,11 +78,6 @@ class OnnxRunner:
         if node is not None and node.op_type == "Split" and node.inputs[0] is not None:
             node = node.inputs[0].producer() or node
         return (node.name or node.op_type) if node is not None else "an input of the model"
-
-    @cached_property
-    def written(self) -> ir.Model:
-        """The model as it is in the file. To be read only."""
-        return read_graph(self.bundle)
 
     @cached_property
     def _inlined_and_inputs(self) -> tuple[ir.Model, dict[str, str]]:

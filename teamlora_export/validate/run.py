@@ -70,10 +70,10 @@ def validate_bundle(
     weights = _open_streamed(base) if layer_by_layer else None
     if weights is not None:
         reporter.say("Layer by layer: the weights are read from disk on every call")
+    graph = (OnnxRunner if weights is None else LayerwiseOnnxRunner)(bundle, adapter.projections)
     with reporter.step("Preparing PyTorch in float64 and the bundle's dtype"):
         reference = TorchRunner(base, adapter, torch.float64, weights)
         pytorch = TorchRunner(base, adapter, _torch_dtype(dtype), weights)
-    graph = (OnnxRunner if weights is None else LayerwiseOnnxRunner)(bundle, adapter.projections)
     judge = Judge(dtype, reference, pytorch, engine.runner if engine else graph, manifest.inputs)
     cases = make_cases(base.config, base.task, brief=weights is not None)
     for case in engine.choose(cases, reporter) if engine else cases:

@@ -80,6 +80,18 @@ def test_a_graph_whose_weights_are_in_another_file_is_refused(make_bundle, tmp_p
         read_graph(read_bundle(folder))
 
 
+@pytest.mark.parametrize("ports", ["input", "output"])
+def test_a_graph_with_other_ports_than_its_manifest_lists_is_refused(ports, make_bundle, tmp_path):
+    """Every runtime goes by the manifest's."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(make_bundle("llama").folder, folder)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    getattr(graph.graph, ports).pop()
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises(ExportError, match="has not the inputs and outputs that its manifest lists"):
+        read_graph(read_bundle(folder))
+
+
 def test_an_inlined_bundle_has_nothing_for_the_plugin(make_bundle, tmp_path):
     inlined = make_bundle("llama", op_form="standard")
     with (
