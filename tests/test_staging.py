@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import resource
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -295,8 +298,62 @@ def test_what_is_not_ours_or_is_at_work_is_not_swept(tmp_path):
     assert there == {*theirs, *links, "out", "other"}
 
 
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF])
+def test_without_locks_what_is_at_work_stays_and_what_is_a_day_old_goes(error, tmp_path, monkeypatch):
+    """As on network file systems, of which some have no locks, and some none for folders."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    write(tmp_path / "out", "first")
+    with staged(tmp_path / "other", listed) as at_work:
+        fill(at_work, "second")
+        write(tmp_path / "out", "third")
+        assert at_work.is_dir()
+        os.utime(at_work, (0, 0))
+        settle(tmp_path)
+    left = tmp_path / ".out.0123abcd.teamlora-partial"
+    left.mkdir()
+    (left / "one.txt").write_text("")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 25 * 3600)
+    write(tmp_path / "out", "fourth")
+    assert contents(tmp_path / "out") == {"fourth"}
+    assert contents(tmp_path / "other") == {"second"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_files_and_names_are_on_the_disk_before_they_take_their_place(tmp_path, monkeypatch):
+    """Otherwise a power failure leaves an empty file under the final name."""
+    happened = []
+    for name in ("fsync", "replace", "rename"):
+        done = getattr(os, name)
+
+        def note(*arguments: object, name: str = name, done: Callable[..., None] = done) -> None:
+            place = os.readlink(f"/proc/self/fd/{arguments[0]}") if name == "fsync" else str(arguments[1])
+            happened.append((name, os.path.basename(place)))
+            done(*arguments)
+
+        monkeypatch.setattr(os, name, note)
+    monkeypatch.setattr(staging, "_exchange", lambda one, other: False)
+    for case in (Folder, File, Pair):
+        place = tmp_path / case.__name__ / "out"
+        case.run(place, "first")
+        synced = [name for kind, name in happened if kind == "fsync"]
+        moved = happened.index(("rename" if case is Folder else "replace", "out"))
+        before = {name for kind, name in happened[:moved] if kind == "fsync"}
+        files = {"one.txt", "two.txt", "deep", "list.json"} if case is Folder else set()
+        assert files <= before
+        assert any("teamlora-partial" in name for name in before)
+        assert synced[-1] == case.__name__
+        happened.clear()
+
+
 _RUNS_AT_ONCE = """
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 import test_staging as tests
