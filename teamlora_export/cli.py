@@ -31,6 +31,7 @@ from teamlora_export.cli_output import (
     prepare_standard_files,
     refuse_foreign_result,
     say,
+    say_answer,
     show,
     show_description,
     wide_console,
@@ -187,7 +188,7 @@ def generate(
     try:
         model = Model(bundle, library, check)
         written = [prompt.replace("\\n", "\n") for prompt in prompts]
-        count, seconds = answer(model, written, tokens, lambda text: say(text, end=""))
+        count, seconds = answer(model, written, tokens, say_answer)
     except ModelError as error:
         raise ExportError(str(error)) from None
     print(f"({count} tokens, {count / seconds:.1f} a second)", file=sys.stderr)

@@ -102,10 +102,16 @@ def show_description(described: Description, json: Path | None = None) -> None:
     write_json(described.fields, json)
 
 
-def say(text: str, end: str = "\n") -> None:
+def say(text: str) -> None:
     """Print a line of a result, whatever is in it."""
     with writing_to_standard_output():
-        print(printable(text, None), end=end, flush=True)
+        print(printable(text, None), flush=True)
+
+
+def say_answer(text: str) -> None:
+    """Print a piece of a model's answer as it is: its tabs, and what joins an emoji, belong to it."""
+    with writing_to_standard_output():
+        print(text, end="", flush=True)
 
 
 def write_json(fields: Mapping[str, Any], path: Path | None) -> None:

@@ -377,21 +377,25 @@ def _sha256(path: Path) -> str:
 
 
 def answer(model: Model, prompts: Sequence[str], count: int, write: Callable[[str], object]) -> tuple[int, float]:
-    """Answer prompts; a single one is streamed. Returns the number of tokens and the seconds that they took."""
+    """Answer prompts; a single one is streamed. Returns the number of tokens and the seconds that they took.
+
+    Args:
+        write: is given the text piece by piece, fit for any terminal.
+    """
     ids = [encode_text(model.tokenizer, prompt) for prompt in prompts]
     # Before anything is written.
     model.require_room(ids, count)
     started = time.perf_counter()
     if len(prompts) == 1:
         text = TextStream(model.tokenizer, ids[0])
-        write(prompts[0])
-        tokens = model.generate(ids, count, lambda _row, token: write(text.add(token)))
+        write(_printable(prompts[0]))
+        tokens = model.generate(ids, count, lambda _row, token: write(_printable(text.add(token))))
         write("\n")
     else:
         tokens = model.generate(ids, count)
         for prompt, given, row in zip(prompts, ids, tokens, strict=True):
             text = TextStream(model.tokenizer, given)
-            write(prompt + "".join(map(text.add, row)) + "\n")
+            write(_printable(prompt + "".join(map(text.add, row))) + "\n")
     return sum(map(len, tokens)), time.perf_counter() - started
 
 
@@ -443,9 +447,14 @@ def _write(text: str) -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"Error: {message}", file=sys.stderr, flush=True)
+    print(f"Error: {_printable(message, keep='')}", file=sys.stderr, flush=True)
     # What is left in the output's buffer may have nowhere to go.
     os._exit(2)
+
+
+def _printable(text: str, keep: str = "\n\t") -> str:
+    """`text` with its control characters escaped, but for those in `keep`: a terminal would obey them."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
 
 
 def _number(text: str) -> int:

@@ -139,6 +139,7 @@ def test_what_is_wrong_is_one_message_and_exit_code_2(runner, project, make_bund
     assert "without the back end tensorrt" in refused("--model", model, "--backend", "tensorrt")
     assert "cannot be loaded as a library of ops" in refused("--model", model, "--ids", "--library", model / "none.so")
     assert "no such option" in refused("--verbose")
+    assert "--\\x1b[31m\\x9b\\x0aé: there is no such option" in refused("--\x1b[31m\x9b\né")
     assert "give a number" in refused("--tokens", "many")
     assert "holds no deploy.json" in refused("--model", tmp_path)
     with (model / "model.onnx.data").open("r+b") as file:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import psutil
 import pytest
 import transformers
@@ -278,6 +279,21 @@ def test_arguments_and_files_that_cannot_be_are_one_sentence(make_bundle, tmp_pa
     (folder / "deploy.json").unlink()
     os.mkfifo(folder / "deploy.json")
     assert "deploy.json: cannot be read" in refused("--ids", "5")
+
+
+def test_no_text_of_a_model_or_a_library_commands_the_terminal(make_bundle, tmp_path):
+    folder = deploy_python(make_bundle("llama"), tmp_path / "out")
+    told = run(folder, "a\x1b[31m\tb\u200d", "--tokens", 1)
+    assert told.stdout.startswith("a\\x1b[31m\tb\u200d"), told.stderr
+    told = cli("generate", make_bundle("llama").folder, "a\x1b[31m\tb\u200d", "--tokens", 1)
+    assert told.stdout.startswith("a\\x1b[31m\tb\u200d"), told.stderr
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    graph.graph.node[0].op_type = "Frobnicate\x1b[31m"
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    refused = run(folder, "--ids", 5, "--no-check")
+    assert refused.returncode == 2
+    assert "Frobnicate\\x1b[31m" in refused.stderr
+    assert "\x1b" not in refused.stderr
 
 
 def test_what_it_reads_is_what_is_written_today():

@@ -94,6 +94,24 @@ std::vector<Tokens> read_ids(std::istream& input) {
     return prompts;
 }
 
+// `text` with its control characters escaped, but for those in `keep`: a terminal would obey them.
+std::string printable(const std::string& text, const std::string& keep = "\n\t") {
+    const char* digits = "0123456789abcdef";
+    std::string shown;
+    for (std::size_t i = 0; i < text.size(); ++i) {
+        const auto byte = static_cast<unsigned char>(text[i]);
+        // The second range of control characters has two bytes in UTF-8.
+        const bool second = byte == 0xc2 && i + 1 < text.size() && static_cast<unsigned char>(text[i + 1]) < 0xa0;
+        if (!second && (byte >= 0x20 || keep.find(text[i]) != std::string::npos) && byte != 0x7f) {
+            shown += text[i];
+            continue;
+        }
+        const auto control = second ? static_cast<unsigned char>(text[++i]) : byte;
+        shown += {'\\', 'x', digits[control >> 4], digits[control & 15]};
+    }
+    return shown;
+}
+
 template <typename T>
 void print_line(const std::vector<T>& values) {
     for (std::size_t i = 0; i < values.size(); ++i) std::cout << (i == 0 ? "" : " ") << values[i];
@@ -115,16 +133,16 @@ void generate_text(const teamlora::Runner& runner, const teamlora::Tokenizer& to
     std::vector<Tokens> answers;
     if (ids.size() == 1) {
         teamlora::TextStream stream(tokenizer);
-        std::cout << arguments.prompts[0] << std::flush;
+        std::cout << printable(arguments.prompts[0]) << std::flush;
         answers = runner.generate(ids, arguments.count, [&](std::size_t, std::int64_t token) {
-            std::cout << stream.add(token) << std::flush;
+            std::cout << printable(stream.add(token)) << std::flush;
             return true;
         });
         std::cout << '\n';
     } else {
         answers = runner.generate(ids, arguments.count);
         for (std::size_t row = 0; row < ids.size(); ++row) {
-            std::cout << arguments.prompts[row] << tokenizer.decode(answers[row]) << '\n';
+            std::cout << printable(arguments.prompts[row] + tokenizer.decode(answers[row])) << '\n';
         }
     }
     tell_speed(answers, started);
@@ -167,7 +185,7 @@ int main(int count, char** words) {
         std::cerr << "Error: Not enough memory for this model on this machine.\n";
         return 2;
     } catch (const std::exception& error) {
-        std::cerr << "Error: " << error.what() << '\n';
+        std::cerr << "Error: " << printable(error.what(), "") << '\n';
         return 2;
     }
 }
