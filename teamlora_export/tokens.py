@@ -29,6 +29,12 @@ OFFSET_POSITIONS = {
     *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "markuplm", "mpnet", "xmod"),
     *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"),
 }
+# Whether these have windows is settled by what a configuration says, without asking transformers. A test compares them
+# with the transformers that is installed.
+SETTLED_WINDOWS = {
+    *("bert", "gpt2", "gpt_neox", "llama", "olmo", "opt", "phi", "roberta", "stablelm", "xlm-roberta"),
+    *("gpt_neo", "mpt"),
+}
 # Tokenizers without a limit say 10^30.
 _NO_LIMIT = 1 << 31
 
@@ -118,17 +124,27 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With what transformers takes for fields that are left out (not those that are null)."""
+    """With what transformers makes of fields that are left out (not of those that are null)."""
     ids = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-    if all(name in config for name in ids) and any(name in config for name in _POSITIONS):
+    if all(name in config for name in ids) and any(name in config for name in _POSITIONS) and _says_windows(config):
         return config
     # Slow, and rarely needed.
     from transformers import CONFIG_MAPPING
 
     try:
-        return {**CONFIG_MAPPING[config["model_type"]]().to_dict(), **config}
-    except (KeyError, TypeError):
+        # Not the class's own defaults: some fields follow from others.
+        return {**_text_part(CONFIG_MAPPING[config["model_type"]].from_dict(dict(config)).to_dict()), **config}
+    except Exception:  # of many kinds: what is no configuration is told field by field
         return config
+
+
+def _says_windows(config: Mapping[str, Any]) -> bool:
+    return (
+        config.get("model_type") in SETTLED_WINDOWS
+        or isinstance(config.get("layer_types"), list)
+        or config.get("use_sliding_window") is False
+        or config.get("sliding_window", ...) is None
+    )
 
 
 def _size(fields: Mapping[str, Any], name: str, path: Path) -> int | None:
@@ -182,4 +198,7 @@ def _is_windowed(config: Mapping[str, Any]) -> bool:
     kinds = config.get("layer_types")
     if isinstance(kinds, list):
         return any(kind != "full_attention" for kind in kinds)
+    if config.get("use_sliding_window") is False:
+        # Qwen2.5 names a window that it does not use.
+        return False
     return any(config.get(name) for name in ("sliding_window", "local_attention"))

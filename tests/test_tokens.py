@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from teamlora_export.errors import ExportError
-from teamlora_export.tokens import OFFSET_POSITIONS, Tokens, read_tokens
+from teamlora_export.tokens import OFFSET_POSITIONS, SETTLED_WINDOWS, Tokens, read_tokens
 
 _LLAMA = {
     "model_type": "llama",
@@ -143,10 +143,22 @@ def test_what_is_no_number_is_one_sentence(tmp_path, name, value):
         ({"model_type": "gpt_neo", "attention_types": [[["global"], 2]]}, False),
         ({"model_type": "gpt_neo"}, True),
         ({"model_type": "mpt"}, True),
+        ({"model_type": "mistral"}, True),
+        ({"model_type": "mistral", "sliding_window": None}, False),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, False),
+        ({"model_type": "qwen2", "sliding_window": 8}, False),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}, True),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 7}}, True),
     ],
 )
 def test_layers_that_count_the_rows_between_two_tokens_are_known(tmp_path, changes, windowed):
     assert read(tmp_path, {**_LLAMA, **changes}).windowed is windowed
+
+
+def test_the_architectures_that_need_no_asking_have_no_windows_of_their_own():
+    for kind in SETTLED_WINDOWS - {"gpt_neo", "mpt"}:
+        fields = transformers.CONFIG_MAPPING[kind]().to_dict()
+        assert not {"sliding_window", "local_attention", "layer_types"} & set(fields), kind
 
 
 def test_fewer_positions_than_the_padding_takes_are_refused(tmp_path):
