@@ -223,7 +223,9 @@ def judge_files(case: Case, code: int, before: dict[str, str], after: dict[str, 
     problems = []
     for name in sorted(set(before) | set(after)):
         allowed = written is not None and (name == written or name.startswith(f"{written}/"))
-        if before.get(name) != after.get(name) and not (allowed or name in case.changes or name.startswith("cache/")):
+        parent = written is not None and written.startswith(f"{name}/") and name not in before
+        free = allowed or parent or name in case.changes or name.startswith("cache/")
+        if before.get(name) != after.get(name) and not free:
             problems.append(f"{name} was {'changed' if name in before and name in after else 'made or removed'}")
         if allowed and _holds_secret(folder / name):
             problems.append(f"{name} holds text from outside")

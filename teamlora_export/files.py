@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ LARGEST_JSON = 64 << 20
 LARGEST_TEXT = 256 << 20
 # Deeper than any configuration, and shallow enough for every walk over one.
 _DEEPEST_JSON = 64
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _CHUNK = 1 << 20
 _T = TypeVar("_T")
 
@@ -39,7 +41,7 @@ def refuse_escape(path: Path, folder: Path) -> None:
         real, root = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:
         raise ExportError(f"{path}: leads nowhere ({error}). Copy the file itself into the folder.") from None
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    blobs = _blobs(root.parent.parent) if root.parent.name == "snapshots" else root
     if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
         raise ExportError(f"{path}: is a link to a file outside {folder}. Copy the file itself into the folder.")
 
@@ -97,7 +99,10 @@ def read_json(path: Path, advice: str, folder: Path | None = None, kind: type = 
     data = read_bytes(path, folder, LARGEST_JSON)
     try:
         fields = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_refuse_duplicates)
-    except UnicodeDecodeError:
+        if _SURROGATE.search(data):
+            # An escape can name half of a character, which no other library takes.
+            json.dumps(fields, ensure_ascii=False).encode()
+    except UnicodeError:
         raise ExportError(f"{path}: is not text in UTF-8. {advice}") from None
     except (ValueError, RecursionError) as error:
         raise ExportError(f"{path}: cannot be read as JSON ({error}). {advice}") from None
@@ -160,6 +165,16 @@ def copy_file(path: Path, target: Path, folder: Path | None = None, largest: int
     """Copy the bytes of a file, not what a link of that name is; raises as `open_file` does."""
     with open_file(path, folder, largest) as file, target.open("wb") as copy:
         shutil.copyfileobj(file, copy, _CHUNK)
+
+
+def _blobs(repository: Path) -> Path:
+    """Where a repository in Hugging Face's cache keeps its files; in the user's own cache that may be a link."""
+    blobs = repository / "blobs"
+    if not blobs.is_symlink():
+        return blobs
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return blobs.resolve() if repository.parent == Path(HF_HUB_CACHE).resolve() else repository
 
 
 _JSON_NAMES = {

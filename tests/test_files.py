@@ -29,6 +29,7 @@ class Record:
         (b"[1, 2]", "holds a list"),
         (b"null", "holds a value"),
         (b'{"a": "\xff"}', "is not text in UTF-8"),
+        (rb'{"a": "\ud800"}', "is not text in UTF-8"),
         (b'{"a":' * 100_000, "cannot be read as JSON"),
         (b'{"a":' * 70 + b"1" + b"}" * 70, "nested more than 64 deep"),
         (b'{"a": ' + b"1" * 5000 + b"}", "cannot be read as JSON"),
@@ -107,6 +108,8 @@ def test_a_record_is_read_into_its_dataclass(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     path.write_text('{"name": "a", "sizes": [1, 2], "format_version": 1, "more": 3}')
     assert read_record(path, Record, ADVICE, newest=1) == Record("a", (1, 2))
+    path.write_text(r'{"name": "\ud83d\ude00", "sizes": []}')
+    assert read_record(path, Record, ADVICE) == Record("😀", ())
 
 
 def test_a_copy_holds_the_bytes_and_obeys_the_same_rules(tmp_path: Path) -> None:

@@ -67,3 +67,6 @@ def test_the_campaign_sees_every_file_that_is_touched_without_leave(tmp_path):
         "sibling was changed",
     ]
     assert "out was made or removed" in judge_files(case, 2, before, after, tmp_path)
+    assert not judge_files(
+        Case("planted", ("onnx",), "deep/out"), 0, {}, {"deep": "folder", "deep/out": "folder"}, tmp_path
+    )

@@ -18,14 +18,16 @@ from teamlora_export.errors import ExportError
 _SECONDS = 4.0
 _LONGEST = 1 << 16
 # In `re` a brace that is no repetition is a letter; in `regex` it may allow errors in a match.
-_ODD_BRACE = re.compile(r"(?<!\\)\{(?!\d*,?\d*\})")
+_ODD_BRACE = re.compile(r"\{(?!\d*,?\d*\})")
+# Where a brace is a letter to both: behind a backslash, and in a set.
+_LETTERS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 
 
 def why_no_pattern(text: str) -> str | None:
     """What keeps `text` from being a regular expression that is read here, or None."""
     if len(text) > _LONGEST:
         return f"it has {len(text):,} characters, expected {_LONGEST:,} at most"
-    if _ODD_BRACE.search(text):
+    if _ODD_BRACE.search(_LETTERS.sub("x", text)):
         return "it has a brace that is no repetition"
     try:
         with warnings.catch_warnings():

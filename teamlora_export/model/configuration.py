@@ -43,6 +43,11 @@ def check_config(source: BaseSource, known_types: Collection[str]) -> None:
                 f"{path}: its weights are quantised ({name}: {method!r:.80}), which is not supported. "
                 "Give the model as it was before."
             )
+    if (named := fields.get("transformers_weights")) is not None:
+        raise ExportError(
+            f"{path}: names a file of its own for the weights (transformers_weights: {named!r:.80}), which is not "
+            "supported. Give that file the name model.safetensors, and leave the field out."
+        )
     raise_findings(str(path), list(_findings(fields)))
 
 
@@ -52,7 +57,8 @@ def _findings(fields: dict[str, Any], where: str = "") -> Iterator[str]:
             yield from _findings(value, f"{where}{name}.")
         elif isinstance(value, int) and not isinstance(value, bool):
             most = _most(name)
-            if value > most or (value < 0 and most < _LARGEST_NUMBER):
+            # Some say -1 where there is none; what cannot do without is told when the model is built.
+            if value > most or (value < -1 and most < _LARGEST_NUMBER):
                 yield f"{where}{name} is {_short(value)}, expected 0 to {most:,}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,11 @@ _AGAIN = "Download the checkpoint again."
 _CHUNK = 1 << 20
 # What decides how sentences are pooled (sentence-transformers).
 POOLING_FILES = ("modules.json", "1_Pooling/config.json")
-# What transformers and tokenizers open by themselves, given a folder; the text among it is of a size that text has.
+# What transformers and tokenizers may open by themselves, given a folder; the text among it is of a size that text has.
+# Of JSON and plain text that is what bears one of these words: notes and logs are the user's own.
+OPENED_TEXT = re.compile(
+    "config|vocab|token|merges|template|index|processor|modules|added|special|dict|emoji|word_|byte_maps|normalizer|model"
+)
 _TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".spm", ".vocab", ".tiktoken")
 _READ_SUFFIXES = (*_TEXT_SUFFIXES, ".safetensors", ".bin", ".gguf")
 _READ_FOLDERS = (".", "1_Pooling", "additional_chat_templates")
@@ -85,7 +90,8 @@ def _check_files(folder: Path) -> None:
     for inner in _READ_FOLDERS:
         if os.path.isdir(folder / inner):
             for path in sorted((folder / inner).iterdir()):
-                if path.suffix in _READ_SUFFIXES and os.path.exists(path) and not os.path.isdir(path):
+                inert = path.suffix in (".json", ".txt") and not OPENED_TEXT.search(path.name)
+                if path.suffix in _READ_SUFFIXES and not inert and os.path.exists(path) and not os.path.isdir(path):
                     open_file(path, folder, LARGEST_TEXT if path.suffix in _TEXT_SUFFIXES else None).close()
 
 

@@ -20,6 +20,7 @@ PATTERNS = (
     r".*\bself_attn\b.*",
     r"[^.]+(\.[^.]+)*",
     r"model\.layers\.[0-3]\.(self_attn|mlp)\.(?!down)\w+_proj",
+    r"[^{]+|[]{}]\{[\]{]",
     r"a{2,3}|.*[0-9]{1,}.*",
 )
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "layers.3.q_proj", "lm_head", "aa", "")
@@ -32,7 +33,10 @@ def test_patterns_match_what_python_says(pattern):
         assert PatternMatcher().fullmatch(pattern, path) == (re.fullmatch(pattern, path) is not None)
 
 
-@pytest.mark.parametrize("text", ["(", "(?:foo){e<=1}", "[[a]b]", "(" * 5000, "a" * 70_000, r"\p{L}", "(?P<a>"])
+@pytest.mark.parametrize(
+    "text",
+    ["(", "(?:foo){e<=1}", r"\[(?:foo){e<=1}]", r"[a]{e}", "[[a]b]", "(" * 5000, "a" * 70_000, r"\p{L}", "(?P<a>"],
+)
 def test_what_python_does_not_read_or_reads_in_another_way_is_refused(text):
     assert why_no_pattern(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -10,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
+from teamlora_export.bundle import COMPANIONS
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel, LoadedWeights, open_base
 from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights, refuse_not_finite
+from teamlora_export.model.source import OPENED_TEXT
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -142,9 +146,12 @@ def test_a_bin_file_with_anything_but_plain_tensors_is_refused(way, message, unt
         ({"hidden_size": -4}, "hidden_size is -4"),
         ({"vocab_size": 10**400}, r"vocab_size is about 10\^400"),
         ({"intermediate_size": 1 << 23}, "million parameters; its weights have"),
+        ({"transformers_weights": "../secret.safetensors"}, r"transformers_weights.*Give that file the name"),
         ({"hidden_act": "wibble"}, "cannot build a text-generation model"),
         ({"hidden_size": "big"}, "transformers can"),
         ({"architectures": 5}, ""),
+        ({"window_size": -1, "chunk_size": -1}, ""),
+        ({"hidden_size": -1}, "cannot build a text-generation model"),
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused_at_once(fields, message, untied):
@@ -173,6 +180,18 @@ def test_a_file_that_leads_out_of_the_base_is_refused_before_anything_opens_it(n
         open_base(str(untied))
 
 
+def test_a_link_to_notes_is_the_users_own_and_every_file_of_a_tokenizer_is_looked_at(untied, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    for name in ("README.txt", "notes.txt", "trainer_state.json"):
+        (untied / name).symlink_to(tmp_path / "secret")
+    assert open_base(str(untied)).task == "text-generation"
+    sources = Path(transformers.__file__).parent.rglob("tokenization_*.py")
+    tables = [re.search(r"^VOCAB_FILES_NAMES\s*=\s*\{([^}]*)\}", path.read_text(), re.M) for path in sources]
+    names = {name for table in tables if table for name in re.findall(r":\s*\"([^\"]+)\"", table[1])}
+    assert {"vocab.json", "emoji.json", "bpe.codes"} <= names
+    assert all(OPENED_TEXT.search(name) for name in (*names, *COMPANIONS) if Path(name).suffix in (".json", ".txt"))
+
+
 def test_one_file_of_weights_comes_before_an_index_that_is_left_over(untied):
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
     (untied / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -183,7 +202,7 @@ def test_one_file_of_weights_comes_before_an_index_that_is_left_over(untied):
     assert np.array_equal(weights.read(Q_PROJ), base.load(torch.float32).state_dict()[Q_PROJ].numpy())
 
 
-def test_a_hub_cache_and_a_folder_that_is_a_link_are_opened(untied, tmp_path):
+def test_a_hub_cache_and_a_folder_that_is_a_link_are_opened(untied, tmp_path, monkeypatch):
     snapshot, blobs = tmp_path / "hub" / "snapshots" / "1", tmp_path / "hub" / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -193,3 +212,12 @@ def test_a_hub_cache_and_a_folder_that_is_a_link_are_opened(untied, tmp_path):
     (tmp_path / "link").symlink_to(snapshot)
     for folder in (snapshot, tmp_path / "link"):
         assert open_weights(open_base(str(folder))) is not None
+    # On another disk: in the user's own cache, and nowhere else.
+    (tmp_path / "models--tiny").mkdir()
+    snapshot.parent.rename(tmp_path / "models--tiny" / "snapshots")
+    moved = tmp_path / "models--tiny" / "snapshots" / "1"
+    (tmp_path / "models--tiny" / "blobs").symlink_to(blobs)
+    with pytest.raises(ExportError, match="link to a file outside"):
+        open_base(str(moved))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert open_weights(open_base(str(moved))) is not None
