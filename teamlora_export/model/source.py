@@ -22,10 +22,10 @@ _CHUNK = 1 << 20
 POOLING_FILES = ("modules.json", "1_Pooling/config.json")
 # What transformers and tokenizers may open by themselves, given a folder; the text among it is of a size that text has.
 # Of JSON and plain text that is what bears one of these words: notes and logs are the user's own.
-OPENED_TEXT = re.compile(
+_OPENED_TEXT = re.compile(
     "config|vocab|token|merges|template|index|processor|modules|added|special|dict|emoji|word_|byte_maps|normalizer|model"
 )
-_TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".spm", ".vocab", ".tiktoken")
+_TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".spm", ".vocab", ".tiktoken", ".codes", ".tokenizer")
 _READ_SUFFIXES = (*_TEXT_SUFFIXES, ".safetensors", ".bin", ".gguf")
 _READ_FOLDERS = (".", "1_Pooling", "additional_chat_templates")
 _HUB_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.jinja", "*/config.json"]
@@ -90,7 +90,7 @@ def _check_files(folder: Path) -> None:
     for inner in _READ_FOLDERS:
         if os.path.isdir(folder / inner):
             for path in sorted((folder / inner).iterdir()):
-                inert = path.suffix in (".json", ".txt") and not OPENED_TEXT.search(path.name)
+                inert = path.suffix in (".json", ".txt") and not _OPENED_TEXT.search(path.name)
                 if path.suffix in _READ_SUFFIXES and not inert and os.path.exists(path) and not os.path.isdir(path):
                     open_file(path, folder, LARGEST_TEXT if path.suffix in _TEXT_SUFFIXES else None).close()
 

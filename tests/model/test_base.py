@@ -18,7 +18,7 @@ from teamlora_export.bundle import COMPANIONS
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel, LoadedWeights, open_base
 from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights, refuse_not_finite
-from teamlora_export.model.source import OPENED_TEXT
+from teamlora_export.model.source import find_base
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -189,7 +189,12 @@ def test_a_link_to_notes_is_the_users_own_and_every_file_of_a_tokenizer_is_looke
     tables = [re.search(r"^VOCAB_FILES_NAMES\s*=\s*\{([^}]*)\}", path.read_text(), re.M) for path in sources]
     names = {name for table in tables if table for name in re.findall(r":\s*\"([^\"]+)\"", table[1])}
     assert {"vocab.json", "emoji.json", "bpe.codes"} <= names
-    assert all(OPENED_TEXT.search(name) for name in (*names, *COMPANIONS) if Path(name).suffix in (".json", ".txt"))
+    for name in (*names, *COMPANIONS):
+        (tmp_path / "looked-at" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "looked-at" / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(ExportError, match="link to a file outside"):
+            find_base(str(tmp_path / "looked-at"))
+        (tmp_path / "looked-at" / name).unlink()
 
 
 def test_one_file_of_weights_comes_before_an_index_that_is_left_over(untied):
