@@ -190,8 +190,11 @@ def refuse_foreign(place: Path, listed: Listing, inputs: Sequence[Path] = ()) ->
     """
     settle(place)
     for given in inputs:
-        if real_path(given).is_relative_to(place):
+        read = real_path(given)
+        if read.is_relative_to(place):
             raise ExportError(f"{place}: is, or holds, {given}, which is read. Choose another -o.")
+        if place.is_relative_to(read):
+            raise ExportError(f"{place}: is in {given}, which is read. Choose another -o.")
     try:
         if not os.path.lexists(place):
             return

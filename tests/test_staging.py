@@ -250,12 +250,15 @@ def test_where_a_disk_is_mounted_is_refused_before_anything_is_written():
         refuse_foreign(Path("/proc"), listed)
 
 
-def test_an_input_is_never_what_is_replaced_and_never_in_it(tmp_path):
+def test_neither_of_an_input_and_what_is_replaced_is_in_the_other(tmp_path):
     out = tmp_path / "out"
     write(out, "first")
     (tmp_path / "link").symlink_to(out / "deep")
     for given in (out, out / "one.txt", tmp_path / "link", out / ".." / "out"):
         with pytest.raises(ExportError, match="which is read"), staged(out, listed, [tmp_path / "x", given]):
+            pass
+    for place in (out / "deep" / "new", tmp_path / "link" / "new"):
+        with pytest.raises(ExportError, match=r"is in .*, which is read"), staged(place, listed, [out]):
             pass
     assert contents(out) == {"first"}
 

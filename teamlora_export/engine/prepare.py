@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
-from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, check_files
+from teamlora_export import __version__
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, Dtype, Sha256, check_files
 from teamlora_export.errors import ExportError
+from teamlora_export.files import read_record, sha256_of
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import ChangePrecision
 from teamlora_export.graph.read import read_graph
-from teamlora_export.interrupt import held, note_written
 from teamlora_export.progress import Reporter
-from teamlora_export.staging import require_space, scratch_folder
+from teamlora_export.staging import real_path, require_space, scratch_folder, staged
+
+GRAPH_NAME = "graph.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """`graph.json`: what a graph alone is.
+
+    Attributes:
+        plugin: its op is left to the plugin.
+        model_sha256: of the bundle's files that it was made of.
+        files: the SHA-256 of its own.
+    """
+
+    tool: str
+    dtype: Dtype
+    plugin: bool
+    model_sha256: Mapping[str, Sha256]
+    files: Mapping[str, Sha256]
+    format_version: int = FORMAT_VERSION
 
 
 def write_graph(bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, reporter: Reporter) -> Path:
     """Write the graph for a builder of one's own (trtexec, polygraphy) into the folder `out`; returns the model's path.
 
+    An earlier one there is replaced.
+
     Raises:
-        ExportError: as `prepared_model`; or `out` exists.
+        ExportError: as `prepared_model`; or `out` is something else, or is not as it was written.
     """
-    if os.path.lexists(out):
-        raise ExportError(f"{out}: exists. Choose another -o.")
     check_files(bundle)
-    with prepared_model(bundle, dtype, out, for_plugin=for_plugin, reporter=reporter) as path:
-        data = path.with_name(DATA_NAME)
-        if data.stat().st_nlink > 1:
-            # A change to this folder must not reach the bundle, and onnx refuses a file with a second name.
-            data.unlink()
-            require_space(path.parent, bundle.data.stat().st_size)
-            shutil.copyfile(bundle.data, data)
-        with held():
-            os.rename(path.parent, out)
-            note_written(out)
+    place = real_path(out)
+    with staged(place, _our_files, [bundle.folder]) as folder:
+        # Weights of its own: a change to this folder must not reach the bundle, and onnx refuses a file of two names.
+        _write_model(bundle, dtype, folder, for_plugin, shutil.copyfile, reporter)
+        files = {name: sha256_of(folder / name) for name in (MODEL_NAME, DATA_NAME)}
+        facts = GraphFacts(f"teamlora-export {__version__}", dtype, for_plugin, bundle.manifest.sha256, files)
+        (folder / GRAPH_NAME).write_text(json.dumps(dataclasses.asdict(facts), indent=2) + "\n", encoding="utf-8")
     return out / MODEL_NAME
 
 
@@ -54,6 +76,20 @@ def prepared_model(bundle: Bundle, dtype: str, place: Path, *, for_plugin: bool,
     Raises:
         ExportError: the plugin is wanted but the bundle has no nodes of the op, or a weight does not fit into float16.
     """
+    with scratch_folder(place) as folder:
+        _write_model(bundle, dtype, folder, for_plugin, _link, reporter)
+        yield folder / MODEL_NAME
+
+
+def _write_model(
+    bundle: Bundle,
+    dtype: str,
+    folder: Path,
+    for_plugin: bool,
+    share: Callable[[Path, Path], object],
+    reporter: Reporter,
+) -> None:
+    """Write model and weights into `folder`; weights in the dtype that the bundle has come there by `share`."""
     model = read_graph(bundle)
     if for_plugin and bundle.manifest.op["form"] != "function":
         raise ExportError(
@@ -67,22 +103,36 @@ def prepared_model(bundle: Bundle, dtype: str, place: Path, *, for_plugin: bool,
             node.overload = ""
     else:
         inline_bodies(model)
-    with scratch_folder(place) as folder:
-        if dtype == bundle.manifest.dtype:
-            _link(bundle.data, folder / DATA_NAME)
-            ir.save(model, folder / MODEL_NAME)
-        else:
-            size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-            require_space(folder, size)
-            with reporter.bytes(f"Re-typing {bundle.manifest.dtype} to {dtype}", size) as advance:
-                ir.save(
-                    model,
-                    folder / MODEL_NAME,
-                    external_data=DATA_NAME,
-                    max_workers=1,
-                    callback=lambda tensor, _info: advance(tensor.nbytes),
-                )
-        yield folder / MODEL_NAME
+    if dtype == bundle.manifest.dtype:
+        require_space(folder, bundle.data.stat().st_size if share is not _link else 0)
+        share(bundle.data, folder / DATA_NAME)
+        ir.save(model, folder / MODEL_NAME)
+        return
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    require_space(folder, size)
+    with reporter.bytes(f"Re-typing {bundle.manifest.dtype} to {dtype}", size) as advance:
+        ir.save(
+            model,
+            folder / MODEL_NAME,
+            external_data=DATA_NAME,
+            max_workers=1,
+            callback=lambda tensor, _info: advance(tensor.nbytes),
+        )
+
+
+def _our_files(out: Path) -> set[str]:
+    """What the folder of a graph alone holds that we wrote and nobody has changed since."""
+    refusal = f"{out}: exists and is not a graph that `trt graph` wrote; it is left as it is. Choose another -o."
+    try:
+        facts = read_record(out / GRAPH_NAME, GraphFacts, "Choose another -o.", out, newest=FORMAT_VERSION)
+    except FileNotFoundError:
+        raise ExportError(refusal) from None
+    except ExportError as reason:
+        raise ExportError(f"{refusal} ({reason})") from None
+    for name, digest in facts.files.items():
+        if (out / name).is_file() and sha256_of(out / name, out) != digest:
+            raise ExportError(f"{out / name}: is not as it was written, and would be lost. Choose another -o.")
+    return {GRAPH_NAME, *facts.files}
 
 
 def _link(source: Path, target: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -45,11 +46,33 @@ def test_the_other_graph_has_no_op_and_links_the_weights_it_does_not_change(make
 def test_the_graph_alone_is_written_for_other_builders(make_bundle, tmp_path):
     bundle = make_bundle("llama")
     path = write_graph(bundle, "fp16", tmp_path / "graph", for_plugin=True, reporter=QUIET)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["graph.json", "model.onnx", "model.onnx.data"]
     assert sum(op.is_op(node) for node in ir.load(path).graph) == 16
-    with pytest.raises(ExportError, match="exists"):
-        write_graph(bundle, "fp16", tmp_path / "graph", for_plugin=True, reporter=QUIET)
     assert [p.name for p in tmp_path.iterdir()] == ["graph"]
+
+
+def test_an_earlier_graph_is_replaced_and_nothing_else_is(make_bundle, tmp_path):
+    bundle, out = make_bundle("llama"), tmp_path / "graph"
+
+    def write(place: Path, dtype: str = "fp32") -> None:
+        write_graph(bundle, dtype, place, for_plugin=False, reporter=QUIET)
+
+    write(out, "fp16")
+    write(out)
+    assert not any(op.is_op(node) for node in ir.load(out / "model.onnx").graph)
+    shutil.copytree(bundle.folder, tmp_path / "other")
+    for place, reason in ((tmp_path / "other", "is not a graph that"), (bundle.folder / "sub", "which is read")):
+        with pytest.raises(ExportError, match=reason):
+            write(place)
+    (out / "engine.plan").write_text("mine")
+    with pytest.raises(ExportError, match=r"engine\.plan: is not a file that teamlora-export wrote"):
+        write(out)
+    (out / "engine.plan").unlink()
+    with (out / "model.onnx").open("ab") as file:
+        file.write(b"mine")
+    with pytest.raises(ExportError, match=r"model\.onnx: is not as it was written"):
+        write(out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["graph", "other"]
 
 
 def test_the_graph_alone_has_weights_of_its_own_and_leaves_its_bundle_readable(make_bundle, tmp_path):
