@@ -29,7 +29,6 @@ from teamlora_export.cli_output import (
     OutputOption,
     given_path,
     prepare_standard_files,
-    refuse_foreign_result,
     say,
     say_answer,
     show,
@@ -132,7 +131,6 @@ def validate(
         # A variable that a script forgot to set: not the wish to judge the graph.
         raise ExportError("--engine is empty. Give an engine's name, or leave the option out.")
     opened = read_bundle(bundle)
-    refuse_foreign_result(json)
     if report is not None:
         refuse_foreign_report(report)
     verdict = validate_bundle(

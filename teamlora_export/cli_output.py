@@ -53,10 +53,21 @@ AdapterOption = Annotated[
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", parser=given_path, metavar="FOLDER", help="Folder to write.")
 ]
+def result_path(value: str | Path) -> Path:
+    """Where a result may be written; looked at with the arguments, before a command does anything.
+
+    Raises:
+        ExportError: there is a file of that name that `write_json` did not write.
+    """
+    path = given_path(value)
+    refuse_foreign_result(path)
+    return path
+
+
 JsonOption = Annotated[
     Path | None,
     typer.Option(
-        "--json", parser=given_path, metavar="FILE", help="Write the result as JSON there; - prints it instead."
+        "--json", parser=result_path, metavar="FILE", help="Write the result as JSON there; - prints it instead."
     ),
 ]
 
@@ -132,13 +143,13 @@ def write_json(fields: Mapping[str, Any], path: Path | None) -> None:
     write_aside(path, text)
 
 
-def refuse_foreign_result(path: Path | None) -> None:
+def refuse_foreign_result(path: Path) -> None:
     """Refuse to replace a file that `write_json` did not write.
 
     Raises:
         ExportError: there is such a file.
     """
-    if path is None or path == STANDARD_OUTPUT or not os.path.lexists(path):
+    if path == STANDARD_OUTPUT or not os.path.lexists(path):
         return
     advice = "Give another file to --json."
     try:

@@ -236,6 +236,7 @@ def test_results_are_whole_lines_or_json_where_no_terminal_reads_them(adapter, t
     assert written.read_text() == printed
     written.write_text("{}")
     refused = run("inspect", deep, "--json", written)
+    assert refused.stdout == "", "it is found before anything is shown"
     assert (refused.returncode, written.read_text()) == (2, "{}")
     assert "is no earlier result" in refused.stderr
 
