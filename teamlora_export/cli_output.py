@@ -53,6 +53,8 @@ AdapterOption = Annotated[
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", parser=given_path, metavar="FOLDER", help="Folder to write.")
 ]
+
+
 def result_path(value: str | Path) -> Path:
     """Where a result may be written; looked at with the arguments, before a command does anything.
 

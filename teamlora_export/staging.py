@@ -34,15 +34,14 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from teamlora_export import interrupt
+from teamlora_export.disk import FULL, is_mounted, size_text, sync, sync_names
 from teamlora_export.errors import ExportError
 
 _PARTIAL, _READY, _OLD = "teamlora-partial", "teamlora-ready", "teamlora-old"
 _STAGED = re.compile(rf"^\.(?P<name>.+)\.[0-9a-f]{{8}}\.(?P<state>{_PARTIAL}|{_READY}|{_OLD})$", re.DOTALL)
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What `flock` says of a file that somebody holds; anything else it says of a file system without locks.
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EINTR)
 _LEFT_BEHIND_SECONDS = 24 * 3600
-_LARGEST_SYNCED = 16 << 20
 Listing = Callable[[Path], Collection[str]]
 Content = str | bytes | memoryview
 
@@ -63,13 +62,13 @@ def staged(out: Path, listed: Listing, inputs: Sequence[Path] = ()) -> Iterator[
     refuse_foreign(place, listed, inputs)
     with scratch_folder(place) as staging:
         yield staging
-        _sync(staging)
+        sync(staging)
         with _locked(place.parent):
             # Again: an export takes time, and its owner may have put something there.
             refuse_foreign(place, listed, inputs)
             with interrupt.held():
                 _replace_folder(staging, place)
-                _sync_names(place.parent)
+                sync_names(place.parent)
                 interrupt.note_written(out)
 
 
@@ -114,11 +113,11 @@ def write_aside(path: Path, content: Content, *, result: bool = True) -> None:
             file.write(_bytes(content))
             file.flush()
             if result:
-                _sync(staging)
+                sync(staging)
             with interrupt.held():
                 os.replace(staging, path)
                 if result:
-                    _sync_names(path.parent)
+                    sync_names(path.parent)
                     interrupt.note_written(path)
         finally:
             with interrupt.held():
@@ -135,12 +134,12 @@ def write_together(files: Mapping[Path, Content]) -> None:
     with scratch_folder(first) as staging:
         for path, content in files.items():
             (staging / path.name).write_bytes(_bytes(content))
-        _sync(staging)
+        sync(staging)
         with _locked(first.parent), interrupt.held():
             ready = staging.with_name(staging.name.replace(_PARTIAL, _READY))
             os.rename(staging, ready)
             _move_out(ready)
-            _sync_names(first.parent)
+            sync_names(first.parent)
             for path in files:
                 interrupt.note_written(path)
 
@@ -197,10 +196,13 @@ def refuse_foreign(place: Path, listed: Listing, inputs: Sequence[Path] = ()) ->
             raise ExportError(f"{place}: is in {given}, which is read. Choose another -o.")
     try:
         if not os.path.lexists(place):
+            # As long as the name that is written first.
+            with suppress(FileNotFoundError):
+                os.lstat(_staging_path(place, _PARTIAL))
             return
         if not place.is_dir():
             raise ExportError(f"{place}: exists and is not a folder. Choose another -o.")
-        if os.path.ismount(place):
+        if is_mounted(place):
             raise ExportError(f"{place}: is where a disk is mounted, and cannot be replaced. Choose a folder in it.")
         if not any(place.iterdir()):
             return
@@ -212,24 +214,18 @@ def refuse_foreign(place: Path, listed: Listing, inputs: Sequence[Path] = ()) ->
                     "Move it elsewhere, or choose another -o."
                 )
     except OSError as error:
-        raise ExportError(f"{error.filename or place}: cannot be read ({error.strerror}). Choose another -o.") from None
+        raise ExportError(
+            f"{_shown(error.filename) or place}: cannot be used ({error.strerror}). Choose another -o."
+        ) from None
 
 
 def require_space(folder: Path, needed: int) -> None:
     """Refuse to start writing `needed` bytes where they do not fit."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        staged_name = _STAGED.match(folder.name)
-        place = folder.with_name(staged_name["name"]) if staged_name else folder
-        raise ExportError(f"{place}: {size_text(needed)} are needed, {size_text(free)} are free. Choose another -o.")
-
-
-def size_text(size: int) -> str:
-    """Bytes as people say them."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}" if size < 1000 * unit else f"{size / unit:,.0f} {name}"
-    return f"{size} bytes"
+        raise ExportError(
+            f"{_shown(folder)}: {size_text(needed)} are needed, {size_text(free)} are free. Choose another -o."
+        )
 
 
 def entries(folder: Path) -> Iterator[str]:
@@ -356,42 +352,27 @@ def _wait_for_lock(descriptor: int) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
-def _sync(path: Path) -> None:
-    """A file, or all in a folder, is on the disk afterwards, but for large files."""
-    for found in (*path.rglob("*"), path):
-        if found.is_dir() or found.lstat().st_size <= _LARGEST_SYNCED:
-            _sync_alone(found)
-
-
-def _sync_names(folder: Path) -> None:
-    """The names in `folder` are on the disk afterwards; what has its place stays there where they cannot be."""
-    with suppress(OSError):
-        _sync_alone(folder)
-
-
-def _sync_alone(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Others say that the file system cannot.
-        if error.errno in (*_FULL, errno.EIO):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def _explained(place: Path) -> Iterator[None]:
     """What the system refuses, in one sentence that names the file."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise ExportError(
                 f"{place}: {error.strerror}; nothing was written. Free space, or choose another place."
             ) from None
-        raise ExportError(f"{error.filename or place}: {error.strerror or error}; nothing was written.") from None
+        raise ExportError(
+            f"{_shown(error.filename) or place}: {error.strerror or error}; nothing was written."
+        ) from None
+
+
+def _shown(path: str | bytes | Path | None) -> str:
+    """A path as its owner knows it: of what is being written, the place that it will take."""
+    if path is None:
+        return ""
+    staged_names = ((part, _STAGED.match(part)) for part in Path(os.fsdecode(path)).parts)
+    return str(Path(*(match["name"] if match else part for part, match in staged_names)))
 
 
 def _bytes(content: Content) -> bytes | memoryview:

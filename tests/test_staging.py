@@ -17,6 +17,7 @@ from typing import ClassVar
 import pytest
 
 from teamlora_export import staging
+from teamlora_export.disk import size_text
 from teamlora_export.errors import ExportError
 from teamlora_export.staging import refuse_foreign, require_space, settle, staged, write_aside, write_together
 
@@ -250,6 +251,30 @@ def test_where_a_disk_is_mounted_is_refused_before_anything_is_written():
         refuse_foreign(Path("/proc"), listed)
 
 
+def test_a_folder_of_the_same_disk_that_is_mounted_is_refused_too(tmp_path):
+    """As containers have them: it looks like any folder, and cannot be renamed."""
+    (tmp_path / "from").mkdir()
+    place = tmp_path / "a place"
+    place.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "--bind", tmp_path / "from", place], check=False).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        assert not os.path.ismount(place)
+        with pytest.raises(ExportError, match="Choose a folder in it"):
+            refuse_foreign(place, listed)
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+@pytest.mark.parametrize("length", [240, 300])
+def test_a_name_that_is_too_long_is_refused_at_the_start_as_its_owner_gave_it(length, tmp_path):
+    place = tmp_path / ("x" * length)
+    with pytest.raises(ExportError, match=r"/x+: cannot be used \(File name too long\)"):
+        refuse_foreign(place, listed)
+    with pytest.raises(ExportError, match=r"/x+: File name too long; nothing was written"):
+        write_aside(place, "first")
+
+
 def test_neither_of_an_input_and_what_is_replaced_is_in_the_other(tmp_path):
     out = tmp_path / "out"
     write(out, "first")
@@ -431,7 +456,7 @@ def test_a_file_system_that_is_full_or_read_only_is_one_sentence_too(options, tm
 
 def test_room_is_told_in_units_that_fit(tmp_path):
     for size, text in ((999, "999 bytes"), (1000, "1 kB"), (4_700_000, "4.7 MB"), (275_000_000_000, "275 GB")):
-        assert staging.size_text(size) == text
+        assert size_text(size) == text
     refusal = pytest.raises(ExportError, match=r"/out: 1,000,000,000 GB are needed, \S+ GB are free")
     with staging.scratch_folder(tmp_path / "out") as folder, refusal:
         require_space(folder, 10**18)
