@@ -220,10 +220,12 @@ def judge_message(case: Case, code: int, output: str) -> list[str]:
 def judge_files(case: Case, code: int, before: dict[str, str], after: dict[str, str], folder: Path) -> list[str]:
     """What was changed, made or removed without leave."""
     written = os.path.normpath(case.out) if case.out and code == 0 else None
+    places = [written or "", *map(os.path.normpath, case.changes)]
     problems = []
     for name in sorted(set(before) | set(after)):
         allowed = written is not None and (name == written or name.startswith(f"{written}/"))
-        parent = written is not None and written.startswith(f"{name}/") and name not in before
+        # A place may need folders of its own.
+        parent = name not in before and any(place.startswith(f"{name}/") for place in places)
         free = allowed or parent or name in case.changes or name.startswith("cache/")
         if before.get(name) != after.get(name) and not free:
             problems.append(f"{name} was {'changed' if name in before and name in after else 'made or removed'}")

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_LARGEST_SYNCED = 16 << 20
 
 
 def size_text(size: int) -> str:
@@ -33,10 +32,9 @@ def is_mounted(place: Path) -> bool:
 
 
 def sync(path: Path) -> None:
-    """A file, or all in a folder, is on the disk afterwards, but for large files."""
+    """A file, or all in a folder, is on the disk afterwards."""
     for found in (*path.rglob("*"), path):
-        if found.is_dir() or found.lstat().st_size <= _LARGEST_SYNCED:
-            _sync_alone(found)
+        _sync_alone(found)
 
 
 def sync_names(folder: Path) -> None:
