@@ -24,7 +24,8 @@ from teamlora_export.bundle import DATA_NAME, MODEL_NAME
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.files import sha256_of
-from teamlora_export.graph import traced
+from teamlora_export.graph import build, traced
+from teamlora_export.model.checkpoint import lacking_names
 from teamlora_export.model.source import find_base
 from teamlora_export.progress import Reporter
 
@@ -120,6 +121,29 @@ def test_broken_shards_are_named_and_nothing_is_left(name, tmp_path, base, make_
         export_to(tmp_path / "deep" / "out", base, make_adapter("llama"))
     assert not (tmp_path / "deep" / "out").exists()
     assert not list(tmp_path.glob("**/.*"))
+
+
+def test_a_weight_that_the_checkpoint_lacks_is_told_before_anything_is_traced(
+    tmp_path, make_base, make_adapter, monkeypatch
+):
+    """But one that nobody reads, such as a pooler, is no reason to refuse."""
+    base = Path(shutil.copytree(make_base("mistral").folder, tmp_path / "base"))
+    tensors = load_file(base / "model.safetensors")
+    names = ("lm_head.weight", "model.layers.1.self_attn.q_proj.weight")
+    save_file({name: value for name, value in tensors.items() if name not in names}, base / "model.safetensors")
+    monkeypatch.setattr(build, "traceable", None)
+    with pytest.raises(ExportError, match=r"2 problems\n  - lm_head.weight is missing.*\n.*q_proj.weight is missing"):
+        export_to(tmp_path / "out", base, make_adapter("mistral"), use_cache=False)
+    encoder = make_base("roberta")
+    tensors = load_file(encoder.folder / "model.safetensors")
+    base = Path(shutil.copytree(encoder.folder, tmp_path / "encoder"))
+    save_file({n: v for n, v in tensors.items() if "pooler" not in n}, base / "model.safetensors")
+    assert lacking_names(find_base(str(base)), encoder.aliases(), encoder.signature) == {
+        "pooler.dense.weight",
+        "pooler.dense.bias",
+    }
+    encoder = dataclasses.replace(encoder, source=find_base(str(base)))
+    build._refuse_missing(encoder, read_adapter(make_adapter("roberta")))
 
 
 def test_weights_that_change_while_they_are_read_are_noticed(tmp_path, base, make_adapter, monkeypatch):

@@ -14,14 +14,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from teamlora_export.adapter.spec import AdapterSpec
-from teamlora_export.errors import ExportError, first_line
+from teamlora_export.errors import ExportError, first_line, raise_findings
 from teamlora_export.graph.layers import LayerPlan, layer_list, plan_layers, shorten, stands_for
 from teamlora_export.graph.passes import rewrite
-from teamlora_export.graph.record import NotLayered, Record, record, run, without_data
+from teamlora_export.graph.record import NotLayered, Record, record, run, weights_needed, without_data
 from teamlora_export.graph.stamp import LayersDiffer, stamp
 from teamlora_export.graph.tasks import TracedSignature, opening, trace_signature
 from teamlora_export.graph.trace import trace, traceable
 from teamlora_export.model.base import BaseModel
+from teamlora_export.model.checkpoint import lacking_names, missing_text
 from teamlora_export.progress import Reporter
 
 
@@ -39,8 +40,9 @@ def build_graph(
         every_layer: trace all layers even where they are alike.
 
     Raises:
-        ExportError: transformers cannot trace this model.
+        ExportError: transformers cannot trace this model, or its checkpoint lacks a weight that is read.
     """
+    _refuse_missing(base, adapter)
     model = traceable(base, adapter, dtype)
     if not every_layer:
         try:
@@ -55,6 +57,20 @@ def build_graph(
         graph = trace(base, model, _signature(base, model))
         rewrite(graph)
     return graph
+
+
+def _refuse_missing(base: BaseModel, adapter: AdapterSpec) -> None:
+    """What a trace would be in vain for, where that can be known before: other kinds of checkpoints are looked at when
+    they are loaded."""
+    lacking = lacking_names(base.source, base.aliases(), base.signature) - set(adapter.overrides)
+    if not lacking:
+        return
+    model = base.skeleton(torch.float32)
+    try:
+        lacking &= weights_needed(model, *opening(base, model, long=False))
+    except Exception:  # the trace says what is wrong with a model that cannot run
+        return
+    raise_findings(f"The weights of {base.name}", [missing_text(name) for name in sorted(lacking)])
 
 
 @dataclass(frozen=True)

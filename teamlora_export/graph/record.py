@@ -13,7 +13,7 @@ same exactly where their records are equal.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.export._trace import _compiling_state_context
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache
 from transformers.exporters.utils import apply_patches
 
@@ -75,6 +76,16 @@ def run(model: nn.Module, forward: Callable[..., Any], sample: Mapping[str, Any]
         return forward(**sample)
 
 
+def weights_needed(model: nn.Module, forward: Callable[..., Any], sample: Mapping[str, Any]) -> set[str]:
+    """Names of the parameters that anything in `forward(**sample)`, a dict, is made of. Leaves `model` as it was."""
+    makers = _Makers()
+    with _exporting(model), without_data(), makers:
+        outputs = forward(**sample)
+    caches = [keys_and_values(value) for value in outputs.values() if isinstance(value, DynamicCache)]
+    needed = makers.behind(tree_leaves((outputs, caches)))
+    return {name for name, tensor in model.named_parameters(remove_duplicate=False) if id(tensor) in needed}
+
+
 def record(
     model: nn.Module, prefix: str, forward: Callable[..., Any], sample: Mapping[str, Any], mode: FakeTensorMode
 ) -> tuple[Record, Mapping[str, Any]]:
@@ -119,6 +130,35 @@ def _exporting(model: nn.Module) -> Iterator[None]:
                 for current, before in ((buffers, buffers_before), (attributes, attributes_before)):
                     current.clear()
                     current.update(before)
+
+
+class _Makers(TorchDispatchMode):
+    """Notes what each tensor is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inputs: dict[int, list[Tensor]] = {}
+        # An id belongs to a tensor for as long as it lives.
+        self._alive: list[object] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for made in tree_leaves(result):
+            self._inputs.setdefault(id(made), []).extend(read)
+        self._alive.append(result)
+        return result
+
+    def behind(self, tensors: Iterable[object]) -> set[int]:
+        """Ids of all that `tensors` are made of."""
+        found: set[int] = set()
+        waiting = list(tensors)
+        while waiting:
+            tensor = waiting.pop()
+            if id(tensor) not in found:
+                found.add(id(tensor))
+                waiting.extend(self._inputs.get(id(tensor), ()))
+        return found
 
 
 class _Recorder(TorchDispatchMode):

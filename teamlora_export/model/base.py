@@ -30,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from teamlora_export.adapter.check import BaseSignature
 from teamlora_export.adapter.tensors import FLOAT_DTYPES, read_pickled_tensors, to_numpy
 from teamlora_export.errors import ExportError, first_line, raise_findings
-from teamlora_export.model.checkpoint import NOT_FLOAT, is_weight, read_extents, refuse_not_finite
+from teamlora_export.model.checkpoint import NOT_FLOAT, is_weight, missing_text, read_extents, refuse_not_finite
 from teamlora_export.model.configuration import check_config
 from teamlora_export.model.inject import signature_of
 from teamlora_export.model.source import BaseSource, find_base
@@ -218,11 +218,7 @@ class LoadedWeights:
         self._state = model.state_dict()
         raise_findings(
             f"The weights of {base.name}",
-            [
-                f"{name} is missing, and nothing in config.json says where else it comes from"
-                for name in sorted(needed)
-                if name in missing or name not in self._state
-            ],
+            [missing_text(name) for name in sorted(needed) if name in missing or name not in self._state],
         )
 
     def read(self, name: str) -> np.ndarray:

@@ -117,6 +117,22 @@ def read_extents(source: BaseSource) -> dict[str, _Extent]:
     return extents
 
 
+def lacking_names(source: BaseSource, aliases: Mapping[str, Sequence[str]], signature: BaseSignature) -> set[str]:
+    """Parameters that the safetensors files certainly lack; none where they hold tensors that transformers may rename.
+
+    Raises:
+        ExportError: a file is missing or damaged.
+    """
+    extents = read_extents(source)
+    keys = _match_names(aliases, extents, signature.body_prefix)
+    renamed = any(is_weight(name, signature) for name in set(extents) - set(keys.values()))
+    return set() if renamed or not extents else set(signature.parameters) - set(keys)
+
+
+def missing_text(name: str) -> str:
+    return f"{name} is missing, and nothing in config.json says where else it comes from"
+
+
 def refuse_not_finite(name: str, array: np.ndarray) -> None:
     """Refuse a weight with a NaN or an infinite number: an exponent of ones only. Looks at it in pieces that stay in
     the processor's cache.
