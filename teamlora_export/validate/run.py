@@ -120,7 +120,8 @@ class _Inside:
         with reporter.step(f"Comparing {len(self._recipes)} weights with their sources"):
             model = self._graph.written
             live = live_values(model)
-            self.departures += judge_weights(model, self._recipes, self._reference, self._adapter, live)
+            dtype = self._graph.bundle.manifest.dtype
+            self.departures += judge_weights(model, self._recipes, self._reference, self._adapter, live, dtype)
             self.weights = len(self._recipes)
         with reporter.step("Comparing module by module"):
             for check in self._local_judge().check(case):

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.bundle import Manifest
+from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import OP_SOURCES, BaseWeights, Part, Recipe, make_weights
 from teamlora_export.validate.verdict import Departure
 
@@ -39,12 +40,13 @@ def kept_in_float32(model: ir.Model, recipes: Mapping[str, Recipe]) -> set[str]:
 
 
 def judge_weights(
-    model: ir.Model, recipes: Mapping[str, Recipe], base: BaseWeights, adapter: AdapterSpec, live: set[str]
+    model: ir.Model, recipes: Mapping[str, Recipe], base: BaseWeights, adapter: AdapterSpec, live: set[str], dtype: str
 ) -> Iterator[Departure]:
     """What is wrong with the weights of `model`, one weight in memory at a time.
 
     Args:
         live: values that the model's outputs depend on.
+        dtype: of the bundle: the file may not state another.
     """
     graph = model.graph
     kept = {name: recipe for name, recipe in recipes.items() if name in live and name in graph.initializers}
@@ -52,6 +54,9 @@ def judge_weights(
         module = _module(recipes[name].parts[0])
         yield Departure("weights", module, _reader(graph, name), f"{name} is read by nothing")
     dtypes = {name: graph.initializers[name].const_value.dtype for name in kept}  # type: ignore[union-attr]
+    for name in [name for name in kept if not _may_be_held_in(dtypes[name], kept[name], base, dtype)]:
+        reason = f"{name} is {dtypes[name].name.lower()} in the file, which is no type of a bundle in {dtype}"
+        yield Departure("weights", _module(kept.pop(name).parts[0]), _reader(graph, name), reason)
     for name, expected in make_weights(kept, base, adapter, dtypes):
         tensor = graph.initializers[name].const_value
         assert tensor is not None
@@ -62,6 +67,13 @@ def judge_weights(
         if different:
             part, reason = different
             yield Departure("weights", _module(part), _reader(graph, name), f"{name} {reason}")
+
+
+def _may_be_held_in(found: ir.DataType, recipe: Recipe, base: BaseWeights, dtype: str) -> bool:
+    """Numbers are in the bundle's type, or in float32 where that is kept; what counts or masks is in its own."""
+    if found in (ir.DataType.FLOAT, IR_DTYPES[dtype]):
+        return True
+    return all(part.source not in OP_SOURCES and base.read(part.key).dtype.kind in "iub" for part in recipe.parts)
 
 
 def _compare(
