@@ -11,32 +11,51 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from teamlora_export.errors import ExportError
+
 _FP32 = ir.DataType.FLOAT
 
 
 def widen(model: ir.Model, narrow: ir.DataType, rounded: bool) -> None:
-    """Rewrite `model` (bodies inlined), whose 16-bit type is `narrow`, in place. Inputs and outputs become float32."""
+    """Rewrite `model` (bodies inlined), whose 16-bit type is `narrow`, in place. Inputs and outputs become float32.
+
+    Branches and bodies of loops are part of it.
+
+    Raises:
+        ExportError: it has functions of its own, whose types nobody states.
+    """
+    if model.functions:
+        function = next(iter(model.functions.values()))
+        raise ExportError(f"The graph has a function {function.name!r:.80}, which cannot be judged in wide arithmetic.")
     common.ShapeInferencePass()(model)
-    graph = model.graph
-    nodes = list(graph)
-    for weight in [v for v in graph.initializers.values() if v.dtype == narrow]:
-        widened = _cast(weight, _FP32, f"{weight.name}.widened")
-        ir.convenience.replace_all_uses_with(weight, widened)
-        widened.producer().replace_input_with(0, weight)  # type: ignore[union-attr]
-        graph.insert_before(nodes[0], widened.producer())  # type: ignore[arg-type]
-    for value in graph.inputs:
-        if value.dtype == narrow:
-            value.type = ir.TensorType(_FP32)
+    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+    for graph in (model.graph, *model.graph.subgraphs()):
+        _widen_ends(graph, narrow)
     for node in nodes:
         _widen_attributes(node, narrow)
         for value in node.outputs:
             if value.dtype == narrow and rounded:
-                _round_after(graph, node, value, narrow)
+                _round_after(node, value, narrow)
             elif value.dtype == narrow:
                 value.type = ir.TensorType(_FP32)
 
 
-def _round_after(graph: ir.Graph, node: ir.Node, value: ir.Value, narrow: ir.DataType) -> None:
+def _widen_ends(graph: ir.Graph, narrow: ir.DataType) -> None:
+    """What enters a graph: weights are widened ahead of its nodes, inputs are wide already."""
+    for weight in [v for v in graph.initializers.values() if v.dtype == narrow]:
+        widened = _cast(weight, _FP32, f"{weight.name}.widened")
+        ir.convenience.replace_all_uses_with(weight, widened, replace_graph_outputs=True)
+        widened.producer().replace_input_with(0, weight)  # type: ignore[union-attr]
+        if len(graph):
+            graph.insert_before(graph[0], widened.producer())  # type: ignore[arg-type]
+        else:
+            graph.append(widened.producer())  # type: ignore[arg-type]
+    for value in graph.inputs:
+        if value.dtype == narrow:
+            value.type = ir.TensorType(_FP32)
+
+
+def _round_after(node: ir.Node, value: ir.Value, narrow: ir.DataType) -> None:
     """Everything that read `value` now reads it rounded to `narrow` and widened again, under its own name."""
     name = value.name
     value.type, value.name = ir.TensorType(_FP32), f"{name}.exact"
@@ -44,7 +63,7 @@ def _round_after(graph: ir.Graph, node: ir.Node, value: ir.Value, narrow: ir.Dat
     wide = _cast(rounded, _FP32, f"{name}.widened")
     ir.convenience.replace_all_uses_with(value, wide, replace_graph_outputs=True)
     rounded.producer().replace_input_with(0, value)  # type: ignore[union-attr]
-    graph.insert_after(node, [rounded.producer(), wide.producer()])  # type: ignore[list-item]
+    node.graph.insert_after(node, [rounded.producer(), wide.producer()])  # type: ignore[list-item,union-attr]
     wide.name = name
 
 
