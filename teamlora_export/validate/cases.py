@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from teamlora_export.bundle import Port
+from teamlora_export.errors import ExportError
 from teamlora_export.tokens import longest_input
 
 Feeds = dict[str, np.ndarray]
@@ -39,9 +40,17 @@ def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> li
     """The cases for a model of `config` doing `task`; ids are drawn over the whole vocabulary.
 
     `brief` is for models that are read from disk on every call: one padded batch, with two decoding steps.
+
+    Raises:
+        ExportError: the configuration does not say how many tokens there are.
     """
     rng = np.random.default_rng(seed)
-    pad = getattr(config, "pad_token_id", None) or 0
+    text = config.get_text_config()
+    vocabulary = getattr(text, "vocab_size", None)
+    if type(vocabulary) is not int or vocabulary < 2:
+        raise ExportError(f"{config.name_or_path}: its vocab_size is {vocabulary!r:.80}, so no tokens can be drawn.")
+    pad = getattr(text, "pad_token_id", None) or 0
+    pad = pad if 0 <= pad < vocabulary else 0
     limit = longest_input(config.to_dict(), Path(config.name_or_path, "config.json")) or 512
 
     def case(name: str, lengths: list[int], side: str, steps: int = 0) -> Case:
@@ -50,8 +59,8 @@ def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> li
         for row, length in zip(mask, lengths, strict=True):
             row[width - length :] = side == "left"
             row[:length] |= side == "right"
-        ids = rng.integers(0, config.vocab_size, mask.shape)
-        ids[ids == pad] = (pad + 1) % config.vocab_size
+        ids = rng.integers(0, vocabulary, mask.shape)
+        ids[ids == pad] = (pad + 1) % vocabulary
         return Case(name, np.where(mask > 0, ids, pad), mask, steps)
 
     long = min(48, limit // 2)

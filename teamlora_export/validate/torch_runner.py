@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
 from teamlora_export.adapter.spec import AdapterSpec
+from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph import op
 from teamlora_export.graph.tasks import encoder_forward
 from teamlora_export.model.base import BaseModel
@@ -32,6 +33,7 @@ from teamlora_export.validate.cases import Feeds
 from teamlora_export.validate.taps import BASE, EXPERTS, INPUT
 
 _PAST = re.compile(r"^past_key_values\.(\d+)\.key$")
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 _NUMPY_DTYPES = {torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -41,7 +43,7 @@ class TorchRunner:
     def __init__(
         self, base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype, weights: SafetensorsWeights | None = None
     ) -> None:
-        self._adapter = adapter
+        self._adapter, self._name = adapter, base.name
         self._streamed: _StreamedWeights | None = None
         if weights is None:
             self._model = base.load(dtype)
@@ -55,8 +57,19 @@ class TorchRunner:
         self._dtype = dtype
 
     def run(self, feeds: Feeds) -> Feeds:
-        with torch.no_grad(), _Float64Islands() if self._dtype == torch.float64 else nullcontext():
-            return self._run_encoder(feeds) if self._forward else self._run_decoder(feeds)
+        """Outputs by name.
+
+        Raises:
+            ExportError: the model's code cannot compute in this dtype.
+        """
+        try:
+            with torch.no_grad(), _Float64Islands() if self._dtype == torch.float64 else nullcontext():
+                return self._run_encoder(feeds) if self._forward else self._run_decoder(feeds)
+        except (ExportError, MemoryError):
+            raise
+        except Exception as error:  # of many kinds: the code is transformers'
+            kind = str(self._dtype).removeprefix("torch.")
+            raise ExportError(f"{self._name}: PyTorch cannot run it in {kind} ({first_line(error)}).") from error
 
     def run_forced(self, feeds: Feeds, taps: Mapping[str, np.ndarray], jitter: bool = False) -> Feeds:
         """Run with each value that is in `taps` put in place of the model's own.
@@ -246,6 +259,9 @@ class _Float64Islands(TorchFunctionMode):
                 return args[0]
             args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
             kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        if func is torch.full and "dtype" not in kwargs and abs(args[1]) > _LARGEST_FLOAT32:
+            # The lowest number of the scores' type (XGLM), which is more than the default type holds.
+            kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
 
 
