@@ -143,13 +143,25 @@ ARCHITECTURES = {
 _MIXTURE = {**_DECODER, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
 MIXTURES = {
     "mixtral": Architecture("MixtralConfig", {**_MIXTURE, "num_local_experts": 4}, ("q_proj", "k_proj", "v_proj")),
-    "olmoe": Architecture("OlmoeConfig", {**_MIXTURE, "num_experts": 4}, ("q_proj", "o_proj")),
+    # So many that a router in 16 bits takes others than in float64.
+    "olmoe": Architecture(
+        "OlmoeConfig",
+        {**_MIXTURE, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": True},
+        ("q_proj", "o_proj"),
+        gain=2.0,
+    ),
     "qwen3_moe": Architecture("Qwen3MoeConfig", {**_MIXTURE, "num_experts": 4}, ("q_proj", "o_proj")),
     "qwen2_moe": Architecture("Qwen2MoeConfig", {**_MIXTURE, "num_experts": 4}, _LLAMA_TARGETS),
 }
+# Modules of it return the shares of attention [batch, heads, sequence, total].
+BLOOM = Architecture(
+    "BloomConfig",
+    {"vocab_size": 384, "hidden_size": 32, "n_layer": 4, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
+    ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+)
 # Not of another kind, but with weights so large that each layer multiplies the rounding of the one before.
 AMPLIFYING = Architecture("LlamaConfig", {**_DECODER, "num_hidden_layers": 8}, _LLAMA_TARGETS, gain=8.0)
-_ALL = {**ARCHITECTURES, **MIXTURES, "amplifying": AMPLIFYING}
+_ALL = {**ARCHITECTURES, **MIXTURES, "bloom": BLOOM, "amplifying": AMPLIFYING}
 _CLASSES = {
     "text-generation": AutoModelForCausalLM,
     "feature-extraction": AutoModel,

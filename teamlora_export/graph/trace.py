@@ -23,6 +23,7 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph import op
+from teamlora_export.graph.marks import marked
 from teamlora_export.graph.optimize import optimize
 from teamlora_export.graph.silence import silenced
 from teamlora_export.graph.tasks import TracedSignature
@@ -81,18 +82,15 @@ def trace(base: BaseModel, model: nn.Module, signature: TracedSignature) -> ir.M
     Raises:
         ExportError: transformers cannot trace this model.
     """
-    handles = _mark_module_outputs(model)
     model.forward = signature.forward  # type: ignore[method-assign]
     try:
-        graph_model = _export(model, signature)
+        with marked(model):
+            graph_model = _export(model, signature)
     except Exception as error:
         raise ExportError(
             f"{base.name}: transformers' exporter cannot trace {base.config.model_type} for {base.task} "
             f"({first_line(error)})."
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
     names = _tied_names(model)
     parameters = _bind_parameters(graph_model, names)
     with silenced(), _out_of_sight(graph_model, parameters):
@@ -107,57 +105,6 @@ def _export(model: nn.Module, signature: TracedSignature) -> ir.Model:
     with silenced():
         program, _metadata = OnnxExporter().export_program(model, dict(signature.sample), config)  # type: ignore[arg-type]
     return program
-
-
-def _mark_module_outputs(model: nn.Module) -> list[Any]:
-    """Make each module's output pass through a marker node, so that values of the graph can be told by module.
-
-    Markers are taken out again by `passes/module_outputs.py`. Modules that return no floating-point tensor have none,
-    nor have those inside of packed experts: they see tokens in an order of the implementation's choice. What enters a
-    list of layers is marked as `LIST.input`.
-    """
-    packed = tuple(f"{path}." for path, module in model.named_modules() if _packs_experts(module))
-
-    def hook(path: str):  # type: ignore[no-untyped-def]
-        def mark(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            if isinstance(output, Tensor):
-                return _mark(output, path)
-            if type(output) is tuple and output and isinstance(output[0], Tensor):
-                return (_mark(output[0], path), *output[1:])
-            return None
-
-        return mark
-
-    def mark_input(path: str):  # type: ignore[no-untyped-def]
-        return lambda _module, args: (_mark(args[0], path), *args[1:]) if args else None
-
-    handles: list[Any] = [
-        module.register_forward_hook(hook(path))
-        for path, module in model.named_modules()
-        if path and not path.startswith(packed)
-    ]
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module):
-            handles.append(module[0].register_forward_pre_hook(mark_input(f"{path}.input")))
-    return handles
-
-
-def _packs_experts(module: nn.Module) -> bool:
-    """Whether weights of several experts are in one tensor of this module."""
-    return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-
-
-def _mark(tensor: Tensor, path: str) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
-    return torch.onnx.ops.symbolic(
-        f"{op.DOMAIN}::{op.MARKER}",
-        (tensor,),
-        {"path": path},
-        dtype=tensor.dtype,
-        shape=tensor.shape,
-        version=op.VERSION,
-    )
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:

@@ -12,6 +12,7 @@ import numpy as np
 from teamlora_export.bundle import Port
 from teamlora_export.errors import ExportError
 from teamlora_export.tokens import longest_input
+from teamlora_export.validate.metrics import attended
 
 Feeds = dict[str, np.ndarray]
 
@@ -34,6 +35,10 @@ class Step:
 
     feeds: Feeds
     mask: np.ndarray
+
+    def attended(self, name: str, array: np.ndarray) -> np.ndarray:
+        """What of an output or module value belongs to real tokens of this step."""
+        return attended(name, array, self.mask, self.feeds["input_ids"].shape[1])
 
 
 def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> list[Case]:

@@ -4,6 +4,10 @@ The reference is the adapted PyTorch model in float64. PyTorch itself, run in th
 error that dtype costs. An output passes when it errs at most `MULTIPLE` times as much (root mean square over real
 tokens) as PyTorch's does, in that step or over all of them; with a floor of `FLOOR` units of roundoff, should PyTorch
 err less. Errors of a whole model hide what is wrong in one module: `local.py` judges those.
+
+Where scores are nearly equal, a router in a low dtype may choose other experts than in float64, and all that follows
+differs. So both PyTorch models take the experts that the candidate took, and its choices are judged by what they lose:
+the best scores in float64, against those of the experts that it took.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ import numpy as np
 
 from teamlora_export.bundle import Port
 from teamlora_export.dtypes import DTYPES
+from teamlora_export.graph.choices import chosen_scores, is_choice
 from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
-from teamlora_export.validate.metrics import ErrorStats, attended, kl_divergence, measure, top5_overlap
+from teamlora_export.validate.metrics import ErrorStats, kl_divergence, measure, top5_overlap
 from teamlora_export.validate.verdict import CaseResult, Judgement
 
 # Another order of additions moves an error by a factor of about two. ONNX Runtime's float32 Sigmoid adds to that: it is
@@ -35,7 +40,15 @@ class Runner(Protocol):
     """Anything that can run a model; arrays go in and come out by the graph's own names."""
 
     def run(self, feeds: Feeds) -> Feeds:
-        """Outputs by name."""
+        """Outputs by name, and choices (indices) by tap where it can show them."""
+        ...
+
+
+class Follower(Protocol):
+    """A runner that can take another's choices."""
+
+    def run(self, feeds: Feeds, choices: Feeds) -> Feeds:
+        """Outputs by name, and by tap what the choices were made by, and the best scores."""
         ...
 
 
@@ -60,10 +73,10 @@ class Judge:
     """
 
     def __init__(
-        self, dtype: str, reference: Runner, pytorch: Runner, candidate: Runner, inputs: Sequence[Port]
+        self, dtype: str, reference: Follower, pytorch: Follower, candidate: Runner, inputs: Sequence[Port]
     ) -> None:
         self._dtype = dtype
-        self._runners = (reference, pytorch, candidate)
+        self._followers, self._candidate = (reference, pytorch), candidate
         self._inputs = inputs
         self._measured: list[_Measured] = []
         self._tokens: dict[str, list[_TokenRow]] = {}
@@ -74,8 +87,9 @@ class Judge:
         path."""
         self._tokens[case.name] = rows = []
         for step, (reference, pytorch, candidate) in self._steps(case):
-            for name in reference:
-                arrays = [attended(name, outputs[name], step.mask) for outputs in (reference, pytorch, candidate)]
+            candidate = chosen_scores(candidate, reference)
+            for name in (name for name in reference if name in candidate):
+                arrays = [step.attended(name, outputs[name]) for outputs in (reference, pytorch, candidate)]
                 stats = measure(arrays[2], arrays[0]), measure(arrays[1], arrays[0])
                 self._measured.append(_Measured(case, step, name, *stats))
                 if math.isfinite(stats[1].rms):
@@ -122,12 +136,17 @@ class Judge:
 
     def _steps(self, case: Case) -> Iterator[tuple[Step, tuple[Feeds, Feeds, Feeds]]]:
         """Each runner decodes from its own cache; the tokens are the reference's."""
-        steps = [first_step(self._inputs, case)] * len(self._runners)
+        steps = [first_step(self._inputs, case)] * 3
         for remaining in reversed(range(case.steps + 1)):
-            outputs = tuple(runner.run(step.feeds) for runner, step in zip(self._runners, steps, strict=True))
-            yield steps[0], outputs  # type: ignore[misc]
+            candidate = self._candidate.run(steps[2].feeds)
+            choices = {name: taken for name, taken in candidate.items() if is_choice(name)}
+            reference, pytorch = (
+                runner.run(step.feeds, choices) for runner, step in zip(self._followers, steps, strict=False)
+            )
+            outputs = reference, pytorch, candidate
+            yield steps[0], outputs
             if remaining:
-                logits = outputs[0]["logits"]
+                logits = reference["logits"]
                 steps = [next_step(self._inputs, s, o, logits) for s, o in zip(steps, outputs, strict=True)]
 
 

@@ -41,8 +41,7 @@ class LayerwiseOnnxRunner(OnnxRunner):
         self._pieces = tuple(self._cut())
 
     def run(self, feeds: Feeds) -> Feeds:
-        values = self._run(feeds, (), False)
-        return {output.name: values[output.name] for output in self._proto.graph.output}
+        return self._named(self._run(feeds, set(self.choices.values()), False), self.choices)
 
     def _run_tapped(self, feeds: Feeds, wide: bool) -> Feeds:
         return self._run(feeds, {tap.value for tap in self.taps.values()}, wide)

@@ -4,6 +4,9 @@ Noise that earlier modules made is part of what is compared, on both sides, so t
 may differ, however much a deep model amplifies it. Each column of each value is judged: a fault in one of hundreds of
 columns hardly moves the error of all.
 
+What a router of experts takes is followed too, so that what comes after it is judged on the experts that the candidate
+took. The choice itself is judged by the candidate's own scores: what it takes must score as the best of them do.
+
 A graph in 16 bits is judged twice: as it runs, and in float32 arithmetic with the weights that are in the file. Without
 the format's noise, a wrong structure shows as clearly as it does in float32.
 """
@@ -17,8 +20,9 @@ import numpy as np
 
 from teamlora_export.bundle import Port
 from teamlora_export.dtypes import DTYPES
+from teamlora_export.graph.choices import chosen_scores
 from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
-from teamlora_export.validate.metrics import ErrorStats, attended
+from teamlora_export.validate.metrics import ErrorStats
 from teamlora_export.validate.torch_runner import TorchRunner
 from teamlora_export.validate.verdict import Judgement, LocalCheck
 
@@ -88,12 +92,13 @@ class LocalJudge:
         if self._pytorch is not None and not wide:
             # A runtime may round once more between modules, or once less (ONNX Runtime drops pairs of casts).
             pytorch = self._pytorch.run_forced(step.feeds, found, jitter=True)
+        shown = chosen_scores(found, found)
         for name, exact in reference.items():
-            if name not in found:
+            if name not in shown:
                 continue
-            theirs = attended(name, pytorch[name], step.mask) if name in pytorch else None
-            ours = attended(name, found[name], step.mask)
-            yield judge_columns(name, ours, attended(name, exact, step.mask), theirs, self._floor(name, wide))
+            theirs = step.attended(name, pytorch[name]) if name in pytorch else None
+            ours = step.attended(name, shown[name])
+            yield judge_columns(name, ours, step.attended(name, exact), theirs, self._floor(name, wide))
 
     def _floor(self, name: str, wide: bool) -> float:
         if wide and name in self._inexact:
@@ -113,8 +118,8 @@ def judge_columns(
     """
     if candidate.shape != reference.shape:
         return Judgement(name, ErrorStats(np.inf, np.inf, 0.0), ErrorStats(0.0, 0.0, 0.0), 0.0)
-    exact = _columns(reference)
-    error = _rms(_columns(candidate) - exact)
+    ours, exact = _without_equal_infinities(_columns(candidate), _columns(reference))
+    error = _rms(ours - exact)
     error[~np.isfinite(error)] = np.inf
     scale = _at_least_median(_rms(exact))
     theirs = _rms(_columns(pytorch) - exact) if pytorch is not None else np.zeros_like(scale)
@@ -139,6 +144,12 @@ def judge_columns(
 
 def _columns(array: np.ndarray) -> np.ndarray:
     return array.reshape(len(array), -1).astype(np.float64) if array.ndim else array.reshape(1, 1).astype(np.float64)
+
+
+def _without_equal_infinities(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Zero in both where they agree on an infinite number: a score that is masked."""
+    masked = np.isinf(right) & (left == right)
+    return np.where(masked, 0.0, left), np.where(masked, 0.0, right)
 
 
 def _rms(array: np.ndarray) -> np.ndarray:

@@ -35,20 +35,24 @@ def _rms(array: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0
 
 
-def attended(name: str, array: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def attended(name: str, array: np.ndarray, mask: np.ndarray, sequence: int) -> np.ndarray:
     """The entries of an output or module value that belong to real tokens, flattened to [tokens, ..].
 
     Args:
-        name: the output's name; `present.*` is [batch, heads, total, size], others [batch, sequence, ..],
-            [batch * sequence, size] or [batch, ..].
-        mask: [batch, total]; a sequence shorter than it is its end.
+        name: the output's name; `present.*` is [batch, heads, total, size]. Of others, the axis of tokens is told by
+            its size: [batch, sequence, ..], [batch, heads, sequence, ..], [batch * heads, sequence, ..] or
+            [batch * sequence, size]; what has none, as [batch, ..], is taken whole.
+        mask: [batch, total].
+        sequence: how many tokens this step has: the last of `total`.
     """
     if name.startswith("present."):
         return np.moveaxis(array, 2, 1)[mask > 0]
-    if array.ndim >= 3 and array.shape[0] == mask.shape[0] and array.shape[1] <= mask.shape[1]:
-        return array[mask[:, mask.shape[1] - array.shape[1] :] > 0]
-    if array.ndim == 2 and len(array) % len(mask) == 0 and 1 < len(array) // len(mask) <= mask.shape[1]:
-        return array[mask[:, mask.shape[1] - len(array) // len(mask) :].reshape(-1) > 0]
+    real, batch = mask[:, mask.shape[1] - sequence :] > 0, len(mask)
+    if array.ndim == 2:
+        return array[real.reshape(-1)] if len(array) == batch * sequence and sequence > 1 else array
+    for axis in (1, 2):
+        if axis < array.ndim and array.shape[axis] == sequence and len(array) % batch == 0:
+            return np.moveaxis(array, axis, 1)[np.repeat(real, len(array) // batch, axis=0)]
     return array
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import onnxruntime as ort
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.errors import ExportError, first_line
+from teamlora_export.graph.choices import is_choice
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.read import read_graph
@@ -74,7 +75,7 @@ class OnnxRunner:
         module = tap_or_output.partition("/")[0]
         modules = {name: str(value.name) for value, names in marked_values(self.written) for name in names}
         made = {value.name: node for node in self.written.graph for value in node.outputs}
-        node = made.get(modules.get(module, module))
+        node = made.get(modules.get(tap_or_output) or modules.get(module, module))
         if node is not None and node.op_type == "Split" and node.inputs[0] is not None:
             node = node.inputs[0].producer() or node
         return (node.name or node.op_type) if node is not None else "an input of the model"
@@ -86,12 +87,17 @@ class OnnxRunner:
         inline_bodies(model)
         return model, inputs
 
+    @cached_property
+    def choices(self) -> dict[str, str]:
+        """The values that hold what was chosen, by tap."""
+        return {name: tap.value for name, tap in self.taps.items() if is_choice(name)}
+
     def run(self, feeds: Feeds) -> Feeds:
-        """Outputs by name."""
+        """Outputs by name, and by tap what was chosen: which experts a router took."""
         if self._session is None:
-            narrow = self.bundle.manifest.dtype == "bf16"
-            self._session = open_model(self._fresh(), self.bundle) if narrow else _open_session(self.bundle.model)
-        return run_session(self._session, feeds)
+            as_it_is = self.bundle.manifest.dtype != "bf16" and not self.choices
+            self._session = _open_session(self.bundle.model) if as_it_is else self._open(self.choices.values())
+        return self._named(run_session(self._session, feeds), self.choices)
 
     def run_with_taps(self, feeds: Feeds, wide: bool = False) -> Feeds:
         """Values by tap, then outputs by name.
@@ -99,9 +105,7 @@ class OnnxRunner:
         Args:
             wide: in float32 arithmetic throughout, with the weights of the file.
         """
-        values = self._run_tapped(feeds, wide)
-        found = {name: tap.of(values) for name, tap in self.taps.items() if tap.value in values}
-        return found | {port.name: values[port.name] for port in self.bundle.manifest.outputs}
+        return self._named(self._run_tapped(feeds, wide), self.taps)
 
     def forget(self) -> None:
         """Close all sessions: each holds the weights."""
@@ -111,13 +115,22 @@ class OnnxRunner:
     def _run_tapped(self, feeds: Feeds, wide: bool) -> Feeds:
         if wide not in self._tapped:
             self._tapped.clear()
-            model = self._fresh()
-            values = {value.name: value for node in model.graph for value in node.outputs}
-            present = {value.name for value in (*model.graph.outputs, *model.graph.inputs)}
-            wanted = dict.fromkeys(tap.value for tap in self.taps.values())
-            model.graph.outputs.extend(values[name] for name in wanted if name not in present)
-            self._tapped[wide] = open_model(model, self.bundle, wide)
+            self._tapped[wide] = self._open((tap.value for tap in self.taps.values()), wide)
         return feeds | run_session(self._tapped[wide], feeds)
+
+    def _open(self, wanted: Iterable[str], wide: bool = False) -> ort.InferenceSession:
+        """A session on the model with bodies in place that gives the values `wanted` as well."""
+        model = self._fresh()
+        values = {value.name: value for node in model.graph for value in node.outputs}
+        present = {value.name for value in (*model.graph.outputs, *model.graph.inputs)}
+        model.graph.outputs.extend(values[name] for name in dict.fromkeys(wanted) if name not in present)
+        return open_model(model, self.bundle, wide)
+
+    def _named(self, values: Feeds, names: Iterable[str]) -> Feeds:
+        """Those of the taps `names` that are among `values`, then the outputs."""
+        taps = {name: self.taps[name] for name in names}
+        found = {name: tap.of(values) for name, tap in taps.items() if tap.value in values}
+        return found | {port.name: values[port.name] for port in self.bundle.manifest.outputs}
 
     def _fresh(self) -> ir.Model:
         """The model with bodies in place, to be changed."""

@@ -4,8 +4,8 @@ The tracer marked which value each module returned. An adapted projection is the
 what the experts add; both, and what they read, are looked at by themselves, so that a small contribution is judged by
 its own size.
 
-A tap's name is the module's path, or `LIST.input` for what enters a list of layers; of several calls of one module, all
-but the last have `#n` behind it. Parts are `PATH/input`, `PATH/base` and `PATH/experts`.
+A tap's name is its mark (`graph/marks.py`); of several values with one mark, all but the last have `#n` behind it.
+Parts of an adapted projection are `PATH/input`, `PATH/base` and `PATH/experts`.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class Tap:
 def module_of(tap: str) -> str:
     """The module that a tap belongs to."""
     return tap.partition("/")[0].partition("#")[0].removesuffix(".input")
+
+
+def is_part(tap: str) -> bool:
+    """Whether it is a part of an adapted projection, and no mark of its own."""
+    return tap.endswith((f"/{INPUT}", f"/{BASE}", f"/{EXPERTS}"))
 
 
 def expert_inputs(model: ir.Model) -> dict[str, str]:

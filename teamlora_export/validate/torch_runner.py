@@ -23,6 +23,8 @@ from transformers import DynamicCache
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph import op
+from teamlora_export.graph.choices import CHOICE, SCORES, Best, SeesChoices, TopK, scores_of
+from teamlora_export.graph.marks import map_outputs
 from teamlora_export.graph.tasks import encoder_forward
 from teamlora_export.model.base import BaseModel
 from teamlora_export.model.checkpoint import SafetensorsWeights
@@ -30,7 +32,7 @@ from teamlora_export.model.inject import inject
 from teamlora_export.model.layer import ExpertLinear
 from teamlora_export.model.streaming import stream_weights
 from teamlora_export.validate.cases import Feeds
-from teamlora_export.validate.taps import BASE, EXPERTS, INPUT
+from teamlora_export.validate.taps import BASE, EXPERTS, INPUT, is_part
 
 _PAST = re.compile(r"^past_key_values\.(\d+)\.key$")
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
@@ -56,12 +58,16 @@ class TorchRunner:
         self._forward = None if base.task == "text-generation" else encoder_forward(base, self._model)
         self._dtype = dtype
 
-    def run(self, feeds: Feeds) -> Feeds:
-        """Outputs by name.
+    def run(self, feeds: Feeds, choices: Mapping[str, np.ndarray] | None = None) -> Feeds:
+        """Outputs by name; with `choices` (indices, by tap) taken in place of the model's own, what each was made by
+        and the best scores by its tap as well.
 
         Raises:
             ExportError: the model's code cannot compute in this dtype.
         """
+        return self.run_forced(feeds, choices) if choices else self._run(feeds)
+
+    def _run(self, feeds: Feeds) -> Feeds:
         try:
             with torch.no_grad(), _Float64Islands() if self._dtype == torch.float64 else nullcontext():
                 return self._run_encoder(feeds) if self._forward else self._run_decoder(feeds)
@@ -79,12 +85,14 @@ class TorchRunner:
                 had been rounded once more.
 
         Returns:
-            The model's own: outputs by name, and values by tap, in the order in which they were computed.
+            The model's own: outputs by name, and values by tap, in the order in which they were computed. For a choice,
+            the scores of what is best.
         """
         follower = _Follower(taps, torch.Generator().manual_seed(0) if jitter else None)
         try:
             follower.attach(self._model)
-            outputs = self.run(feeds)
+            with SeesChoices(self._model, follower.choose):
+                outputs = self._run(feeds)
         finally:
             follower.detach()
         return follower.own | outputs
@@ -168,8 +176,8 @@ class _Follower:
         self._taps = taps
         self._jitter = jitter
         self._handles: list[Any] = []
-        # Of several calls of one module, all but the last are numbered by how many follow.
-        self._remaining = Counter(name.partition("#")[0] for name in taps if "/" not in name)
+        # Of several values of one name, all but the last are numbered by how many follow.
+        self._remaining = Counter(name.partition("#")[0] for name in taps if not is_part(name))
 
     def attach(self, model: nn.Module) -> None:
         for path, module in model.named_modules():
@@ -198,14 +206,23 @@ class _Follower:
         return enter
 
     def _leave(self, path: str) -> Callable[..., Any]:
-        def leave(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            if isinstance(output, Tensor):
-                return self._follow(self._call(path), output)
-            if type(output) is tuple and output and isinstance(output[0], Tensor):
-                return (self._follow(self._call(path), output[0]), *output[1:])
-            return None
+        def follow(name: str, own: Tensor) -> Tensor:
+            return self._follow(self._call(name), own)
 
-        return leave
+        return lambda _module, _inputs, output: map_outputs(path, output, follow)
+
+    def choose(self, path: str, scores: Tensor, top_k: TopK) -> Best:
+        """The candidate's choice, by the candidate's scores where these are known; equal ones may be in any order."""
+        scores = self._follow(self._call(f"{path}/{SCORES}"), scores)
+        values, indices = top_k(scores)
+        name = self._call(f"{path}/{CHOICE}")
+        if name in self._taps:
+            self.own.setdefault(scores_of(name), _to_numpy(scores))
+            self.own[name] = _to_numpy(values.sort(dim=-1, descending=True).values)
+            theirs = torch.from_numpy(self._taps[name])
+            if theirs.shape == indices.shape and bool(((theirs >= 0) & (theirs < scores.shape[-1])).all()):
+                return scores.gather(-1, theirs), theirs
+        return values, indices
 
     def _numbered(self, path: str) -> str:
         left = self._remaining[path] - 1

@@ -69,8 +69,10 @@ def test_words_go_in_and_come_out_alike_of_python_genai_and_cpp(name, make_bundl
     assert text == expected[0]
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bert"])
+_HALF = [(name, dtype) for name in ("llama", "gemma3", "gpt2", "bert") for dtype in ("fp16", "bf16")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*_HALF, ("bloom", "fp16")])
 def test_half_precision_errs_no_more_than_pytorch_does(name, dtype, make_bundle):
     verdict = validate_bundle(make_bundle(name, dtype))
     assert verdict.passed, verdict.departure or verdict.worst

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ import onnx_ir as ir
 
 from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, hash_files, read_bundle, write_manifest
 from teamlora_export.graph import op
+from teamlora_export.progress import Reporter
+from teamlora_export.validate.run import validate_bundle
+from teamlora_export.validate.verdict import Verdict
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -36,6 +40,20 @@ def plant(source: Bundle, folder: Path, faults: Mapping[str, Fault]) -> Bundle:
     ir.save(model, folder / MODEL_NAME, external_data=DATA_NAME)
     write_manifest(folder, dataclasses.replace(source.manifest, sha256=hash_files(folder)))
     return read_bundle(folder)
+
+
+def judged(bundle: Bundle, **options: bool) -> Verdict:
+    return validate_bundle(bundle, reporter=Reporter(quiet=True), **options)
+
+
+def assert_located(verdict: Verdict, faults: Mapping[str, Fault], check: str = "") -> None:
+    """Every fault is named by where it is, and nothing is blamed that is in order."""
+    assert not verdict.passed
+    named = {d.module: d for d in verdict.departures if d.check.startswith(check)}
+    missed = [name for name, fault in faults.items() if not any(re.fullmatch(fault.located, m) for m in named)]
+    assert not missed, sorted(named)
+    blamed = [d for m, d in named.items() if not any(re.fullmatch(fault.located, m) for fault in faults.values())]
+    assert not blamed
 
 
 def weight(name: str, change: Change) -> Callable[[ir.Model], None]:

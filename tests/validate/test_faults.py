@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 from faults import (
     Fault,
+    assert_located,
     attend_along_queries,
     bypass,
     change_epsilon,
@@ -22,6 +23,7 @@ from faults import (
     forget_a_sign,
     forget_to_normalize,
     ignore_the_mask,
+    judged,
     keep_keys_as_values,
     lose_precision,
     noise,
@@ -43,9 +45,6 @@ from teamlora_export.bundle import Bundle
 from teamlora_export.cli import app
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.passes.module_outputs import MODULES_KEY
-from teamlora_export.progress import Reporter
-from teamlora_export.validate.run import validate_bundle
-from teamlora_export.validate.verdict import Verdict
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -158,20 +157,6 @@ GROUPS: dict[str, Mapping[str, Fault]] = {
     "structure": IN_STRUCTURE,
     "everywhere": EVERYWHERE,
 }
-
-
-def judged(bundle: Bundle, **options: bool) -> Verdict:
-    return validate_bundle(bundle, reporter=Reporter(quiet=True), **options)
-
-
-def assert_located(verdict: Verdict, faults: Mapping[str, Fault], check: str = "") -> None:
-    """Every fault is named by where it is, and nothing is blamed that is in order."""
-    assert not verdict.passed
-    named = {d.module: d for d in verdict.departures if d.check.startswith(check)}
-    missed = [name for name, fault in faults.items() if not any(re.fullmatch(fault.located, m) for m in named)]
-    assert not missed, sorted(named)
-    blamed = [d for m, d in named.items() if not any(re.fullmatch(fault.located, m) for fault in faults.values())]
-    assert not blamed
 
 
 @pytest.fixture

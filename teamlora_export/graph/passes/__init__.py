@@ -15,8 +15,10 @@ from teamlora_export.graph.passes.name_nodes import NameNodes
 from teamlora_export.graph.passes.pack_siblings import PackSiblings
 from teamlora_export.graph.passes.share_dimensions import ShareDimensions
 from teamlora_export.graph.passes.transpose_keys import TransposeKeys
+from teamlora_export.graph.passes.widen_first import WidenFirst
 
 STEPS: tuple[type[ir.passes.InPlacePass], ...] = (
+    WidenFirst,
     NameModuleOutputs,
     ShareDimensions,
     FoldTransposes,
