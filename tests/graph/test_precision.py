@@ -10,9 +10,12 @@ import onnx_ir as ir
 import pytest
 
 from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, hash_files, read_bundle, write_manifest
+from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 from teamlora_export.graph.precision import IR_DTYPES, ChangePrecision
+from teamlora_export.validate.cases import Case, first_step
+from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.run import validate_bundle
 
 SENSITIVE = {"Softmax", "ReduceMean", "LayerNormalization", "Pow", "Sqrt", "Cos", "Sin"}
@@ -41,6 +44,16 @@ def test_every_dtype_becomes_every_other(source, target, make_bundle, tmp_path):
     assert kinds == {ir.DataType.INT64, IR_DTYPES[target]}
     if source == "fp32":
         assert validate_bundle(bundle).passed
+        return
+    # Its weights are those of the source, rounded once more, so it is compared with that.
+    case = Case("one prompt", np.arange(1, 10)[None], np.ones((1, 9), np.int64))
+    found, expected = (
+        OnnxRunner(each, ()).run(first_step(each.manifest.inputs, case).feeds)["logits"].astype(np.float64)
+        for each in (bundle, make_bundle("llama", source))
+    )
+    # Some twenty operations in a row, each of which rounds once.
+    roundoff = max(DTYPES[source].roundoff, DTYPES[target].roundoff)
+    assert np.abs(found - expected).max() <= 20 * roundoff * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("form", ["function", "standard"])
