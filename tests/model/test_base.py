@@ -159,7 +159,7 @@ def test_a_bin_file_with_anything_but_plain_tensors_is_refused(way, message, unt
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised.*gptq"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000, expected 0 to"),
         ({"hidden_size": 10**12}, "hidden_size is"),
-        ({"num_labels": 10**9}, "num_labels is"),
+        ({"num_labels": 1 << 20}, "num_labels is 1,048,576, expected 0 to 131,072"),
         ({"hidden_size": -4}, "hidden_size is -4"),
         ({"vocab_size": 10**400}, r"vocab_size is about 10\^400"),
         ({"intermediate_size": 1 << 23}, "million parameters; its weights have"),
