@@ -86,7 +86,11 @@ def test_transformers_trainer_trains_the_adapter_with_the_balance_loss(make_base
     model.train()
     both = {name: value[None] for name, value in batch.items()}
     with_balance = model(**both).loss
-    expected = with_balance - 0.5 * balance_loss(model)
+    balance = balance_loss(model)
+    expected = with_balance - 0.5 * balance
+    path = next(iter(adapter.projections))
+    (gradient,) = torch.autograd.grad(balance, model.get_submodule(path).router)
+    assert gradient.abs().max() > 0, "it is trained"
     handle.remove()
     assert torch.isclose(model(**both).loss, expected)
 
@@ -96,8 +100,7 @@ def test_transformers_trainer_trains_the_adapter_with_the_balance_loss(make_base
     )
     Trainer(model, arguments, train_dataset=[batch] * 24).train()
     trained = extract(model, adapter)
-    path = next(iter(adapter.projections))
-    for name in ("down", "router", "interaction"):
+    for name in ("down", "router", "interaction", "ups"):
         assert not np.array_equal(getattr(trained.projections[path], name), getattr(adapter.projections[path], name)), (
             name
         )
