@@ -148,6 +148,7 @@ def test_what_is_no_number_is_one_sentence(tmp_path, name, value):
     [
         ({"sliding_window": None}, False),
         ({"sliding_window": 8}, True),
+        ({"local_attention": 8}, True),
         ({"sliding_window": 8, "layer_types": ["full_attention"] * 2}, False),
         ({"layer_types": ["full_attention", "sliding_attention"]}, True),
         ({"model_type": "gpt_neo", "attention_types": [[["global", "local"], 1]]}, True),

@@ -86,6 +86,9 @@ def test_a_tied_weight_may_have_the_name_of_either_use(tied):
     assert weights is not None
     for read in (weights.read, LoadedWeights(base, base.aliases()).read):
         assert np.array_equal(read("model.embed_tokens.weight"), embedding)
+    edit(tied, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ExportError, match=r"lm_head\.weight is missing"):
+        LoadedWeights(base, base.aliases())
 
 
 def test_a_head_that_is_tied_and_yet_another_is_refused(tied):
