@@ -61,6 +61,8 @@ def test_every_dtype_becomes_every_other(source, target, make_bundle, tmp_path):
 
 def is_inverse_root(value: ir.Value) -> bool:
     producer = value.producer()
+    if producer is not None and producer.op_type == "Cast":
+        producer = producer.inputs[0].producer()
     return producer is not None and producer.op_type == "Reciprocal"
 
 
