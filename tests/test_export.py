@@ -119,7 +119,7 @@ def test_broken_shards_are_named_and_nothing_is_left(name, tmp_path, base, make_
     breaks(shard(base))
     with pytest.raises(ExportError, match=message):
         export_to(tmp_path / "deep" / "out", base, make_adapter("llama"))
-    assert not (tmp_path / "deep" / "out").exists()
+    assert not (tmp_path / "deep").exists()
     assert not list(tmp_path.glob("**/.*"))
 
 
