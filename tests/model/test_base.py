@@ -11,8 +11,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from conftest import ARCHITECTURES
 from safetensors.numpy import load_file, save_file
-from transformers import GPTJConfig, GPTJForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel, LoadedWeights, open_base
@@ -191,6 +199,30 @@ def test_tables_that_no_memory_holds_are_refused_before_they_are_computed(tmp_pa
     configure(tmp_path, n_positions=1 << 26)
     with pytest.raises(ExportError, match="the tables that its code computes would have 4 GB"):
         open_base(str(tmp_path))
+
+
+class TableConfig(LlamaConfig):
+    model_type = "llama_with_a_table"
+
+
+class TableForCausalLM(LlamaForCausalLM):
+    """Its buffer is in no checkpoint, and `_init_weights` does not know it."""
+
+    config_class = TableConfig
+
+    def __init__(self, config: TableConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("table", torch.arange(1000.0) + 0.5, persistent=False)
+
+
+def test_a_buffer_that_the_models_code_computes_once_is_what_it_computed(tmp_path):
+    AutoConfig.register(TableConfig.model_type, TableConfig)
+    AutoModelForCausalLM.register(TableConfig, TableForCausalLM)
+    made = TableForCausalLM(TableConfig(**ARCHITECTURES["llama"].fields))
+    made.save_pretrained(tmp_path)
+    assert torch.equal(open_base(str(tmp_path)).load(torch.float32).table, made.table)
+    alone = TableForCausalLM.from_pretrained(tmp_path)
+    assert not torch.equal(alone.table, made.table), "transformers computes it again: _copy_computed_buffers can go"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors", "1_Pooling/config.json"])
