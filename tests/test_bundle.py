@@ -12,6 +12,9 @@ import pytest
 from teamlora_export.bundle import COMPANIONS, MANIFEST_NAME, check_files, copy_companions, listed_files, read_bundle
 from teamlora_export.errors import ExportError
 
+INPUT_IDS = {"name": "input_ids", "dtype": "int64", "shape": ["batch_size", "sequence_length"]}
+FLAT_CACHE = {"name": "past_key_values.0.key", "dtype": "float", "shape": ["batch_size", 16]}
+
 
 @pytest.fixture
 def folder(tmp_path, make_bundle) -> Path:
@@ -83,6 +86,10 @@ def test_a_list_that_leads_out_of_the_folder_is_refused(name, folder):
         ({"inputs": []}, "has not the inputs and outputs"),
         ({"inputs": [{"name": "input_ids", "dtype": "float", "shape": [1, 2]}]}, "has not the inputs and outputs"),
         ({"outputs": [{"name": "logits", "dtype": "float", "shape": [1, 2, 3]}]}, "has not the inputs and outputs"),
+        ({"outputs": []}, "has not the inputs and outputs"),
+        ({"task": "feature-extraction"}, "has not the inputs and outputs of feature-extraction"),
+        ({"inputs": [INPUT_IDS]}, "has not the inputs and outputs of text-generation"),
+        ({"inputs": [INPUT_IDS, FLAT_CACHE]}, "has not the inputs and outputs of text-generation"),
         ({"validation": {"passed": "yes"}}, "Expected `bool`, got `str`"),
         ({"refit": {"weights": {"a": 1}}}, "Expected `str`, got `int`"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import resource
@@ -19,7 +20,7 @@ from conftest import ARCHITECTURES, random_adapter
 from safetensors.numpy import load_file, save_file
 
 from teamlora_export import export
-from teamlora_export.adapter import read_adapter, write_adapter
+from teamlora_export.adapter import AdapterSpec, read_adapter, write_adapter
 from teamlora_export.bundle import DATA_NAME, MODEL_NAME
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
@@ -119,7 +120,7 @@ def test_broken_shards_are_named_and_nothing_is_left(name, tmp_path, base, make_
     breaks(shard(base))
     with pytest.raises(ExportError, match=message):
         export_to(tmp_path / "deep" / "out", base, make_adapter("llama"))
-    assert not (tmp_path / "deep" / "out").exists()
+    assert not (tmp_path / "deep").exists()
     assert not list(tmp_path.glob("**/.*"))
 
 
@@ -157,7 +158,7 @@ def test_weights_that_change_while_they_are_read_are_noticed(tmp_path, base, mak
     monkeypatch.setattr(export.weights, "write_external_data", write_then_touch)
     with pytest.raises(ExportError, match="changed while they were read"):
         export_to(tmp_path / "out", base, make_adapter("llama"))
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == [base]
 
 
 def test_a_full_disk_is_one_message_and_leaves_the_old_bundle(tmp_path, base, make_adapter):
@@ -166,7 +167,7 @@ def test_a_full_disk_is_one_message_and_leaves_the_old_bundle(tmp_path, base, ma
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
     try:
-        with pytest.raises(ExportError, match="nothing was written"):
+        with pytest.raises(ExportError, match=r"/out: File too large; nothing was written\. Free space"):
             export_to(tmp_path / "out", base, make_adapter("llama"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -293,18 +294,31 @@ def test_neither_base_nor_adapter_may_be_what_is_replaced_or_lie_in_it(tmp_path,
     assert (adapter / "adapter_config.json").is_file()
 
 
-def test_a_kept_graph_is_never_used_for_anything_else(base, make_adapter):
+def test_a_kept_graph_is_never_used_for_anything_else(base, make_adapter, monkeypatch):
     adapter = read_adapter(make_adapter("llama"))
     source = find_base(str(base))
-    key = traced.graph_key(source, adapter, "auto", "fp32")
-    assert key == traced.graph_key(source, adapter, "auto", "fp32")
-    fewer = dataclasses.replace(adapter, projections=dict(list(adapter.projections.items())[:-1]))
-    others = {
-        traced.graph_key(source, adapter, "auto", "fp16"),
-        traced.graph_key(source, adapter, "text-generation", "fp32"),
-        traced.graph_key(source, fewer, "auto", "fp32"),
-    }
+
+    def key(adapter: AdapterSpec = adapter, task: str = "auto", dtype: str = "fp32") -> str:
+        return traced.graph_key(source, adapter, task, dtype)
+
+    assert key() == key()
+    (path, projection), *rest = adapter.projections.items()
+    fewer = dataclasses.replace(adapter, projections=dict(rest))
+    shared = {path: dataclasses.replace(projection, shared_down=True), **dict(rest)}
+    keys = [key(), key(dtype="fp16"), key(task="text-generation"), key(fewer)]
+    keys.append(key(dataclasses.replace(adapter, projections=shared)))
+    for place, name, other in (
+        (traced, "_FORMAT", 0),
+        (traced, "__version__", "0"),
+        (traced, "_code_sha256", lambda: "another"),
+        (importlib.metadata, "version", lambda _: "0"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, other)
+            keys.append(key())
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
-    others.add(traced.graph_key(source, adapter, "auto", "fp32"))
-    assert len(others | {key}) == 5
+    keys.append(key())
+    (base / "modules.json").write_text("[]")
+    keys.append(key())
+    assert len(set(keys)) == len(keys)

@@ -92,6 +92,7 @@ def test_a_link_to_itself_leads_nowhere(tmp_path: Path) -> None:
         ('{"sizes": [1], "format_version": 1}', "missing required field `name`"),
         ('{"name": 3, "sizes": [1], "format_version": 1}', "Expected `str`, got `int`"),
         ('{"name": "a", "sizes": [1.5], "format_version": 1}', "Expected `int`, got `float`"),
+        ('{"name": "a", "sizes": ["1"], "format_version": 1}', "Expected `int`, got `str`"),
         ('{"name": "a", "sizes": [1], "format_version": 2}', "format version 2, this tool reads up to 1"),
         ('{"name": "a", "sizes": [1], "format_version": "1"}', "format_version is '1'"),
         ('{"name": "a", "sizes": [1]}', "format_version is None"),

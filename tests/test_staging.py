@@ -49,7 +49,7 @@ def contents(out: Path) -> set[str]:
 # Runs in a process of its own, which forks: one child for each file operation of a run, and one of the two happens to
 # it there. What a child leaves is judged by the parent: old or new, whole; then the next run leaves nothing else.
 _AT_EVERY_OPERATION = """
-import os, signal, sys
+import os, shutil, signal, sys
 from pathlib import Path
 
 sys.path.insert(0, sys.argv[3])
@@ -102,12 +102,14 @@ for case in (tests.Folder, tests.File, tests.Pair):
             assert left == case.names, (case, number, left)
         else:
             assert code in (0, -signal.SIGKILL), code
+        unsettled = Path(shutil.copytree(place.parent, place.parent.with_name(f"{place.parent.name} unsettled")))
         staging.settle(place.parent)
         assert case.read(place) in ({"old"}, {"new"}), (case, number, case.read(place))
-        case.run(place, "next")
-        assert case.read(place) == {"next"}, (case, number)
-        left = sorted(path.name for path in place.parent.iterdir())
-        assert left == case.names, (case, number, left)
+        for parent in (place.parent, unsettled):
+            case.run(parent / "out", "next")
+            assert case.read(parent / "out") == {"next"}, (case, number)
+            left = sorted(path.name for path in parent.iterdir())
+            assert left == case.names, (case, number, left)
     assert number > 5, number
     print(case.__name__, number)
 """
@@ -160,6 +162,19 @@ def test_what_was_staged_appears_whole_and_replaces_the_old(tmp_path):
         write(tmp_path / "out", text)
     assert contents(tmp_path / "out") == {"second"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_who_has_opened_the_old_file_reads_it_to_its_end(tmp_path):
+    file, pair = tmp_path / "file", {tmp_path / name: "first" for name in ("one", "two")}
+    write_aside(file, "first")
+    write_together(pair)
+    opened = [path.open() for path in (file, *pair)]
+    write_aside(file, "second")
+    write_together(dict.fromkeys(pair, "second"))
+    assert [path.read_text() for path in (file, *pair)] == ["second"] * 3
+    for old in opened:
+        with old:
+            assert old.read() == "first"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
@@ -427,15 +442,16 @@ def test_a_full_disk_is_one_sentence_that_names_the_file_and_leaves_the_old(tmp_
     write_aside(tmp_path / "file", "first")
     write_together({tmp_path / "a": "first", tmp_path / "b": "first"})
     much = "x" * 5000
-    with pytest.raises(ExportError, match=r"/out: File too large; nothing was written"):
-        write(tmp_path / "out", much)
-    with pytest.raises(ExportError, match=r"/file: File too large; nothing was written"):
-        write_aside(tmp_path / "file", much)
-    with pytest.raises(ExportError, match=r"/a: File too large; nothing was written"):
-        write_together({tmp_path / "a": "second", tmp_path / "b": much})
+    for name, attempt in (
+        ("out", lambda: write(tmp_path / "out", much)),
+        ("file", lambda: write_aside(tmp_path / "file", much)),
+        ("a", lambda: write_together({tmp_path / "a": "second", tmp_path / "b": much})),
+    ):
+        with pytest.raises(ExportError, match=rf"/{name}: File too large; nothing was written\. Free space"):
+            attempt()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "file", "out"]
     assert contents(tmp_path / "out") == {"first"}
     assert {(tmp_path / name).read_text() for name in ("file", "a", "b")} == {"first"}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "file", "out"]
 
 
 @pytest.mark.parametrize("options", ["size=16k", "ro"])

@@ -30,8 +30,10 @@ def read(folder: Path, config: dict[str, object], task: str = "text-generation",
 
 def test_what_is_said_is_taken(tmp_path):
     assert read(tmp_path, _LLAMA) == Tokens(100, 3, 1, (2,), 64, None, False)
-    generation = {"eos_token_id": [5, 6], "bos_token_id": None, "pad_token_id": None}
+    generation = {"eos_token_id": [5, 6], "bos_token_id": None, "pad_token_id": 9}
     assert read(tmp_path, _LLAMA, generation_config=generation) == Tokens(100, 3, 1, (5, 6), 64, None, False)
+    config = {**_LLAMA, "pad_token_id": None}
+    assert read(tmp_path, config, generation_config=generation) == Tokens(100, 9, 1, (5, 6), 64, None, False)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,8 @@ def test_what_is_said_is_taken(tmp_path):
         ({"pad_token_id": None, "eos_token_id": None}, 0, ()),
         ({"eos_token_id": [200]}, 3, ()),
         ({"eos_token_id": []}, 3, ()),
+        ({"pad_token_id": 0}, 0, (2,)),
+        ({"eos_token_id": 0}, 3, (0,)),
     ],
 )
 def test_null_ids_and_ids_that_do_not_exist_are_settled(tmp_path, changes, padding, stops):
@@ -52,10 +56,11 @@ def test_null_ids_and_ids_that_do_not_exist_are_settled(tmp_path, changes, paddi
 
 
 def test_an_end_that_only_the_tokenizer_names_is_found(tmp_path):
-    tokenizer = {"added_tokens": [{"id": 4, "content": "<end>"}]}
-    for named in ("<end>", {"content": "<end>"}):
-        files = {"tokenizer": tokenizer, "tokenizer_config": {"eos_token": named}}
-        assert read(tmp_path, {**_LLAMA, "eos_token_id": None}, **files).stops == (4,)
+    for number, stops in ((4, (4,)), (100, ())):
+        tokenizer = {"added_tokens": [{"id": number, "content": "<end>"}]}
+        for named in ("<end>", {"content": "<end>"}):
+            files = {"tokenizer": tokenizer, "tokenizer_config": {"eos_token": named}}
+            assert read(tmp_path, {**_LLAMA, "eos_token_id": None}, **files).stops == stops
 
 
 def test_what_is_left_out_is_as_transformers_has_it(tmp_path):
@@ -113,6 +118,12 @@ def test_sentences_are_cut_where_sentence_transformers_cuts_them(tmp_path, files
     assert read(tmp_path, _LLAMA, "feature-extraction", **files).cut is None
 
 
+@pytest.mark.parametrize("limit", [10**30, 1e30, None])
+def test_sentences_are_not_cut_where_nothing_has_a_limit(tmp_path, limit):
+    config = {"model_type": "none-of-these", "vocab_size": 5}
+    assert read(tmp_path, config, "sentence-embedding", tokenizer_config={"model_max_length": limit}).cut is None
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -137,6 +148,7 @@ def test_what_is_no_number_is_one_sentence(tmp_path, name, value):
     [
         ({"sliding_window": None}, False),
         ({"sliding_window": 8}, True),
+        ({"local_attention": 8}, True),
         ({"sliding_window": 8, "layer_types": ["full_attention"] * 2}, False),
         ({"layer_types": ["full_attention", "sliding_attention"]}, True),
         ({"model_type": "gpt_neo", "attention_types": [[["global", "local"], 1]]}, True),

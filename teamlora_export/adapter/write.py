@@ -56,7 +56,13 @@ def _named_tensors(adapter: AdapterSpec) -> dict[str, np.ndarray]:
 
 def _config_fields(adapter: AdapterSpec) -> dict[str, object]:
     config = adapter.config
-    targets = config.target_modules
+    # Options that the published code does not know are written where they are used.
+    later = {
+        "exclude_modules": _names(config.exclude_modules),
+        "use_rslora": config.use_rslora,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+    }
     return {
         "peft_type": "TEAMLORA",
         "task_type": config.task_type,
@@ -69,7 +75,12 @@ def _config_fields(adapter: AdapterSpec) -> dict[str, object]:
         "blc_weight": config.blc_weight,
         "bias": config.bias,
         "fan_in_fan_out": config.fan_in_fan_out,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "target_modules": _names(config.target_modules),
         "modules_to_save": list(config.modules_to_save) or None,
         "inference_mode": True,
+        **{name: value for name, value in later.items() if value},
     }
+
+
+def _names(modules: tuple[str, ...] | str) -> list[str] | str:
+    return modules if isinstance(modules, str) else list(modules)

@@ -22,6 +22,9 @@ PATTERNS = (
     r"model\.layers\.[0-3]\.(self_attn|mlp)\.(?!down)\w+_proj",
     r"[^{]+|[]{}]\{[\]{]",
     r"a{2,3}|.*[0-9]{1,}.*",
+    # They match a part of a path, which is no match.
+    r"model\.layers\.0",
+    r"q_proj",
 )
 PATHS = ("model.layers.0.self_attn.q_proj", "model.layers.11.mlp.down_proj", "layers.3.q_proj", "lm_head", "aa", "")
 
@@ -46,7 +49,8 @@ def test_a_pattern_that_never_ends_is_given_up_in_time():
     catastrophic = r"(\w|\w\w|[a.]+)+0"
     config = AdapterConfig(8, 16.0, 4, catastrophic)
     started = time.monotonic()
-    for _ in range(3):
+    # Its time is that of all matches together.
+    for _ in range(20):
         with pytest.raises(ExportError, match="takes too long"):
             config.targets(path)
     assert time.monotonic() - started < 40

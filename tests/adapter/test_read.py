@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from dataclasses import fields, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -23,8 +24,8 @@ IN, OUT = 12, 20
 
 
 def write(folder: Path, tensors: dict[str, np.ndarray], **config: object) -> Path:
-    fields = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none", **config}
-    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
     save_file(tensors, folder / "adapter_model.safetensors")
     return folder
 
@@ -48,12 +49,26 @@ def only(folder: Path):
     return projection
 
 
+def assert_arrays(projection, tensors: dict[str, np.ndarray]) -> None:
+    """Every array of the checkpoint is in its place, expert by expert."""
+
+    def leaves(kind: str) -> list[np.ndarray]:
+        return [value for name, value in tensors.items() if f".lora_{kind}" in name]
+
+    assert np.array_equal(projection.down, np.concatenate(leaves("A")))
+    assert np.array_equal(projection.ups, leaves("B"))
+    assert np.array_equal(projection.router, *leaves("route"))
+    assert np.array_equal(projection.interaction, *(leaves("interaction") or [np.zeros_like(projection.interaction)]))
+
+
 @pytest.mark.parametrize("k", [1, 2, 4, 8])
 def test_the_published_layout_is_read_for_any_k_that_divides_r(k, tmp_path, rng):
-    projection = only(write(tmp_path, teamlora(rng, k=k), lora_nums=k))
+    tensors = teamlora(rng, k=k)
+    projection = only(write(tmp_path, tensors, lora_nums=k))
     assert (projection.num_experts, projection.expert_rank, projection.down_rank) == (k, 8 // k, 8)
     assert projection.scaling == 16 / (8 / k)
     assert projection.routing_sum == k
+    assert_arrays(projection, tensors)
 
 
 def test_the_prefix_may_be_missing(tmp_path, rng):
@@ -105,6 +120,7 @@ def test_hydraloras_experts_share_all_of_a(tmp_path, rng):
     projection = only(write(tmp_path, tensors, lora_nums=3))
     assert projection.shared_down
     assert (projection.num_experts, projection.down_rank, projection.scaling) == (3, 8, 2.0)
+    assert_arrays(projection, tensors)
 
 
 @pytest.mark.parametrize("c", [8, 2])
@@ -118,33 +134,53 @@ def test_moeloras_experts_have_a_of_their_own(c, tmp_path, rng):
     projection = only(write(tmp_path, tensors, lora_nums=4))
     assert not projection.shared_down
     assert (projection.down_rank, projection.expert_rank, projection.scaling) == (4 * c, c, 16 / c)
+    assert_arrays(projection, tensors)
 
 
 def test_biases_are_taken_over_where_the_config_trains_them(tmp_path, rng):
     bias = {
-        f"{PREFIX}layers.0.q_proj.bias": np.ones(OUT, np.float32),
+        f"{PREFIX}layers.0.q_proj.bias": np.arange(OUT, dtype=np.float32),
         f"{PREFIX}norm.bias": np.ones(4, np.float32),
     }
     adapter = read_adapter(write(tmp_path, {**teamlora(rng), **bias}, lora_nums=4, bias="all"))
     assert set(adapter.overrides) == {"layers.0.q_proj.bias", "norm.bias"}
+    assert np.array_equal(adapter.overrides["layers.0.q_proj.bias"], np.arange(OUT))
     with pytest.raises(ExportError, match=r"norm\.bias"):
         read_adapter(write(tmp_path, {**teamlora(rng), **bias}, lora_nums=4, bias="lora_only"))
 
 
 def test_what_is_written_is_read_back_equal(tmp_path, make_base):
-    adapter = random_adapter(make_base("qwen2"), ("q_proj", "down_proj"))
+    config = AdapterConfig(
+        r=8,
+        lora_alpha=16.0,
+        lora_nums=4,
+        target_modules=("q_proj", "down_proj"),
+        exclude_modules=r".*layers\.1\..*",
+        bias="all",
+        fan_in_fan_out=True,
+        blc_alpha=0.1,
+        blc_weight=0.2,
+        lora_dropout=0.3,
+        use_rslora=True,
+        modules_to_save=("norm",),
+        base_model_name_or_path="a base",
+        task_type="CAUSAL_LM",
+        rank_pattern={"down_proj": 4},
+        alpha_pattern={"layers.2.self_attn.q_proj": 3.0},
+    )
+    left_out = [field.name for field in fields(config) if getattr(config, field.name) == field.default]
+    assert not left_out, "a field that is as it is by default may be lost unseen"
+    overrides = {"model.norm.weight": np.arange(32, dtype=np.float16)}
+    adapter = replace(new_adapter(make_base("qwen2").signature, config, 0, spread=0.1), overrides=overrides)
     write_adapter(adapter, tmp_path)
     found = read_adapter(tmp_path)
+    assert found.config == config
+    assert found.overrides.keys() == overrides.keys()
+    assert np.array_equal(found.overrides["model.norm.weight"], overrides["model.norm.weight"])
     assert found.projections.keys() == adapter.projections.keys()
     for path, projection in adapter.projections.items():
-        twin = found.projections[path]
-        assert twin.scaling == projection.scaling
-        for a, b in zip(
-            (projection.down, projection.router, *projection.ups),
-            (twin.down, twin.router, *twin.ups),
-            strict=True,
-        ):
-            assert np.array_equal(a, b)
+        for field in fields(projection):
+            assert np.array_equal(getattr(found.projections[path], field.name), getattr(projection, field.name))
 
 
 BROKEN = {
@@ -234,6 +270,8 @@ ODD_TENSORS = {
     "on meta": (lambda: torch.ones(8, IN, device="meta"), "holds no values"),
     "larger than the file": (lambda: torch.zeros(1).expand(1 << 40), "more values than the file has"),
     "complex": (lambda: torch.ones(8, IN, dtype=torch.complex64), "is complex64, expected"),
+    "of eight bits": (lambda: torch.ones(8, IN).to(torch.float8_e4m3fn), "is float8_e4m3fn, expected"),
+    "quantised": (lambda: torch.quantize_per_tensor(torch.ones(8, IN), 0.1, 0, torch.qint8), "is quantised"),
     "no tensor": (lambda: [1, 2], "does not hold tensors by name"),
 }
 
@@ -311,9 +349,13 @@ def test_targets_without_weights_are_found(tmp_path, make_base):
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_an_adapter_trained_with_a_head_fits_the_body_alone(name, tmp_path, make_base):
-    base = make_base(name)
-    body = open_base(base.name, "feature-extraction").signature
-    targets = ARCHITECTURES[name].targets
-    adapter = align_with_base(random_adapter(base, targets), body)
-    assert set(adapter.projections) <= set(body.linears)
+def test_an_adapter_trained_with_a_head_fits_the_body_alone_and_the_other_way_round(name, make_base):
+    model = make_base(name)
+    body = open_base(model.name, "feature-extraction")
+    for trained, base in ((model, body.signature), (body, model.signature)):
+        norm, shape = next((n, s) for n, s in trained.signature.parameters.items() if "norm" in n.lower())
+        adapter = random_adapter(trained, ARCHITECTURES[name].targets)
+        adapter = align_with_base(replace(adapter, overrides={norm: np.zeros(shape, np.float32)}), base)
+        assert set(adapter.projections) <= set(base.linears)
+        assert all(projection.path == path for path, projection in adapter.projections.items())
+        assert set(adapter.overrides) <= set(base.parameters)

@@ -52,7 +52,8 @@ class OddLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         self.config, self.layer_idx = config, layer_idx
         self.depth_scale = math.sqrt(config.num_hidden_layers / 36)
-        self.index_scale = 1 / (1 + layer_idx // 4)
+        # No more than two numbers may differ.
+        self.index_scale = 1 - 1e-9 * (layer_idx // 4)
         self.scales = list(TABLE)
         self.named = {"attention": {"scale": TABLE[layer_idx]}}
         self.buffered = OddScale(TABLE[layer_idx])
@@ -86,6 +87,8 @@ SCALES = {
     "a dict of the module": lambda layer, x: x * layer.named["attention"]["scale"],
     "a buffer": lambda layer, x: x * layer.buffered.scale,
     "a closure": lambda layer, x: layer.closure(x),
+    "the number of layers, ahead of them": lambda layer, x: x,
+    "the number of layers, after them": lambda layer, x: x,
     "a size": lambda layer, x: x / min(x.shape[1], 20 if layer.layer_idx < 4 else 40),
     "a skip": _skip,
 }
@@ -108,6 +111,9 @@ class OddModel(LlamaModel):
     def __init__(self, config: OddConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList(OddLayer(config, index) for index in range(config.num_hidden_layers))
+        for place, module in (("ahead of", self.embed_tokens), ("after", self.norm)):
+            if config.oddity == f"the number of layers, {place} them":
+                module.register_forward_hook(lambda _module, _inputs, x: x / len(self.layers))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

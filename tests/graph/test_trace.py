@@ -29,8 +29,10 @@ def signature() -> TracedSignature:
     return TracedSignature(lambda **_: {}, sample, {}, ("logits", "present.0.key", "present.0.value"))
 
 
-def test_inputs_and_outputs_take_the_names_of_the_ecosystem(signature):
-    model = traced(["input_ids", *_CACHE], ["logits", *(f"output.{name}" for name in _CACHE)])
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("input.", "output.")])
+def test_inputs_and_outputs_take_the_names_of_the_ecosystem(before, after, signature):
+    inputs, outputs = ([prefix + name for name in _CACHE] for prefix in (before, after))
+    model = traced(["input_ids", *inputs], ["logits", *outputs])
     _name_inputs_and_outputs(model, signature)
     assert [value.name for value in model.graph.inputs] == [
         "input_ids",

@@ -8,11 +8,21 @@ import shutil
 import time
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
+from conftest import ARCHITECTURES
 from safetensors.numpy import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from teamlora_export.bundle import COMPANIONS
 from teamlora_export.errors import ExportError
@@ -80,6 +90,19 @@ def test_a_head_that_is_tied_to_the_embedding_is_not_missing(tied):
     assert np.array_equal(LoadedWeights(base, base.aliases()).read("lm_head.weight"), embedding)
 
 
+def test_a_tied_weight_may_have_the_name_of_either_use(tied):
+    embedding = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
+    edit(tied, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")}))
+    base = open_base(str(tied))
+    weights = open_weights(base)
+    assert weights is not None
+    for read in (weights.read, LoadedWeights(base, base.aliases()).read):
+        assert np.array_equal(read("model.embed_tokens.weight"), embedding)
+    edit(tied, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(ExportError, match=r"lm_head\.weight is missing"):
+        LoadedWeights(base, base.aliases())
+
+
 def test_a_head_that_is_tied_and_yet_another_is_refused(tied):
     edit(tied, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
     with pytest.raises(ExportError, match=r"lm_head\.weight and model\.embed_tokens|model\.embed_tokens.* differ"):
@@ -99,6 +122,16 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(dtype, kind, unt
         base.load(torch.float32)
 
 
+def test_integers_are_refused_as_weights_of_any_name_and_passed_over_as_tables(untied):
+    edit(untied, lambda tensors: tensors.update({"model.rotary_emb.positions": np.arange(9)}))
+    base = open_base(str(untied))
+    assert open_weights(base) is not None
+    base.load(torch.float32)
+    edit(untied, lambda tensors: tensors.update({"another_name.q_proj.weight": np.ones((32, 32), np.int8)}))
+    with pytest.raises(ExportError, match=r"another_name\.q_proj\.weight is int8: weights are float32"):
+        base.load(torch.float32)
+
+
 def test_a_weight_of_another_shape_is_refused_before_anything_is_written(untied):
     edit(untied, lambda tensors: tensors.update({Q_PROJ: tensors[Q_PROJ][:, :8].copy()}))
     with pytest.raises(ExportError, match=r"q_proj\.weight is \[32, 8\], the model's code expects \[32, 32\]"):
@@ -108,10 +141,9 @@ def test_a_weight_of_another_shape_is_refused_before_anything_is_written(untied)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_a_weight_with_a_nan_or_infinity_is_named(value, dtype):
-    import ml_dtypes
-
     kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     array = np.linspace(-60000, 60000, 300_000).astype(kind)
+    array[:2] = ml_dtypes.finfo(kind).max, ml_dtypes.finfo(kind).min
     refuse_not_finite("healthy", array)
     array[-1] = value
     with pytest.raises(ExportError, match="lm_head: holds NaN or infinite"):
@@ -142,7 +174,7 @@ def test_a_bin_file_with_anything_but_plain_tensors_is_refused(way, message, unt
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised.*gptq"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000, expected 0 to"),
         ({"hidden_size": 10**12}, "hidden_size is"),
-        ({"num_labels": 10**9}, "num_labels is"),
+        ({"num_labels": 1 << 20}, "num_labels is 1,048,576, expected 0 to 131,072"),
         ({"hidden_size": -4}, "hidden_size is -4"),
         ({"vocab_size": 10**400}, r"vocab_size is about 10\^400"),
         ({"intermediate_size": 1 << 23}, "million parameters; its weights have"),
@@ -165,6 +197,39 @@ def test_a_configuration_that_cannot_be_is_refused_at_once(fields, message, unti
     else:
         assert open_base(str(untied)).task == "text-generation"
     assert time.monotonic() - started < 10
+
+
+def test_tables_that_no_memory_holds_are_refused_before_they_are_computed(tmp_path):
+    """The weights of GPT-J say nothing of its positions."""
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 16, "vocab_size": 96}
+    GPTJForCausalLM(GPTJConfig(**sizes)).save_pretrained(tmp_path)
+    configure(tmp_path, n_positions=1 << 26)
+    with pytest.raises(ExportError, match="the tables that its code computes would have 4 GB"):
+        open_base(str(tmp_path))
+
+
+class TableConfig(LlamaConfig):
+    model_type = "llama_with_a_table"
+
+
+class TableForCausalLM(LlamaForCausalLM):
+    """Its buffer is in no checkpoint, and `_init_weights` does not know it."""
+
+    config_class = TableConfig
+
+    def __init__(self, config: TableConfig) -> None:
+        super().__init__(config)
+        self.register_buffer("table", torch.arange(1000.0) + 0.5, persistent=False)
+
+
+def test_a_buffer_that_the_models_code_computes_once_is_what_it_computed(tmp_path):
+    AutoConfig.register(TableConfig.model_type, TableConfig)
+    AutoModelForCausalLM.register(TableConfig, TableForCausalLM)
+    made = TableForCausalLM(TableConfig(**ARCHITECTURES["llama"].fields))
+    made.save_pretrained(tmp_path)
+    assert torch.equal(open_base(str(tmp_path)).load(torch.float32).table, made.table)
+    alone = TableForCausalLM.from_pretrained(tmp_path)
+    assert not torch.equal(alone.table, made.table), "transformers computes it again: _copy_computed_buffers can go"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors", "1_Pooling/config.json"])

@@ -25,10 +25,12 @@ def test_a_buffer_that_the_checkpoint_holds_is_read_and_rounded_as_a_parameter_i
         mask_token_id=2,
     )
     model = transformers.AutoModel.from_config(config)
+    buffer = "rotary_embeddings.inv_freq"
+    # Not what the model's code would compute.
+    model.get_buffer(buffer).mul_(1.5)
     model.save_pretrained(tmp_path)
     base = open_base(str(tmp_path), "feature-extraction")
     runner = TorchRunner(base, random_adapter(base, ("query",)), torch.float64)
-    buffer = "rotary_embeddings.inv_freq"
     held = model.get_buffer(buffer)
     assert np.array_equal(runner.read(buffer), held.numpy())
     runner.round_weights(torch.bfloat16, ())
