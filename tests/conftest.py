@@ -302,6 +302,16 @@ def list_again(folder: Path) -> Bundle:
     return read_bundle(folder)
 
 
+def assert_names_no_place(folder: Path, bundle: Bundle) -> None:
+    """No file in `folder` names where on this machine the bundle, what it was made of, or this checkout lies."""
+    sources = (Path(str(made_of["source"])) for made_of in (bundle.manifest.base, bundle.manifest.adapter))
+    places = {ROOT, Path.home(), bundle.folder, *sources} - {Path("/")}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != ".data":
+            content = path.read_bytes()
+            assert not [place for place in places if os.fsencode(place) in content], path
+
+
 def readme_block(folder: Path, language: str, number: int = 1) -> str:
     """A block of a language in a folder's README, as a reader would copy it."""
     return (folder / "README.md").read_text().split(f"```{language}\n")[number].split("```")[0]
