@@ -12,6 +12,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Programs run as a user's do: what is left in a buffer at their end must not fail there.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 import numpy as np
 import onnx

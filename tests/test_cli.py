@@ -250,20 +250,25 @@ def test_results_are_whole_lines_or_json_where_no_terminal_reads_them(adapter, t
     assert "is no earlier result" in refused.stderr
 
 
-def test_an_output_that_nobody_takes_is_one_sentence(adapter):
+def test_an_output_that_nobody_takes_is_one_sentence(adapter, tmp_path):
     command = [sys.executable, "-m", "teamlora_export.cli", "inspect", str(adapter)]
     with open("/dev/full", "w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr) == (2, "Error: The result cannot be printed (No space left on device).\n")
     closed = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
     assert (closed.returncode, closed.stderr) == (0, "")
+    program = "import sys; from teamlora_export import cli_output as c; c.prepare_standard_files(); "
+    reader = [sys.executable, "-c", program + "sys.exit(open('/dev/null').fileno())"]
+    opened = subprocess.run(["sh", "-c", '"$@" <&- >&-', "sh", *reader])
+    assert opened.returncode > 2, "a file that is opened later has the place of a standard one"
     unread = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert unread.stdout and unread.stderr
     unread.stdout.close()
     assert unread.stderr.read() == "Error: The result cannot be printed (Broken pipe).\n"
     assert unread.wait() == 2
-    ascii_only = run("inspect", adapter, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert ascii_only.returncode == 0
+    shutil.copytree(adapter, tmp_path / "é")
+    ascii_only = run("inspect", tmp_path / "é", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (ascii_only.returncode, r"\xe9" in ascii_only.stdout) == (0, True), ascii_only.stderr
 
 
 def test_a_bundle_is_the_folder_that_the_command_runs_in(make_bundle):
