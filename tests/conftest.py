@@ -12,6 +12,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Programs run as a user's do: what is left in a buffer at their end must not fail there.
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 import numpy as np
 import onnx
@@ -312,6 +314,16 @@ def list_again(folder: Path) -> Bundle:
     fields = json.loads((folder / MANIFEST_NAME).read_text())
     (folder / MANIFEST_NAME).write_text(json.dumps({**fields, "sha256": hash_files(folder)}))
     return read_bundle(folder)
+
+
+def assert_names_no_place(folder: Path, bundle: Bundle) -> None:
+    """No file in `folder` names where on this machine the bundle, what it was made of, or this checkout lies."""
+    sources = (Path(str(made_of["source"])) for made_of in (bundle.manifest.base, bundle.manifest.adapter))
+    places = {ROOT, Path.home(), bundle.folder, *sources} - {Path("/")}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != ".data":
+            content = path.read_bytes()
+            assert not [place for place in places if os.fsencode(place) in content], path
 
 
 def readme_block(folder: Path, language: str, number: int = 1) -> str:

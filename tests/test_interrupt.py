@@ -22,6 +22,18 @@ def listens(process: subprocess.Popen[str]) -> bool:
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
+def test_interruptions_are_taken_before_anything_slow_is_imported():
+    program = """
+import sys
+from teamlora_export import __main__, interrupt
+
+interrupt.reported.__enter__ = lambda _: sys.exit(f"{sorted({'typer', 'rich', 'numpy', 'torch'} & set(sys.modules))}")
+__main__.main()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr == "[]\n"
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_in_the_first_moments_is_one_sentence(kind, make_base, make_adapter, tmp_path):
     command = [sys.executable, "-m", "teamlora_export", "onnx", make_base("llama").name, "-a", make_adapter("llama")]

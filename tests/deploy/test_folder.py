@@ -63,6 +63,12 @@ def test_what_python_compiled_of_a_program_is_replaced_with_it(bundle, tmp_path)
     (out / "__pycache__" / "runner.cpython-311.pyc").write_bytes(b"compiled")
     deploy_python(bundle, out)
     assert not (out / "__pycache__").exists()
+    for theirs in ("other.cpython-311.pyc", "runner.txt"):
+        (out / "__pycache__").mkdir(exist_ok=True)
+        (out / "__pycache__" / theirs).write_bytes(b"mine")
+        with pytest.raises(ExportError, match=f"{theirs}: is not a file that teamlora-export wrote"):
+            deploy_python(bundle, out)
+        (out / "__pycache__" / theirs).unlink()
 
 
 @pytest.mark.parametrize("fields", [{"files": []}, {"program": {"runner.py": 3}}, {"task": 1}, {"op": "x"}])

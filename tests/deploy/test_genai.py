@@ -78,6 +78,7 @@ def test_a_batch_of_four_gives_four_times_the_same(model, smollm2_greedy):
 
 def test_its_tokenizer_reads_words_as_ours_does(model, smollm2_greedy):
     tokenizer = og.Tokenizer(model)
+    tokenizer.update_options(add_special_tokens="true")
     assert [tuple(tokenizer.encode(prompt)) for prompt in PROMPTS] == list(smollm2_greedy)
 
 

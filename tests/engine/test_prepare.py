@@ -30,6 +30,8 @@ def test_the_plugins_graph_has_the_op_without_its_bodies(make_bundle, tmp_path):
         assert {node.overload for node in nodes} == {""}
         assert all(set(node.attributes) == set(op.ATTRIBUTES) for node in nodes)
         assert len({node.name for node in nodes}) == 16, "errors name the node"
+        weights = {value.name: value.dtype for node in nodes for value in node.inputs[2:]}
+        assert weights == {n: ir.DataType.FLOAT if n.endswith("mix") else ir.DataType.FLOAT16 for n in weights}
     assert not list(tmp_path.iterdir())
 
 

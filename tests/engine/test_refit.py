@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,10 @@ def test_the_bundle_is_the_one_that_the_engine_lies_in_or_the_one_that_is_named(
     with pytest.raises(ExportError, match=r"lies in no bundle.*--bundle"):
         bundle_of(engine, None)
     assert bundle_of(engine, bundle.folder).folder == bundle.folder
+    copy = Path(shutil.copytree(bundle.folder, tmp_path / "copy"))
+    (copy / "engines").mkdir(exist_ok=True)
+    (copy / "engines" / "tiny.engine").touch()
+    assert bundle_of(copy / "engines" / "tiny.engine", None).folder == copy
 
 
 def test_what_does_not_fit_is_refused_before_a_gpu_is_looked_for(make_bundle, other_adapter, make_adapter, tmp_path):

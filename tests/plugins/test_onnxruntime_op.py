@@ -17,10 +17,9 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from formula import FAMILIES, by_formula, random_projection
+from formula import FAMILIES, by_formula, make_projection, random_projection
 from graph.test_op import feeds_of, one_node_model
 
-from teamlora_export.deploy.runner import Model
 from teamlora_export.engine import onnxruntime_library
 from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, build_library, check_library, read_library
 from teamlora_export.errors import ExportError
@@ -122,7 +121,9 @@ def test_nan_and_infinity_stay_with_their_token_as_in_the_body(library, rng):
     feeds = feeds_of([projection], x, base, ir.DataType.FLOAT)
     native, body = (open_model(model, which).run(None, feeds)[0] for which in (library, None))
     assert (np.isfinite(native) == np.isfinite(body)).all()
-    assert np.isfinite(native).all(axis=-1).sum() == 57
+    others = np.isfinite(body).all(axis=-1)
+    assert others.sum() == 57
+    assert np.abs(native[others] - body[others]).max() <= 2.0**-16 * np.abs(body[others]).max()
 
 
 def test_a_model_gives_the_same_with_and_without_it(library, make_bundle, tmp_path, rng):
@@ -145,15 +146,19 @@ def test_a_model_gives_the_same_with_and_without_it(library, make_bundle, tmp_pa
     assert kernels_run(native)[op.NAME] == 2 * bundle.manifest.op["nodes"]
 
 
-def test_eight_threads_in_two_sessions_do_not_disturb_each_other(library, make_bundle):
-    bundle = make_bundle("llama")
-    models = [Model(bundle.folder, library.path, threads=2) for _ in range(2)]
-    prompts = [[5 + i] * (1 + 4 * i) for i in range(8)]
-    alone = [models[0].generate([prompt], 6) for prompt in prompts]
+def test_eight_threads_in_two_sessions_do_not_disturb_each_other(library, rng):
+    """Calls of about a millisecond, so that they do meet."""
+    projections = [make_projection(rng, 4, 8, False, 512, width) for width in (512, 128)]
+    sessions = [open_model(one_node_model([512, 128], 4, False, ir.DataType.FLOAT), library) for _ in range(2)]
+    requests = [
+        feeds_of(projections, rng.normal(size=(1, tokens, 512)), rng.normal(size=(1, tokens, 640)), ir.DataType.FLOAT)
+        for tokens in range(8, 136, 16)
+    ]
+    alone = [sessions[0].run(None, feeds)[0] for feeds in requests]
     with ThreadPoolExecutor(8) as pool:
-        for _ in range(5):
-            together = pool.map(lambda i: models[i % 2].generate([prompts[i]], 6), range(8))
-            assert list(together) == alone
+        for _ in range(20):
+            together = pool.map(lambda i: sessions[i % 2].run(None, requests[i])[0], range(8))
+            assert all((found == expected).all() for found, expected in zip(together, alone, strict=True))
 
 
 def test_sizes_that_do_not_fit_are_refused_in_words(library, rng):
