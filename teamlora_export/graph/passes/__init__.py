@@ -10,6 +10,9 @@ import onnx_ir.passes.common as common
 
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
 from teamlora_export.graph.passes.fold_transposes import FoldTransposes
+from teamlora_export.graph.passes.lift_gelu import LiftGelu
+from teamlora_export.graph.passes.lift_rms_norms import LiftRMSNorms
+from teamlora_export.graph.passes.lift_rotary import LiftRotary
 from teamlora_export.graph.passes.module_outputs import MODULES_KEY, NameModuleOutputs
 from teamlora_export.graph.passes.name_nodes import NameNodes
 from teamlora_export.graph.passes.pack_siblings import PackSiblings
@@ -21,6 +24,9 @@ STEPS: tuple[type[ir.passes.InPlacePass], ...] = (
     ShareDimensions,
     FoldTransposes,
     TransposeKeys,
+    LiftRMSNorms,
+    LiftRotary,
+    LiftGelu,
     PackSiblings,
     common.CommonSubexpressionEliminationPass,
     common.RemoveUnusedNodesPass,
