@@ -13,6 +13,7 @@ from teamlora_export.graph.passes.fold_transposes import FoldTransposes
 from teamlora_export.graph.passes.lift_gelu import LiftGelu
 from teamlora_export.graph.passes.lift_rms_norms import LiftRMSNorms
 from teamlora_export.graph.passes.lift_rotary import LiftRotary
+from teamlora_export.graph.passes.merge_heads import MergeHeads
 from teamlora_export.graph.passes.module_outputs import MODULES_KEY, NameModuleOutputs
 from teamlora_export.graph.passes.name_nodes import NameNodes
 from teamlora_export.graph.passes.pack_siblings import PackSiblings
@@ -28,6 +29,7 @@ STEPS: tuple[type[ir.passes.InPlacePass], ...] = (
     LiftRotary,
     LiftGelu,
     PackSiblings,
+    MergeHeads,
     common.CommonSubexpressionEliminationPass,
     common.RemoveUnusedNodesPass,
     AttachFunctions,
@@ -44,7 +46,7 @@ def rewrite(model: ir.Model) -> None:
 def inline_bodies(model: ir.Model) -> None:
     """Replace every op of ours by its body (`--op standard`), in place. Values keep the names of their modules."""
     modules = {
-        value.name: value.metadata_props[MODULES_KEY]
+        value.name: dict(value.metadata_props)
         for node in model.graph
         for value in node.outputs
         if MODULES_KEY in value.metadata_props
@@ -53,6 +55,6 @@ def inline_bodies(model: ir.Model) -> None:
     for node in model.graph:
         for value in node.outputs:
             if value.name in modules:
-                value.metadata_props[MODULES_KEY] = modules[value.name]
+                value.metadata_props.update(modules[value.name])
     common.RemoveUnusedNodesPass()(model)
     NameNodes()(model)

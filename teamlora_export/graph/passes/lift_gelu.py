@@ -34,7 +34,7 @@ def _lift(graph: ir.Graph, node: ir.Node) -> bool:
         for curve, one in both_ways(made_by(gate, "Add")):
             approximation = _approximation(curve, x) if is_scalar(one, 1) and x.dtype in FLOATING else None
             if approximation is not None:
-                replace(graph, node.outputs[0], ir.node("Gelu", [x], {"approximate": approximation}))
+                replace(graph, node.outputs[0], ir.node("Gelu", [x], {"approximate": approximation}).outputs[0])
                 return True
     return False
 

@@ -51,7 +51,7 @@ def _lift(graph: ir.Graph, node: ir.Node, normalized: ir.Value, weight: ir.Value
     if not _is_vector_for(weight, x):
         return False
     attributes = {"axis": -1, "epsilon": epsilon, "stash_type": int(ir.DataType.FLOAT)}
-    replace(graph, node.outputs[0], ir.node("RMSNormalization", [x, weight], attributes))
+    replace(graph, node.outputs[0], ir.node("RMSNormalization", [x, weight], attributes).outputs[0])
     return True
 
 

@@ -58,7 +58,8 @@ def _lift(graph: ir.Graph, node: ir.Node, tables: RotaryTables) -> bool:
             if None not in halves:
                 source = rotation.x if heads_axis == _HEADS else _transpose(graph, rotation, end)
                 attributes = {"interleaved": int(layout == Layout.PAIRS), "rotary_embedding_dim": rotation.size}
-                match.replace(graph, end, ir.node("RotaryEmbedding", [source, *halves], attributes))
+                node = ir.node("RotaryEmbedding", [source, *halves], attributes)
+                match.replace(graph, end, node.outputs[0])
                 return True
     return False
 
@@ -104,11 +105,11 @@ def _is_pairwise_turned(turned: ir.Value, x: ir.Value) -> bool:
     if first is None or second is None or not all(_adds_last_axis(node) for node in (first, second)):
         return False
     negated = made_by(first.inputs[0], "Neg")
-    size = x.shape[3]  # type: ignore[index]
+    size = int(str(x.shape[3]))  # type: ignore[index]
     return (
         negated is not None
-        and _is_part(negated.inputs[0], x, 1, size, step=2)  # type: ignore[arg-type]
-        and _is_part(second.inputs[0], x, 0, size, step=2)  # type: ignore[arg-type]
+        and _is_part(negated.inputs[0], x, 1, size, step=2)
+        and _is_part(second.inputs[0], x, 0, size, step=2)
     )
 
 

@@ -6,7 +6,7 @@ never within a tolerance: next to 1/2 is not 1/2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -61,23 +61,32 @@ def is_last_axis(axis: int, value: ir.Value) -> bool:
     return axis == -1 or (value.shape is not None and axis == len(value.shape) - 1)
 
 
-def is_inner(value: ir.Value, readers: int = 1) -> bool:
-    """Whether `value` matters to its `readers` alone: it is no output, no module's value, and read by nothing else."""
-    return len(value.uses()) == readers and not value.is_graph_output() and MODULES_KEY not in value.metadata_props
+def is_inner(value: ir.Value) -> bool:
+    """Whether `value` matters to its one reader alone: it is no output, no module's value, and read by nothing else."""
+    return len(value.uses()) == 1 and not value.is_graph_output() and MODULES_KEY not in value.metadata_props
 
 
-def replace(graph: ir.Graph, old: ir.Value, node: ir.Node) -> ir.Value:
-    """Put `node` where `old` was made; its output takes over name, type, readers and modules of `old`, and what made
-    `old` goes where nothing else needs it."""
-    producer, new, name = old.producer(), node.outputs[0], old.name
+def replace(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
+    """Let `new` take over name, type, readers and modules of `old`, its node being inserted before the maker of `old`
+    where it is in no graph yet; what made `old` goes where nothing else needs it."""
+    producer, maker, name = old.producer(), new.producer(), old.name
     assert producer is not None
+    assert maker is not None
+    if maker.graph is None:
+        graph.insert_before(producer, maker)
     new.type, new.shape = old.type, old.shape
     new.metadata_props.update(old.metadata_props)
-    graph.insert_before(producer, node)
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     _remove_unread(graph, producer)
     new.name = name
-    return new
+
+
+def integers(graph: ir.Graph, name: str, numbers: Sequence[int]) -> ir.Value:
+    """A new constant int64 [len(numbers)]."""
+    value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(numbers)]))
+    value.const_value = ir.tensor(list(numbers), dtype=ir.DataType.INT64, name=name)
+    graph.initializers.add(value)
+    return value
 
 
 def _remove_unread(graph: ir.Graph, node: ir.Node) -> None:

@@ -1,12 +1,14 @@
-"""The tables of a rotary embedding, halved: models compute each angle's cosine and sine twice, the operator reads it once."""
+"""The tables of a rotary embedding, halved: models hold the cosine and sine of each angle twice, the operator reads
+them once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 
 import onnx_ir as ir
 
-from teamlora_export.graph.passes.match import is_last_axis, is_list, made_by, numbers, scalar
+from teamlora_export.graph.passes.match import integers, is_last_axis, is_list, made_by, numbers, scalar
 
 
 class Layout(Enum):
@@ -72,7 +74,7 @@ class RotaryTables:
         unsqueeze = made_by(half, "Unsqueeze")
         if unsqueeze is not None and is_list(unsqueeze.inputs[1], heads_axis):
             return unsqueeze.inputs[0]  # type: ignore[return-value]
-        axes = self._constant(f"{half.name}.heads_axis", [heads_axis])
+        axes = integers(self._graph, f"{half.name}.heads_axis", [heads_axis])
         made = self._add("Squeeze", [half, axes], {}, f"{half.name}.squeezed", after=half.producer())
         batch, *sizes = half.shape  # type: ignore[misc]
         made.type, made.shape = half.type, ir.Shape([batch, sizes[2 - heads_axis], sizes[2]])
@@ -87,7 +89,7 @@ class RotaryTables:
         source = next((v for v in self._graph.inputs if v.shape is not None and v.shape[0] == x.shape[0]), None)
         if half.shape[0] != 1 or source is None:
             return None
-        ones = self._constant(f"{half.name}.ones", [1, 1])
+        ones = integers(self._graph, f"{half.name}.ones", [1, 1])
         batch = self._add("Shape", [source], {"start": 0, "end": 1}, f"{half.name}.batch", after=half.producer())
         batch.type, batch.shape = ones.type, ir.Shape([1])
         sizes = self._add("Concat", [batch, ones], {"axis": 0}, f"{half.name}.sizes", after=batch.producer())
@@ -96,14 +98,8 @@ class RotaryTables:
         made.type, made.shape = half.type, ir.Shape([x.shape[0], *list(half.shape)[1:]])
         return made
 
-    def _constant(self, name: str, integers: list[int]) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(integers)]))
-        value.const_value = ir.tensor(integers, dtype=ir.DataType.INT64, name=name)
-        self._graph.initializers.add(value)
-        return value
-
     def _add(
-        self, op_type: str, inputs: list[ir.Value], attributes: dict, name: str, *, after: ir.Node | None
+        self, op_type: str, inputs: Sequence[ir.Value | None], attributes: dict, name: str, *, after: ir.Node | None
     ) -> ir.Value:
         node = ir.node(op_type, inputs, attributes)
         node.outputs[0].name = name
