@@ -11,6 +11,7 @@ import onnx_ir.passes.common as common
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
 from teamlora_export.graph.passes.fold_transposes import FoldTransposes
 from teamlora_export.graph.passes.lift_gelu import LiftGelu
+from teamlora_export.graph.passes.lift_layer_norms import LiftLayerNorms
 from teamlora_export.graph.passes.lift_rms_norms import LiftRMSNorms
 from teamlora_export.graph.passes.lift_rotary import LiftRotary
 from teamlora_export.graph.passes.merge_heads import MergeHeads
@@ -26,6 +27,7 @@ STEPS: tuple[type[ir.passes.InPlacePass], ...] = (
     FoldTransposes,
     TransposeKeys,
     LiftRMSNorms,
+    LiftLayerNorms,
     LiftRotary,
     LiftGelu,
     PackSiblings,

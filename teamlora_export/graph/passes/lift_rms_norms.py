@@ -8,10 +8,9 @@ from teamlora_export.graph.passes.match import (
     FLOATING,
     both_ways,
     is_inner,
-    is_last_axis,
+    is_mean,
     is_scalar,
     made_by,
-    numbers,
     replace,
     scalar,
 )
@@ -90,15 +89,12 @@ def _root(value: ir.Value | None, x: ir.Value) -> float | None:
 
 def _is_mean_of_squares(value: ir.Value, x: ir.Value) -> bool:
     mean = made_by(value, "ReduceMean")
-    if mean is None or len(mean.inputs) != 2 or mean.attributes.get_int("keepdims", 1) != 1:
+    square = mean.inputs[0] if mean is not None else None
+    if square is None or not is_mean(value, square, x):
         return False
-    axes = numbers(mean.inputs[1])
-    if axes is None or axes.size != 1 or not is_last_axis(int(axes.reshape(-1)[0]), x):
-        return False
-    square = made_by(mean.inputs[0], "Pow")
-    if square is not None:
-        return square.inputs[0] is x and is_scalar(square.inputs[1], 2)
-    product = made_by(mean.inputs[0], "Mul")
+    if (power := made_by(square, "Pow")) is not None:
+        return power.inputs[0] is x and is_scalar(power.inputs[1], 2)
+    product = made_by(square, "Mul")
     return product is not None and product.inputs[0] is x and product.inputs[1] is x
 
 

@@ -89,7 +89,7 @@ def _is_half_turned(turned: ir.Value, x: ir.Value) -> bool:
     negated = made_by(concat.inputs[0], "Neg")
     if negated is None:
         return False
-    half = x.shape[3] // 2  # type: ignore[index,operator]
+    half = int(str(x.shape[3])) // 2  # type: ignore[index]
     return _is_part(negated.inputs[0], x, half, 2 * half) and _is_part(concat.inputs[1], x, 0, half)
 
 

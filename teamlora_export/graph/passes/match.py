@@ -61,6 +61,15 @@ def is_last_axis(axis: int, value: ir.Value) -> bool:
     return axis == -1 or (value.shape is not None and axis == len(value.shape) - 1)
 
 
+def is_mean(value: ir.Value | None, of: ir.Value, like: ir.Value) -> bool:
+    """Whether `value` is the mean of `of` (of the shape of `like`) over its last axis, which stays with size 1."""
+    mean = made_by(value, "ReduceMean")
+    if mean is None or mean.inputs[0] is not of or len(mean.inputs) != 2 or mean.attributes.get_int("keepdims", 1) != 1:
+        return False
+    axes = numbers(mean.inputs[1])
+    return axes is not None and axes.size == 1 and is_last_axis(int(axes.reshape(-1)[0]), like)
+
+
 def is_inner(value: ir.Value) -> bool:
     """Whether `value` matters to its one reader alone: it is no output, no module's value, and read by nothing else."""
     return len(value.uses()) == 1 and not value.is_graph_output() and MODULES_KEY not in value.metadata_props
