@@ -103,23 +103,11 @@ class Model:
         Raises:
             ModelError: a prompt is empty, too long, or holds what is no token's id; or the model cannot run it.
         """
-        if not self.generates:
-            raise ModelError(f"{self.folder}: does not generate text.")
         count = self.require_room(prompts, count)
-        prompts = [list(prompt) for prompt in prompts]
-        width = max(map(len, prompts))
-        rows = [[*[self._settings.padding] * (width - len(prompt)), *prompt] for prompt in prompts]
-        mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
-        step = np.array(rows, np.int64)
         answers: list[list[int]] = [[] for _ in prompts]
         going = [True] * len(prompts)
-        kind = InPlaceCache if self._caches[0].shape[2] == "capacity" else GrowingCache
-        cache = kind(self._session, self._caches, len(prompts), width + count)
-        for _ in range(count):
-            logits = self._read(cache, step, mask)
-            self._require_numbers(logits[going])
-            tokens = logits.argmax(axis=-1)
-            for row, token in enumerate(tokens.tolist()):
+        for tokens in self._likeliest(prompts, count, going):
+            for row, token in enumerate(tokens):
                 going[row] = going[row] and token not in self._settings.stops
                 if going[row]:
                     answers[row].append(token)
@@ -127,9 +115,33 @@ class Model:
                         on_token(row, token)
             if not any(going):
                 break
+        return answers
+
+    def stream(self, prompt: Sequence[int], count: int = 64) -> Iterator[int]:
+        """The likeliest `count` tokens after a prompt, one by one; its end-of-text token is one like any other.
+
+        Raises:
+            ModelError: as `generate` does.
+        """
+        count = self.require_room([prompt], count)
+        for tokens in self._likeliest([prompt], count, [True]):
+            yield tokens[0]
+
+    def _likeliest(self, prompts: Sequence[Sequence[int]], count: int, going: Sequence[bool]) -> Iterator[list[int]]:
+        """The next token of each row, `count` times; rows that are no longer `going` may be anything."""
+        width = max(map(len, prompts))
+        rows = [[*[self._settings.padding] * (width - len(prompt)), *prompt] for prompt in prompts]
+        mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
+        step = np.array(rows, np.int64)
+        kind = InPlaceCache if self._caches[0].shape[2] == "capacity" else GrowingCache
+        cache = kind(self._session, self._caches, len(prompts), width + count)
+        for _ in range(count):
+            logits = self._read(cache, step, mask)
+            self._require_numbers(logits[going])
+            tokens = logits.argmax(axis=-1)
+            yield tokens.tolist()
             step = tokens[:, None].astype(np.int64)
             mask = np.concatenate([mask, np.ones_like(step)], axis=1)
-        return answers
 
     def _read(self, cache: GrowingCache | InPlaceCache, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Read more tokens, in parts where they are many: [batch, tokens], and a mask over all so far -> logits of the
@@ -149,6 +161,8 @@ class Model:
 
     def require_room(self, prompts: Sequence[Sequence[int]], count: int) -> int:
         """How many tokens can follow the prompts, `count` at most; raises as `generate` does where there is none."""
+        if not self.generates:
+            raise ModelError(f"{self.folder}: does not generate text.")
         return self._settings.room([self._settings.require_ids(prompt) for prompt in prompts], count)
 
     def encode(self, inputs: Sequence[Sequence[int]]) -> np.ndarray:
