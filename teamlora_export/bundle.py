@@ -31,11 +31,12 @@ ENGINES_NAME = "engines"
 # 1 listed the hashes of the model and its weights alone.
 FORMAT_VERSION = 2
 # Names of the dynamic axes.
-BATCH, SEQUENCE, PAST, TOTAL = (
+BATCH, SEQUENCE, PAST, TOTAL, CAPACITY = (
     "batch_size",
     "sequence_length",
     "past_sequence_length",
     "total_sequence_length",
+    "capacity",
 )
 
 # What a runtime or a tokenizer needs beside the model.

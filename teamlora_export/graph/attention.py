@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 IMPLEMENTATION = "onnx_attention"
 OPSET = 23
@@ -77,20 +77,33 @@ def _mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
+    q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Tensor] | None = None,
     attention_mask: Tensor | None = None,
     **others: Any,
 ) -> Tensor:
-    """Which token may see which: bool [batch, 1, q_length, kv_length]. `attention_mask` is bool [batch, total]."""
-    return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
-        mask_function,
-        attention_mask,
-        **{**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
-    )
+    """Which token may see which: bool [batch, 1, q_length, kv_length].
+
+    Args:
+        q_offset: place of the first query, or of the first of each row [batch, 1, 1, 1].
+        attention_mask: bool [batch, kv_offset + kv_length].
+    """
+    if mask_function is None or others.get("use_vmap"):
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function or causal_mask_function,
+            attention_mask,
+            **{**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
+        )
+    queries = torch.arange(q_length).view(1, 1, -1, 1) + q_offset
+    keys = torch.arange(kv_length).view(1, 1, 1, -1) + kv_offset
+    batch = torch.arange(batch_size).view(-1, 1, 1, 1)
+    seen = mask_function(batch, torch.zeros(1, 1, 1, 1, dtype=torch.int64), queries, keys)
+    if attention_mask is not None:
+        seen = seen & attention_mask[:, None, None, kv_offset : kv_offset + kv_length]
+    return seen.expand(batch_size, 1, q_length, kv_length)

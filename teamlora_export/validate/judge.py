@@ -123,7 +123,7 @@ class Judge:
     def _steps(self, case: Case) -> Iterator[tuple[Step, tuple[Feeds, Feeds, Feeds]]]:
         """Each runner decodes from its own cache; the tokens are the reference's."""
         steps = [first_step(self._inputs, case)] * len(self._runners)
-        for remaining in reversed(range(case.steps + 1)):
+        for remaining in reversed(range(case.calls)):
             outputs = tuple(runner.run(step.feeds) for runner, step in zip(self._runners, steps, strict=True))
             yield steps[0], outputs  # type: ignore[misc]
             if remaining:

@@ -18,6 +18,7 @@ from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.read import read_graph
 from teamlora_export.validate.cases import Feeds
+from teamlora_export.validate.in_place import in_place_call, keeps_in_place
 from teamlora_export.validate.stored import adapted_modules
 from teamlora_export.validate.taps import EXPERTS, Tap, expert_inputs, find_taps, live_values, marked_values, module_of
 from teamlora_export.validate.verdict import Departure
@@ -87,11 +88,11 @@ class OnnxRunner:
         return model, inputs
 
     def run(self, feeds: Feeds) -> Feeds:
-        """Outputs by name."""
-        if self._session is None:
-            narrow = self.bundle.manifest.dtype == "bf16"
-            self._session = open_model(self._fresh(), self.bundle) if narrow else _open_session(self.bundle.model)
-        return run_session(self._session, feeds)
+        """Outputs by name. A cache grows here, whatever form the graph keeps it in."""
+        if not keeps_in_place(self.bundle.manifest.inputs):
+            return self._run(feeds)
+        call = in_place_call(feeds)
+        return call.present(self._run(call.feeds))
 
     def run_with_taps(self, feeds: Feeds, wide: bool = False) -> Feeds:
         """Values by tap, then outputs by name.
@@ -99,7 +100,11 @@ class OnnxRunner:
         Args:
             wide: in float32 arithmetic throughout, with the weights of the file.
         """
-        values = self._run_tapped(feeds, wide)
+        if keeps_in_place(self.bundle.manifest.inputs):
+            call = in_place_call(feeds)
+            values = call.present(self._run_tapped(call.feeds, wide))
+        else:
+            values = self._run_tapped(feeds, wide)
         found = {name: tap.of(values) for name, tap in self.taps.items() if tap.value in values}
         return found | {port.name: values[port.name] for port in self.bundle.manifest.outputs}
 
@@ -107,6 +112,12 @@ class OnnxRunner:
         """Close all sessions: each holds the weights."""
         self._session = None
         self._tapped.clear()
+
+    def _run(self, feeds: Feeds) -> Feeds:
+        if self._session is None:
+            narrow = self.bundle.manifest.dtype == "bf16"
+            self._session = open_model(self._fresh(), self.bundle) if narrow else _open_session(self.bundle.model)
+        return run_session(self._session, feeds)
 
     def _run_tapped(self, feeds: Feeds, wide: bool) -> Feeds:
         if wide not in self._tapped:
