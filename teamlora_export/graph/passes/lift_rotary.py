@@ -54,8 +54,8 @@ def _lift(graph: ir.Graph, node: ir.Node, tables: RotaryTables) -> bool:
             end = rotation.result if heads_axis == _HEADS else _transposed(rotation.result)
             if end is None:
                 continue
-            halves = [tables.half(table, heads_axis, x, layout) for table in (cos, sin)]
-            if None not in halves:
+            halves = tables.halves((cos, sin), heads_axis, x, layout)
+            if halves is not None:
                 source = rotation.x if heads_axis == _HEADS else _transpose(graph, rotation, end)
                 attributes = {"interleaved": int(layout == Layout.PAIRS), "rotary_embedding_dim": rotation.size}
                 node = ir.node("RotaryEmbedding", [source, *halves], attributes)

@@ -8,7 +8,7 @@ from enum import Enum
 
 import onnx_ir as ir
 
-from teamlora_export.graph.passes.match import integers, is_last_axis, is_list, made_by, numbers, scalar
+from teamlora_export.graph.passes.match import both_ways, integers, is_last_axis, is_list, made_by, numbers, scalar
 
 
 class Layout(Enum):
@@ -25,50 +25,54 @@ class RotaryTables:
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._halves: dict[tuple[ir.Value, Layout], ir.Value | None] = {}
-        self._tables: dict[tuple[ir.Value, int], ir.Value | None] = {}
+        self._halves: dict[tuple[ir.Value, Layout], ir.Value] = {}
+        self._tables: dict[tuple[ir.Value, int], ir.Value] = {}
 
-    def half(self, table: ir.Value, heads_axis: int, x: ir.Value, layout: Layout) -> ir.Value | None:
-        """Half of `table`, as [batch, sequence, size / 2], when x [.., size] is multiplied by it and all heads of x,
-        on `heads_axis`, by the same numbers. None where the halves are not proven to be equal."""
-        if x.shape is None or table.shape is None or len(table.shape) != 4 or table.shape[3] != x.shape[3]:
+    def halves(self, tables: Sequence[ir.Value], heads_axis: int, x: ir.Value, layout: Layout) -> list[ir.Value] | None:
+        """Half of each of `tables`, as [batch, sequence, size / 2], when x [.., size] is multiplied by them, all heads
+        of x, on `heads_axis`, by the same numbers. None where the halves of one are not proven to be equal."""
+        if not all(self._fits(table, heads_axis, x) and _is_doubled(table, layout) for table in tables):
             return None
-        if table.shape[heads_axis] != 1 or table.shape[3 - heads_axis] != x.shape[3 - heads_axis]:
-            return None
-        half = self._half(table, layout)
-        if half is None or half.dtype != x.dtype:
-            return None
+        return [self._for_operator(self._half(table, layout), heads_axis, x) for table in tables]
+
+    def _fits(self, table: ir.Value, heads_axis: int, x: ir.Value) -> bool:
+        if x.shape is None or table.shape is None or len(table.shape) != 4 or table.dtype != x.dtype:
+            return False
+        batch, sequence = table.shape[0], 3 - heads_axis
+        return (
+            table.shape[heads_axis] == 1
+            and (table.shape[sequence], table.shape[3]) == (x.shape[sequence], x.shape[3])
+            and (batch == x.shape[0] or (batch == 1 and self._input_of_batch(x) is not None))
+        )
+
+    def _input_of_batch(self, x: ir.Value) -> ir.Value | None:
+        """An input of the graph with as many rows as x."""
+        assert x.shape is not None
+        return next((v for v in self._graph.inputs if v.shape is not None and v.shape[0] == x.shape[0]), None)
+
+    def _half(self, value: ir.Value, layout: Layout) -> ir.Value:
+        """Half of a doubled value: what it holds twice, or the same computed of that."""
+        key = value, layout
+        if key not in self._halves:
+            self._halves[key] = _doubled(value, layout) or self._computed_of_half(value, layout)
+        return self._halves[key]
+
+    def _computed_of_half(self, value: ir.Value, layout: Layout) -> ir.Value:
+        node, source = value.producer(), _computed_of(value)
+        assert node is not None
+        assert source is not None
+        assert value.shape is not None
+        half = self._half(source, layout)
+        inputs = [half if given is source else given for given in node.inputs]
+        made = self._add(node.op_type, inputs, dict(node.attributes), f"{value.name}.half", after=node)
+        made.type, made.shape = value.type, ir.Shape([*list(value.shape)[:-1], half.shape[-1]])  # type: ignore[index]
+        return made
+
+    def _for_operator(self, half: ir.Value, heads_axis: int, x: ir.Value) -> ir.Value:
         key = half, heads_axis
         if key not in self._tables:
             self._tables[key] = self._of_whole_batch(self._without_heads(half, heads_axis), x)
         return self._tables[key]
-
-    def _half(self, value: ir.Value | None, layout: Layout) -> ir.Value | None:
-        if value is None:
-            return None
-        key = value, layout
-        if key not in self._halves:
-            self._halves[key] = _doubled(value, layout) or self._computed(value, layout)
-        return self._halves[key]
-
-    def _computed(self, value: ir.Value, layout: Layout) -> ir.Value | None:
-        """Half of what is computed number by number of a doubled value."""
-        node = value.producer()
-        if node is None or node.domain != "" or node.op_type not in ("Cos", "Sin", "Cast", "Mul", "Unsqueeze"):
-            return None
-        inputs = list(node.inputs)
-        if node.op_type == "Mul" and scalar(inputs[0]) is not None:
-            inputs.reverse()
-        if node.op_type == "Mul" and scalar(inputs[1]) is None:
-            return None
-        if node.op_type == "Unsqueeze" and not _is_before_the_last(inputs[1], value):
-            return None
-        half = self._half(inputs[0], layout)
-        if half is None or value.shape is None:
-            return None
-        made = self._add(node.op_type, [half, *inputs[1:]], dict(node.attributes), f"{value.name}.half", after=node)
-        made.type, made.shape = value.type, ir.Shape([*list(value.shape)[:-1], half.shape[-1]])  # type: ignore[index]
-        return made
 
     def _without_heads(self, half: ir.Value, heads_axis: int) -> ir.Value:
         unsqueeze = made_by(half, "Unsqueeze")
@@ -80,15 +84,13 @@ class RotaryTables:
         made.type, made.shape = half.type, ir.Shape([batch, sizes[2 - heads_axis], sizes[2]])
         return made
 
-    def _of_whole_batch(self, half: ir.Value, x: ir.Value) -> ir.Value | None:
+    def _of_whole_batch(self, half: ir.Value, x: ir.Value) -> ir.Value:
         """`half` for each row of x, where the model computes it for one row and broadcasts."""
         assert half.shape is not None
         assert x.shape is not None
         if half.shape[0] == x.shape[0]:
             return half
-        source = next((v for v in self._graph.inputs if v.shape is not None and v.shape[0] == x.shape[0]), None)
-        if half.shape[0] != 1 or source is None:
-            return None
+        source = self._input_of_batch(x)
         ones = integers(self._graph, f"{half.name}.ones", [1, 1])
         batch = self._add("Shape", [source], {"start": 0, "end": 1}, f"{half.name}.batch", after=half.producer())
         batch.type, batch.shape = ones.type, ir.Shape([1])
@@ -131,9 +133,23 @@ def _doubled(value: ir.Value, layout: Layout) -> ir.Value | None:
     return source if list(value.shape) == merged else None
 
 
-def _is_before_the_last(axes: ir.Value | None, unsqueezed: ir.Value) -> bool:
-    """Whether none of the new axes is the last one."""
-    array = numbers(axes)
-    if array is None or unsqueezed.shape is None:
+def _is_doubled(value: ir.Value, layout: Layout) -> bool:
+    """Whether `value` is proven to hold everything twice."""
+    if value.shape is None:
         return False
-    return all(0 <= int(axis) < len(unsqueezed.shape) - 1 for axis in array.reshape(-1))
+    source = _computed_of(value)
+    return _doubled(value, layout) is not None or (source is not None and _is_doubled(source, layout))
+
+
+def _computed_of(value: ir.Value) -> ir.Value | None:
+    """What `value` is computed of number by number, the last axis staying where it is."""
+    node = value.producer()
+    if node is None or node.domain != "" or value.shape is None:
+        return None
+    if node.op_type in ("Cos", "Sin", "Cast"):
+        return node.inputs[0]
+    if node.op_type == "Mul":
+        return next((source for source, factor in both_ways(node) if scalar(factor) is not None), None)
+    axes = numbers(node.inputs[1]) if node.op_type == "Unsqueeze" else None
+    before_last = axes is not None and all(0 <= int(axis) < len(value.shape) - 1 for axis in axes.reshape(-1))
+    return node.inputs[0] if before_last else None

@@ -13,7 +13,8 @@ from teamlora_export.graph.passes.lift_gelu import LiftGelu
 
 CONSTANTS = (
     "float half = {0.5}, float one = {1.0}, float three = {3.0}, float k = {0.044715}, "
-    f"float s = {{{math.sqrt(2 / math.pi)!r}}}, float root = {{{math.sqrt(2)!r}}}, float inverse = {{{math.sqrt(0.5)!r}}}"
+    f"float s = {{{math.sqrt(2 / math.pi)!r}}}, float root = {{{math.sqrt(2)!r}}}, "
+    f"float inverse = {{{math.sqrt(0.5)!r}}}"
 )
 TANH = "p = Pow(x, three) q = Mul(p, k) a = Add(x, q) b = Mul(a, s) t = Tanh(b) g = Add(t, one)"
 ERF = "b = Div(x, root) t = Erf(b) g = Add(one, t)"

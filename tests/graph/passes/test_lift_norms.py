@@ -94,7 +94,8 @@ def test_a_module_inside_of_a_norm_keeps_it_as_it_is():
 
 HALF = "(float16[n, 4] h) => (float16[n, 4] y)"
 WIDE = "x = Cast <to = 1> (h) "
-HALF_CONSTANTS = CONSTANTS.replace("float[4] w", "float16[4] w")
+# The same weights; the text form gives float16 by its bits.
+HALF_CONSTANTS = CONSTANTS.replace("float[4] w = {0.5, 1.0, -2.0, 3.0}", "float16[4] w = {14336, 15360, 49152, 16896}")
 
 
 def test_a_norm_between_casts_is_the_operators_own_float32():
@@ -119,7 +120,8 @@ def test_a_norm_that_is_weighed_in_float32_keeps_its_casts():
 
 
 def test_a_norm_in_float16_throughout_stays():
-    constants = HALF_CONSTANTS.replace("float two", "float16 two").replace("float e", "float16 e")
+    constants = HALF_CONSTANTS.replace("float two = {2.0}", "float16 two = {16384}")
+    constants = constants.replace("float e = {1e-5}", "float16 e = {168}")
     assert_unchanged(norm(signature=HALF.replace("] h", "] x"), constants=constants), LiftRMSNorms)
 
 
