@@ -13,6 +13,7 @@ import onnx_ir as ir
 from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, check_files
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.passes import inline_bodies
+from teamlora_export.graph.passes.expand_paired_rotary import ExpandPairedRotary
 from teamlora_export.graph.precision import ChangePrecision
 from teamlora_export.graph.read import read_graph
 from teamlora_export.interrupt import held, note_written
@@ -60,6 +61,7 @@ def prepared_model(bundle: Bundle, dtype: str, place: Path, *, for_plugin: bool,
             f"{bundle.folder}: was exported with --op standard, so there is no op for the plugin to take."
         )
     ChangePrecision(bundle.manifest.dtype, dtype)(model)
+    ExpandPairedRotary()(model)
     if for_plugin:
         # A parser prefers a function to a plugin of the same name.
         model.functions.clear()
