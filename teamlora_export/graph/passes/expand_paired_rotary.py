@@ -8,6 +8,7 @@ This can go when `tests/engine/test_build.py` builds GLM without it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -21,7 +22,9 @@ class ExpandPairedRotary(ir.passes.InPlacePass):
         nodes = [
             node
             for node in model.graph
-            if node.op_type == "RotaryEmbedding" and node.domain == "" and node.attributes.get_int("interleaved", 0)
+            if node.op_type == "RotaryEmbedding"
+            and node.domain == ""
+            and node.attributes.get_int("interleaved", 0) == 1
         ]
         for node in nodes:
             _Expansion(model.graph, node).run()
@@ -61,7 +64,7 @@ class _Expansion:
     def _integers(self, name: str, *numbers: int) -> ir.Value:
         return integers(self._graph, f"{self._name}.{name}", numbers)
 
-    def _add(self, op_type: str, inputs: list[ir.Value | None], **attributes: int) -> ir.Value:
+    def _add(self, op_type: str, inputs: Sequence[ir.Value | None], **attributes: int) -> ir.Value:
         node = ir.node(op_type, inputs, attributes)
         return self._place(node, node.outputs[0])
 
