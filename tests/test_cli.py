@@ -135,6 +135,7 @@ def test_export_validate_and_inspect_tell_their_story(adapter, tmp_path, make_ba
     assert json.loads(figures.read_text())["passed"] is True
     inspected = run("inspect", bundle)
     assert "teamlora::MixedExpertProjection" in inspected.stdout
+    assert "Attention 4 (in 4 of 4 layers), RotaryEmbedding 8 (in 4 of 4 layers)" in inspected.stdout
     assert "passed on" in inspected.stdout
     assert "router normaliser" in run("inspect", adapter).stdout
 
