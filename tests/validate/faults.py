@@ -200,9 +200,8 @@ def exchange_heads(model: ir.Model) -> None:
     model.graph.sort()
 
 
-def write_a_place_late(model: ir.Model) -> None:
-    places = first_in_layer(model, 0, "TensorScatter").inputs[2]
-    insert_after(model, places, "Add", 1)
+def write_at_the_start(model: ir.Model) -> None:
+    insert_after(model, node_of(model, "present.0.key").inputs[2], "Mul", 0)
 
 
 def see_the_next_token(model: ir.Model) -> None:

@@ -38,7 +38,7 @@ from faults import (
     transpose_interaction,
     weight,
     without,
-    write_a_place_late,
+    write_at_the_start,
     write_keys_among_values,
     write_the_cache_of_another_layer,
 )
@@ -160,13 +160,13 @@ EVERYWHERE = {
     ),
 }
 IN_PLACE = {
-    "rows written a place late": {
-        "": Fault(write_a_place_late, r"present\.\d\.(key|value)|" + layer(r"\d", r"self_attn\.o_proj"))
+    "every call written at the start": {
+        "": Fault(write_at_the_start, r"present\.\d\.(key|value)|" + layer(r"\d", r"self_attn\.o_proj"))
     },
     "the next token seen": {"": Fault(see_the_next_token, layer(r"\d", r"self_attn\.o_proj"))},
     "one layer's cache": {
         "keys written among values": Fault(
-            write_keys_among_values, layer(3, r"self_attn\.o_proj") + r"|present\.3\.value"
+            write_keys_among_values, layer(3, r"self_attn\.[ov]_proj") + r"|present\.3\.value"
         ),
         "another layer's keys kept": Fault(
             write_the_cache_of_another_layer, layer(5, r"self_attn\.o_proj") + r"|present\.5\.key"
