@@ -211,7 +211,7 @@ def test_every_planted_fault_is_located_where_each_layer_amplifies_rounding(grou
         assert_located(verdict, faults, "weights")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("group", IN_PLACE)
 def test_a_fault_in_a_cache_in_place_is_located(group, dtype, planted):
     assert_located(judged(planted(IN_PLACE[group], "amplifying", dtype, "function", "in-place")), IN_PLACE[group])
