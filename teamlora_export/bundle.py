@@ -41,11 +41,12 @@ _RESULTS = {
     "sentence-embedding": ("sentence_embedding",),
 }
 # Names of the dynamic axes.
-BATCH, SEQUENCE, PAST, TOTAL = (
+BATCH, SEQUENCE, PAST, TOTAL, CAPACITY = (
     "batch_size",
     "sequence_length",
     "past_sequence_length",
     "total_sequence_length",
+    "capacity",
 )
 
 # What a runtime or a tokenizer needs beside the model.

@@ -86,14 +86,17 @@ def onnx(
         str, typer.Option("--op", help="function: keep the op and its body; standard: inline the body.")
     ] = "function",
     cache: Annotated[
-        bool, typer.Option("--cache/--no-cache", help="Take the traced graph from the user's cache and keep it there.")
-    ] = True,
+        str, typer.Option(help="The KV cache: growing, or in-place (one buffer a layer, for runtimes with opset 24).")
+    ] = "growing",
+    retrace: Annotated[
+        bool, typer.Option("--retrace", help="Trace the graph even where one is kept from an earlier export.")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Export a base model with an adapter to a bundle with one ONNX graph."""
     from teamlora_export.export import export_onnx
 
-    bundle = export_onnx(base, adapter, output, dtype=dtype, task=task, op_form=op, use_cache=cache)
+    bundle = export_onnx(base, adapter, output, dtype=dtype, task=task, op_form=op, cache=cache, retrace=retrace)
     made = bundle.manifest
     show(
         f"{bundle.folder}: {made.task}, {made.dtype}, {made.op['nodes']} expert nodes",

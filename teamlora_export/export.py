@@ -46,6 +46,7 @@ from teamlora_export.staging import real_path, refuse_foreign, require_space, st
 from teamlora_export.tokens import read_tokens
 
 OP_FORMS = ("function", "standard")
+CACHE_FORMS = ("growing", "in-place")
 _MOST_WARNINGS = 5
 
 
@@ -57,7 +58,8 @@ def export_onnx(
     dtype: str = "fp32",
     task: str = "auto",
     op_form: str = "function",
-    use_cache: bool = True,
+    cache: str = "growing",
+    retrace: bool = False,
     reporter: Reporter | None = None,
 ) -> Bundle:
     """Export `base_name` (a folder or a hub name) with the adapter in `adapter_folder` to the bundle `out`.
@@ -66,7 +68,9 @@ def export_onnx(
         dtype: fp32, fp16 or bf16: the type of weights and activations.
         task: auto, or one of `model.base.TASKS`.
         op_form: "function" keeps the op, with its body in the model; "standard" inlines the body.
-        use_cache: take the traced graph from the user's cache and keep it there.
+        cache: how a text generator keeps keys and values: "growing" gives back a longer cache on every call, "in-place"
+            writes into one buffer for each layer.
+        retrace: trace the graph even where one is kept from before, and keep none.
 
     Raises:
         ExportError: wrong input or environment; nothing has been written then.
@@ -76,6 +80,8 @@ def export_onnx(
         raise ExportError(f"--dtype {dtype}: unknown. Use {', '.join(DTYPES)}.")
     if op_form not in OP_FORMS:
         raise ExportError(f"--op {op_form}: unknown. Use {' or '.join(OP_FORMS)}.")
+    if cache not in CACHE_FORMS:
+        raise ExportError(f"--cache {cache}: unknown. Use {' or '.join(CACHE_FORMS)}.")
     adapter = read_adapter(adapter_folder)
     source = find_base(base_name)
     # Once: the folder that a relative path starts from may be the one that is replaced.
@@ -84,7 +90,7 @@ def export_onnx(
     if (out / ENGINES_NAME).is_dir():
         reporter.warn(f"{out}: its engines are of the model that is replaced, and are removed with it.")
     with hashing_weights(source) as finish_hashing:
-        traced = _find_graph(source, adapter, task, dtype, use_cache, reporter)
+        traced = _find_graph(source, adapter, task, dtype, cache == "in-place", retrace, reporter)
         adapter = align_with_base(adapter, traced.signature)
         model = traced.model
         _warn_of_normalizers(adapter, reporter)
@@ -129,12 +135,12 @@ def _our_files(out: Path) -> set[str]:
 
 
 def _find_graph(
-    source: BaseSource, adapter: AdapterSpec, task: str, dtype: str, use_cache: bool, reporter: Reporter
+    source: BaseSource, adapter: AdapterSpec, task: str, dtype: str, in_place: bool, retrace: bool, reporter: Reporter
 ) -> TracedGraph:
-    key = graph_key(source, adapter, task, dtype)
-    kept = load_graph(key) if use_cache else None
+    key = graph_key(source, adapter, task, dtype, in_place)
+    kept = None if retrace else load_graph(key)
     if kept is not None:
-        reporter.say("Graph: taken from the cache (--no-cache traces it again)")
+        reporter.say("Graph: kept from an earlier export (--retrace traces it again)")
         return kept
 
     with _rare_collections():
@@ -145,9 +151,9 @@ def _find_graph(
 
         base = _open_base(source, task)
         aligned = align_with_base(adapter, base.signature)
-        model = build_graph(base, aligned, getattr(torch, DTYPES[dtype].torch), reporter)
+        model = build_graph(base, aligned, getattr(torch, DTYPES[dtype].torch), reporter, in_place=in_place)
     traced = TracedGraph(model, base.signature, base.aliases(), base.task, base.config.model_type)
-    if use_cache:
+    if not retrace:
         keep_graph(key, traced)
     return traced
 

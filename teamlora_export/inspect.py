@@ -15,6 +15,8 @@ from teamlora_export.cli_output import Description
 from teamlora_export.engine.facts import EngineFacts, read_facts
 from teamlora_export.engine.plugin import PluginLibrary, latest_plugin, read_plugin
 from teamlora_export.errors import ExportError
+from teamlora_export.graph.lifted import Lifted, find_lifted
+from teamlora_export.graph.read import read_graph
 
 
 def inspect_path(path: Path) -> Description:
@@ -25,7 +27,9 @@ def inspect_path(path: Path) -> Description:
     """
     if (path / MANIFEST_NAME).is_file():
         bundle = read_bundle(path)
-        return _describe("bundle", path, _bundle_rows(bundle), dataclasses.asdict(bundle.manifest))
+        lifted = find_lifted(read_graph(bundle))
+        fields = {**dataclasses.asdict(bundle.manifest), "graph": dataclasses.asdict(lifted)}
+        return _describe("bundle", path, _bundle_rows(bundle, lifted), fields)
     if (path / CONFIG_NAME).is_file():
         adapter = read_adapter(path)
         return _describe("adapter", path, _adapter_rows(adapter), _adapter_fields(adapter))
@@ -98,7 +102,7 @@ def _adapter_rows(adapter: AdapterSpec) -> Iterable[tuple[str, str]]:
     yield "SHA-256", adapter.sha256
 
 
-def _bundle_rows(bundle: Bundle) -> Iterable[tuple[str, str]]:
+def _bundle_rows(bundle: Bundle, lifted: Lifted) -> Iterable[tuple[str, str]]:
     manifest = bundle.manifest
     adapter = manifest.adapter
     yield "task", manifest.task
@@ -114,6 +118,7 @@ def _bundle_rows(bundle: Bundle) -> Iterable[tuple[str, str]]:
     op = manifest.op
     form = "kept, with its body" if op["form"] == "function" else "inlined"
     yield "op", f"{op['domain']}::{op['name']} version {op['version']}, {op['nodes']} nodes, {form}"
+    yield "standard operators", str(lifted)
     yield "size", f"{(bundle.model.stat().st_size + bundle.data.stat().st_size) / 1e6:,.1f} MB"
     yield "inputs", _ports(manifest.inputs)
     yield "outputs", _ports(manifest.outputs)

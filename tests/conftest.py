@@ -220,14 +220,14 @@ def make_adapter(make_base, tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def make_bundle(make_base, make_adapter, tmp_path_factory) -> Callable[..., Bundle]:
-    """The bundle of an architecture's tiny model, exported once a session for each dtype and form of the op."""
-    made: dict[tuple[str, str, str], Bundle] = {}
+    """The bundle of an architecture's tiny model, exported once a session for each dtype, form of the op and cache."""
+    made: dict[tuple[str, ...], Bundle] = {}
 
-    def make(name: str, dtype: str = "fp32", op_form: str = "function") -> Bundle:
-        key = (name, dtype, op_form)
+    def make(name: str, dtype: str = "fp32", op_form: str = "function", cache: str = "growing") -> Bundle:
+        key = (name, dtype, op_form, cache)
         if key not in made:
             out = tmp_path_factory.mktemp("bundles") / "-".join(key)
-            options = {"dtype": dtype, "op_form": op_form, "use_cache": False}
+            options = {"dtype": dtype, "op_form": op_form, "cache": cache, "retrace": True}
             base = make_base(name)
             made[key] = export_onnx(base.name, make_adapter(name), out, task=base.task, **options)
         return made[key]

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "teamlora_export.cli", *map(str, arguments)]
     if arguments[0] == "onnx" and "-o" in arguments:
-        command.append("--no-cache")
+        command.append("--retrace")
     return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
 
 
@@ -145,6 +145,7 @@ def test_export_validate_and_inspect_tell_their_story(adapter, tmp_path, make_ba
     assert json.loads(figures.read_text())["passed"] is True
     inspected = run("inspect", bundle)
     assert "teamlora::MixedExpertProjection" in inspected.stdout
+    assert "Attention 4 (in 4 of 4 layers), RotaryEmbedding 8 (in 4 of 4 layers)" in inspected.stdout
     assert "passed on" in inspected.stdout
     assert "router normaliser" in run("inspect", adapter).stdout
 
@@ -178,7 +179,7 @@ def test_an_interrupted_export_leaves_the_old_bundle(kind, adapter, tmp_path, ma
         str(adapter),
         "-o",
         str(bundle),
-        "--no-cache",
+        "--retrace",
     ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     # Long enough to have begun, not to have ended: imports and tracing take several seconds.

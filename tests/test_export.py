@@ -194,7 +194,7 @@ def test_a_kept_graph_serves_the_next_adapter_without_torch(tmp_path, base, make
     write_adapter(random_adapter(make_base("llama"), ARCHITECTURES["llama"].targets, seed=5), other)
     command = [sys.executable, "-c", _WITHOUT_TORCH, str(base), str(other), str(tmp_path / "second")]
     subprocess.run(command, check=True, capture_output=True)
-    traced = export_to(tmp_path / "third", base, other, use_cache=False)
+    traced = export_to(tmp_path / "third", base, other, retrace=True)
     for name in (MODEL_NAME, DATA_NAME):
         assert sha256_of(tmp_path / "second" / name) == sha256_of(traced.folder / name)
     assert list(cache.iterdir()) == [kept]

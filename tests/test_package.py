@@ -53,7 +53,7 @@ def test_it_exports_and_deploys_to_every_target(run, make_base, make_adapter, tm
     shutil.copytree(make_base("llama").name, base)
     for file in get_model("smollm2").glob("tokenizer*.json"):
         shutil.copy(file, base)
-    run("onnx", base, "-a", make_adapter("llama"), "-o", bundle, "--no-cache")
+    run("onnx", base, "-a", make_adapter("llama"), "-o", bundle, "--retrace")
     for target, program in {
         "python": "runner.py",
         "genai": "genai_config.json",

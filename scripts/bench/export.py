@@ -120,7 +120,7 @@ def bench_smollm2(_what: str, folder: Path, repeats: int) -> None:
             "onnxruntime-genai builder, no adapter": lambda: measure(
                 [*by_genai.split(), "-i", model, "-o", folder / "genai"]
             ),
-            "ours, nothing kept": lambda: measure([*ours, "--no-cache"]),
+            "ours, nothing kept": lambda: measure([*ours, "--retrace"]),
             "ours, graph kept": lambda: measure(ours),
         },
         repeats,
@@ -145,7 +145,7 @@ def bench_copy(what: str, folder: Path, repeats: int) -> None:
         return result
 
     export()
-    runs = {"plain copy": copy, "ours, nothing kept": lambda: export("--no-cache"), "ours, graph kept": export}
+    runs = {"plain copy": copy, "ours, nothing kept": lambda: export("--retrace"), "ours, graph kept": export}
     run_in_turns(runs, repeats)
 
 

@@ -37,6 +37,9 @@ _DESCRIPTIONS = {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)}
 _OPENED = ("model.onnx", "model.onnx.data", "model.plan", "tokenizer.json")
 _LARGEST_TEXT = 512 << 20
 _MOST_THREADS = 1024
+# A longer prompt is read in parts of so many tokens, which bounds the memory that it takes.
+_PART = 512
+_LEAST_CAPACITY = 256
 
 
 class ModelError(Exception):
@@ -63,7 +66,10 @@ class Model:
             check_files(self.folder, self._settings.hashes)
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        options.intra_op_num_threads = threads
+        # A number of its own: left to itself, ONNX Runtime binds each thread to a core, busy or not. Threads that spin
+        # while they wait take the core from those that they wait for, as soon as anything else runs on the machine.
+        options.intra_op_num_threads = threads or _cores()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))
@@ -100,27 +106,11 @@ class Model:
         Raises:
             ModelError: a prompt is empty, too long, or holds what is no token's id; or the model cannot run it.
         """
-        if not self.generates:
-            raise ModelError(f"{self.folder}: does not generate text.")
         count = self.require_room(prompts, count)
-        prompts = [list(prompt) for prompt in prompts]
-        width = max(map(len, prompts))
-        rows = [[*[self._settings.padding] * (width - len(prompt)), *prompt] for prompt in prompts]
-        mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
-        step = np.array(rows, np.int64)
         answers: list[list[int]] = [[] for _ in prompts]
         going = [True] * len(prompts)
-        feeds = {c.name: np.zeros((len(prompts), c.shape[1], 0, c.shape[3]), _NUMPY[c.type]) for c in self._caches}
-        for _ in range(count):
-            # Padding on the left: a real token's position is the number of real ones before it.
-            positions = np.where(mask > 0, mask.cumsum(axis=1) - 1, 1)[:, -step.shape[1] :]
-            given = {"input_ids": step, "attention_mask": mask, "position_ids": positions}
-            feeds.update({name: value for name, value in given.items() if name in self._inputs})
-            outputs = self._run(self._outputs, feeds)
-            logits = outputs.pop("logits")[:, -1]
-            self._require_numbers(logits[going])
-            tokens = logits.argmax(axis=-1)
-            for row, token in enumerate(tokens.tolist()):
+        for tokens in self._likeliest(prompts, count, going):
+            for row, token in enumerate(tokens):
                 going[row] = going[row] and token not in self._settings.stops
                 if going[row]:
                     answers[row].append(token)
@@ -128,13 +118,54 @@ class Model:
                         on_token(row, token)
             if not any(going):
                 break
-            feeds = {cache.name: outputs[_present(cache.name)] for cache in self._caches}
+        return answers
+
+    def stream(self, prompt: Sequence[int], count: int = 64) -> Iterator[int]:
+        """The likeliest `count` tokens after a prompt, one by one; its end-of-text token is one like any other.
+
+        Raises:
+            ModelError: as `generate` does.
+        """
+        count = self.require_room([prompt], count)
+        for tokens in self._likeliest([prompt], count, [True]):
+            yield tokens[0]
+
+    def _likeliest(self, prompts: Sequence[Sequence[int]], count: int, going: Sequence[bool]) -> Iterator[list[int]]:
+        """The next token of each row, `count` times; rows that are no longer `going` may be anything."""
+        width = max(map(len, prompts))
+        rows = [[*[self._settings.padding] * (width - len(prompt)), *prompt] for prompt in prompts]
+        mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
+        step = np.array(rows, np.int64)
+        kind = InPlaceCache if self._caches[0].shape[2] == "capacity" else GrowingCache
+        cache = kind(self._session, self._caches, len(prompts), width + count)
+        for _ in range(count):
+            logits = self._read(cache, step, mask)
+            self._require_numbers(logits[going])
+            tokens = logits.argmax(axis=-1)
+            yield tokens.tolist()
             step = tokens[:, None].astype(np.int64)
             mask = np.concatenate([mask, np.ones_like(step)], axis=1)
-        return answers
+
+    def _read(self, cache: GrowingCache | InPlaceCache, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Read more tokens, in parts where they are many: [batch, tokens], and a mask over all so far -> logits of the
+        last [batch, vocabulary]."""
+        before = mask.shape[1] - ids.shape[1]
+        for start in range(0, ids.shape[1], _PART):
+            part = ids[:, start : start + _PART]
+            seen = mask[:, : before + start + part.shape[1]]
+            # Padding on the left: a real token's position is the number of real ones before it.
+            positions = np.where(seen > 0, seen.cumsum(axis=1) - 1, 1)[:, -part.shape[1] :]
+            given = {"input_ids": part, "attention_mask": seen, "position_ids": positions}
+            try:
+                logits = cache.run({name: value for name, value in given.items() if name in self._inputs})
+            except Exception as error:
+                raise ModelError(f"{self.folder}: ONNX Runtime cannot run the model ({_brief(error)}).") from None
+        return logits[:, -1]
 
     def require_room(self, prompts: Sequence[Sequence[int]], count: int) -> int:
         """How many tokens can follow the prompts, `count` at most; raises as `generate` does where there is none."""
+        if not self.generates:
+            raise ModelError(f"{self.folder}: does not generate text.")
         return self._settings.room([self._settings.require_ids(prompt) for prompt in prompts], count)
 
     def encode(self, inputs: Sequence[Sequence[int]]) -> np.ndarray:
@@ -154,15 +185,12 @@ class Model:
         }
         feeds = {name: np.array(value, np.int64) for name, value in given.items() if name in self._inputs}
         wanted = next(name for name in _RESULTS if name in self._outputs)
-        found = self._run([wanted], feeds)[wanted]
-        self._require_numbers(found[feeds["attention_mask"] > 0] if wanted == "last_hidden_state" else found)
-        return found
-
-    def _run(self, wanted: Sequence[str], feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            return dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
+            found = self._session.run([wanted], feeds)[0]
         except Exception as error:
             raise ModelError(f"{self.folder}: ONNX Runtime cannot run the model ({_brief(error)}).") from None
+        self._require_numbers(found[feeds["attention_mask"] > 0] if wanted == "last_hidden_state" else found)
+        return found
 
     def _require_numbers(self, found: np.ndarray) -> None:
         if np.isnan(found).any():
@@ -188,6 +216,59 @@ class Model:
         if self._tokenizer is None:
             self._tokenizer = open_tokenizer(self.folder, self._settings.cut)
         return self._tokenizer
+
+
+class GrowingCache:
+    """Keys and values of a request whose model gives back the past and what is new, as one."""
+
+    def __init__(self, session: Any, caches: Sequence[Any], batch: int, _most: int) -> None:
+        self._session = session
+        self._past = {c.name: np.zeros((batch, c.shape[1], 0, c.shape[3]), _NUMPY[c.type]) for c in caches}
+        self._outputs = ["logits", *map(_present, self._past)]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Read tokens; their logits [batch, tokens, vocabulary]."""
+        logits, *present = self._session.run(self._outputs, {**feeds, **self._past})
+        self._past = dict(zip(self._past, present, strict=True))
+        return logits
+
+
+class InPlaceCache:
+    """Keys and values of a request whose model writes into the buffers that it is given: one for each layer and kind,
+    bound to both of its ends, and made twice as long when it is full.
+
+    Args:
+        most: tokens that it will hold at most.
+    """
+
+    def __init__(self, session: Any, caches: Sequence[Any], batch: int, most: int) -> None:
+        self._session, self._binding = session, session.io_binding()
+        self._most = most
+        self._buffers = {c.name: np.zeros((batch, c.shape[1], 0, c.shape[3]), _NUMPY[c.type]) for c in caches}
+        self._capacity = 0
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Read tokens; their logits [batch, tokens, vocabulary]."""
+        needed = feeds["attention_mask"].shape[1]
+        if needed > self._capacity:
+            self._grow(min(max(needed, 2 * self._capacity, _LEAST_CAPACITY), max(needed, self._most)))
+        for name, value in feeds.items():
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        # Its size is the call's. It is the first of the outputs, since it was bound first.
+        self._binding.bind_output("logits")
+        self._session.run_with_iobinding(self._binding)
+        return self._binding.get_outputs()[0].numpy()
+
+    def _grow(self, capacity: int) -> None:
+        self._binding.clear_binding_outputs()
+        self._binding.bind_output("logits")
+        for name, old in self._buffers.items():
+            new = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
+            new[:, :, : self._capacity] = old
+            self._buffers[name] = new
+            for bind, end in ((self._binding.bind_input, name), (self._binding.bind_output, _present(name))):
+                bind(end, "cpu", 0, new.dtype, new.shape, new.ctypes.data)
+        self._capacity = capacity
 
 
 @dataclass(frozen=True)
@@ -461,6 +542,16 @@ def _number(text: str) -> int:
     if not re.fullmatch("-?[0-9]{1,18}", text):
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number")
     return int(text)
+
+
+def _cores() -> int:
+    """Processor cores that this process may use; two threads of one core count once."""
+    try:
+        allowed = os.sched_getaffinity(0)
+        lists = (Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed)
+        return len({path.read_text() for path in lists})
+    except (AttributeError, OSError):
+        return os.cpu_count() or 1
 
 
 def _present(past: str) -> str:

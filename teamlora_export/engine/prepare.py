@@ -18,6 +18,7 @@ from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, Dtype, Sha256,
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
 from teamlora_export.graph.passes import inline_bodies
+from teamlora_export.graph.passes.expand_paired_rotary import ExpandPairedRotary
 from teamlora_export.graph.precision import ChangePrecision
 from teamlora_export.graph.read import read_graph
 from teamlora_export.progress import Reporter
@@ -96,6 +97,7 @@ def _write_model(
             f"{bundle.folder}: was exported with --op standard, so there is no op for the plugin to take."
         )
     ChangePrecision(bundle.manifest.dtype, dtype)(model)
+    ExpandPairedRotary()(model)
     if for_plugin:
         # A parser prefers a function to a plugin of the same name.
         model.functions.clear()

@@ -32,11 +32,13 @@ def build_graph(
     dtype: torch.dtype,
     reporter: Reporter,
     *,
+    in_place: bool = False,
     every_layer: bool = False,
 ) -> ir.Model:
     """The rewritten graph of `base` with `adapter` (aligned with it).
 
     Args:
+        in_place: the cache of a text generator is one buffer for each layer, and does not grow.
         every_layer: trace all layers even where they are alike.
 
     Raises:
@@ -46,7 +48,7 @@ def build_graph(
     model = traceable(base, adapter, dtype)
     if not every_layer:
         try:
-            shallow = shallow_model(base, model)
+            shallow = shallow_model(base, model, in_place)
             if shallow is not None:
                 return _trace_shallow(base, shallow, reporter)
         except (NotLayered, LayersDiffer) as reason:
@@ -54,7 +56,7 @@ def build_graph(
         # It may have lost layers.
         model = traceable(base, adapter, dtype)
     with reporter.step(f"Tracing all of {base.config.model_type} for {base.task}"):
-        graph = trace(base, model, _signature(base, model))
+        graph = trace(base, model, _signature(base, model, in_place))
         rewrite(graph)
     return graph
 
@@ -82,7 +84,7 @@ class Shallow:
     signature: TracedSignature
 
 
-def shallow_model(base: BaseModel, model: nn.Module) -> Shallow | None:
+def shallow_model(base: BaseModel, model: nn.Module, in_place: bool = False) -> Shallow | None:
     """The shallow model made of `model`, or None where it would save nothing.
 
     Raises:
@@ -92,25 +94,25 @@ def shallow_model(base: BaseModel, model: nn.Module) -> Shallow | None:
     if prefix is None:
         return None
     mode = without_data()
-    _, deep = _record(base, model, prefix, mode)
+    _, deep = _record(base, model, prefix, mode, in_place)
     plan = plan_layers(prefix, deep)
     if plan is None:
         return None
     shorten(model, plan)
-    signature, records = _record(base, model, prefix, mode)
+    signature, records = _record(base, model, prefix, mode, in_place)
     if not stands_for(records, deep, plan):
         raise NotLayered("with fewer of them the model computes something else")
     return Shallow(model, plan, signature)
 
 
 def _record(
-    base: BaseModel, model: nn.Module, prefix: str, mode: FakeTensorMode
+    base: BaseModel, model: nn.Module, prefix: str, mode: FakeTensorMode, in_place: bool
 ) -> tuple[TracedSignature, list[Record]]:
     """Records of two runs: a long one with an empty cache, and the one that will be traced."""
     try:
         forward, sample = opening(base, model, long=True)
         long, opened = record(model, prefix, forward, sample, mode)
-        signature = trace_signature(base, model, opened)
+        signature = trace_signature(base, model, opened, in_place=in_place)
         inputs = copy.deepcopy(dict(signature.sample))
         short, _ = record(model, prefix, signature.forward, inputs, mode)
     except (NotLayered, ExportError):
@@ -120,8 +122,8 @@ def _record(
     return signature, [long, short]
 
 
-def _signature(base: BaseModel, model: nn.Module) -> TracedSignature:
-    return trace_signature(base, model, _opened(base, model))
+def _signature(base: BaseModel, model: nn.Module, in_place: bool) -> TracedSignature:
+    return trace_signature(base, model, _opened(base, model), in_place=in_place)
 
 
 def _opened(base: BaseModel, model: nn.Module) -> Mapping[str, Any]:

@@ -102,16 +102,17 @@ def weight_shapes(projection: ExpertProjection) -> dict[str, tuple[int, ...]]:
     }
 
 
-def function(form: OpForm) -> ir.Function:
-    """The function body for `form`, in standard ops."""
-    proto = onnx.parser.parse_function(_body_text(form))
+def function(form: OpForm, opset: int = BODY_OPSET) -> ir.Function:
+    """The function body for `form`, in standard ops of `opset`: the model's own, `BODY_OPSET` or newer, since a body
+    that is put in place of its node becomes part of the model."""
+    proto = onnx.parser.parse_function(_body_text(form, opset))
     proto.overload = form.overload
     for index, node in enumerate(proto.node):
         node.name = f"{NAME}_{form.overload}_{index}_{node.op_type}"
     return ir.serde.deserialize_function(proto)
 
 
-def _body_text(form: OpForm) -> str:
+def _body_text(form: OpForm, opset: int) -> str:
     siblings = range(form.num_siblings)
     lines = [
         "k = Constant <value_int: int = @num_experts> ()",
@@ -143,7 +144,7 @@ def _body_text(form: OpForm) -> str:
         lines.append("y = Add (base, delta)")
     body = "\n".join(f"    {line}" for line in lines)
     return (
-        f'<domain: "{DOMAIN}", opset_import: ["" : {BODY_OPSET}]>\n'
+        f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
         f"{NAME} <{', '.join(ATTRIBUTES)}> ({', '.join(INPUTS)}) => (y)\n{{\n{body}\n}}"
     )
 

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from teamlora_export.graph.layers import LayerPlan
-from teamlora_export.graph.passes.module_outputs import MODULES_KEY
+from teamlora_export.graph.passes.module_outputs import COLUMNS_KEY, MODULES_KEY
 from teamlora_export.graph.passes.name_nodes import NameNodes
 from teamlora_export.graph.record import layer_of
 from teamlora_export.graph.weights import WeightTensor, new_weight, recipe_of, static_type
@@ -342,6 +342,8 @@ class _Repeater:
     def _describe(self, old: ir.Value, new: ir.Value, source: int, target: int) -> None:
         new.type, new.shape = old.type, old.shape
         new.name = self._renamed(old.name or "", source, target)
+        if COLUMNS_KEY in old.metadata_props:
+            new.metadata_props[COLUMNS_KEY] = old.metadata_props[COLUMNS_KEY]
         if MODULES_KEY in old.metadata_props:
             modules = old.metadata_props[MODULES_KEY].split(",")
             new.metadata_props[MODULES_KEY] = ",".join(_moved(m, self._plan.prefix, source, target) for m in modules)

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from teamlora_export.bundle import BATCH, PAST, SEQUENCE, TOTAL
+from teamlora_export.bundle import BATCH, CAPACITY, PAST, SEQUENCE, TOTAL
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_json
+from teamlora_export.graph.cache import InPlaceCache, widened
 from teamlora_export.graph.record import keys_and_values
 from teamlora_export.model.base import BaseModel
 
 # Sizes of the sample: all different, none 0 or 1, so that no axis is taken for a constant or for another.
-_BATCH, _SEQUENCE, _PAST = 2, 3, 5
+_BATCH, _SEQUENCE, _PAST, _CAPACITY = 2, 3, 5, 11
 # Where configurations keep the number of positions, and a number for those that have no limit.
 _POSITIONS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
 _MANY = 4096
@@ -47,12 +48,14 @@ class TracedSignature:
         sample: keyword arguments of `forward`.
         dynamic_shapes: torch.export's specification for `sample`.
         outputs: names of the graph's outputs, in their order.
+        in_place: the cache is one buffer for each layer (`cache.py`), and does not grow.
     """
 
     forward: Callable[..., dict[str, Any]]
     sample: Mapping[str, Any]
     dynamic_shapes: dict[str, Any]
     outputs: tuple[str, ...]
+    in_place: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -73,7 +76,7 @@ class TracedSignature:
     def dimensions(self, input_name: str) -> dict[int, str]:
         """Dynamic axes of an input, by the ecosystem's name of both."""
         if input_name.startswith("past_key_values."):
-            return {0: BATCH, 2: PAST}
+            return {0: BATCH, 2: CAPACITY if self.in_place else PAST}
         if input_name == "attention_mask" and "past_key_values" in self.sample:
             return {0: BATCH, 1: TOTAL}
         return {0: BATCH, 1: SEQUENCE}
@@ -105,10 +108,10 @@ def _most_tokens(config: Any) -> int:
     return max(positions - 2, _SEQUENCE)
 
 
-def trace_signature(base: BaseModel, model: nn.Module, opened: Mapping[str, Any]) -> TracedSignature:
+def trace_signature(base: BaseModel, model: nn.Module, opened: Mapping[str, Any], *, in_place: bool) -> TracedSignature:
     """The signature of `base.task` for `model` (a skeleton of any depth), of which the first run returned `opened`."""
     if base.task == "text-generation":
-        return _generation(model, _sample_cache(base, opened["past_key_values"]))
+        return _generation(model, _sample_cache(base, opened["past_key_values"], in_place), in_place)
     sample = _encoder_sample(model, _SEQUENCE)
     auto = torch.export.Dim.AUTO
     dynamic_shapes = {name: {0: auto, 1: auto} for name in sample}
@@ -119,7 +122,7 @@ def _cache_names(prefix: str, layers: int) -> list[str]:
     return [f"{prefix}.{index}.{which}" for index in range(layers) for which in ("key", "value")]
 
 
-def _generation(model: nn.Module, past: DynamicCache) -> TracedSignature:
+def _generation(model: nn.Module, past: DynamicCache, in_place: bool) -> TracedSignature:
     """One graph for prefill (an empty cache) and decode, left and right padding."""
     mask = torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.long)
     mask[0, :2] = 0
@@ -135,7 +138,24 @@ def _generation(model: nn.Module, past: DynamicCache) -> TracedSignature:
     dynamic_shapes: dict[str, Any] = {name: {0: auto, 1: auto} for name in sample}
     dynamic_shapes["past_key_values"] = [{0: auto, 2: auto} for layer in past.layers for _ in ("key", "value")]
     outputs = ("logits", *_cache_names("present", len(past.layers)))
-    return TracedSignature(_generation_forward(model), sample, dynamic_shapes, outputs)
+    forward = _in_place_forward(model) if in_place else _generation_forward(model)
+    return TracedSignature(forward, sample, dynamic_shapes, outputs, in_place)
+
+
+def _in_place_forward(model: nn.Module) -> Callable[..., dict[str, Any]]:
+    inner = model.forward
+
+    def forward(
+        input_ids: Tensor, attention_mask: Tensor, past_key_values: DynamicCache, **inputs: Any
+    ) -> dict[str, Any]:
+        cache = InPlaceCache(past_key_values, attention_mask, input_ids.shape[1])
+        mask = widened(attention_mask, cache.get_max_length(0))
+        outputs = inner(
+            input_ids=input_ids, attention_mask=mask, past_key_values=cache, **inputs, use_cache=True, return_dict=True
+        )
+        return {"logits": outputs.logits, "past_key_values": cache.buffers()}
+
+    return forward
 
 
 def _generation_forward(model: nn.Module) -> Callable[..., dict[str, Any]]:
@@ -160,8 +180,9 @@ def _require_plain_cache(base: BaseModel) -> None:
         )
 
 
-def _sample_cache(base: BaseModel, made: object) -> DynamicCache:
+def _sample_cache(base: BaseModel, made: object, in_place: bool) -> DynamicCache:
     """A cache of the shapes that a first run of the model made."""
+    places = _CAPACITY if in_place else _PAST
     # Made without a configuration, every layer keeps all tokens; the mask alone applies sliding windows.
     cache = DynamicCache()
     for index, pair in enumerate(keys_and_values(made) if isinstance(made, DynamicCache) else ()):
@@ -170,7 +191,7 @@ def _sample_cache(base: BaseModel, made: object) -> DynamicCache:
                 f"{base.name}: layer {index} of {base.config.model_type} keeps no key and value of its own, "
                 "which is not supported."
             )
-        key, value = (torch.zeros((*t.shape[:2], _PAST, t.shape[3]), dtype=t.dtype) for t in pair)
+        key, value = (torch.zeros((*t.shape[:2], places, t.shape[3]), dtype=t.dtype) for t in pair)
         cache.update(key, value, index)
     if not cache.layers:
         raise ExportError(f"{base.name}: {base.config.model_type} keeps no cache, which is not supported.")

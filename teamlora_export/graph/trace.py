@@ -24,6 +24,7 @@ from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph import op
 from teamlora_export.graph.marks import marked
+from teamlora_export.graph.attention import use_attention_operator
 from teamlora_export.graph.optimize import optimize
 from teamlora_export.graph.silence import silenced
 from teamlora_export.graph.tasks import TracedSignature
@@ -72,6 +73,7 @@ def traceable(base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype) -> nn.M
     """`base` without weights, the layers that `adapter` (aligned with it) changes being the op."""
     # Each expert of a mixture on its own tokens (`grouped_mm`), without a loop that the tokens decide.
     model = base.skeleton(dtype, experts=None)
+    use_attention_operator(model)
     swap_linears(model, adapter.projections, lambda path, linear: TracedExpertLinear(linear, adapter.projections[path]))
     return model
 
@@ -101,7 +103,7 @@ def trace(base: BaseModel, model: nn.Module, signature: TracedSignature) -> ir.M
 
 
 def _export(model: nn.Module, signature: TracedSignature) -> ir.Model:
-    config = OnnxConfig(dynamic=True, dynamic_shapes=signature.dynamic_shapes, optimize=False)
+    config = OnnxConfig(dynamic=True, dynamic_shapes=signature.dynamic_shapes, opset_version=24, optimize=False)
     with silenced():
         program, _metadata = OnnxExporter().export_program(model, dict(signature.sample), config)  # type: ignore[arg-type]
     return program

@@ -55,7 +55,7 @@ class TracedGraph:
     model_type: str
 
 
-def graph_key(source: BaseSource, adapter: AdapterSpec, task: str, dtype: str) -> str:
+def graph_key(source: BaseSource, adapter: AdapterSpec, task: str, dtype: str, in_place: bool) -> str:
     """Hash of all that a graph depends on. `adapter` as it was read, `task` as it was asked for."""
     shapes = {
         path: [sorted(op.weight_shapes(p).items()), p.shared_down, p.num_experts]
@@ -70,6 +70,7 @@ def graph_key(source: BaseSource, adapter: AdapterSpec, task: str, dtype: str) -
         "adapter": shapes,
         "task": task,
         "dtype": dtype,
+        "in_place": in_place,
     }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 

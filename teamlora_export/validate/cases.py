@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,29 @@ DECODE_STEPS = 12
 
 @dataclass(frozen=True)
 class Case:
-    """One batch. `mask` is [batch, length]; `steps` tokens are decoded after it where the task generates."""
+    """One batch. `mask` is [batch, length]; `steps` tokens are decoded after it where the task generates.
+
+    `part`: the prompt is read in calls of so many tokens, each against the cache of those before; 0 reads all at once.
+    """
 
     name: str
     ids: np.ndarray
     mask: np.ndarray
     steps: int = 0
+    part: int = 0
+
+    @property
+    def calls(self) -> int:
+        return self.steps + (-(-self.mask.shape[1] // self.part) if self.part else 1)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the model: what it is fed, and the mask over all tokens so far."""
+    """One call of the model: what it is fed, and the mask over all tokens so far. `case` is what it is a step of."""
 
     feeds: Feeds
     mask: np.ndarray
+    case: Case
 
     def attended(self, name: str, array: np.ndarray) -> np.ndarray:
         """What of an output or module value belongs to real tokens of this step."""
@@ -77,6 +86,7 @@ def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> li
             case("batch of 3, padded left", [17, 4, 11], "left", DECODE_STEPS),
             case("batch of 2, padded right", [6, 13], "right"),
             case(f"one prompt of {long}", [long], "left", 2),
+            replace(case("batch of 2, read in parts of 5", [14, 9], "left", 2), part=5),
             case("one token", [1], "left", 2),
         ]
     return [
@@ -88,20 +98,28 @@ def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> li
 
 
 def first_step(inputs: Sequence[Port], case: Case) -> Step:
-    """The whole prompt of a case, with an empty cache where the model has one."""
+    """The prompt of a case, or its first part, with an empty cache where the model has one."""
     caches = [port for port in inputs if port.name.startswith("past_key_values.")]
     batch = len(case.mask)
     past = {port.name: np.zeros((batch, int(port.shape[1]), 0, int(port.shape[3])), np.float32) for port in caches}
-    return Step(_common_feeds(inputs, case.ids, case.mask) | past, case.mask)
+    end = case.part or case.mask.shape[1]
+    ids, mask = case.ids[:, :end], case.mask[:, :end]
+    return Step(_common_feeds(inputs, ids, mask) | past, mask, case)
 
 
 def next_step(inputs: Sequence[Port], step: Step, outputs: Feeds, logits: np.ndarray) -> Step:
-    """One more token after `step`, the likeliest by `logits`, with the cache of `outputs`."""
-    ids = logits[:, -1].argmax(axis=-1)[:, None]
-    mask = np.concatenate([step.mask, np.ones_like(ids)], axis=1)
+    """What follows `step`, with the cache of `outputs`: the next part of the prompt, or the likeliest token by
+    `logits`."""
+    case, read = step.case, step.mask.shape[1]
+    if read < case.mask.shape[1]:
+        ids, seen = (array[:, read : read + case.part] for array in (case.ids, case.mask))
+    else:
+        ids = logits[:, -1].argmax(axis=-1)[:, None]
+        seen = np.ones_like(ids)
+    mask = np.concatenate([step.mask, seen], axis=1)
     presents = {name: value for name, value in outputs.items() if name.startswith("present.")}
     past = {f"past_key_values.{name.removeprefix('present.')}": value for name, value in presents.items()}
-    return Step(_common_feeds(inputs, ids, mask) | past, mask)
+    return Step(_common_feeds(inputs, ids, mask) | past, mask, case)
 
 
 def _common_feeds(inputs: Sequence[Port], ids: np.ndarray, mask: np.ndarray) -> Feeds:

@@ -73,7 +73,8 @@ def cases_within(cases: Sequence[Case], profiles: Sequence[ShapeProfile]) -> lis
         batch, length = case.mask.shape
         first, last = profiles[0].inputs["input_ids"], profiles[-1].inputs["attention_mask"]
         return (
-            first[0][0] <= batch <= first[2][0]
+            not case.part
+            and first[0][0] <= batch <= first[2][0]
             and first[0][1] <= length <= first[2][1]
             and length + case.steps <= last[2][1]
             and (not case.steps or last[0][1] <= length + 1)

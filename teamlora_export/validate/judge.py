@@ -137,7 +137,7 @@ class Judge:
     def _steps(self, case: Case) -> Iterator[tuple[Step, tuple[Feeds, Feeds, Feeds]]]:
         """Each runner decodes from its own cache; the tokens are the reference's."""
         steps = [first_step(self._inputs, case)] * 3
-        for remaining in reversed(range(case.steps + 1)):
+        for remaining in reversed(range(case.calls)):
             candidate = self._candidate.run(steps[2].feeds)
             choices = {name: taken for name, taken in candidate.items() if is_choice(name)}
             reference, pytorch = (

@@ -40,13 +40,13 @@ class LayerwiseOnnxRunner(OnnxRunner):
         self._types = {info.name: info for info in self._proto.graph.value_info}
         self._pieces = tuple(self._cut())
 
-    def run(self, feeds: Feeds) -> Feeds:
-        return self._named(self._run(feeds, set(self.choices.values()), False), self.choices)
+    def _run(self, feeds: Feeds) -> Feeds:
+        return self._run_pieces(feeds, set(self.choices.values()), False)
 
     def _run_tapped(self, feeds: Feeds, wide: bool) -> Feeds:
-        return self._run(feeds, {tap.value for tap in self.taps.values()}, wide)
+        return self._run_pieces(feeds, {tap.value for tap in self.taps.values()}, wide)
 
-    def _run(self, feeds: Feeds, extra: Collection[str], wide: bool) -> Feeds:
+    def _run_pieces(self, feeds: Feeds, extra: Collection[str], wide: bool) -> Feeds:
         values: Feeds = dict(feeds)
         known: set[str] = set()
         for piece in self._pieces:

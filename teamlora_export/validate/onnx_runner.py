@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.read import read_graph
 from teamlora_export.validate.cases import Feeds
+from teamlora_export.validate.in_place import in_place_call, keeps_in_place
 from teamlora_export.validate.stored import adapted_modules
 from teamlora_export.validate.taps import EXPERTS, Tap, expert_inputs, find_taps, live_values, marked_values, module_of
 from teamlora_export.validate.verdict import Departure
@@ -93,11 +94,9 @@ class OnnxRunner:
         return {name: tap.value for name, tap in self.taps.items() if is_choice(name)}
 
     def run(self, feeds: Feeds) -> Feeds:
-        """Outputs by name, and by tap what was chosen: which experts a router took."""
-        if self._session is None:
-            as_it_is = self.bundle.manifest.dtype != "bf16" and not self.choices
-            self._session = _open_session(self.bundle.model) if as_it_is else self._open(self.choices.values())
-        return self._named(run_session(self._session, feeds), self.choices)
+        """Outputs by name, and by tap what was chosen: which experts a router took. A cache grows here, whatever form
+        the graph keeps it in."""
+        return self._named(self._as_growing(self._run, feeds), self.choices)
 
     def run_with_taps(self, feeds: Feeds, wide: bool = False) -> Feeds:
         """Values by tap, then outputs by name.
@@ -105,12 +104,24 @@ class OnnxRunner:
         Args:
             wide: in float32 arithmetic throughout, with the weights of the file.
         """
-        return self._named(self._run_tapped(feeds, wide), self.taps)
+        return self._named(self._as_growing(lambda given: self._run_tapped(given, wide), feeds), self.taps)
 
     def forget(self) -> None:
         """Close all sessions: each holds the weights."""
         self._session = None
         self._tapped.clear()
+
+    def _as_growing(self, run: Callable[[Feeds], Feeds], feeds: Feeds) -> Feeds:
+        if not keeps_in_place(self.bundle.manifest.inputs):
+            return run(feeds)
+        call = in_place_call(feeds)
+        return call.present(run(call.feeds))
+
+    def _run(self, feeds: Feeds) -> Feeds:
+        if self._session is None:
+            as_it_is = self.bundle.manifest.dtype != "bf16" and not self.choices
+            self._session = _open_session(self.bundle.model) if as_it_is else self._open(self.choices.values())
+        return run_session(self._session, feeds)
 
     def _run_tapped(self, feeds: Feeds, wide: bool) -> Feeds:
         if wide not in self._tapped:

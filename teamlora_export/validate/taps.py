@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from teamlora_export.graph import op
-from teamlora_export.graph.passes.module_outputs import MODULES_KEY
+from teamlora_export.graph.passes.module_outputs import COLUMNS_KEY, MODULES_KEY
 
 INPUT, BASE, EXPERTS = "input", "base", "experts"
 _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -61,24 +61,32 @@ def find_taps(model: ir.Model, adapted: Collection[str], inputs: Mapping[str, st
     """
     taps: dict[str, Tap] = {}
     for value, modules in marked_values(model):
-        for module in modules:
+        for module, columns in zip(modules, _columns(value, len(modules)), strict=True):
             if module.partition("#")[0] in adapted:
-                taps |= _parts(module, value, inputs)
-            taps[module] = Tap(str(value.name))
+                taps |= _parts(module, value, columns, inputs)
+            taps[module] = Tap(str(value.name), columns)
     return taps
 
 
 def marked_values(model: ir.Model) -> Iterator[tuple[ir.Value, list[str]]]:
-    """Each value that modules returned, with their names."""
+    """Each value that modules returned, with their names; several modules' own columns of it count as well."""
     values = (value for node in model.graph for value in node.outputs)
     for value in (*model.graph.inputs, *values):
         if MODULES_KEY in value.metadata_props:
             yield value, value.metadata_props[MODULES_KEY].split(",")
 
 
-def _parts(module: str, value: ir.Value, inputs: Mapping[str, str]) -> dict[str, Tap]:
-    """The parts of an adapted projection that gives `value`; none where the graph no longer has their form."""
-    columns = None
+def _columns(value: ir.Value, modules: int) -> list[tuple[int, int] | None]:
+    """Of each module that returned `value`: its columns, where the value holds those of several."""
+    if COLUMNS_KEY not in value.metadata_props:
+        return [None] * modules
+    borders = [columns.split(":") for columns in value.metadata_props[COLUMNS_KEY].split(",")]
+    return [(int(start), int(end)) for start, end in borders]
+
+
+def _parts(module: str, value: ir.Value, columns: tuple[int, int] | None, inputs: Mapping[str, str]) -> dict[str, Tap]:
+    """The parts of an adapted projection that gives `columns` of `value`; none where the graph no longer has their
+    form."""
     node = value.producer()
     if node is not None and node.op_type == "Split":
         widths = [int(str(output.shape[-1])) for output in node.outputs]  # type: ignore[index]

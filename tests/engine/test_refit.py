@@ -66,7 +66,7 @@ def test_the_weights_are_those_of_an_export_with_the_other_adapter(
     engine = tmp_path / "tiny.engine"
     found = refit_weights(engine, refittable(bundle, dtype, engine), bundle, adapter)
     base = make_base(name)
-    exported = export_onnx(base.name, adapter, tmp_path / "exported", task=base.task, use_cache=False)
+    exported = export_onnx(base.name, adapter, tmp_path / "exported", task=base.task, retrace=True)
     model = ir.load(exported.model)
     ChangePrecision("fp32", dtype)(model)
     for weight, array in found.items():

@@ -10,6 +10,11 @@ import onnx_ir.passes.common as common
 
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
 from teamlora_export.graph.passes.fold_transposes import FoldTransposes
+from teamlora_export.graph.passes.lift_gelu import LiftGelu
+from teamlora_export.graph.passes.lift_layer_norms import LiftLayerNorms
+from teamlora_export.graph.passes.lift_rms_norms import LiftRMSNorms
+from teamlora_export.graph.passes.lift_rotary import LiftRotary
+from teamlora_export.graph.passes.merge_heads import MergeHeads
 from teamlora_export.graph.passes.module_outputs import MODULES_KEY, NameModuleOutputs
 from teamlora_export.graph.passes.name_nodes import NameNodes
 from teamlora_export.graph.passes.pack_siblings import PackSiblings
@@ -23,7 +28,12 @@ STEPS: tuple[type[ir.passes.InPlacePass], ...] = (
     ShareDimensions,
     FoldTransposes,
     TransposeKeys,
+    LiftRMSNorms,
+    LiftLayerNorms,
+    LiftRotary,
+    LiftGelu,
     PackSiblings,
+    MergeHeads,
     common.CommonSubexpressionEliminationPass,
     common.RemoveUnusedNodesPass,
     AttachFunctions,
@@ -40,7 +50,7 @@ def rewrite(model: ir.Model) -> None:
 def inline_bodies(model: ir.Model) -> None:
     """Replace every op of ours by its body (`--op standard`), in place. Values keep the names of their modules."""
     modules = {
-        value.name: value.metadata_props[MODULES_KEY]
+        value.name: dict(value.metadata_props)
         for node in model.graph
         for value in node.outputs
         if MODULES_KEY in value.metadata_props
@@ -49,6 +59,6 @@ def inline_bodies(model: ir.Model) -> None:
     for node in model.graph:
         for value in node.outputs:
             if value.name in modules:
-                value.metadata_props[MODULES_KEY] = modules[value.name]
+                value.metadata_props.update(modules[value.name])
     common.RemoveUnusedNodesPass()(model)
     NameNodes()(model)

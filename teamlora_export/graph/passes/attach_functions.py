@@ -21,7 +21,7 @@ class AttachFunctions(ir.passes.InPlacePass):
                 node.overload = form.overload
                 forms.add(form)
         for form in sorted(forms, key=lambda form: form.overload):
-            function = op.function(form)
+            function = op.function(form, model.graph.opset_imports[""])
             model.functions[function.identifier()] = function
         model.ir_version = max(model.ir_version or _IR_VERSION, _IR_VERSION)
         model.graph.opset_imports[op.DOMAIN] = op.VERSION

@@ -9,6 +9,8 @@ import onnx_ir as ir
 from teamlora_export.graph import op
 
 MODULES_KEY = "teamlora.modules"
+# Where a value holds what several modules returned beside each other: `start:end` of each one's columns.
+COLUMNS_KEY = "teamlora.columns"
 
 
 class NameModuleOutputs(ir.passes.InPlacePass):

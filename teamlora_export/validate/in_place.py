@@ -1,0 +1,72 @@
+"""Gives the calls of a growing cache to a graph that keeps its cache in place, so that both are judged by one set of
+cases.
+
+The buffers are longer than what they hold, or just long enough, and hold numbers of no meaning where nothing was
+written. In every other call of one token the rows of the batch stand at places of their own: each without the padding
+ahead of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from teamlora_export.bundle import CAPACITY, Port
+from teamlora_export.validate.cases import Feeds
+
+# What an unused place holds: finite, since even what is not seen is multiplied by zero, and far from any key.
+_LEFT_OVER = 1000.0
+_SPARE = 5
+
+
+@dataclass(frozen=True)
+class InPlaceCall:
+    """One call, as the graph takes it.
+
+    Attributes:
+        feeds: what the graph is fed with; the cache is [batch, kv heads, capacity, size].
+        given: what the caller gave; the cache is [batch, kv heads, past, size].
+        skipped: how many of the caller's columns each row leaves out, int64 [batch].
+    """
+
+    feeds: Feeds
+    given: Feeds
+    skipped: np.ndarray
+
+    def present(self, outputs: Feeds) -> Feeds:
+        """`outputs` as the caller wants them: `present.*` [batch, kv heads, past + sequence, size]."""
+        return {name: self._grown(name, v) if name.startswith("present.") else v for name, v in outputs.items()}
+
+    def _grown(self, name: str, buffer: np.ndarray) -> np.ndarray:
+        total = self.given["attention_mask"].shape[1]
+        grown = buffer[:, :, :total].copy()
+        past = self.given[name.replace("present", "past_key_values", 1)]
+        for row, skipped in enumerate(self.skipped):
+            grown[row, :, skipped:] = buffer[row, :, : total - skipped]
+            grown[row, :, :skipped] = past[row, :, :skipped]
+        return grown
+
+
+def keeps_in_place(inputs: Sequence[Port]) -> bool:
+    return any(CAPACITY in port.shape for port in inputs)
+
+
+def in_place_call(given: Feeds) -> InPlaceCall:
+    """The call that means the same as that of a growing cache with `given`."""
+    mask = given["attention_mask"]
+    total, sequence = mask.shape[1], given["input_ids"].shape[1]
+    odd = total % 2 == 1
+    skipped = mask.argmax(axis=1) if odd and sequence == 1 else np.zeros(len(mask), np.int64)
+    moved = np.zeros_like(mask)
+    for row, left_out in enumerate(skipped):
+        moved[row, : total - left_out] = mask[row, left_out:]
+    feeds = {**given, "attention_mask": moved}
+    capacity = total + (0 if odd else _SPARE)
+    for name, past in given.items():
+        if name.startswith("past_key_values."):
+            feeds[name] = buffer = np.full((*past.shape[:2], capacity, past.shape[3]), _LEFT_OVER, past.dtype)
+            for row, left_out in enumerate(skipped):
+                buffer[row, :, : past.shape[2] - left_out] = past[row, :, left_out:]
+    return InPlaceCall(feeds, given, skipped)
