@@ -42,7 +42,8 @@ def deploy_genai(bundle: Bundle, out: Path, library: str | None = None, logits: 
         if path is not None:
             made.add(path.name, path)
         add_genai_files(made, library)
-        made.write("README.md", render("genai.README.md.j2", bundle, library=library))
+        facts = {"library": library, "buffer_bytes": _buffer_bytes(bundle), "context": _context(bundle)}
+        made.write("README.md", render("genai.README.md.j2", bundle, **facts))
     return out
 
 
@@ -75,7 +76,7 @@ def genai_config(bundle: Bundle, library: str | None = None) -> dict[str, Any]:
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if library:
         options["custom_ops_library"] = library
-    context = tokens.most or _DEFAULT_LENGTH
+    context = _context(bundle)
     return {
         "model": {
             # Any decoder whose inputs and outputs are named here; the names of architectures are for graphs of its own
@@ -112,10 +113,20 @@ def genai_config(bundle: Bundle, library: str | None = None) -> dict[str, Any]:
             "num_beams": 1,
             "num_return_sequences": 1,
             # One buffer of max_length for both ends of the cache, or another one that is longer on every call.
-            "past_present_share_buffer": any(CAPACITY in port.shape for port in caches),
+            "past_present_share_buffer": _buffer_bytes(bundle) > 0,
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 1,
             "top_p": 1.0,
         },
     }
+
+
+def _context(bundle: Bundle) -> int:
+    return bundle.manifest.tokens.most or _DEFAULT_LENGTH
+
+
+def _buffer_bytes(bundle: Bundle) -> int:
+    """What one token takes of the buffers of a cache in place; 0 where the cache grows."""
+    in_place = [port for port in bundle.manifest.inputs if CAPACITY in port.shape]
+    return sum(int(port.shape[1]) * int(port.shape[3]) * (4 if port.dtype == "float" else 2) for port in in_place)
