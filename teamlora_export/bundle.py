@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, TypedDict
@@ -74,6 +74,11 @@ class Port:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+def keeps_in_place(inputs: Sequence[Port]) -> bool:
+    """Whether a model of these inputs writes into buffers of one size, in place of a cache that grows."""
+    return any(CAPACITY in port.shape for port in inputs)
 
 
 class BaseOrigin(TypedDict):

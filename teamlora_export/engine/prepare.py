@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, check_files
+from teamlora_export.bundle import CAPACITY, DATA_NAME, MODEL_NAME, Bundle, check_files
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import ChangePrecision
@@ -20,7 +20,9 @@ from teamlora_export.progress import Reporter
 from teamlora_export.staging import require_space, scratch_folder
 
 
-def write_graph(bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, reporter: Reporter) -> Path:
+def write_graph(
+    bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, reporter: Reporter, capacity: int | None = None
+) -> Path:
     """Write the graph for a builder of one's own (trtexec, polygraphy) into the folder `out`; returns the model's path.
 
     Raises:
@@ -29,7 +31,7 @@ def write_graph(bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, repo
     if os.path.lexists(out):
         raise ExportError(f"{out}: exists. Choose another -o.")
     check_files(bundle)
-    with prepared_model(bundle, dtype, out, for_plugin=for_plugin, reporter=reporter) as path:
+    with prepared_model(bundle, dtype, out, for_plugin=for_plugin, reporter=reporter, capacity=capacity) as path:
         data = path.with_name(DATA_NAME)
         if data.stat().st_nlink > 1:
             # A change to this folder must not reach the bundle, and onnx refuses a file with a second name.
@@ -43,13 +45,16 @@ def write_graph(bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, repo
 
 
 @contextmanager
-def prepared_model(bundle: Bundle, dtype: str, place: Path, *, for_plugin: bool, reporter: Reporter) -> Iterator[Path]:
+def prepared_model(
+    bundle: Bundle, dtype: str, place: Path, *, for_plugin: bool, reporter: Reporter, capacity: int | None = None
+) -> Iterator[Path]:
     """Write the graph of `bundle` in `dtype` into a folder beside `place`; yields its path, and removes it afterwards.
 
     Weights are cast one at a time where the dtype changes; where it does not, the bundle's own file is linked.
 
     Args:
         for_plugin: leave the op's nodes to the plugin, instead of inlining their bodies.
+        capacity: of an in-place cache, which TensorRT wants to be a number.
 
     Raises:
         ExportError: the plugin is wanted but the bundle has no nodes of the op, or a weight does not fit into float16.
@@ -59,6 +64,8 @@ def prepared_model(bundle: Bundle, dtype: str, place: Path, *, for_plugin: bool,
         raise ExportError(
             f"{bundle.folder}: was exported with --op standard, so there is no op for the plugin to take."
         )
+    if capacity is not None:
+        _fix_capacity(model.graph, capacity)
     ChangePrecision(bundle.manifest.dtype, dtype)(model)
     if for_plugin:
         # A parser prefers a function to a plugin of the same name.
@@ -83,6 +90,12 @@ def prepared_model(bundle: Bundle, dtype: str, place: Path, *, for_plugin: bool,
                     callback=lambda tensor, _info: advance(tensor.nbytes),
                 )
         yield folder / MODEL_NAME
+
+
+def _fix_capacity(graph: ir.Graph, capacity: int) -> None:
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None and CAPACITY in [getattr(size, "value", size) for size in value.shape]:
+            value.shape = ir.Shape([capacity if getattr(size, "value", size) == CAPACITY else size for size in value.shape])
 
 
 def _link(source: Path, target: Path) -> None:
