@@ -149,6 +149,7 @@ class _Builder:
         with self._reporter.step("Parsing the graph"):
             if not run_cancellable(lambda: parser.parse_from_file(str(model)), lambda: None):
                 raise self._parse_error(parser)
+        self._allow_attention_in_parts(network)
         if self._options.refit:
             self._mark_refittable(network, bundle.manifest.refit["weights"])
         with BuildProgress(self._trt, self._reporter) as progress:
@@ -180,6 +181,15 @@ class _Builder:
             f"{error.node_name() or 'the graph'} ({error.node_operator() or '-'}): {error.desc()}" for error in errors
         ]
         return ExportError(f"{self._title()} cannot take the graph: {places[0] if places else self._messages.reason()}")
+
+    def _allow_attention_in_parts(self, network: Any) -> None:
+        """Where no kernel of its own fits an `Attention` (a size of heads, a GPU), it is computed of products and a
+        softmax; TensorRT refuses it otherwise."""
+        for index in range(network.num_layers):
+            layer = network.get_layer(index)
+            if layer.type == getattr(self._trt.LayerType, "ATTENTION_INPUT", None):
+                layer.__class__ = self._trt.IAttentionBoundaryLayer
+                layer.attention.decomposable = True
 
     def _mark_refittable(self, network: Any, names: Mapping[str, str]) -> None:
         for name in names:
