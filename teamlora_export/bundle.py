@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, TypedDict
@@ -84,6 +84,11 @@ class Port:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+def keeps_in_place(inputs: Sequence[Port]) -> bool:
+    """Whether a model of these inputs writes into buffers of one size, in place of a cache that grows."""
+    return any(CAPACITY in port.shape for port in inputs)
 
 
 class BaseOrigin(TypedDict):

@@ -22,7 +22,7 @@ from teamlora_export.dtypes import DTYPES
 from teamlora_export.engine.facts import EngineFacts, EnginePlugin, refuse_foreign_engine, write_engine
 from teamlora_export.engine.plugin import PluginLibrary, find_plugin, load_plugin
 from teamlora_export.engine.prepare import prepared_model
-from teamlora_export.engine.profiles import ShapeProfile, make_profiles
+from teamlora_export.engine.profiles import ShapeProfile, capacity_of, make_profiles
 from teamlora_export.engine.progress import BuildProgress, run_cancellable
 from teamlora_export.engine.runtime import Messages, TensorRT, open_runtime
 from teamlora_export.errors import ExportError
@@ -99,7 +99,8 @@ def build_engine(
         raise ExportError(f"{'--plugin' if options.plugin else '--arch'}: this engine has no plugin.")
     plugin = find_plugin(options.plugin, runtime, reporter, options.architectures) if use_plugin else None
     with existing(path.parent):
-        with prepared_model(bundle, dtype, path, for_plugin=use_plugin, reporter=reporter) as model:
+        capacity = capacity_of(profiles)
+        with prepared_model(bundle, dtype, path, for_plugin=use_plugin, reporter=reporter, capacity=capacity) as model:
             engine = _Builder(runtime, options, reporter).build(model, bundle, profiles, capabilities, plugin)
         facts = EngineFacts(
             runtime=runtime.name,

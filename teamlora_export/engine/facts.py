@@ -13,7 +13,7 @@ from typing import Annotated, TypedDict
 import msgspec
 
 from teamlora_export.bundle import ENGINES_NAME, MANIFEST_NAME, Bundle, Dtype, Sha256, Task, Validation, read_bundle
-from teamlora_export.engine.profiles import ShapeProfile
+from teamlora_export.engine.profiles import ShapeProfile, capacity_of
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
 from teamlora_export.staging import require_space, settle, write_aside, write_together
@@ -65,6 +65,11 @@ class EngineFacts:
     tool_version: str
     validation: Validation | None = None
     format_version: int = FORMAT_VERSION
+
+    @property
+    def capacity(self) -> int | None:
+        """Tokens that its in-place cache holds; None where the cache grows, or there is none."""
+        return capacity_of(self.profiles)
 
 
 def facts_path(engine: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from teamlora_export import __version__
-from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, Dtype, Sha256, check_files
+from teamlora_export.bundle import CAPACITY, DATA_NAME, MODEL_NAME, Bundle, Dtype, Sha256, check_files
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
 from teamlora_export.graph.passes import inline_bodies
@@ -46,7 +46,9 @@ class GraphFacts:
     format_version: int = FORMAT_VERSION
 
 
-def write_graph(bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, reporter: Reporter) -> Path:
+def write_graph(
+    bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, reporter: Reporter, capacity: int | None = None
+) -> Path:
     """Write the graph for a builder of one's own (trtexec, polygraphy) into the folder `out`; returns the model's path.
 
     An earlier one there is replaced.
@@ -58,7 +60,7 @@ def write_graph(bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, repo
     place = real_path(out)
     with staged(place, _our_files, [bundle.folder]) as folder:
         # Weights of its own: a change to this folder must not reach the bundle, and onnx refuses a file of two names.
-        _write_model(bundle, dtype, folder, for_plugin, shutil.copyfile, reporter)
+        _write_model(bundle, dtype, folder, for_plugin, shutil.copyfile, reporter, capacity)
         files = {name: sha256_of(folder / name) for name in (MODEL_NAME, DATA_NAME)}
         facts = GraphFacts(f"teamlora-export {__version__}", dtype, for_plugin, bundle.manifest.sha256, files)
         (folder / GRAPH_NAME).write_text(json.dumps(dataclasses.asdict(facts), indent=2) + "\n", encoding="utf-8")
@@ -66,19 +68,22 @@ def write_graph(bundle: Bundle, dtype: str, out: Path, *, for_plugin: bool, repo
 
 
 @contextmanager
-def prepared_model(bundle: Bundle, dtype: str, place: Path, *, for_plugin: bool, reporter: Reporter) -> Iterator[Path]:
+def prepared_model(
+    bundle: Bundle, dtype: str, place: Path, *, for_plugin: bool, reporter: Reporter, capacity: int | None = None
+) -> Iterator[Path]:
     """Write the graph of `bundle` in `dtype` into a folder beside `place`; yields its path, and removes it afterwards.
 
     Weights are cast one at a time where the dtype changes; where it does not, the bundle's own file is linked.
 
     Args:
         for_plugin: leave the op's nodes to the plugin, instead of inlining their bodies.
+        capacity: of an in-place cache, which TensorRT wants to be a number.
 
     Raises:
         ExportError: the plugin is wanted but the bundle has no nodes of the op, or a weight does not fit into float16.
     """
     with scratch_folder(place) as folder:
-        _write_model(bundle, dtype, folder, for_plugin, _link, reporter)
+        _write_model(bundle, dtype, folder, for_plugin, _link, reporter, capacity)
         yield folder / MODEL_NAME
 
 
@@ -89,6 +94,7 @@ def _write_model(
     for_plugin: bool,
     share: Callable[[Path, Path], object],
     reporter: Reporter,
+    capacity: int | None,
 ) -> None:
     """Write model and weights into `folder`; weights in the dtype that the bundle has come there by `share`."""
     model = read_graph(bundle)
@@ -96,6 +102,8 @@ def _write_model(
         raise ExportError(
             f"{bundle.folder}: was exported with --op standard, so there is no op for the plugin to take."
         )
+    if capacity is not None:
+        _fix_capacity(model.graph, capacity)
     ChangePrecision(bundle.manifest.dtype, dtype)(model)
     ExpandPairedRotary()(model)
     if for_plugin:
@@ -135,6 +143,14 @@ def _our_files(out: Path) -> set[str]:
         if (out / name).is_file() and sha256_of(out / name, out) != digest:
             raise ExportError(f"{out / name}: is not as it was written, and would be lost. Choose another -o.")
     return {GRAPH_NAME, *facts.files}
+
+
+def _fix_capacity(graph: ir.Graph, capacity: int) -> None:
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None and CAPACITY in [getattr(size, "value", size) for size in value.shape]:
+            value.shape = ir.Shape(
+                [capacity if getattr(size, "value", size) == CAPACITY else size for size in value.shape]
+            )
 
 
 def _link(source: Path, target: Path) -> None:

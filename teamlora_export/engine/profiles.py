@@ -2,16 +2,17 @@
 
 Text generation has two, because prefill and decode want other kernels: "prefill" reads a prompt into an empty cache (or
 one with a row that is masked out: Triton's state cannot be empty), "decode" adds one token to a cache of any length.
-Other tasks have one.
+Where the cache is in place, its buffers have one fixed capacity, the most tokens; they are there from the first call on,
+so "prefill" reads any number of tokens against what they hold already: a long prompt in parts. Other tasks have one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from teamlora_export.bundle import BATCH, PAST, SEQUENCE, TOTAL, Bundle, Port
+from teamlora_export.bundle import BATCH, CAPACITY, PAST, SEQUENCE, TOTAL, Bundle, Port, keeps_in_place
 from teamlora_export.errors import ExportError
 
 Shape = tuple[int, ...]
@@ -48,7 +49,7 @@ class ShapeProfile:
 def make_profiles(bundle: Bundle, shapes: str | None) -> tuple[ShapeProfile, ...]:
     """The profiles of `bundle` for `--shapes`, "BATCHxTOKENS" three times: at least, best, at most.
 
-    For text generation TOKENS is the length of prompt and answer together.
+    For text generation TOKENS is the length of prompt and answer together; the most is the capacity of a cache in place.
 
     Raises:
         ExportError: `shapes` is not of that form or not in order, or longer than the model's positions.
@@ -61,6 +62,8 @@ def make_profiles(bundle: Bundle, shapes: str | None) -> tuple[ShapeProfile, ...
     if not generates:
         sizes = [{BATCH: batch, SEQUENCE: tokens} for batch, tokens in points]
         return (_profile("all", bundle.manifest.inputs, sizes),)
+    if keeps_in_place(bundle.manifest.inputs):
+        return _in_place(bundle.manifest.inputs, points)
     prefill = [
         {BATCH: batch, SEQUENCE: tokens, PAST: past, TOTAL: past + tokens}
         for (batch, tokens), past in zip(points, (0, 0, 1), strict=True)
@@ -69,6 +72,29 @@ def make_profiles(bundle: Bundle, shapes: str | None) -> tuple[ShapeProfile, ...
     return (
         _profile("prefill", bundle.manifest.inputs, prefill),
         _profile("decode", bundle.manifest.inputs, decode),
+    )
+
+
+def capacity_of(profiles: Sequence[ShapeProfile]) -> int | None:
+    """Tokens that an in-place cache holds in an engine of `profiles`; None where the cache grows, or there is none."""
+    sizes = {
+        (least[2], most[2])
+        for profile in profiles
+        for name, (least, _, most) in profile.inputs.items()
+        if name.startswith("past_key_values.")
+    }
+    fixed = {most for least, most in sizes if least == most}
+    return fixed.pop() if len(sizes) == len(fixed) == 1 else None
+
+
+def _in_place(ports: tuple[Port, ...], points: list[tuple[int, int]]) -> tuple[ShapeProfile, ...]:
+    capacity = points[2][1]
+    sizes = [{BATCH: batch, TOTAL: tokens, CAPACITY: capacity} for batch, tokens in points]
+    # The last part of a prompt may be one token.
+    parts = (1, points[1][1], capacity)
+    return (
+        _profile("prefill", ports, [{**size, SEQUENCE: part} for size, part in zip(sizes, parts, strict=True)]),
+        _profile("decode", ports, [{**size, SEQUENCE: 1} for size in sizes]),
     )
 
 

@@ -23,8 +23,8 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph import op
-from teamlora_export.graph.marks import marked
 from teamlora_export.graph.attention import use_attention_operator
+from teamlora_export.graph.marks import marked
 from teamlora_export.graph.optimize import optimize
 from teamlora_export.graph.silence import silenced
 from teamlora_export.graph.tasks import TracedSignature

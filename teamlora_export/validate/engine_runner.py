@@ -16,6 +16,7 @@ from teamlora_export.engine.profiles import ShapeProfile
 from teamlora_export.errors import ExportError
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.cases import Case, Feeds
+from teamlora_export.validate.in_place import in_place_call
 
 
 class EngineRunner:
@@ -48,6 +49,13 @@ class EngineRunner:
         self._profile: int | None = None
 
     def run(self, feeds: Feeds) -> Feeds:
+        """Outputs by name. A cache grows here, whatever form the engine keeps it in."""
+        if self._facts.capacity is None:
+            return self._run(feeds)
+        call = in_place_call(feeds, self._facts.capacity)
+        return call.present(self._run(call.feeds))
+
+    def _run(self, feeds: Feeds) -> Feeds:
         index = self._choose_profile({name: feeds[name].shape for name in self._types})
         if index != self._profile:
             self._runner.set_profile(index)

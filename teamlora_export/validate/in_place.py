@@ -8,12 +8,10 @@ ahead of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from teamlora_export.bundle import CAPACITY, Port
 from teamlora_export.validate.cases import Feeds
 
 # What an unused place holds: finite, since even what is not seen is multiplied by zero, and far from any key.
@@ -49,12 +47,12 @@ class InPlaceCall:
         return grown
 
 
-def keeps_in_place(inputs: Sequence[Port]) -> bool:
-    return any(CAPACITY in port.shape for port in inputs)
+def in_place_call(given: Feeds, capacity: int | None = None) -> InPlaceCall:
+    """The call that means the same as that of a growing cache with `given`.
 
-
-def in_place_call(given: Feeds) -> InPlaceCall:
-    """The call that means the same as that of a growing cache with `given`."""
+    Args:
+        capacity: of the buffers, where it is fixed.
+    """
     mask = given["attention_mask"]
     total, sequence = mask.shape[1], given["input_ids"].shape[1]
     odd = total % 2 == 1
@@ -63,7 +61,7 @@ def in_place_call(given: Feeds) -> InPlaceCall:
     for row, left_out in enumerate(skipped):
         moved[row, : total - left_out] = mask[row, left_out:]
     feeds = {**given, "attention_mask": moved}
-    capacity = total + (0 if odd else _SPARE)
+    capacity = capacity or total + (0 if odd else _SPARE)
     for name, past in given.items():
         if name.startswith("past_key_values."):
             feeds[name] = buffer = np.full((*past.shape[:2], capacity, past.shape[3]), _LEFT_OVER, past.dtype)

@@ -12,14 +12,14 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxruntime as ort
 
-from teamlora_export.bundle import Bundle
+from teamlora_export.bundle import Bundle, keeps_in_place
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph.choices import is_choice
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.read import read_graph
 from teamlora_export.validate.cases import Feeds
-from teamlora_export.validate.in_place import in_place_call, keeps_in_place
+from teamlora_export.validate.in_place import in_place_call
 from teamlora_export.validate.stored import adapted_modules
 from teamlora_export.validate.taps import EXPERTS, Tap, expert_inputs, find_taps, live_values, marked_values, module_of
 from teamlora_export.validate.verdict import Departure
