@@ -147,9 +147,13 @@ MIXTURES = {
     "qwen3_moe": Architecture("Qwen3MoeConfig", {**_MIXTURE, "num_experts": 4}, ("q_proj", "o_proj")),
     "qwen2_moe": Architecture("Qwen2MoeConfig", {**_MIXTURE, "num_experts": 4}, _LLAMA_TARGETS),
 }
+# Turned by position otherwise than the rest: the numbers of each pair, in a first part of each head.
+ROTATIONS = {
+    "glm": Architecture("GlmConfig", _DECODER, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")),
+}
 # Not of another kind, but with weights so large that each layer multiplies the rounding of the one before.
 AMPLIFYING = Architecture("LlamaConfig", {**_DECODER, "num_hidden_layers": 8}, _LLAMA_TARGETS, gain=8.0)
-_ALL = {**ARCHITECTURES, **MIXTURES, "amplifying": AMPLIFYING}
+_ALL = {**ARCHITECTURES, **MIXTURES, **ROTATIONS, "amplifying": AMPLIFYING}
 _CLASSES = {
     "text-generation": AutoModelForCausalLM,
     "feature-extraction": AutoModel,
