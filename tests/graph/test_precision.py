@@ -15,7 +15,7 @@ from teamlora_export.graph import op
 from teamlora_export.graph.precision import IR_DTYPES, ChangePrecision
 from teamlora_export.validate.run import validate_bundle
 
-SENSITIVE = {"Softmax", "ReduceMean", "LayerNormalization", "Pow", "Sqrt", "Cos", "Sin"}
+SENSITIVE = {"Softmax", "RMSNormalization", "LayerNormalization", "Cos", "Sin"}
 
 
 def retyped(bundle: Bundle, dtype: str, folder: Path) -> Bundle:
