@@ -161,9 +161,13 @@ BLOOM = Architecture(
     {"vocab_size": 384, "hidden_size": 32, "n_layer": 4, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
     ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
 )
+# Turned by position otherwise than the rest: the numbers of each pair, in a first part of each head.
+ROTATIONS = {
+    "glm": Architecture("GlmConfig", _DECODER, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")),
+}
 # Not of another kind, but with weights so large that each layer multiplies the rounding of the one before.
 AMPLIFYING = Architecture("LlamaConfig", {**_DECODER, "num_hidden_layers": 8}, _LLAMA_TARGETS, gain=8.0)
-_ALL = {**ARCHITECTURES, **MIXTURES, "bloom": BLOOM, "amplifying": AMPLIFYING}
+_ALL = {**ARCHITECTURES, **MIXTURES, **ROTATIONS, "bloom": BLOOM, "amplifying": AMPLIFYING}
 _CLASSES = {
     "text-generation": AutoModelForCausalLM,
     "feature-extraction": AutoModel,

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime_genai as og
 import pytest
 import torch
-from conftest import ARCHITECTURES, MIXTURES, build_cpp
+from conftest import ARCHITECTURES, MIXTURES, ROTATIONS, build_cpp
 
 from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.deploy.cpp import deploy_cpp
@@ -28,7 +28,7 @@ from teamlora_export.progress import Reporter
 from teamlora_export.validate.run import validate_bundle
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *MIXTURES])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *MIXTURES, *ROTATIONS])
 def test_a_bundle_of_every_architecture_equals_pytorch(name, make_bundle):
     bundle = make_bundle(name)
     verdict = validate_bundle(bundle)

@@ -38,7 +38,7 @@ def bundle(make_bundle, tmp_path) -> Bundle:
     return read_bundle(shutil.copytree(make_bundle("llama").folder, tmp_path / "bundle"))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "phi3", "bert", "modernbert"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "opt", "phi3", "glm", "bert", "modernbert"])
 def test_architectures_of_every_kind_become_float16_engines(name, make_bundle, tmp_path):
     options = BuildOptions(dtype="fp16", runtime="rtx", capabilities=("8.9",))
     path, facts = build_engine(make_bundle(name), options, tmp_path / "tiny.engine")

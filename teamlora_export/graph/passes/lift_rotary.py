@@ -74,6 +74,10 @@ def _products(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value, ir.Value, ir.
 
 def _layout(turned: ir.Value, x: ir.Value) -> Layout | None:
     """How `turned` was made of `x` [.., .., .., an even, known size]."""
+    widened, source = made_by(turned, "Cast"), made_by(x, "Cast")
+    if widened is not None and source is not None and turned.dtype == x.dtype:
+        # Of a 16-bit model whose tables are float32 (OLMo 2): what is exchanged and negated is not rounded by that.
+        turned, x = widened.inputs[0], source.inputs[0]  # type: ignore[assignment]
     if x.shape is None or len(x.shape) != 4 or not isinstance(x.shape[3], int) or x.shape[3] % 2:
         return None
     if _is_half_turned(turned, x):

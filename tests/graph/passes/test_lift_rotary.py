@@ -66,6 +66,20 @@ def test_halves_are_turned_by_one_node(parts):
     assert all(str(node.outputs[0].shape[-1]) == "4" for node in model.graph if node.op_type in ("Cos", "Sin"))
 
 
+def test_tables_in_float32_turn_a_float16_x_in_float32():
+    signature = SIGNATURE.replace("(float[3, 2, 5, 8] x", "(float16[3, 2, 5, 8] x")
+    add = "xf = Cast <to = 1> (x) rf = Cast <to = 1> (r) a = Mul(xf, c) d = Mul(rf, s) y = Add(a, d)"
+    model = rotary(signature, add=add)
+    given = feeds(model)
+    given["x"] = given["x"].astype(np.float16)
+    before = run(model, given)[0]
+    LiftRotary()(model)
+    assert not {"Neg", "Slice"} & set(op_types(model))
+    assert model.graph[-1].op_type == "RotaryEmbedding"
+    assert model.graph[-1].inputs[0].producer().op_type == "Cast"
+    np.testing.assert_allclose(run(model, given)[0], before, rtol=0, atol=1e-6)
+
+
 def test_pairs_are_turned_by_one_node():
     assert_lifted(rotary(angles=PAIRED_ANGLES, halves=PAIRS, turn=STACK), interleaved=1)
 
