@@ -48,9 +48,9 @@ def test_a_pattern_that_never_ends_is_given_up_in_time():
     path = "model.layers.0.self_attn." + "a" * 60
     catastrophic = r"(\w|\w\w|[a.]+)+0"
     config = AdapterConfig(8, 16.0, 4, catastrophic)
-    started = time.monotonic()
-    # Its time is that of all matches together.
-    for _ in range(20):
+    # Of the processor, however busy it is; and of all matches together.
+    started = time.thread_time()
+    for _ in range(3):
         with pytest.raises(ExportError, match="takes too long"):
             config.targets(path)
-    assert time.monotonic() - started < 40
+    assert time.thread_time() - started < 6

@@ -58,6 +58,8 @@ class OddLayer(LlamaDecoderLayer):
         self.named = {"attention": {"scale": TABLE[layer_idx]}}
         self.buffered = OddScale(TABLE[layer_idx])
         self.closure = lambda x: x * TABLE[layer_idx]
+        # Whatever place it takes in a shallow model.
+        self.is_first, self.is_last = layer_idx == 0, layer_idx == DEPTH - 1
         self.last = None
 
     def forward(self, hidden_states, **kwargs):  # type: ignore[no-untyped-def]
@@ -68,9 +70,9 @@ class OddLayer(LlamaDecoderLayer):
 def _skip(layer: OddLayer, x: torch.Tensor) -> torch.Tensor:
     """The first layer's result comes back in the last."""
     first = layer.config.__dict__.setdefault("_first", [x])
-    if layer.layer_idx == 0:
+    if layer.is_first:
         first[0] = x
-    return x + first[0] if layer.layer_idx == DEPTH - 1 else x
+    return x + first[0] if layer.is_last else x
 
 
 SCALES = {
