@@ -8,7 +8,7 @@ from typing import Any
 
 from teamlora_export.bundle import MODEL_NAME, Bundle
 from teamlora_export.deploy.folder import Deployment, deployment, require_cpu_dtype
-from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, tokenizer_config, why_unreadable
+from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, adds_tokens, tokenizer_config, why_unreadable
 from teamlora_export.deploy.render import render
 from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.errors import ExportError
@@ -41,7 +41,7 @@ def deploy_genai(bundle: Bundle, out: Path, library: str | None = None) -> Path:
         if path is not None:
             made.add(path.name, path)
         add_genai_files(made, library)
-        made.write("README.md", render("genai.README.md.j2", bundle, library=library))
+        made.write("README.md", render("genai.README.md.j2", bundle, library=library, adds_tokens=adds_tokens(bundle)))
     return out
 
 
