@@ -17,6 +17,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import ARCHITECTURES, random_adapter
+from google.protobuf.message import EncodeError
 from safetensors.numpy import load_file, save_file
 
 from teamlora_export import export
@@ -219,6 +220,21 @@ def test_a_kept_graph_that_was_changed_is_thrown_away(tmp_path, base, make_adapt
         assert not kept.exists(), name
     assert export_to(tmp_path / "out", base, make_adapter("llama")).manifest.sha256 == first.manifest.sha256
     assert kept.read_bytes() == whole
+
+
+def test_a_graph_that_is_too_large_to_keep_is_no_reason_to_fail(tmp_path, base, make_adapter, cache, monkeypatch):
+    """Protobuf says so when it is asked for the bytes of more than 2 GB, for which there is no room here."""
+    export_to(tmp_path / "out", base, make_adapter("llama"))
+    (kept,) = cache.iterdir()
+    loaded = traced.load_graph(kept.name)
+    kept.unlink()
+
+    def refuse(_: ir.Model) -> None:
+        raise EncodeError("Failed to serialize proto")
+
+    monkeypatch.setattr(traced.ir, "to_proto", refuse)
+    traced.keep_graph(kept.name, loaded)
+    assert not list(cache.iterdir())
 
 
 def test_something_else_in_the_place_of_a_kept_graph_or_of_the_cache_costs_a_trace_and_leaves_nothing(

@@ -8,7 +8,7 @@ from typing import Any
 
 from teamlora_export.bundle import CAPACITY, MODEL_NAME, Bundle
 from teamlora_export.deploy.folder import Deployment, deployment, require_cpu_dtype
-from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, tokenizer_config, why_unreadable
+from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, adds_tokens, tokenizer_config, why_unreadable
 from teamlora_export.deploy.render import render
 from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.errors import ExportError
@@ -42,7 +42,12 @@ def deploy_genai(bundle: Bundle, out: Path, library: str | None = None, logits: 
         if path is not None:
             made.add(path.name, path)
         add_genai_files(made, library)
-        facts = {"library": library, "buffer_bytes": _buffer_bytes(bundle), "context": _context(bundle)}
+        facts = {
+            "library": library,
+            "buffer_bytes": _buffer_bytes(bundle),
+            "context": _context(bundle),
+            "adds_tokens": adds_tokens(bundle),
+        }
         made.write("README.md", render("genai.README.md.j2", bundle, **facts))
     return out
 

@@ -21,6 +21,8 @@ _ADVICE = "Export the model again."
 # The class for which it reads everything from tokenizer.json, and the models and decoders that it then knows.
 _CLASS = "PreTrainedTokenizerFast"
 _KINDS = {"model": ("BPE",), "decoder": ("ByteLevel", "Sequence")}
+# What a sequence of decoders may be made of.
+_INNER = {"ByteLevel", "ByteFallback", "Fuse", "Replace", "Strip"}
 
 
 def why_unreadable(bundle: Bundle) -> str | None:
@@ -37,11 +39,21 @@ def why_unreadable(bundle: Bundle) -> str | None:
         kind = fields[part].get("type") if isinstance(fields.get(part), dict) else None
         if kind not in known:
             return f"its tokenizer's {part} is {kind!r:.40}, and onnxruntime-genai reads {' and '.join(known)}"
+    inner = fields["decoder"].get("decoders") or []
+    for part in inner if isinstance(inner, list) else [inner]:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in _INNER:
+            return f"its tokenizer's decoder has a part {kind!r:.40}, which onnxruntime-genai does not read"
     try:
         _ends(bundle)
     except ModelError as error:
         return str(error)
     return None
+
+
+def adds_tokens(bundle: Bundle) -> bool:
+    """Whether the tokenizer puts a token before or behind a text."""
+    return any(_ends(bundle))
 
 
 def tokenizer_config(bundle: Bundle) -> str:

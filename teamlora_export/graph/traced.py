@@ -20,6 +20,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import EncodeError
 
 from teamlora_export import __version__
 from teamlora_export.adapter import AdapterSpec, BaseSignature, LinearShape
@@ -97,7 +98,8 @@ def load_graph(key: str) -> TracedGraph | None:
 
 
 def keep_graph(key: str, traced: TracedGraph) -> None:
-    """Keep `traced` under `key`. A cache that cannot be written is no reason to fail: the export goes on without."""
+    """Keep `traced` under `key`. A cache that cannot be written, or a graph that is too large to be kept (of more than
+    protobuf's 2 GB), is no reason to fail: the export goes on without."""
     weights = [value for value in traced.model.graph.initializers.values() if recipe_of(value) is not None]
     tensors = [value.const_value for value in weights]
     facts = {
@@ -113,8 +115,8 @@ def keep_graph(key: str, traced: TracedGraph) -> None:
             # A reference to a file that need not exist; the recipe takes its place when the graph is loaded.
             shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
             value.const_value = ir.ExternalTensor("weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
-        graph = ir.to_proto(traced.model).SerializeToString()
-        with suppress(ExportError):
+        with suppress(ExportError, EncodeError, ValueError):
+            graph = ir.to_proto(traced.model).SerializeToString()
             write_aside(_entry(key), _pack(facts, graph), result=False)
     finally:
         for value, tensor in zip(weights, tensors, strict=True):

@@ -276,7 +276,8 @@ class _Float64Islands(TorchFunctionMode):
                 return args[0]
             args = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
             kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
-        if func is torch.full and "dtype" not in kwargs and abs(args[1]) > _LARGEST_FLOAT32:
+        fill = kwargs.get("fill_value", args[-1] if args else None)
+        if func is torch.full and "dtype" not in kwargs and isinstance(fill, float) and abs(fill) > _LARGEST_FLOAT32:
             # The lowest number of the scores' type (XGLM), which is more than the default type holds.
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnxruntime_genai as og
 import pytest
 from conftest import GREEDY_TOKENS, PROMPTS, readme_block
+from tokenizers import Tokenizer
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.genai import deploy_genai, genai_config
@@ -69,6 +71,24 @@ def test_the_program_in_its_readme_works(smollm2, tmp_path):
         file.write(" ")
     found = subprocess.run(compare, cwd=folder, capture_output=True, text=True)
     assert (found.returncode, "config.json: FAILED" in found.stdout) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["llama", "smollm2"])
+def test_its_readme_adds_special_tokens_where_they_are_required_alone(name, make_bundle, smollm2, tmp_path):
+    folder = deploy_genai(smollm2 if name == "smollm2" else make_bundle(name), tmp_path / "out")
+    line = 'tokenizer.update_options(add_special_tokens="true")'
+    program = readme_block(folder, "python").split("parameters = ")[0].replace("path/of/this/folder", str(folder))
+    assert (line in program) == (name == "llama")
+    expected = Tokenizer.from_file(str(folder / "tokenizer.json")).encode("ab").ids
+
+    def encoded(lines: str) -> list[int]:
+        names: dict[str, Any] = {}
+        exec(lines, names)
+        return list(names["tokenizer"].encode("ab"))
+
+    assert encoded(program) == expected
+    if name == "llama":
+        assert encoded(program.replace(line, "")) != expected
 
 
 def test_a_batch_of_four_gives_four_times_the_same(model, smollm2_greedy):
@@ -140,6 +160,10 @@ def test_a_tokenizer_or_a_cache_that_it_does_not_know_is_refused(make_bundle, tm
     for changes, reason in (
         ({"decoder": None}, "its tokenizer's decoder is None"),
         ({"decoder": {"type": "Metaspace"}}, "decoder is 'Metaspace', and onnxruntime-genai reads ByteLevel and"),
+        (
+            {"decoder": {"type": "Sequence", "decoders": [{"type": "ByteLevel"}, {"type": "WordPiece"}]}},
+            "decoder has a part 'WordPiece', which",
+        ),
         ({"model": {"type": "Unigram"}}, "its tokenizer's model is 'Unigram'"),
         ({"model": {"type": "BPE", "vocab": 3}}, "cannot be read as a tokenizer"),
     ):
