@@ -193,3 +193,13 @@ def test_a_hub_cache_and_a_folder_that_is_a_link_are_opened(untied, tmp_path):
     (tmp_path / "link").symlink_to(snapshot)
     for folder in (snapshot, tmp_path / "link"):
         assert open_weights(open_base(str(folder))) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_a_model_computes_once_is_rounded_once(dtype, make_base):
+    """GPT-J's table of positions: its code would compute the frequencies in 16 bits."""
+    exact, narrow = (dict(make_base("gptj").skeleton(kind).named_buffers()) for kind in (torch.float32, dtype))
+    tables = {name for name in exact if exact[name].is_floating_point()}
+    assert any("embed_positions" in name for name in tables)
+    for name in tables:
+        assert torch.equal(narrow[name], exact[name].to(narrow[name].dtype)), name
