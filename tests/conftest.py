@@ -155,19 +155,44 @@ MIXTURES = {
     "qwen3_moe": Architecture("Qwen3MoeConfig", {**_MIXTURE, "num_experts": 4}, ("q_proj", "o_proj")),
     "qwen2_moe": Architecture("Qwen2MoeConfig", {**_MIXTURE, "num_experts": 4}, _LLAMA_TARGETS),
 }
-# Modules of it return the shares of attention [batch, heads, sequence, total].
-BLOOM = Architecture(
-    "BloomConfig",
-    {"vocab_size": 384, "hidden_size": 32, "n_layer": 4, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
-    ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
-)
 # Turned by position otherwise than the rest: the numbers of each pair, in a first part of each head.
 ROTATIONS = {
     "glm": Architecture("GlmConfig", _DECODER, ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")),
 }
+# Each has something of its own that a false alarm in 16 bits came from.
+OTHERS = {
+    # A module that returns the shares of attention, [batch, heads, sequence, total].
+    "bloom": Architecture(
+        "BloomConfig",
+        {"vocab_size": 384, "hidden_size": 32, "n_layer": 4, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2},
+        ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    # One layer, called again and again.
+    "albert": Architecture(
+        "AlbertConfig",
+        {**_ENCODER, "embedding_size": 16},
+        ("query", "key", "value", "dense", "ffn", "ffn_output"),
+        "feature-extraction",
+    ),
+    # A table of positions that is computed in the model's own dtype.
+    "gptj": Architecture(
+        "GPTJConfig",
+        {
+            "vocab_size": 384,
+            "n_embd": 32,
+            "n_layer": 4,
+            "n_head": 4,
+            "n_positions": 128,
+            "rotary_dim": 4,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
+    ),
+}
 # Not of another kind, but with weights so large that each layer multiplies the rounding of the one before.
 AMPLIFYING = Architecture("LlamaConfig", {**_DECODER, "num_hidden_layers": 8}, _LLAMA_TARGETS, gain=8.0)
-_ALL = {**ARCHITECTURES, **MIXTURES, **ROTATIONS, "bloom": BLOOM, "amplifying": AMPLIFYING}
+_ALL = {**ARCHITECTURES, **MIXTURES, **ROTATIONS, **OTHERS, "amplifying": AMPLIFYING}
 _CLASSES = {
     "text-generation": AutoModelForCausalLM,
     "feature-extraction": AutoModel,

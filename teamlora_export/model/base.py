@@ -71,11 +71,10 @@ class BaseModel:
         Raises:
             ExportError: transformers cannot build a model of the configuration.
         """
-        from accelerate import init_empty_weights
-
-        model: Any
-        with init_empty_weights(include_buffers=False):
-            model = self._build(dtype, experts)
+        model: Any = self._build_empty(dtype, experts)
+        if dtype.itemsize < torch.float32.itemsize:
+            # What a model computes once it computes in its own dtype: frequencies rounded to 16 bits, for one (GPT-J).
+            _copy_computed_buffers(self._build_empty(torch.float32, experts), model)
         _materialize(model)
         model.tie_weights()
         return model.eval().requires_grad_(False)
@@ -164,6 +163,13 @@ class BaseModel:
                 f"{self.name}: the tables that its code computes would have {tables / 1e9:,.0f} GB. "
                 "Is max_position_embeddings right in config.json?"
             )
+
+    def _build_empty(self, dtype: torch.dtype, experts: str | None) -> nn.Module:
+        """The model with parameters that have no data, and buffers that do."""
+        from accelerate import init_empty_weights
+
+        with init_empty_weights(include_buffers=False):
+            return self._build(dtype, experts)
 
     def _build(self, dtype: torch.dtype, experts: str | None = "eager") -> nn.Module:
         config = self._config(experts)

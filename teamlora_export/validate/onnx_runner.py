@@ -21,7 +21,16 @@ from teamlora_export.graph.read import read_graph
 from teamlora_export.validate.cases import Feeds
 from teamlora_export.validate.in_place import in_place_call
 from teamlora_export.validate.stored import adapted_modules
-from teamlora_export.validate.taps import EXPERTS, Tap, expert_inputs, find_taps, live_values, marked_values, module_of
+from teamlora_export.validate.taps import (
+    EXPERTS,
+    Tap,
+    expert_inputs,
+    find_taps,
+    is_part,
+    live_values,
+    marked_values,
+    module_of,
+)
 from teamlora_export.validate.verdict import Departure
 from teamlora_export.validate.widen import widen
 
@@ -68,7 +77,8 @@ class OnnxRunner:
         for path in sorted(adapted_modules(self.bundle.manifest) - marked):
             yield Departure("graph", path, "none", "no value of the graph says that it is this module's output")
         for name in self.taps:
-            if name.partition("#")[0] in self._adapted and f"{name}/{EXPERTS}" not in self.taps:
+            is_adapted = name.partition("#")[0] in self._adapted and not is_part(name)
+            if is_adapted and f"{name}/{EXPERTS}" not in self.taps:
                 yield Departure("graph", module_of(name), self.producer_of(name), "no experts are added to its base")
 
     def producer_of(self, tap_or_output: str) -> str:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime_genai as og
 import pytest
 import torch
-from conftest import ARCHITECTURES, MIXTURES, ROTATIONS, build_cpp
+from conftest import ARCHITECTURES, MIXTURES, OTHERS, ROTATIONS, build_cpp
 
 from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.deploy.cpp import deploy_cpp
@@ -79,7 +79,7 @@ def test_words_go_in_and_come_out_alike_of_python_genai_and_cpp(name, make_bundl
 _HALF = [(name, dtype) for name in ("llama", "gemma3", "gpt2", "bert") for dtype in ("fp16", "bf16")]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*_HALF, ("bloom", "fp16")])
+@pytest.mark.parametrize(("name", "dtype"), [*_HALF, *((name, "fp16") for name in OTHERS)])
 def test_half_precision_errs_no_more_than_pytorch_does(name, dtype, make_bundle):
     verdict = validate_bundle(make_bundle(name, dtype))
     assert verdict.passed, verdict.departure or verdict.worst

@@ -291,3 +291,13 @@ def test_a_hub_cache_and_a_folder_that_is_a_link_are_opened(untied, tmp_path, mo
         open_base(str(moved))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert open_weights(open_base(str(moved))) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_what_a_model_computes_once_is_rounded_once(dtype, make_base):
+    """GPT-J's table of positions: its code would compute the frequencies in 16 bits."""
+    exact, narrow = (dict(make_base("gptj").skeleton(kind).named_buffers()) for kind in (torch.float32, dtype))
+    tables = {name for name in exact if exact[name].is_floating_point()}
+    assert any("embed_positions" in name for name in tables)
+    for name in tables:
+        assert torch.equal(narrow[name], exact[name].to(narrow[name].dtype)), name
