@@ -103,11 +103,6 @@ def test_the_configuration_has_the_logits_that_the_graph_gives(server, smollm2, 
     assert list(logits.dims) == [-1, 49152]
 
 
-def test_a_cache_in_place_is_refused(make_bundle, tmp_path):
-    with pytest.raises(ExportError, match="Export it with --cache growing"):
-        deploy_triton(make_bundle("llama", cache="in-place"), tmp_path / "out")
-
-
 def test_words_are_answered_whole_or_as_a_stream(server, deployed, smollm2_greedy):
     tokenizer = Model(deployed / "models" / "smollm2" / "1").tokenizer
     for prompt, answer in zip(PROMPTS, smollm2_greedy.values(), strict=True):
