@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from teamlora_export.bundle import CAPACITY, DATA_NAME, MODEL_NAME, Bundle, check_files
+from teamlora_export.engine.profiles import choose_capacity
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import ChangePrecision
@@ -25,9 +26,13 @@ def write_graph(
 ) -> Path:
     """Write the graph for a builder of one's own (trtexec, polygraphy) into the folder `out`; returns the model's path.
 
+    Args:
+        capacity: see `choose_capacity`.
+
     Raises:
         ExportError: as `prepared_model`; or `out` exists.
     """
+    capacity = choose_capacity(bundle, capacity)
     if os.path.lexists(out):
         raise ExportError(f"{out}: exists. Choose another -o.")
     check_files(bundle)

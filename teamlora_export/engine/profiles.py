@@ -87,6 +87,23 @@ def capacity_of(profiles: Sequence[ShapeProfile]) -> int | None:
     return fixed.pop() if len(sizes) == len(fixed) == 1 else None
 
 
+def choose_capacity(bundle: Bundle, wanted: int | None) -> int | None:
+    """Tokens that an in-place cache is to hold where that has to be a number: `wanted`, or as many as an engine built
+    without `--shapes` holds. None where the cache grows, or there is none.
+
+    Raises:
+        ExportError: it is `wanted` for no such cache, or more than the model takes.
+    """
+    if not keeps_in_place(bundle.manifest.inputs):
+        if wanted is not None:
+            raise ExportError(f"--capacity {wanted}: {bundle.folder} keeps no cache in place. Leave it out.")
+        return None
+    limit = bundle.manifest.tokens.most
+    if wanted is not None and limit is not None and wanted > limit:
+        raise ExportError(f"--capacity {wanted}: the model takes {limit} tokens.")
+    return wanted or _default(bundle, _GENERATION)[2][1]
+
+
 def _in_place(ports: tuple[Port, ...], points: list[tuple[int, int]]) -> tuple[ShapeProfile, ...]:
     capacity = points[2][1]
     sizes = [{BATCH: batch, TOTAL: tokens, CAPACITY: capacity} for batch, tokens in points]
