@@ -16,6 +16,10 @@ LibraryOption = Annotated[
     str | None,
     typer.Option(help="A native library with the op. genai: is copied; triton: as the server will find it."),
 ]
+LogitsOption = Annotated[
+    str,
+    typer.Option(help="last: the graph gives the logits of a prompt's last token, all that our programs read; or all."),
+]
 PluginOption = Annotated[
     Path | None,
     typer.Option(
@@ -27,12 +31,17 @@ PluginOption = Annotated[
 
 
 @deploy_app.command("python")
-def deploy_python_command(output: OutputOption, bundle: BundleArgument = THIS_FOLDER, json: JsonOption = None) -> None:
+def deploy_python_command(
+    output: OutputOption,
+    bundle: BundleArgument = THIS_FOLDER,
+    logits: LogitsOption = "last",
+    json: JsonOption = None,
+) -> None:
     """The model with one file of Python that runs it on onnxruntime and numpy."""
     from teamlora_export.bundle import read_bundle
     from teamlora_export.deploy.python import deploy_python
 
-    _show(deploy_python(read_bundle(bundle), output), "python", json)
+    _show(deploy_python(read_bundle(bundle), output, logits), "python", json)
 
 
 @deploy_app.command("genai")
@@ -40,13 +49,14 @@ def deploy_genai_command(
     output: OutputOption,
     bundle: BundleArgument = THIS_FOLDER,
     library: LibraryOption = None,
+    logits: LogitsOption = "last",
     json: JsonOption = None,
 ) -> None:
     """What onnxruntime-genai loads."""
     from teamlora_export.bundle import read_bundle
     from teamlora_export.deploy.genai import deploy_genai
 
-    _show(deploy_genai(read_bundle(bundle), output, library), "genai", json)
+    _show(deploy_genai(read_bundle(bundle), output, library, logits), "genai", json)
 
 
 @deploy_app.command("cpp")
@@ -55,13 +65,14 @@ def deploy_cpp_command(
     bundle: BundleArgument = THIS_FOLDER,
     engine: EngineOption = None,
     plugin: PluginOption = None,
+    logits: LogitsOption = "last",
     json: JsonOption = None,
 ) -> None:
     """A CMake project that runs the model from C++, on ONNX Runtime or TensorRT."""
     from teamlora_export.bundle import read_bundle
     from teamlora_export.deploy.cpp import deploy_cpp
 
-    _show(deploy_cpp(read_bundle(bundle), output, engine, plugin), "cpp", json)
+    _show(deploy_cpp(read_bundle(bundle), output, engine, plugin, logits), "cpp", json)
 
 
 @deploy_app.command("triton")
@@ -80,6 +91,7 @@ def deploy_triton_command(
         int | None, typer.Option(min=1, help="Requests that run together at most. Default: 8 for text, 32 elsewhere.")
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Texts at work at a time, each with its cache.")] = 64,
+    logits: LogitsOption = "last",
     json: JsonOption = None,
 ) -> None:
     """A model repository for Triton Inference Server, with clients."""
@@ -99,6 +111,7 @@ def deploy_triton_command(
         instances=instances,
         batch=batch,
         sequences=sequences,
+        logits=logits,
     )
     _show(written, "triton", json)
 

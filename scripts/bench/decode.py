@@ -48,14 +48,18 @@ Opened = Callable[[list[int], int], Callable[[], object]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1500], help="tokens before those that are timed")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[256, 1500], help="tokens before those that are timed"
+    )
     parser.add_argument("--count", type=int, default=32, help="tokens that are timed in a turn")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--threads", type=int, default=0, help="of our programs; 0: their default")
     parser.add_argument("--rows", nargs="+", help="only rows whose names hold one of these")
     parser.add_argument("--neighbour", action="store_true", help="beside a process that keeps one core busy")
-    parser.add_argument("--memory", action="store_true", help="the most memory at the longest length, in place of times")
+    parser.add_argument(
+        "--memory", action="store_true", help="the most memory at the longest length, in place of times"
+    )
     parser.add_argument("--json", type=Path, help="write every figure here")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

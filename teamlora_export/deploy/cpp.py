@@ -16,12 +16,15 @@ SOURCES = TEMPLATES / "cpp"
 MODEL_FOLDER = "model"
 
 
-def deploy_cpp(bundle: Bundle, out: Path, engine: str | None = None, plugin: Path | None = None) -> Path:
+def deploy_cpp(
+    bundle: Bundle, out: Path, engine: str | None = None, plugin: Path | None = None, logits: str = "last"
+) -> Path:
     """Write the project into `out`: sources, and the model in `model/`.
 
     Args:
         engine: name of an engine of the bundle, or its path, for the TensorRT back end; the graph is left out then.
         plugin: the library that the engine was built with. Default: found among those that were built here.
+        logits: see `deployment`; an engine gives what it was built with.
 
     Raises:
         ExportError: see `deployment`; or the model is in bfloat16 and there is no engine; or engine, plugin and bundle
@@ -30,7 +33,7 @@ def deploy_cpp(bundle: Bundle, out: Path, engine: str | None = None, plugin: Pat
     refuse_stray_plugin(engine, plugin)
     if engine is None:
         require_cpu_dtype(bundle, "cpp")
-    with deployment(bundle, out, "cpp", MODEL_FOLDER, graph=engine is None) as made:
+    with deployment(bundle, out, "cpp", MODEL_FOLDER, engine is None, logits) as made:
         facts = add_engine(made, engine, plugin) if engine is not None else None
         if facts is not None and facts.capacity is not None:
             raise ExportError(

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+import onnx_ir as ir
+
 from teamlora_export import __version__
 from teamlora_export.bundle import (
     COMPANIONS,
@@ -25,9 +27,12 @@ from teamlora_export.bundle import (
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.files import copy_file, read_json, read_record, sha256_of
+from teamlora_export.graph.passes.last_logits import LOGITS, LastLogits
+from teamlora_export.graph.read import read_graph
 from teamlora_export.staging import entries, require_space, staged
 from teamlora_export.tokens import Tokens
 
+LOGITS_FORMS = ("last", "all")
 DEPLOY_NAME = "deploy.json"
 FORMAT_VERSION = 1
 # Fields of configurations that transformers fills with a path or a secret of the machine.
@@ -65,6 +70,7 @@ class Deployment:
 
     Attributes:
         folder: all of it. model: where the model's own files are.
+        bundle: where they are from; its manifest has the outputs of the graph as it is deployed.
         files: names of the model's files, below `model`. program: names of the others, below `folder`.
         differs: fields of `deploy.json` in which the model is not what its bundle is.
     """
@@ -77,8 +83,8 @@ class Deployment:
     program: list[str] = field(default_factory=list)
     differs: dict[str, str] = field(default_factory=dict)
 
-    def add(self, name: str, source: Path | str) -> None:
-        """A file that belongs to the model: a copy of a path, or a text."""
+    def add(self, name: str, source: Path | str | bytes) -> None:
+        """A file that belongs to the model: a copy of a path, a text, or bytes."""
         self._write(self.model / name, source)
         self.files.append(name)
 
@@ -97,7 +103,9 @@ class Deployment:
 
 
 @contextmanager
-def deployment(bundle: Bundle, out: Path, target: str, inside: str = ".", graph: bool = True) -> Iterator[Deployment]:
+def deployment(
+    bundle: Bundle, out: Path, target: str, inside: str = ".", graph: bool = True, logits: str = "last"
+) -> Iterator[Deployment]:
     """A folder with the bundle's files in its folder `inside`, to add a target's own to.
 
     It becomes `out` when the block ends.
@@ -106,23 +114,52 @@ def deployment(bundle: Bundle, out: Path, target: str, inside: str = ".", graph:
 
     Args:
         graph: with model.onnx and its weights.
+        logits: of which tokens of a prompt the graph of a text generator gives logits: the "last" alone, or "all".
 
     Raises:
-        ExportError: the bundle's files are not those that were exported, or `out` is something else, holds somebody's
-            work, or has no room.
+        ExportError: the bundle's files are not those that were exported; `logits` is unknown; or `out` is something
+            else, holds somebody's work, or has no room.
     """
+    if logits not in LOGITS_FORMS:
+        raise ExportError(f"--logits {logits}: unknown. Use {' or '.join(LOGITS_FORMS)}.")
     check_files(bundle)
     described = Path(inside) / DEPLOY_NAME
     with staged(out, lambda there: _our_files(there, described), [bundle.folder]) as staging:
-        made = Deployment(staging, staging / inside, bundle, target)
+        cut = _last_logits(bundle) if graph and logits == "last" else None
+        made = Deployment(staging, staging / inside, bundle if cut is None else cut.bundle, target)
         if graph:
             require_space(staging, bundle.model.stat().st_size + bundle.data.stat().st_size)
-        for name in (*((MODEL_NAME, DATA_NAME) if graph else ()), *COMPANIONS):
+            made.add(MODEL_NAME, bundle.model if cut is None else cut.graph)
+            made.add(DATA_NAME, bundle.data)
+        for name in COMPANIONS:
             if name in bundle.manifest.sha256:
                 made.add(name, _without_origin(bundle.folder / name, bundle.folder))
         yield made
         fields = dataclasses.asdict(_describe(made))
         (staging / described).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A graph that gives the logits of the last token alone, and its bundle with the outputs that it has."""
+
+    graph: bytes
+    bundle: Bundle
+
+
+def _last_logits(bundle: Bundle) -> _Cut | None:
+    """None where the graph gives no logits, or does not show where to cut it."""
+    if bundle.manifest.task != "text-generation":
+        return None
+    model = read_graph(bundle)
+    if not LastLogits()(model).modified:
+        return None
+    outputs = tuple(
+        dataclasses.replace(port, shape=(port.shape[0], 1, *port.shape[2:])) if port.name == LOGITS else port
+        for port in bundle.manifest.outputs
+    )
+    manifest = dataclasses.replace(bundle.manifest, outputs=outputs)
+    return _Cut(ir.to_proto(model).SerializeToString(), dataclasses.replace(bundle, manifest=manifest))
 
 
 def _without_origin(path: Path, folder: Path) -> Path | str:

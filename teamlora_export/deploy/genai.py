@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from teamlora_export.bundle import MODEL_NAME, Bundle
+from teamlora_export.bundle import CAPACITY, MODEL_NAME, Bundle
 from teamlora_export.deploy.folder import Deployment, deployment, require_cpu_dtype
 from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, tokenizer_config, why_unreadable
 from teamlora_export.deploy.render import render
@@ -18,11 +18,12 @@ CONFIG_NAME = "genai_config.json"
 _DEFAULT_LENGTH = 2048
 
 
-def deploy_genai(bundle: Bundle, out: Path, library: str | None = None) -> Path:
+def deploy_genai(bundle: Bundle, out: Path, library: str | None = None, logits: str = "last") -> Path:
     """Write the deployment into `out`.
 
     Args:
         library: a native library with the op, which is copied: onnxruntime-genai loads none from elsewhere.
+        logits: see `deployment`.
 
     Raises:
         ExportError: see `deployment`; or the model does not generate text, has no tokenizer.json, or is in bfloat16.
@@ -37,11 +38,12 @@ def deploy_genai(bundle: Bundle, out: Path, library: str | None = None) -> Path:
     require_cpu_dtype(bundle, "genai")
     path = None if library is None else find_library(Path(library), Reporter()).path
     library = None if path is None else path.name
-    with deployment(bundle, out, "genai") as made:
+    with deployment(bundle, out, "genai", logits=logits) as made:
         if path is not None:
             made.add(path.name, path)
         add_genai_files(made, library)
-        made.write("README.md", render("genai.README.md.j2", bundle, library=library))
+        facts = {"library": library, "buffer_bytes": _buffer_bytes(bundle), "context": _context(bundle)}
+        made.write("README.md", render("genai.README.md.j2", bundle, **facts))
     return out
 
 
@@ -74,7 +76,7 @@ def genai_config(bundle: Bundle, library: str | None = None) -> dict[str, Any]:
     options: dict[str, Any] = {"log_id": "onnxruntime-genai", "provider_options": []}
     if library:
         options["custom_ops_library"] = library
-    context = tokens.most or _DEFAULT_LENGTH
+    context = _context(bundle)
     return {
         "model": {
             # Any decoder whose inputs and outputs are named here; the names of architectures are for graphs of its own
@@ -110,11 +112,21 @@ def genai_config(bundle: Bundle, library: str | None = None) -> dict[str, Any]:
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            # The cache grows with the text: this graph concatenates, it does not write in place.
-            "past_present_share_buffer": False,
+            # One buffer of max_length for both ends of the cache, or another one that is longer on every call.
+            "past_present_share_buffer": _buffer_bytes(bundle) > 0,
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 1,
             "top_p": 1.0,
         },
     }
+
+
+def _context(bundle: Bundle) -> int:
+    return bundle.manifest.tokens.most or _DEFAULT_LENGTH
+
+
+def _buffer_bytes(bundle: Bundle) -> int:
+    """What one token takes of the buffers of a cache in place; 0 where the cache grows."""
+    in_place = [port for port in bundle.manifest.inputs if CAPACITY in port.shape]
+    return sum(int(port.shape[1]) * int(port.shape[3]) * (4 if port.dtype == "float" else 2) for port in in_place)

@@ -13,14 +13,17 @@ RUNNER_NAME = "runner.py"
 REQUIREMENTS = "onnxruntime>=1.24\nnumpy>=2.0\ntokenizers>=0.20\n"
 
 
-def deploy_python(bundle: Bundle, out: Path) -> Path:
+def deploy_python(bundle: Bundle, out: Path, logits: str = "last") -> Path:
     """Write the deployment into `out`.
+
+    Args:
+        logits: see `deployment`.
 
     Raises:
         ExportError: see `deployment`; or the model is in bfloat16.
     """
     require_cpu_dtype(bundle, "python")
-    with deployment(bundle, out, "python") as made:
+    with deployment(bundle, out, "python", logits=logits) as made:
         made.write(RUNNER_NAME, Path(__file__).parent / RUNNER_NAME)
         made.write("requirements.txt", REQUIREMENTS)
         made.write("README.md", render("python.README.md.j2", bundle))

@@ -66,7 +66,10 @@ class Model:
             check_files(self.folder, self._settings.hashes)
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        options.intra_op_num_threads = threads
+        # A number of its own: left to itself, ONNX Runtime binds each thread to a core, busy or not. Threads that spin
+        # while they wait take the core from those that they wait for, as soon as anything else runs on the machine.
+        options.intra_op_num_threads = threads or _cores()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))
@@ -530,6 +533,16 @@ def _number(text: str) -> int:
     if not re.fullmatch("-?[0-9]{1,18}", text):
         raise argparse.ArgumentTypeError(f"{text!r:.40} is not a whole number")
     return int(text)
+
+
+def _cores() -> int:
+    """Processor cores that this process may use; two threads of one core count once."""
+    try:
+        allowed = os.sched_getaffinity(0)
+        lists = (Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed)
+        return len({path.read_text() for path in lists})
+    except (AttributeError, OSError):
+        return os.cpu_count() or 1
 
 
 def _present(past: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePath
 
-from teamlora_export.bundle import Bundle
+from teamlora_export.bundle import CAPACITY, Bundle
 from teamlora_export.deploy import triton_config
 from teamlora_export.deploy.engine import add_engine, refuse_stray_plugin
 from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment
@@ -39,6 +39,7 @@ def deploy_triton(
     instances: int = 1,
     batch: int | None = None,
     sequences: int = 64,
+    logits: str = "last",
 ) -> Path:
     """Write the repository into `out`.
 
@@ -49,10 +50,11 @@ def deploy_triton(
         text: add the models that take words, where the bundle has a tokenizer. check_files: they compare hashes first.
         instances, batch, sequences: see `model_config`. Default of `batch`: 8 for text generation, 32 elsewhere, or
             what the engine takes.
+        logits: see `deployment`; an engine gives what it was built with.
 
     Raises:
         ExportError: see `deployment` and `add_engine`; the engine does not run in Triton; a model in bfloat16 would run
-            on a CPU; or the name is none.
+            on a CPU; the graph keeps its cache in place; or the name is none.
     """
     name = name or default_name(bundle)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
@@ -62,16 +64,21 @@ def deploy_triton(
         raise ExportError(f"--library {library}: is for ONNX Runtime, an engine takes --plugin.")
     if engine is None and bundle.manifest.dtype == "bf16" and not gpu:
         raise ExportError(f"{bundle.folder}: is in bfloat16, which ONNX Runtime runs on a GPU only: add --gpu.")
+    if engine is None and any(CAPACITY in port.shape for port in bundle.manifest.inputs):
+        raise ExportError(
+            f"{bundle.folder}: keeps its cache in place, in buffers that grow with a text, and a state of Triton's has "
+            "one length. Export it with --cache growing."
+        )
     generates = bundle.manifest.task == "text-generation"
     text = text and (bundle.folder / "tokenizer.json").is_file()
-    with deployment(bundle, out, "triton", f"{REPOSITORY}/{name}/1", graph=engine is None) as made:
+    with deployment(bundle, out, "triton", f"{REPOSITORY}/{name}/1", engine is None, logits) as made:
         facts = add_engine(made, engine, plugin, "model.plan") if engine is not None else None
         if facts is not None and facts.runtime != "tensorrt":
             raise ExportError(
                 f"{engine}: is an engine of TensorRT-RTX; Triton runs TensorRT's. Build one with --runtime."
             )
         model = triton_config.model_config(
-            bundle,
+            made.bundle,
             name,
             engine_dtype=facts.dtype if facts else None,
             profiles=len(facts.profiles) if facts else 0,

@@ -108,9 +108,7 @@ def _most_tokens(config: Any) -> int:
     return max(positions - 2, _SEQUENCE)
 
 
-def trace_signature(
-    base: BaseModel, model: nn.Module, opened: Mapping[str, Any], *, in_place: bool
-) -> TracedSignature:
+def trace_signature(base: BaseModel, model: nn.Module, opened: Mapping[str, Any], *, in_place: bool) -> TracedSignature:
     """The signature of `base.task` for `model` (a skeleton of any depth), of which the first run returned `opened`."""
     if base.task == "text-generation":
         return _generation(model, _sample_cache(base, opened["past_key_values"], in_place), in_place)
@@ -147,7 +145,9 @@ def _generation(model: nn.Module, past: DynamicCache, in_place: bool) -> TracedS
 def _in_place_forward(model: nn.Module) -> Callable[..., dict[str, Any]]:
     inner = model.forward
 
-    def forward(input_ids: Tensor, attention_mask: Tensor, past_key_values: DynamicCache, **inputs: Any) -> dict[str, Any]:
+    def forward(
+        input_ids: Tensor, attention_mask: Tensor, past_key_values: DynamicCache, **inputs: Any
+    ) -> dict[str, Any]:
         cache = InPlaceCache(past_key_values, attention_mask, input_ids.shape[1])
         mask = widened(attention_mask, cache.get_max_length(0))
         outputs = inner(

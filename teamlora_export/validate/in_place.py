@@ -34,7 +34,7 @@ class InPlaceCall:
     skipped: np.ndarray
 
     def present(self, outputs: Feeds) -> Feeds:
-        """`outputs` of the graph as the caller wants them, with `present.*` [batch, kv heads, past + sequence, size]."""
+        """`outputs` as the caller wants them: `present.*` [batch, kv heads, past + sequence, size]."""
         return {name: self._grown(name, v) if name.startswith("present.") else v for name, v in outputs.items()}
 
     def _grown(self, name: str, buffer: np.ndarray) -> np.ndarray:

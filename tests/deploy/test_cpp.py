@@ -22,7 +22,7 @@ from conftest import ARCHITECTURES, GREEDY_TOKENS, ROOT, build_cpp, poison_token
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.cpp import deploy_cpp
-from teamlora_export.deploy.runner import Model
+from teamlora_export.deploy.runner import Model, _cores
 from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.engine.toolchain import find_toolchain
 from teamlora_export.errors import ExportError
@@ -78,8 +78,11 @@ def requests(project, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def emulated_model(project, tmp_path_factory) -> Path:
-    return as_engine(Path(shutil.copytree(project / "model", tmp_path_factory.mktemp("emulated") / "model")))
+def emulated_model(smollm2, project, tmp_path_factory) -> Path:
+    """Of the bundle's own graph, as `trt` builds engines; others here give the logits of the last token alone."""
+    model = Path(shutil.copytree(project / "model", tmp_path_factory.mktemp("emulated") / "model"))
+    shutil.copyfile(smollm2.model, model / "model.onnx")
+    return as_engine(model)
 
 
 def test_greedy_text_equals_pytorchs_alone_and_in_batches(project, runner, smollm2_greedy):
@@ -87,6 +90,43 @@ def test_greedy_text_equals_pytorchs_alone_and_in_batches(project, runner, smoll
     for prompt, answer in zip(prompts, answers, strict=True):
         assert generate(runner, project / "model", [prompt], GREEDY_TOKENS) == [answer]
     assert generate(runner, project / "model", [*prompts, prompts[0]], GREEDY_TOKENS) == [*answers, answers[0]]
+
+
+@pytest.fixture(scope="module")
+def in_place(make_bundle, tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of a model whose cache is in place, and of the same with a growing one; both take 4,096 tokens."""
+    models = []
+    for form in ("in-place", "growing"):
+        folder = tmp_path_factory.mktemp(form) / "llama"
+        models.append(deploy_cpp(make_bundle("llama", cache=form), folder, logits="all") / "model")
+        fields = json.loads((models[-1] / "deploy.json").read_text())
+        fields["tokens"] |= {"most": 4096, "stops": []}
+        (models[-1] / "deploy.json").write_text(json.dumps(fields))
+    return models[0], models[1]
+
+
+def test_a_cache_in_place_gives_the_tokens_of_one_that_grows(requests, in_place, rng):
+    """A buffer begins with 256 places and doubles; parts of a prompt have 512 tokens, and the shorter rows of a batch
+    are padding in the first of them."""
+    short, middle, long = (rng.integers(3, 384, length).tolist() for length in (3, 600, 1100))
+    program = requests / "deployed" / "runner"
+    for prompts, count in (([short], 600), ([long, short, middle], 40)):
+        expected = Model(in_place[1]).generate(prompts, count)
+        assert all(len(answer) == count for answer in expected)
+        for model in in_place:
+            assert generate(program, model, prompts, count) == expected
+
+
+def test_a_thousand_requests_share_no_buffer(requests, in_place):
+    found = [run(requests / "requests", model, 1000) for model in in_place]
+    for done in found:
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert found[0].stdout.splitlines()[0] == found[1].stdout.splitlines()[0]
+
+
+def test_there_is_a_thread_for_each_core_that_may_be_used(requests):
+    assert run(Path("taskset"), "-c", min(os.sched_getaffinity(0)), requests / "cores").stdout == "1\n"
+    assert run(requests / "cores").stdout == f"{_cores()}\n"
 
 
 def test_words_are_streamed_and_batches_printed(runner, project, smollm2_greedy):
@@ -182,13 +222,17 @@ def test_a_thousand_requests_on_eight_threads_are_answered_as_one_by_one(request
         assert growth is not None and float(growth[1]) < 4, done.stdout
 
 
-def test_no_memory_error_undefined_behaviour_or_leak(project, make_bundle, tmp_path):
+def test_no_memory_error_undefined_behaviour_or_leak(project, make_bundle, in_place, rng, tmp_path):
     source = ROOT / "tests" / "deploy" / "cpp"
     options = (f"-DDEPLOYED={project}", f"-DCMAKE_CXX_FLAGS={_SANITIZE}", "-DCMAKE_BUILD_TYPE=Debug")
     programs = build_cpp(source, tmp_path / "sanitized", *options, targets=("requests", "emulated_requests", "runner"))
     model = deploy_cpp(make_bundle("llama"), tmp_path / "llama") / "model"
     alone = run(programs / "requests", model, 1000)
     assert alone.returncode == 0, alone.stdout + alone.stderr
+    many = run(programs / "requests", in_place[0], 100)
+    assert many.returncode == 0, many.stdout + many.stderr
+    prompts = [rng.integers(3, 384, length).tolist() for length in (600, 5)]
+    assert len(generate(programs / "deployed" / "runner", in_place[0], prompts, 3)) == 2
     refused = run(programs / "deployed" / "runner", "--model", model, "--ids", input="999\n")
     assert (refused.returncode, "vocabulary" in refused.stderr) == (2, True), refused.stderr
     emulated = run(programs / "emulated_requests", as_engine(model), 200)
@@ -357,8 +401,10 @@ def test_an_engine_and_a_plugin_that_do_not_belong_are_refused(make_bundle, plug
 def test_the_command_line_writes_it(make_bundle, tmp_path):
     bundle = make_bundle("llama").folder
     command = [sys.executable, "-m", "teamlora_export.cli", "deploy", "cpp", bundle, "-o", tmp_path / "out"]
+    command += ["--logits", "all"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert {"CMakeLists.txt", "main.cpp", "get_libraries.sh", "runner", "model", "README.md"} == {
         p.name for p in (tmp_path / "out").iterdir()
     }
+    assert (tmp_path / "out" / "model" / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()

@@ -6,12 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 from conftest import list_again
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.cpp import deploy_cpp
 from teamlora_export.deploy.python import deploy_python
+from teamlora_export.deploy.runner import Model
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
 
@@ -82,6 +84,27 @@ def test_no_link_leads_out_of_the_bundle_into_a_deployment(bundle, tmp_path):
     with pytest.raises(ExportError, match=r"config\.json: is a link to a file outside"):
         deploy_python(bundle, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_the_graph_gives_the_logits_of_the_last_token_and_the_same_text(architecture, make_bundle, tmp_path):
+    """Tied embeddings, logits that are capped, and a norm with a bias."""
+    source = make_bundle(architecture)
+    every = deploy_python(source, tmp_path / "all", logits="all")
+    last = deploy_python(source, tmp_path / "last")
+    described = [json.loads((folder / "deploy.json").read_text()) for folder in (every, last)]
+    assert described[0]["files"]["model.onnx"] == source.manifest.sha256["model.onnx"]
+    assert described[1]["files"]["model.onnx"] == sha256_of(last / "model.onnx")
+    assert described[0]["files"]["model.onnx.data"] == described[1]["files"]["model.onnx.data"]
+    (logits, *presents), (cut, *others) = (fields["outputs"] for fields in described)
+    assert (logits["shape"], cut["shape"]) == (["batch_size", "sequence_length", 384], ["batch_size", 1, 384])
+    assert presents == others
+    session = ort.InferenceSession(last / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_outputs()[0].shape == cut["shape"]
+    prompts = [[5, 6, 7, 8, 9], [10, 11]]
+    assert Model(last).generate(prompts, 20) == Model(every).generate(prompts, 20)
+    with pytest.raises(ExportError, match="--logits some: unknown"):
+        deploy_python(source, tmp_path / "other", logits="some")
 
 
 def test_the_bundle_itself_is_never_replaced(bundle, tmp_path):

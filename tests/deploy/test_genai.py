@@ -16,6 +16,7 @@ from conftest import GREEDY_TOKENS, PROMPTS, readme_block
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.genai import deploy_genai, genai_config
 from teamlora_export.deploy.genai_tokenizer import tokenizer_config, why_unreadable
+from teamlora_export.deploy.runner import Model
 from teamlora_export.engine.onnxruntime_library import LIBRARY_NAME, build_library
 from teamlora_export.errors import ExportError
 
@@ -74,6 +75,29 @@ def test_a_batch_of_four_gives_four_times_the_same(model, smollm2_greedy):
     ids, answer = next(iter(smollm2_greedy.items()))
     rows = generate(model, [list(ids)] * 4, GREEDY_TOKENS)
     assert [without_stops(row, 2) for row in rows] == [answer] * 4
+
+
+def test_a_cache_in_place_is_one_buffer_for_both_ends(make_bundle, tmp_path):
+    """The graph refuses a cache that grows: it takes as many places as it gives."""
+    bundle = make_bundle("llama", cache="in-place")
+    folder = deploy_genai(bundle, tmp_path / "llama")
+    config = json.loads((folder / "genai_config.json").read_text())
+    assert config["search"]["past_present_share_buffer"] is True
+    in_place, ours = og.Model(str(folder)), Model(bundle.folder)
+    for prompts in ([[5]], [[7, 8, 9, 30, 31]], [[40, 41, 42], [9, 8, 7], [300, 5, 5], [11, 12, 13]]):
+        expected = ours.generate(prompts, GREEDY_TOKENS)
+        assert any(len(answer) == GREEDY_TOKENS for answer in expected)
+        assert [without_stops(row, 2) for row in generate(in_place, prompts, GREEDY_TOKENS)] == expected
+    config["search"]["past_present_share_buffer"] = False
+    (folder / "genai_config.json").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="TensorScatter"):
+        generate(og.Model(str(folder)), [[5, 6, 7]], 3)
+
+
+def test_logits_of_every_token_serve_as_well(smollm2, smollm2_greedy, tmp_path):
+    every = og.Model(str(deploy_genai(smollm2, tmp_path / "smollm2", logits="all")))
+    ids, answer = next(iter(smollm2_greedy.items()))
+    assert without_stops(generate(every, [list(ids)], GREEDY_TOKENS)[0], 2) == answer
 
 
 def test_its_tokenizer_reads_words_as_ours_does(model, smollm2_greedy):

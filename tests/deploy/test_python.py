@@ -18,6 +18,7 @@ import transformers
 from conftest import GREEDY_TOKENS, ROOT, poison_token, readme_block, save_tokenizer
 
 from teamlora_export.bundle import FORMAT_VERSION, Bundle, write_manifest
+from teamlora_export.deploy import runner
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import _DESCRIPTIONS, Model, ModelError, TextStream, encode_text
 from teamlora_export.errors import ExportError
@@ -58,6 +59,18 @@ def test_greedy_text_equals_pytorchs_alone_and_in_batches(deployed, smollm2_gree
     for prompt, answer in zip(prompts, answers, strict=True):
         assert model.generate([prompt], GREEDY_TOKENS) == [answer]
     assert model.generate([*prompts, prompts[0]], GREEDY_TOKENS) == [*answers, answers[0]]
+
+
+@pytest.mark.parametrize("part", [5, 512])
+def test_a_cache_in_place_gives_the_tokens_of_one_that_grows(part, make_bundle, monkeypatch):
+    """Buffers are made longer several times, and long prompts are read in parts."""
+    monkeypatch.setattr(runner, "_PART", part)
+    monkeypatch.setattr(runner, "_LEAST_CAPACITY", 4)
+    prompts = [[7, 5, 300, 9, 14, 21, 3, 8], [11], [4, 4, 200]]
+    growing, in_place = (Model(make_bundle("llama", cache=form).folder) for form in ("growing", "in-place"))
+    expected = growing.generate(prompts, 40)
+    assert in_place.generate(prompts, 40) == expected
+    assert list(in_place.stream(prompts[0], 12)) == list(growing.stream(prompts[0], 12))
 
 
 def test_the_program_needs_its_requirements_alone_and_streams_words(deployed, smollm2_greedy):

@@ -95,6 +95,19 @@ def test_greedy_text_equals_pytorchs_with_the_cache_as_state(server, smollm2_gre
     assert not server.models["smollm2"].states
 
 
+def test_the_configuration_has_the_logits_that_the_graph_gives(server, smollm2, tmp_path):
+    logits = next(value for value in server.models["smollm2"].config.output if value.name == "logits")
+    assert list(logits.dims) == [1, 49152]
+    every = Server(deploy_triton(smollm2, tmp_path / "all", name="smollm2", text=False, logits="all") / "models")
+    logits = next(value for value in every.models["smollm2"].config.output if value.name == "logits")
+    assert list(logits.dims) == [-1, 49152]
+
+
+def test_a_cache_in_place_is_refused(make_bundle, tmp_path):
+    with pytest.raises(ExportError, match="Export it with --cache growing"):
+        deploy_triton(make_bundle("llama", cache="in-place"), tmp_path / "out")
+
+
 def test_words_are_answered_whole_or_as_a_stream(server, deployed, smollm2_greedy):
     tokenizer = Model(deployed / "models" / "smollm2" / "1").tokenizer
     for prompt, answer in zip(PROMPTS, smollm2_greedy.values(), strict=True):

@@ -36,6 +36,13 @@ def test_a_bundle_of_every_architecture_equals_pytorch(name, make_bundle):
     assert bundle.manifest.op["nodes"] > 0
 
 
+# Windows of two kinds, capped scores, positions that are learned, a mixture.
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "opt", "qwen2_moe"])
+def test_a_cache_in_place_equals_pytorch_wherever_its_rows_stand(name, make_bundle):
+    verdict = validate_bundle(make_bundle(name, cache="in-place"))
+    assert verdict.passed, verdict.departure or verdict.worst
+
+
 @pytest.fixture(scope="module")
 def cpp_program(make_bundle, tmp_path_factory) -> Path:
     project = deploy_cpp(make_bundle("llama"), tmp_path_factory.mktemp("cpp") / "project")

@@ -181,11 +181,42 @@ def skip_a_residual(model: ir.Model) -> None:
 
 
 def scale_attention(model: ir.Model) -> None:
-    insert_before(model, first_in_layer(model, 0, "Softmax"), 0, "Mul", 1.1)
+    attributes = first_in_layer(model, 0, "Attention").attributes
+    attributes["scale"] = ir.AttrFloat32("scale", attributes["scale"].as_float() * 1.1)
 
 
-def attend_along_queries(model: ir.Model) -> None:
-    first_in_layer(model, 6, "Softmax").attributes["axis"] = ir.AttrInt64("axis", -2)
+def cap_scores(model: ir.Model) -> None:
+    first_in_layer(model, 6, "Attention").attributes["softcap"] = ir.AttrFloat32("softcap", 2.0)
+
+
+def exchange_heads(model: ir.Model) -> None:
+    """The queries' heads in another order, so that each group reads another group's keys."""
+    attention = first_in_layer(model, 2, "Attention")
+    order = ir.tensor(np.array([2, 3, 0, 1]), name="fault_order")
+    held = ir.Value(name=order.name, type=ir.TensorType(order.dtype), shape=order.shape, const_value=order)
+    model.graph.initializers.add(held)
+    queries = attention.inputs[0]
+    attention.replace_input_with(0, _append(model, "Gather", [queries, held], {"axis": 1}, queries.dtype))
+    model.graph.sort()
+
+
+def write_at_the_start(model: ir.Model) -> None:
+    insert_after(model, node_of(model, "present.0.key").inputs[2], "Mul", 0)
+
+
+def see_the_next_token(model: ir.Model) -> None:
+    seen = next(node for node in model.graph if node.op_type == "LessOrEqual")
+    insert_before(model, seen, 1, "Add", 1)
+
+
+def write_keys_among_values(model: ir.Model) -> None:
+    keys, values = (node_of(model, f"present.3.{which}") for which in ("key", "value"))
+    values.replace_input_with(1, keys.inputs[1])
+    model.graph.sort()
+
+
+def write_the_cache_of_another_layer(model: ir.Model) -> None:
+    node_of(model, "present.5.key").replace_input_with(0, node_of(model, "present.4.key").inputs[0])
 
 
 def exchange_the_activation(model: ir.Model) -> None:

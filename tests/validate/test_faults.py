@@ -13,11 +13,12 @@ import onnx_ir as ir
 import pytest
 from faults import (
     Fault,
-    attend_along_queries,
     bypass,
+    cap_scores,
     change_epsilon,
     concatenate_cache_backwards,
     edit_the_body,
+    exchange_heads,
     exchange_the_activation,
     forget_a_sign,
     forget_to_normalize,
@@ -30,12 +31,16 @@ from faults import (
     rewire_base,
     scale_attention,
     scale_what_experts_read,
+    see_the_next_token,
     shift_positions,
     shift_tokens,
     skip_a_residual,
     transpose_interaction,
     weight,
     without,
+    write_at_the_start,
+    write_keys_among_values,
+    write_the_cache_of_another_layer,
 )
 from typer.testing import CliRunner
 
@@ -130,7 +135,8 @@ IN_STRUCTURE = {
     "wrong epsilon": Fault(change_epsilon, layer(2, "input_layernorm")),
     "residual skipped": Fault(skip_a_residual, r"model\.layers\.5"),
     "attention scaled wrongly": Fault(scale_attention, layer(0, r"self_attn\.o_proj")),
-    "softmax over the queries": Fault(attend_along_queries, layer(6, r"self_attn\.o_proj")),
+    "scores capped": Fault(cap_scores, layer(6, r"self_attn\.o_proj")),
+    "heads exchanged": Fault(exchange_heads, layer(2, r"self_attn\.o_proj")),
     "another activation": Fault(exchange_the_activation, layer(4, r"mlp\.act_fn")),
     "a sign lost in the rotation": Fault(forget_a_sign, layer(7, r"self_attn\.o_proj") + r"|present\.7\.key"),
     "cache concatenated backwards": Fault(
@@ -152,6 +158,20 @@ EVERYWHERE = {
     "M transposed in the body": Fault(
         edit_the_body(transpose_interaction, "siblings3"), layer(r"\d", r"self_attn\.[qkv]_proj")
     ),
+}
+IN_PLACE = {
+    "every call written at the start": {
+        "": Fault(write_at_the_start, r"present\.\d\.(key|value)|" + layer(r"\d", r"self_attn\.o_proj"))
+    },
+    "the next token seen": {"": Fault(see_the_next_token, layer(r"\d", r"self_attn\.o_proj"))},
+    "one layer's cache": {
+        "keys written among values": Fault(
+            write_keys_among_values, layer(3, r"self_attn\.[ov]_proj") + r"|present\.3\.value"
+        ),
+        "another layer's keys kept": Fault(
+            write_the_cache_of_another_layer, layer(5, r"self_attn\.o_proj") + r"|present\.5\.key"
+        ),
+    },
 }
 GROUPS: dict[str, Mapping[str, Fault]] = {
     "weights": IN_WEIGHTS,
@@ -189,6 +209,12 @@ def test_every_planted_fault_is_located_where_each_layer_amplifies_rounding(grou
     assert all("/" in d.node for d in named), "a node is named after its output and type"
     if group == "weights":
         assert_located(verdict, faults, "weights")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("group", IN_PLACE)
+def test_a_fault_in_a_cache_in_place_is_located(group, dtype, planted):
+    assert_located(judged(planted(IN_PLACE[group], "amplifying", dtype, "function", "in-place")), IN_PLACE[group])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -16,6 +17,8 @@ namespace teamlora {
 class Decoder {
 public:
     virtual ~Decoder() = default;
+    // A call has so many tokens at most: longer prompts are read in parts.
+    virtual std::size_t part() const { return std::numeric_limits<std::size_t>::max(); }
     // Runs the next tokens: ids and positions [batch, tokens], mask [batch, tokens so far]. Returns the logits of the
     // last one, [batch, vocabulary], valid until the next call.
     virtual const std::vector<float>& run(const Tokens& ids, const Tokens& mask, const Tokens& positions) = 0;

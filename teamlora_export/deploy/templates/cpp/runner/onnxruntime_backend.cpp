@@ -2,14 +2,19 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "backend.h"
+#include "cores.h"
 
 namespace teamlora {
 namespace {
 
 constexpr int kMostThreads = 1024;
+// A prompt is read in parts of so many tokens, which bounds the memory that it takes.
+constexpr std::size_t kPart = 512;
+constexpr std::size_t kLeastCapacity = 256;
 
 // The first line of what ONNX Runtime says.
 std::string brief(const std::exception& error) {
@@ -21,6 +26,8 @@ struct Port {
     std::string name;
     ONNXTensorElementDataType type;
     std::vector<std::int64_t> shape;
+    // A cache that is written in place, into a buffer longer than what it holds.
+    bool in_place = false;
 };
 
 // Elements from `start` on, as float32.
@@ -38,6 +45,12 @@ std::vector<float> read_floats(const Ort::Value& value, std::size_t start, std::
     return floats;
 }
 
+// Of a cache, which is in float32 or float16.
+std::size_t bytes_of(const Ort::Value& value) {
+    const auto info = value.GetTensorTypeAndShapeInfo();
+    return info.GetElementCount() * (info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? 4 : 2);
+}
+
 class OnnxRuntime : public Backend {
 public:
     OnnxRuntime(const Folder& folder, const Options& options) {
@@ -45,7 +58,10 @@ public:
             throw Error(std::to_string(options.threads) + " threads: give 0 to " + std::to_string(kMostThreads) + ".");
         }
         Ort::SessionOptions session_options;
-        session_options.SetIntraOpNumThreads(options.threads);
+        // A number that is given binds no thread to a core, where another process may be at work.
+        session_options.SetIntraOpNumThreads(options.threads == 0 ? usable_cores() : options.threads);
+        // Threads that spin wait for each other as soon as another process has one of their cores.
+        session_options.AddConfigEntry("session.intra_op.allow_spinning", "0");
         session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
         try {
             if (!options.op_library.empty()) session_options.RegisterCustomOpsLibrary(options.op_library.c_str());
@@ -86,12 +102,21 @@ public:
     const std::vector<Port>& outputs() const { return outputs_; }
 
     std::vector<Ort::Value> run(const std::vector<Ort::Value>& values, const std::vector<Port>& wanted) const {
+        std::vector<Ort::Value> outputs;
+        for (std::size_t i = 0; i < wanted.size(); ++i) outputs.emplace_back(nullptr);
+        run_into(outputs, values, wanted);
+        return outputs;
+    }
+
+    // Into the tensors of `outputs`; where one is null, it is made.
+    void run_into(std::vector<Ort::Value>& outputs, const std::vector<Ort::Value>& values,
+                  const std::vector<Port>& wanted) const {
         std::vector<const char*> input_names, output_names;
         for (const Port& input : inputs_) input_names.push_back(input.name.c_str());
         for (const Port& output : wanted) output_names.push_back(output.name.c_str());
         try {
-            return session_.Run(Ort::RunOptions(nullptr), input_names.data(), values.data(), values.size(),
-                                output_names.data(), output_names.size());
+            session_.Run(Ort::RunOptions(nullptr), input_names.data(), values.data(), values.size(),
+                         output_names.data(), outputs.data(), outputs.size());
         } catch (const Ort::Exception& error) {
             throw Error("ONNX Runtime cannot run the model (" + brief(error) + ").");
         }
@@ -129,7 +154,10 @@ private:
     static Port port(std::string name, const Ort::TypeInfo& info) {
         if (info.GetONNXType() != ONNX_TYPE_TENSOR) throw Error("The model's " + name + " is not a tensor.");
         const auto tensor = info.GetTensorTypeAndShapeInfo();
-        return {std::move(name), tensor.GetElementType(), tensor.GetShape()};
+        std::vector<const char*> axes(tensor.GetDimensionsCount());
+        tensor.GetSymbolicDimensions(axes.data(), axes.size());
+        const bool in_place = axes.size() == 4 && std::strcmp(axes[2], "capacity") == 0;
+        return {std::move(name), tensor.GetElementType(), tensor.GetShape(), in_place};
     }
 
     // [batch, heads, tokens, size of a head]
@@ -147,40 +175,10 @@ private:
     std::vector<Port> inputs_, outputs_;
 };
 
-// The cache is what the last call gave out.
-class GrowingCache : public Decoder {
+// What both ways to keep a cache have in common.
+class Cache : public Decoder {
 public:
-    GrowingCache(const OnnxRuntime& model, std::size_t batch) : model_(model), batch_(batch) {
-        const Ort::AllocatorWithDefaultOptions allocator;
-        for (const Port& input : model_.inputs()) {
-            if (!is_past(input.name)) continue;
-            std::vector<std::int64_t> shape = input.shape;
-            shape[0] = static_cast<std::int64_t>(batch);
-            shape[2] = 0;
-            cache_.push_back(Ort::Value::CreateTensor(allocator, shape.data(), shape.size(), input.type));
-        }
-        if (cache_.empty()) throw Error("The model has no KV cache, so it cannot generate text.");
-        name_outputs();
-    }
-
-    const std::vector<float>& run(const Tokens& ids, const Tokens& mask, const Tokens& positions) override {
-        std::vector<Ort::Value> values;
-        std::size_t next = 0;
-        for (const Port& input : model_.inputs()) {
-            values.push_back(is_past(input.name)
-                                 ? std::move(cache_[next++])
-                                 : OnnxRuntime::numbers(OnnxRuntime::named(input.name, ids, mask, positions), batch_));
-        }
-        std::vector<Ort::Value> outputs = model_.run(values, outputs_);
-        read_last(outputs[0]);
-        cache_.clear();
-        std::move(outputs.begin() + 1, outputs.end(), std::back_inserter(cache_));
-        return logits_;
-    }
-
-private:
-    // The logits, then the cache in the order in which it goes in again.
-    void name_outputs() {
+    Cache(const OnnxRuntime& model, std::size_t batch) : model_(model), batch_(batch) {
         const auto add = [&](auto matches) {
             const auto found = std::find_if(model_.outputs().begin(), model_.outputs().end(), matches);
             if (found == model_.outputs().end()) throw Error("The model's outputs do not match its inputs.");
@@ -193,8 +191,21 @@ private:
         }
     }
 
+    std::size_t part() const override { return kPart; }
+
+protected:
+    // A tensor of zeros for `cache`, [batch, heads, places, size of a head].
+    Ort::Value zeros(const Port& cache, std::size_t places) const {
+        std::vector<std::int64_t> shape = cache.shape;
+        shape[0] = static_cast<std::int64_t>(batch_);
+        shape[2] = static_cast<std::int64_t>(places);
+        Ort::Value made = Ort::Value::CreateTensor(allocator_, shape.data(), shape.size(), cache.type);
+        std::memset(made.GetTensorMutableRawData(), 0, bytes_of(made));
+        return made;
+    }
+
     // From logits [batch, tokens, vocabulary].
-    void read_last(const Ort::Value& value) {
+    const std::vector<float>& read_last(const Ort::Value& value) {
         const std::vector<std::int64_t> shape = value.GetTensorTypeAndShapeInfo().GetShape();
         if (shape.size() != 3 || shape[0] != static_cast<std::int64_t>(batch_) || shape[1] < 1 || shape[2] < 1) {
             throw Error("The model's logits are not one row of the vocabulary for each token.");
@@ -205,16 +216,110 @@ private:
             const std::vector<float> last = read_floats(value, ((row + 1) * tokens - 1) * vocabulary, vocabulary);
             logits_.insert(logits_.end(), last.begin(), last.end());
         }
+        return logits_;
     }
 
     const OnnxRuntime& model_;
     std::size_t batch_;
+    // The logits, then the cache in the order in which it goes in again.
     std::vector<Port> outputs_;
-    std::vector<Ort::Value> cache_;
+
+private:
+    Ort::AllocatorWithDefaultOptions allocator_;
     std::vector<float> logits_;
 };
 
-std::unique_ptr<Decoder> OnnxRuntime::start(std::size_t batch, std::size_t) const {
+// The cache is what the last call gave out.
+class GrowingCache : public Cache {
+public:
+    GrowingCache(const OnnxRuntime& model, std::size_t batch) : Cache(model, batch) {
+        for (const Port& input : model_.inputs()) {
+            if (is_past(input.name)) cache_.push_back(zeros(input, 0));
+        }
+    }
+
+    const std::vector<float>& run(const Tokens& ids, const Tokens& mask, const Tokens& positions) override {
+        std::vector<Ort::Value> values;
+        std::size_t next = 0;
+        for (const Port& input : model_.inputs()) {
+            values.push_back(is_past(input.name)
+                                 ? std::move(cache_[next++])
+                                 : OnnxRuntime::numbers(OnnxRuntime::named(input.name, ids, mask, positions), batch_));
+        }
+        std::vector<Ort::Value> outputs = model_.run(values, outputs_);
+        cache_.clear();
+        std::move(outputs.begin() + 1, outputs.end(), std::back_inserter(cache_));
+        return read_last(outputs[0]);
+    }
+
+private:
+    std::vector<Ort::Value> cache_;
+};
+
+// The cache is a buffer for each layer and kind, into which the model writes: input and output are one memory. It is
+// made twice as long when it is full, up to the `most` tokens of the request.
+class InPlaceCache : public Cache {
+public:
+    InPlaceCache(const OnnxRuntime& model, std::size_t batch, std::size_t most) : Cache(model, batch), most_(most) {
+        for (const Port& input : model_.inputs())
+            values_.push_back(is_past(input.name) ? zeros(input, 0) : Ort::Value(nullptr));
+    }
+
+    const std::vector<float>& run(const Tokens& ids, const Tokens& mask, const Tokens& positions) override {
+        const std::size_t needed = mask.size() / batch_;
+        if (needed > capacity_)
+            grow(std::min(std::max({needed, 2 * capacity_, kLeastCapacity}), std::max(needed, most_)));
+        for (std::size_t i = 0; i < values_.size(); ++i) {
+            const std::string& name = model_.inputs()[i].name;
+            if (!is_past(name))
+                values_[i] = OnnxRuntime::numbers(OnnxRuntime::named(name, ids, mask, positions), batch_);
+        }
+        // Their size is the call's.
+        ends_[0] = Ort::Value(nullptr);
+        model_.run_into(ends_, values_, outputs_);
+        return read_last(ends_[0]);
+    }
+
+private:
+    void grow(std::size_t capacity) {
+        ends_.clear();
+        ends_.emplace_back(nullptr);
+        for (std::size_t i = 0; i < values_.size(); ++i) {
+            const Port& input = model_.inputs()[i];
+            if (!is_past(input.name)) continue;
+            Ort::Value larger = zeros(input, capacity);
+            copy_rows(values_[i], larger, batch_ * static_cast<std::size_t>(input.shape[1]));
+            values_[i] = std::move(larger);
+            ends_.push_back(same_memory(values_[i]));
+        }
+        capacity_ = capacity;
+    }
+
+    // What each of `rows` (of a head in the batch) holds.
+    static void copy_rows(const Ort::Value& from, Ort::Value& to, std::size_t rows) {
+        const std::size_t length = bytes_of(from) / rows, step = bytes_of(to) / rows;
+        const auto* source = static_cast<const char*>(from.GetTensorRawData());
+        auto* target = static_cast<char*>(to.GetTensorMutableRawData());
+        for (std::size_t row = 0; row < rows; ++row) std::memcpy(target + row * step, source + row * length, length);
+    }
+
+    static Ort::Value same_memory(Ort::Value& value) {
+        const auto info = value.GetTensorTypeAndShapeInfo();
+        const std::vector<std::int64_t> shape = info.GetShape();
+        return Ort::Value::CreateTensor(value.GetTensorMemoryInfo(), value.GetTensorMutableRawData(), bytes_of(value),
+                                        shape.data(), shape.size(), info.GetElementType());
+    }
+
+    std::size_t most_, capacity_ = 0;
+    // In the order of the model's inputs, and of `outputs_`.
+    std::vector<Ort::Value> values_, ends_;
+};
+
+std::unique_ptr<Decoder> OnnxRuntime::start(std::size_t batch, std::size_t most) const {
+    const auto cache =
+        std::find_if(inputs_.begin(), inputs_.end(), [](const Port& input) { return is_past(input.name); });
+    if (cache == inputs_.end()) throw Error("The model has no KV cache, so it cannot generate text.");
+    if (cache->in_place) return std::make_unique<InPlaceCache>(*this, batch, most);
     return std::make_unique<GrowingCache>(*this, batch);
 }
 

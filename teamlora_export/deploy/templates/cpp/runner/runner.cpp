@@ -61,6 +61,31 @@ Tokens positions_of(const Tokens& mask, std::size_t batch) {
     return positions;
 }
 
+// Columns `from` to `to` of values [batch, width].
+Tokens columns(const Tokens& values, std::size_t batch, std::size_t from, std::size_t to) {
+    const std::size_t width = values.size() / batch;
+    Tokens cut;
+    cut.reserve(batch * (to - from));
+    for (auto row = values.begin(); row != values.end(); row += static_cast<std::ptrdiff_t>(width)) {
+        cut.insert(cut.end(), row + static_cast<std::ptrdiff_t>(from), row + static_cast<std::ptrdiff_t>(to));
+    }
+    return cut;
+}
+
+// Runs ids and positions [batch, tokens], mask [batch, tokens so far], in parts where they are many.
+const std::vector<float>& read(Decoder& decoder, const Tokens& ids, const Tokens& mask, const Tokens& positions,
+                               std::size_t batch) {
+    const std::size_t tokens = ids.size() / batch, before = (mask.size() - ids.size()) / batch;
+    std::size_t start = 0;
+    for (; tokens - start > decoder.part(); start += decoder.part()) {
+        const std::size_t end = start + decoder.part();
+        decoder.run(columns(ids, batch, start, end), columns(mask, batch, 0, before + end),
+                    columns(positions, batch, start, end));
+    }
+    if (start == 0) return decoder.run(ids, mask, positions);
+    return decoder.run(columns(ids, batch, start, tokens), mask, columns(positions, batch, start, tokens));
+}
+
 // mask [batch, width] with a column of ones more.
 Tokens with_one_more(const Tokens& mask, std::size_t batch) {
     const std::size_t width = mask.size() / batch;
@@ -108,7 +133,7 @@ std::vector<Tokens> Runner::generate(const std::vector<Tokens>& prompts, std::si
     std::vector<bool> going(batch, true);
     const std::unique_ptr<Decoder> decoder = backend_->start(batch, width + count);
     for (std::size_t step = 0; step < count; ++step) {
-        const std::vector<float>& logits = decoder->run(ids, mask, positions);
+        const std::vector<float>& logits = read(*decoder, ids, mask, positions, batch);
         const std::size_t vocabulary = logits.size() / batch;
         ids.resize(batch);
         for (std::size_t row = 0; row < batch; ++row) {

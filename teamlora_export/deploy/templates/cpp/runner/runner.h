@@ -30,7 +30,7 @@ struct Options {
     std::string backend;
     // ONNX Runtime: a native library with the op; empty: the op's definition inside the model runs.
     std::filesystem::path op_library;
-    // ONNX Runtime: threads of one request; 0: every core.
+    // ONNX Runtime: threads of one request; 0: one for each core that the process may use.
     int threads = 0;
     // TensorRT: which engine in `engines/`; empty: the only one.
     std::string engine;

@@ -214,7 +214,8 @@ public:
             step_growing(ids, mask, positions);
         }
         filled_ += tokens;
-        read_last(tokens);
+        // An engine may give the last token's alone.
+        read_last(logits_.shape[1] == 1 ? 1 : tokens);
         return values_;
     }
 

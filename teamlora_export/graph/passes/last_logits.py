@@ -1,0 +1,107 @@
+"""Cuts a text generator's logits down to those of the last token, for programs that read no others."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from teamlora_export.graph import op
+
+LOGITS = "logits"
+# What computes each token by itself, where all but one of its inputs are constants.
+_EACH_BY_ITSELF = {"MatMul", "Add", "Sub", "Mul", "Div", "Tanh", "Cast", "CastLike", "Identity"}
+_PRODUCTS = {"MatMul", op.NAME}
+
+
+class LastLogits(ir.passes.InPlacePass):
+    """Takes the last token ahead of the product with the vocabulary: `logits` [batch, sequence, vocabulary] become
+    [batch, 1, vocabulary], the last row of what they were.
+
+    From `logits` it goes back as far as tokens are computed one by one from constants. Where there is no product on
+    that way, or something else reads a value of it, the graph stays as it is.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
+        nodes = _way_back(logits) if logits is not None else set()
+        if logits is None or not any(node.op_type in _PRODUCTS for node in nodes):
+            return ir.passes.PassResult(model, False)
+        made = {value for node in nodes for value in node.outputs}
+        if any(value is not logits and (value.is_graph_output() or not _users(value) <= nodes) for value in made):
+            return ir.passes.PassResult(model, False)
+        starts = dict.fromkeys(v for node in nodes for v in _tokens_of(node) if v not in made)
+        if not all(_has_tokens(v, logits) for v in (*starts, *made)) or any(v.producer() is None for v in starts):
+            return ir.passes.PassResult(model, False)
+        for start in starts:
+            _take_last(start, nodes)
+        for value in made:
+            _shorten(value)
+        return ir.passes.PassResult(model, True)
+
+
+def _way_back(logits: ir.Value) -> set[ir.Node]:
+    """The nodes that make `logits`, up to those that are no longer for each token by itself."""
+    found: set[ir.Node] = set()
+    open_values = [logits]
+    while open_values:
+        node = open_values.pop().producer()
+        if node is not None and node not in found and _is_each_by_itself(node):
+            found.add(node)
+            open_values += _tokens_of(node)
+    return found
+
+
+def _is_each_by_itself(node: ir.Node) -> bool:
+    if op.is_op(node):
+        return all(map(_is_constant, node.inputs[2:]))
+    # A product's weights are its second input: a first one that is constant would mix the tokens.
+    known = node.domain == "" and node.op_type in _EACH_BY_ITSELF
+    return known and len(_tokens_of(node)) == 1 and (node.op_type != "MatMul" or _is_constant(node.inputs[1]))
+
+
+def _tokens_of(node: ir.Node) -> list[ir.Value]:
+    return [value for value in node.inputs if value is not None and not _is_constant(value)]
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    """A weight, or what is computed of weights alone."""
+    if value is None or value.is_initializer():
+        return True
+    node = value.producer()
+    return node is not None and all(map(_is_constant, node.inputs))
+
+
+def _users(value: ir.Value) -> set[ir.Node]:
+    return {use.node for use in value.uses()}
+
+
+def _has_tokens(value: ir.Value, logits: ir.Value) -> bool:
+    """[batch, sequence, something]"""
+    if value.shape is None or logits.shape is None or not len(value.shape) == len(logits.shape) == 3:
+        return False
+    return value.shape[:2] == logits.shape[:2]
+
+
+def _take_last(value: ir.Value, readers: set[ir.Node]) -> None:
+    """Let `readers` have the last token of `value` alone."""
+    source = value.producer()
+    assert source is not None
+    graph = source.graph
+    assert isinstance(graph, ir.Graph)
+    bounds = []
+    for name, bound in (("start", -1), ("end", np.iinfo(np.int64).max), ("axis", 1)):
+        bounds.append(ir.val(f"{value.name}.last_{name}", const_value=ir.tensor(np.array([bound]))))
+        graph.register_initializer(bounds[-1])
+    cut = ir.node("Slice", [value, *bounds], name=f"{value.name}/last")
+    last = cut.outputs[0]
+    last.name, last.type, last.shape = f"{value.name}.last", value.type, value.shape
+    _shorten(last)
+    reading = [(use.node, use.idx) for use in value.uses() if use.node in readers]
+    graph.insert_after(source, cut)
+    for node, index in reading:
+        node.replace_input_with(index, last)
+
+
+def _shorten(value: ir.Value) -> None:
+    assert value.shape is not None
+    value.shape = ir.Shape([value.shape[0], 1, value.shape[2]])
