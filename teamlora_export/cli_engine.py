@@ -121,7 +121,9 @@ def trt_graph(
     no_plugin: Annotated[bool, typer.Option("--no-plugin", help="Inline the op's body.")] = False,
     capacity: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens that a cache in place holds. Default: all that the model takes, 2048 at most."),
+        typer.Option(
+            min=1, help="Tokens that a cache in place holds. Default: all that the model takes, 2048 at most."
+        ),
     ] = None,
     json: JsonOption = None,
 ) -> None:
@@ -135,9 +137,7 @@ def trt_graph(
     wanted = dtype or opened.manifest.dtype
     if wanted not in DTYPES:
         raise ExportError(f"--dtype {wanted}: unknown. Use {', '.join(DTYPES)}.")
-    written = write_graph(
-        opened, wanted, output, for_plugin=not no_plugin, reporter=Reporter(), capacity=capacity
-    )
+    written = write_graph(opened, wanted, output, for_plugin=not no_plugin, reporter=Reporter(), capacity=capacity)
     show(str(written), {"graph": written, "dtype": wanted, "plugin": not no_plugin}, json)
 
 

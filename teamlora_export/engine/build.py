@@ -100,9 +100,7 @@ def build_engine(
     plugin = find_plugin(options.plugin, runtime, reporter, options.architectures) if use_plugin else None
     with existing(path.parent):
         capacity = capacity_of(profiles)
-        with prepared_model(
-            bundle, dtype, path, for_plugin=use_plugin, reporter=reporter, capacity=capacity
-        ) as model:
+        with prepared_model(bundle, dtype, path, for_plugin=use_plugin, reporter=reporter, capacity=capacity) as model:
             engine = _Builder(runtime, options, reporter).build(model, bundle, profiles, capabilities, plugin)
         facts = EngineFacts(
             runtime=runtime.name,

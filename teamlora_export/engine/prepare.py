@@ -10,10 +10,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from teamlora_export.bundle import CAPACITY, DATA_NAME, MODEL_NAME, Bundle, check_files
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, check_files
 from teamlora_export.engine.profiles import choose_capacity
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.passes import inline_bodies
+from teamlora_export.graph.passes.fix_capacity import FixCapacity
 from teamlora_export.graph.precision import ChangePrecision
 from teamlora_export.graph.read import read_graph
 from teamlora_export.interrupt import held, note_written
@@ -70,7 +71,7 @@ def prepared_model(
             f"{bundle.folder}: was exported with --op standard, so there is no op for the plugin to take."
         )
     if capacity is not None:
-        _fix_capacity(model.graph, capacity)
+        FixCapacity(capacity)(model)
     ChangePrecision(bundle.manifest.dtype, dtype)(model)
     if for_plugin:
         # A parser prefers a function to a plugin of the same name.
@@ -95,12 +96,6 @@ def prepared_model(
                     callback=lambda tensor, _info: advance(tensor.nbytes),
                 )
         yield folder / MODEL_NAME
-
-
-def _fix_capacity(graph: ir.Graph, capacity: int) -> None:
-    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-        if value.shape is not None and CAPACITY in [getattr(size, "value", size) for size in value.shape]:
-            value.shape = ir.Shape([capacity if getattr(size, "value", size) == CAPACITY else size for size in value.shape])
 
 
 def _link(source: Path, target: Path) -> None:

@@ -60,6 +60,30 @@ def test_other_dtypes_and_inlined_bundles_too(dtype, form, make_bundle, tmp_path
     assert "compute capability 8.9" in facts.targets, "with no GPU, an engine is for all that RTX knows"
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_a_cache_in_place_becomes_an_engine_of_one_capacity_that_takes_prompts_in_parts(
+    dtype, make_bundle, make_base, tmp_path
+):
+    bundle = make_bundle("llama", cache="in-place")
+    options = dataclasses.replace(RTX, dtype=dtype, shapes="1x1,1x16,4x64")
+    path, facts = build_engine(bundle, options, tmp_path / "tiny.engine")
+    assert (facts.capacity, read_facts(path).capacity) == (64, 64)
+    prefill, decode = facts.profiles
+    assert prefill.inputs["past_key_values.0.key"] == ((1, 2, 64, 8), (1, 2, 64, 8), (4, 2, 64, 8))
+    part = {"input_ids": (2, 5), "attention_mask": (2, 40), "position_ids": (2, 5)}
+    caches = {name: (2, 2, 64, 8) for name in prefill.inputs if name.startswith("past_key_values.")}
+    assert prefill.accepts(part | caches)
+    assert not decode.accepts(part | caches)
+    assert not prefill.accepts({**part, "attention_mask": (2, 65), **caches})
+    cases = make_cases(make_base("llama").config, "text-generation")
+    assert cases_within(cases, facts.profiles) == cases, "prompts that are read in parts as well"
+
+
+def test_without_a_cache_in_place_an_engine_has_no_capacity(make_bundle, tmp_path):
+    assert as_facts(make_bundle("llama"), tmp_path / "a.engine").capacity is None
+    assert as_facts(make_bundle("bert"), tmp_path / "b.engine").capacity is None
+
+
 def test_the_command_line_builds_into_the_bundle_and_inspect_tells_of_it(bundle):
     built = run("trt", bundle.folder, "--fp16", "--compute-capability", "8.9,12.0", "--shapes", "1x1,1x16,2x64")
     assert built.returncode == 0, built.stderr
