@@ -72,8 +72,8 @@ def deploy_triton(
     capacity = choose_capacity(bundle, capacity)
     if engine is not None and capacity is not None:
         raise ExportError(
-            f"{engine}: keeps its cache in place, in one buffer that it reads and writes, and Triton's TensorRT back end "
-            "has two for a state. Export the model with --cache growing, and build an engine of that."
+            f"{engine}: keeps its cache in place, in one buffer that it reads and writes, and Triton's TensorRT "
+            "back end has two for a state. Export the model with --cache growing, and build an engine of that."
         )
     generates = bundle.manifest.task == "text-generation"
     text = text and (bundle.folder / "tokenizer.json").is_file()

@@ -7,8 +7,8 @@ What a model of ours needs of them follows from how the server works (triton-inf
   which the client masks out.
 - Requests share a batch when their inputs have the same shapes; the mask's shape tells the cache's length, so that
   sequences share one while they are equally long.
-- Where the graph keeps its cache in place, the state is one buffer of a fixed size, at both ends; it starts as zeros, of
-  which no mask names a place. A mask over all of it lets sequences of any length share a batch.
+- Where the graph keeps its cache in place, the state is one buffer of a fixed size, at both ends; it starts as zeros,
+  of which no mask names a place. A mask over all of it lets sequences of any length share a batch.
 - A warm-up request belongs to no sequence, so a model with state cannot be warmed up: its load would fail.
 """
 

@@ -2,8 +2,8 @@
 
 Text generation has two, because prefill and decode want other kernels: "prefill" reads a prompt into an empty cache (or
 one with a row that is masked out: Triton's state cannot be empty), "decode" adds one token to a cache of any length.
-Where the cache is in place, its buffers have one fixed capacity, the most tokens; they are there from the first call on,
-so "prefill" reads any number of tokens against what they hold already: a long prompt in parts. Other tasks have one.
+Where the cache is in place, its buffers have one fixed capacity, the most tokens; they are there from the first call
+on, so "prefill" reads any number of tokens against what they hold already: a long prompt in parts. Other tasks have one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class ShapeProfile:
 def make_profiles(bundle: Bundle, shapes: str | None) -> tuple[ShapeProfile, ...]:
     """The profiles of `bundle` for `--shapes`, "BATCHxTOKENS" three times: at least, best, at most.
 
-    For text generation TOKENS is the length of prompt and answer together; the most is the capacity of a cache in place.
+    For text generation TOKENS is the length of prompt and answer together; the most is the capacity of a cache in
+    place.
 
     Raises:
         ExportError: `shapes` is not of that form or not in order, or longer than the model's positions.
