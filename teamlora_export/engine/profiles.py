@@ -3,7 +3,8 @@
 Text generation has two, because prefill and decode want other kernels: "prefill" reads a prompt into an empty cache (or
 one with a row that is masked out: Triton's state cannot be empty), "decode" adds one token to a cache of any length.
 Where the cache is in place, its buffers have one fixed capacity, the most tokens; they are there from the first call
-on, so "prefill" reads any number of tokens against what they hold already: a long prompt in parts. Other tasks have one.
+on, so "prefill" reads any number of tokens against what they hold already: a long prompt in parts.
+Other tasks have one profile.
 """
 
 from __future__ import annotations

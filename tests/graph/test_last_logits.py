@@ -85,6 +85,12 @@ def test_the_last_token_goes_into_the_product_alone(form, rng):
     assert all(node.inputs[0].shape[1] == 1 for node in products)
 
 
+def test_a_graph_may_be_deep(rng):
+    deep = " ".join(f"d{index + 1} = Sigmoid(d{index})" for index in range(3000))
+    model = graph_of(f"d0 = Sigmoid(h) {deep} e0 = Add(d3000, h) logits = MatMul(h, w)", rng)
+    assert LastLogits()(model).modified
+
+
 @pytest.mark.parametrize("form", _LEFT)
 def test_a_graph_that_does_not_show_where_stays_as_it_is(form, rng):
     model = graph_of(_LEFT[form], rng, tokens="3")

@@ -23,52 +23,54 @@ class LastLogits(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
-        nodes = _way_back(logits) if logits is not None else set()
+        constants = _constants(model.graph)
+        nodes = _way_back(logits, constants) if logits is not None else []
         if logits is None or not any(node.op_type in _PRODUCTS for node in nodes):
             return ir.passes.PassResult(model, False)
-        made = {value for node in nodes for value in node.outputs}
-        if any(value is not logits and (value.is_graph_output() or not _users(value) <= nodes) for value in made):
+        made = [value for node in nodes for value in node.outputs]
+        if any(value is not logits and (value.is_graph_output() or not _users(value) <= set(nodes)) for value in made):
             return ir.passes.PassResult(model, False)
-        starts = dict.fromkeys(v for node in nodes for v in _tokens_of(node) if v not in made)
+        starts = [v for v in dict.fromkeys(v for node in nodes for v in _tokens_of(node, constants)) if v not in made]
         if not all(_has_tokens(v, logits) for v in (*starts, *made)) or any(v.producer() is None for v in starts):
             return ir.passes.PassResult(model, False)
         for start in starts:
-            _take_last(start, nodes)
+            _take_last(start, set(nodes))
         for value in made:
             _shorten(value)
         return ir.passes.PassResult(model, True)
 
 
-def _way_back(logits: ir.Value) -> set[ir.Node]:
+def _constants(graph: ir.Graph) -> set[ir.Value]:
+    """Weights, and what is computed of weights alone."""
+    known = set(graph.initializers.values())
+    for node in graph:
+        if all(value is None or value in known for value in node.inputs):
+            known.update(node.outputs)
+    return known
+
+
+def _way_back(logits: ir.Value, constants: set[ir.Value]) -> list[ir.Node]:
     """The nodes that make `logits`, up to those that are no longer for each token by itself."""
-    found: set[ir.Node] = set()
+    found: list[ir.Node] = []
     open_values = [logits]
     while open_values:
         node = open_values.pop().producer()
-        if node is not None and node not in found and _is_each_by_itself(node):
-            found.add(node)
-            open_values += _tokens_of(node)
+        if node is not None and node not in found and _is_each_by_itself(node, constants):
+            found.append(node)
+            open_values += _tokens_of(node, constants)
     return found
 
 
-def _is_each_by_itself(node: ir.Node) -> bool:
+def _is_each_by_itself(node: ir.Node, constants: set[ir.Value]) -> bool:
     if op.is_op(node):
-        return all(map(_is_constant, node.inputs[2:]))
+        return all(value in constants for value in node.inputs[2:])
     # A product's weights are its second input: a first one that is constant would mix the tokens.
     known = node.domain == "" and node.op_type in _EACH_BY_ITSELF
-    return known and len(_tokens_of(node)) == 1 and (node.op_type != "MatMul" or _is_constant(node.inputs[1]))
+    return known and len(_tokens_of(node, constants)) == 1 and (node.op_type != "MatMul" or node.inputs[1] in constants)
 
 
-def _tokens_of(node: ir.Node) -> list[ir.Value]:
-    return [value for value in node.inputs if value is not None and not _is_constant(value)]
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    """A weight, or what is computed of weights alone."""
-    if value is None or value.is_initializer():
-        return True
-    node = value.producer()
-    return node is not None and all(map(_is_constant, node.inputs))
+def _tokens_of(node: ir.Node, constants: set[ir.Value]) -> list[ir.Value]:
+    return [value for value in node.inputs if value is not None and value not in constants]
 
 
 def _users(value: ir.Value) -> set[ir.Node]:

@@ -200,7 +200,7 @@ protected:
         shape[0] = static_cast<std::int64_t>(batch_);
         shape[2] = static_cast<std::int64_t>(places);
         Ort::Value made = Ort::Value::CreateTensor(allocator_, shape.data(), shape.size(), cache.type);
-        std::memset(made.GetTensorMutableRawData(), 0, bytes_of(made));
+        std::fill_n(static_cast<char*>(made.GetTensorMutableRawData()), bytes_of(made), 0);
         return made;
     }
 
@@ -300,7 +300,7 @@ private:
         const std::size_t length = bytes_of(from) / rows, step = bytes_of(to) / rows;
         const auto* source = static_cast<const char*>(from.GetTensorRawData());
         auto* target = static_cast<char*>(to.GetTensorMutableRawData());
-        for (std::size_t row = 0; row < rows; ++row) std::memcpy(target + row * step, source + row * length, length);
+        for (std::size_t row = 0; row < rows; ++row) std::copy_n(source + row * length, length, target + row * step);
     }
 
     static Ort::Value same_memory(Ort::Value& value) {
