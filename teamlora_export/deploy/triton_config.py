@@ -104,7 +104,7 @@ def generate_config(bundle: Bundle, name: str, check_files: bool, instances: int
     config.instance_group.add(count=instances, kind=pb.ModelInstanceGroup.KIND_CPU)
     takes_positions = any(port.name == "position_ids" for port in bundle.manifest.inputs)
     _add_parameters(
-        config, model=name, takes_positions=takes_positions, check_files=check_files, capacity=str(capacity or "")
+        config, model=name, takes_positions=takes_positions, check_files=check_files, capacity=str(capacity or 0)
     )
     return config
 

@@ -24,7 +24,7 @@ class TritonPythonModel:
         parameters, self._settings, self._tokenizer = open_beside(args)
         self._model, self._takes_positions = parameters["model"], parameters["takes_positions"] == "true"
         # Of a cache in place; 0: it grows.
-        self._capacity = int(parameters["capacity"] or 0)
+        self._capacity = int(parameters["capacity"])
 
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
