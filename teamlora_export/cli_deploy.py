@@ -91,6 +91,12 @@ def deploy_triton_command(
         int | None, typer.Option(min=1, help="Requests that run together at most. Default: 8 for text, 32 elsewhere.")
     ] = None,
     sequences: Annotated[int, typer.Option(min=1, help="Texts at work at a time, each with its cache.")] = 64,
+    capacity: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens that a cache in place holds. Default: all that the model takes, 2048 at most."
+        ),
+    ] = None,
     logits: LogitsOption = "last",
     json: JsonOption = None,
 ) -> None:
@@ -112,6 +118,7 @@ def deploy_triton_command(
         batch=batch,
         sequences=sequences,
         logits=logits,
+        capacity=capacity,
     )
     _show(written, "triton", json)
 

@@ -119,6 +119,12 @@ def trt_graph(
     bundle: BundleArgument = THIS_FOLDER,
     dtype: Annotated[str | None, typer.Option(help="fp32, fp16 or bf16. Default: the bundle's.")] = None,
     no_plugin: Annotated[bool, typer.Option("--no-plugin", help="Inline the op's body.")] = False,
+    capacity: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens that a cache in place holds. Default: all that the model takes, 2048 at most."
+        ),
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Write the graph alone, for trtexec or polygraphy: its op is the plugin's, or inlined."""
@@ -131,7 +137,7 @@ def trt_graph(
     wanted = dtype or opened.manifest.dtype
     if wanted not in DTYPES:
         raise ExportError(f"--dtype {wanted}: unknown. Use {', '.join(DTYPES)}.")
-    written = write_graph(opened, wanted, output, for_plugin=not no_plugin, reporter=Reporter())
+    written = write_graph(opened, wanted, output, for_plugin=not no_plugin, reporter=Reporter(), capacity=capacity)
     show(str(written), {"graph": written, "dtype": wanted, "plugin": not no_plugin}, json)
 
 

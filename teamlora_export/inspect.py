@@ -143,6 +143,8 @@ def _engine_rows(facts: EngineFacts) -> Iterable[tuple[str, str]]:
     yield "built for", ", ".join(facts.targets)
     yield "task", facts.task
     yield "dtype", facts.dtype
+    if facts.capacity is not None:
+        yield "cache", f"in place, {facts.capacity} tokens"
     for profile in facts.profiles:
         shapes = [
             f"{name}: {' / '.join(str(list(shape)) for shape in points)}"

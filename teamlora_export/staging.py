@@ -181,6 +181,16 @@ def real_path(path: Path) -> Path:
         raise ExportError(f"{path}: leads nowhere ({error}). Choose another -o.") from None
 
 
+def refuse_inside(place: Path, folder: Path) -> None:
+    """Refuse to write `place` into a folder whose files are all listed.
+
+    Raises:
+        ExportError: it is in there.
+    """
+    if place.is_relative_to(real_path(folder)):
+        raise ExportError(f"{place}: is in {folder}, which is read. Choose another -o.")
+
+
 def refuse_foreign(place: Path, listed: Listing, inputs: Sequence[Path] = ()) -> None:
     """Refuse to replace anything but a folder with nothing in it but files that we wrote, or an empty one.
 
@@ -192,8 +202,6 @@ def refuse_foreign(place: Path, listed: Listing, inputs: Sequence[Path] = ()) ->
         read = real_path(given)
         if read.is_relative_to(place):
             raise ExportError(f"{place}: is, or holds, {given}, which is read. Choose another -o.")
-        if place.is_relative_to(read):
-            raise ExportError(f"{place}: is in {given}, which is read. Choose another -o.")
     try:
         if not os.path.lexists(place):
             # As long as the name that is written first.

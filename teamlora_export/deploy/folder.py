@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -13,11 +13,13 @@ import onnx_ir as ir
 
 from teamlora_export import __version__
 from teamlora_export.bundle import (
+    CAPACITY,
     COMPANIONS,
     DATA_NAME,
     MODEL_NAME,
     Bundle,
     Dtype,
+    Manifest,
     OpForm,
     Port,
     Sha256,
@@ -27,9 +29,10 @@ from teamlora_export.bundle import (
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.files import copy_file, read_json, read_record, sha256_of
+from teamlora_export.graph.passes.fix_capacity import FixCapacity
 from teamlora_export.graph.passes.last_logits import LOGITS, LastLogits
 from teamlora_export.graph.read import read_graph
-from teamlora_export.staging import entries, require_space, staged
+from teamlora_export.staging import entries, real_path, refuse_inside, require_space, staged
 from teamlora_export.tokens import Tokens
 
 LOGITS_FORMS = ("last", "all")
@@ -104,7 +107,13 @@ class Deployment:
 
 @contextmanager
 def deployment(
-    bundle: Bundle, out: Path, target: str, inside: str = ".", graph: bool = True, logits: str = "last"
+    bundle: Bundle,
+    out: Path,
+    target: str,
+    inside: str = ".",
+    graph: bool = True,
+    logits: str = "last",
+    capacity: int | None = None,
 ) -> Iterator[Deployment]:
     """A folder with the bundle's files in its folder `inside`, to add a target's own to.
 
@@ -115,6 +124,7 @@ def deployment(
     Args:
         graph: with model.onnx and its weights.
         logits: of which tokens of a prompt the graph of a text generator gives logits: the "last" alone, or "all".
+        capacity: of a cache in place, where it is to be a number.
 
     Raises:
         ExportError: the bundle's files are not those that were exported; `logits` is unknown; or `out` is something
@@ -124,12 +134,13 @@ def deployment(
         raise ExportError(f"--logits {logits}: unknown. Use {' or '.join(LOGITS_FORMS)}.")
     check_files(bundle)
     described = Path(inside) / DEPLOY_NAME
+    refuse_inside(real_path(out), bundle.folder)
     with staged(out, lambda there: _our_files(there, described), [bundle.folder]) as staging:
-        cut = _last_logits(bundle) if graph and logits == "last" else None
-        made = Deployment(staging, staging / inside, bundle if cut is None else cut.bundle, target)
+        rewritten = _rewritten(bundle, logits, capacity) if graph else None
+        made = Deployment(staging, staging / inside, bundle if rewritten is None else rewritten.bundle, target)
         if graph:
             require_space(staging, bundle.model.stat().st_size + bundle.data.stat().st_size)
-            made.add(MODEL_NAME, bundle.model if cut is None else cut.graph)
+            made.add(MODEL_NAME, bundle.model if rewritten is None else rewritten.graph)
             made.add(DATA_NAME, bundle.data)
         for name in COMPANIONS:
             if name in bundle.manifest.sha256:
@@ -140,26 +151,49 @@ def deployment(
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """A graph that gives the logits of the last token alone, and its bundle with the outputs that it has."""
+class _Rewritten:
+    """A graph for this deployment, and its bundle with the inputs and outputs that it has."""
 
     graph: bytes
     bundle: Bundle
 
 
-def _last_logits(bundle: Bundle) -> _Cut | None:
-    """None where the graph gives no logits, or does not show where to cut it."""
+def _rewritten(bundle: Bundle, logits: str, capacity: int | None) -> _Rewritten | None:
+    """None where the bundle's own graph is to be deployed; that of logits that do not show where to cut them is."""
     if bundle.manifest.task != "text-generation":
         return None
-    model = read_graph(bundle)
-    if not LastLogits()(model).modified:
+    model, manifest = read_graph(bundle), bundle.manifest
+    cut = logits == "last" and LastLogits()(model).modified
+    if cut:
+        outputs = tuple(
+            dataclasses.replace(port, shape=(port.shape[0], 1, *port.shape[2:])) if port.name == LOGITS else port
+            for port in manifest.outputs
+        )
+        manifest = dataclasses.replace(manifest, outputs=outputs)
+    if capacity is not None:
+        FixCapacity(capacity)(model)
+        manifest = _with_capacity(manifest, capacity)
+    if not cut and capacity is None:
         return None
-    outputs = tuple(
-        dataclasses.replace(port, shape=(port.shape[0], 1, *port.shape[2:])) if port.name == LOGITS else port
-        for port in bundle.manifest.outputs
+    return _Rewritten(ir.to_proto(model).SerializeToString(), dataclasses.replace(bundle, manifest=manifest))
+
+
+def _with_capacity(manifest: Manifest, capacity: int) -> Manifest:
+    """Ports have the number, and no text is longer."""
+
+    def fixed(ports: Sequence[Port]) -> tuple[Port, ...]:
+        return tuple(
+            dataclasses.replace(port, shape=tuple(capacity if size == CAPACITY else size for size in port.shape))
+            for port in ports
+        )
+
+    most = min(manifest.tokens.most or capacity, capacity)
+    return dataclasses.replace(
+        manifest,
+        inputs=fixed(manifest.inputs),
+        outputs=fixed(manifest.outputs),
+        tokens=dataclasses.replace(manifest.tokens, most=most),
     )
-    manifest = dataclasses.replace(bundle.manifest, outputs=outputs)
-    return _Cut(ir.to_proto(model).SerializeToString(), dataclasses.replace(bundle, manifest=manifest))
 
 
 def _without_origin(path: Path, folder: Path) -> Path | str:

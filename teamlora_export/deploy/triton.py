@@ -7,16 +7,19 @@ models/NAME_tokenizer the ensemble's first step
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from teamlora_export.bundle import Bundle
+from teamlora_export.bundle import Bundle, Port
 from teamlora_export.deploy import triton_config
 from teamlora_export.deploy.engine import add_engine, refuse_stray_plugin
 from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment
 from teamlora_export.deploy.python import RUNNER_NAME
 from teamlora_export.deploy.render import render
 from teamlora_export.engine.facts import EngineFacts
+from teamlora_export.engine.profiles import choose_capacity
 from teamlora_export.errors import ExportError
 
 SOURCES = TEMPLATES / "triton"
@@ -40,6 +43,7 @@ def deploy_triton(
     batch: int | None = None,
     sequences: int = 64,
     logits: str = "last",
+    capacity: int | None = None,
 ) -> Path:
     """Write the repository into `out`.
 
@@ -51,10 +55,11 @@ def deploy_triton(
         instances, batch, sequences: see `model_config`. Default of `batch`: 8 for text generation, 32 elsewhere, or
             what the engine takes.
         logits: see `deployment`; an engine gives what it was built with.
+        capacity: see `choose_capacity`; no text is longer.
 
     Raises:
         ExportError: see `deployment` and `add_engine`; the engine does not run in Triton; a model in bfloat16 would run
-            on a CPU; or the name is none.
+            on a CPU; an engine keeps its cache in place; or the name is none.
     """
     name = name or default_name(bundle)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
@@ -64,9 +69,15 @@ def deploy_triton(
         raise ExportError(f"--library {library}: is for ONNX Runtime, an engine takes --plugin.")
     if engine is None and bundle.manifest.dtype == "bf16" and not gpu:
         raise ExportError(f"{bundle.folder}: is in bfloat16, which ONNX Runtime runs on a GPU only: add --gpu.")
+    capacity = choose_capacity(bundle, capacity)
+    if engine is not None and capacity is not None:
+        raise ExportError(
+            f"{engine}: keeps its cache in place, in one buffer that it reads and writes, and Triton's TensorRT "
+            "back end has two for a state. Export the model with --cache growing, and build an engine of that."
+        )
     generates = bundle.manifest.task == "text-generation"
     text = text and (bundle.folder / "tokenizer.json").is_file()
-    with deployment(bundle, out, "triton", f"{REPOSITORY}/{name}/1", engine is None, logits) as made:
+    with deployment(bundle, out, "triton", f"{REPOSITORY}/{name}/1", engine is None, logits, capacity) as made:
         facts = add_engine(made, engine, plugin, "model.plan") if engine is not None else None
         if facts is not None and facts.runtime != "tensorrt":
             raise ExportError(
@@ -87,7 +98,9 @@ def deploy_triton(
         if not generates:
             made.write(f"{REPOSITORY}/{name}/warmup/{triton_config.WARMUP_FILE}", triton_config.warmup_ones())
         if text and generates:
-            _write_python_model(made, triton_config.generate_config(bundle, name, check_files, 4), "generate.py")
+            _write_python_model(
+                made, triton_config.generate_config(bundle, name, check_files, 4, capacity), "generate.py"
+            )
         elif text:
             tokenizer = triton_config.tokenize_config(bundle, name, check_files, model.max_batch_size)
             _write_python_model(made, tokenizer, "tokenizer.py")
@@ -95,7 +108,9 @@ def deploy_triton(
             _write_config(made, ensemble)
             # A version of an ensemble is an empty folder, which copies and archives lose.
             made.write(f"{REPOSITORY}/{ensemble.name}/1/README", "An ensemble has no file of its own.\n")
-        _write_program(made, name, text, engine=facts, library=library, gpu=gpu, check_files=check_files)
+        _write_program(
+            made, name, text, engine=facts, library=library, gpu=gpu, check_files=check_files, capacity=capacity
+        )
     return out
 
 
@@ -114,6 +129,14 @@ def _batch(facts: EngineFacts | None, wanted: int | None, default: int) -> int:
     if wanted is not None and wanted > most:
         raise ExportError(f"--batch {wanted}: the engine takes {most} at most. Build it with other --shapes.")
     return wanted or most
+
+
+def _cache_bytes(ports: Sequence[Port]) -> int:
+    """Of a sequence; 0 where its cache grows."""
+    kept = [port for port in ports if port.name.startswith("past_key_values.")]
+    sizes = [[size for size in port.shape[1:] if isinstance(size, int)] for port in kept]
+    widths = [4 if port.dtype == "float" else 2 for port in kept]
+    return sum(math.prod(size) * width for size, width in zip(sizes, widths, strict=True) if len(size) == 3)
 
 
 def _write_config(made: Deployment, config: object) -> None:
@@ -145,6 +168,7 @@ def _write_program(made: Deployment, name: str, text: bool, **facts: object) -> 
         "stops": list(tokens.stops),
         "vocabulary": tokens.vocabulary or 1 << 31,
         "most": tokens.most,
+        "megabytes": _cache_bytes(manifest.inputs) / 1e6,
     }
     client = "client_generate.py.j2" if generates else "client_encode.py.j2"
     for file, template in (("client.py", client), ("client.sh", "client.sh.j2"), ("README.md", "README.md.j2")):

@@ -7,6 +7,8 @@ What a model of ours needs of them follows from how the server works (triton-inf
   which the client masks out.
 - Requests share a batch when their inputs have the same shapes; the mask's shape tells the cache's length, so that
   sequences share one while they are equally long.
+- Where the graph keeps its cache in place, the state is one buffer of a fixed size, at both ends; it starts as zeros,
+  of which no mask names a place. A mask over all of it lets sequences of any length share a batch.
 - A warm-up request belongs to no sequence, so a model with state cannot be warmed up: its load would fail.
 """
 
@@ -84,8 +86,12 @@ def model_config(
     return config
 
 
-def generate_config(bundle: Bundle, name: str, check_files: bool, instances: int) -> Any:
-    """The model around a text generator that takes and gives words."""
+def generate_config(bundle: Bundle, name: str, check_files: bool, instances: int, capacity: int | None) -> Any:
+    """The model around a text generator that takes and gives words.
+
+    Args:
+        capacity: of a cache in place.
+    """
     pb = protobuf()
     config = pb.ModelConfig(name=f"{name}_text", backend="python", max_batch_size=0)
     config.version_policy.latest.num_versions = 1
@@ -97,7 +103,9 @@ def generate_config(bundle: Bundle, name: str, check_files: bool, instances: int
     # Each waits for the model most of the time, and several keep it busy.
     config.instance_group.add(count=instances, kind=pb.ModelInstanceGroup.KIND_CPU)
     takes_positions = any(port.name == "position_ids" for port in bundle.manifest.inputs)
-    _add_parameters(config, model=name, takes_positions=takes_positions, check_files=check_files)
+    _add_parameters(
+        config, model=name, takes_positions=takes_positions, check_files=check_files, capacity=str(capacity or 0)
+    )
     return config
 
 
@@ -170,6 +178,7 @@ def _add_state(config: Any, inputs: Iterable[Port], outputs: Iterable[Port], seq
         state = batching.state.add(input_name=port.name, output_name=present.name)
         state.data_type, dims = _type(port), _dims(port)
         state.dims.extend(dims)
+        state.use_same_buffer_for_input_output = -1 not in dims
         start = state.initial_state.add(name=f"empty {port.name}", zero_data=True, data_type=_type(port))
         start.dims.extend(max(size, 1) for size in dims)
 

@@ -14,15 +14,17 @@ from pathlib import Path
 import onnx_ir as ir
 
 from teamlora_export import __version__
-from teamlora_export.bundle import CAPACITY, DATA_NAME, MODEL_NAME, Bundle, Dtype, Sha256, check_files
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, Dtype, Sha256, check_files
+from teamlora_export.engine.profiles import choose_capacity
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.passes.expand_paired_rotary import ExpandPairedRotary
+from teamlora_export.graph.passes.fix_capacity import FixCapacity
 from teamlora_export.graph.precision import ChangePrecision
 from teamlora_export.graph.read import read_graph
 from teamlora_export.progress import Reporter
-from teamlora_export.staging import real_path, require_space, scratch_folder, staged
+from teamlora_export.staging import real_path, refuse_inside, require_space, scratch_folder, staged
 
 GRAPH_NAME = "graph.json"
 FORMAT_VERSION = 1
@@ -53,11 +55,16 @@ def write_graph(
 
     An earlier one there is replaced.
 
+    Args:
+        capacity: see `choose_capacity`.
+
     Raises:
         ExportError: as `prepared_model`; or `out` is something else, or is not as it was written.
     """
+    capacity = choose_capacity(bundle, capacity)
     check_files(bundle)
     place = real_path(out)
+    refuse_inside(place, bundle.folder)
     with staged(place, _our_files, [bundle.folder]) as folder:
         # Weights of its own: a change to this folder must not reach the bundle, and onnx refuses a file of two names.
         _write_model(bundle, dtype, folder, for_plugin, shutil.copyfile, reporter, capacity)
@@ -103,7 +110,7 @@ def _write_model(
             f"{bundle.folder}: was exported with --op standard, so there is no op for the plugin to take."
         )
     if capacity is not None:
-        _fix_capacity(model.graph, capacity)
+        FixCapacity(capacity)(model)
     ChangePrecision(bundle.manifest.dtype, dtype)(model)
     ExpandPairedRotary()(model)
     if for_plugin:
@@ -143,14 +150,6 @@ def _our_files(out: Path) -> set[str]:
         if (out / name).is_file() and sha256_of(out / name, out) != digest:
             raise ExportError(f"{out / name}: is not as it was written, and would be lost. Choose another -o.")
     return {GRAPH_NAME, *facts.files}
-
-
-def _fix_capacity(graph: ir.Graph, capacity: int) -> None:
-    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-        if value.shape is not None and CAPACITY in [getattr(size, "value", size) for size in value.shape]:
-            value.shape = ir.Shape(
-                [capacity if getattr(size, "value", size) == CAPACITY else size for size in value.shape]
-            )
 
 
 def _link(source: Path, target: Path) -> None:

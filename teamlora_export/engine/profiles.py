@@ -2,8 +2,9 @@
 
 Text generation has two, because prefill and decode want other kernels: "prefill" reads a prompt into an empty cache (or
 one with a row that is masked out: Triton's state cannot be empty), "decode" adds one token to a cache of any length.
-Where the cache is in place, its buffers have one fixed capacity, the most tokens; they are there from the first call on,
-so "prefill" reads any number of tokens against what they hold already: a long prompt in parts. Other tasks have one.
+Where the cache is in place, its buffers have one fixed capacity, the most tokens; they are there from the first call
+on, so "prefill" reads any number of tokens against what they hold already: a long prompt in parts.
+Other tasks have one profile.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class ShapeProfile:
 def make_profiles(bundle: Bundle, shapes: str | None) -> tuple[ShapeProfile, ...]:
     """The profiles of `bundle` for `--shapes`, "BATCHxTOKENS" three times: at least, best, at most.
 
-    For text generation TOKENS is the length of prompt and answer together; the most is the capacity of a cache in place.
+    For text generation TOKENS is the length of prompt and answer together; the most is the capacity of a cache in
+    place.
 
     Raises:
         ExportError: `shapes` is not of that form or not in order, or longer than the model's positions.
@@ -85,6 +87,23 @@ def capacity_of(profiles: Sequence[ShapeProfile]) -> int | None:
     }
     fixed = {most for least, most in sizes if least == most}
     return fixed.pop() if len(sizes) == len(fixed) == 1 else None
+
+
+def choose_capacity(bundle: Bundle, wanted: int | None) -> int | None:
+    """Tokens that an in-place cache is to hold where that has to be a number: `wanted`, or as many as an engine built
+    without `--shapes` holds. None where the cache grows, or there is none.
+
+    Raises:
+        ExportError: it is `wanted` for no such cache, or more than the model takes.
+    """
+    if not keeps_in_place(bundle.manifest.inputs):
+        if wanted is not None:
+            raise ExportError(f"--capacity {wanted}: {bundle.folder} keeps no cache in place. Leave it out.")
+        return None
+    limit = bundle.manifest.tokens.most
+    if wanted is not None and limit is not None and wanted > limit:
+        raise ExportError(f"--capacity {wanted}: the model takes {limit} tokens.")
+    return wanted or _default(bundle, _GENERATION)[2][1]
 
 
 def _in_place(ports: tuple[Port, ...], points: list[tuple[int, int]]) -> tuple[ShapeProfile, ...]:

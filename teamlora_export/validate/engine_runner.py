@@ -12,7 +12,7 @@ import torch
 from teamlora_export.bundle import Bundle
 from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.engine.load import load_engine, open_engine_runtime
-from teamlora_export.engine.profiles import ShapeProfile
+from teamlora_export.engine.profiles import ShapeProfile, capacity_of
 from teamlora_export.errors import ExportError
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.cases import Case, Feeds
@@ -67,7 +67,8 @@ class EngineRunner:
         return {name: _to_numpy(outputs[name]) for name in self._outputs}
 
     def _choose_profile(self, shapes: dict[str, tuple[int, ...]]) -> int:
-        for index, profile in enumerate(self._facts.profiles):
+        # The last one is the narrowest: with a cache in place, one token is a prompt's last part as well.
+        for index, profile in reversed(list(enumerate(self._facts.profiles))):
             if profile.accepts(shapes):
                 return index
         refusals = [profile.refusal(shapes) for profile in self._facts.profiles]
@@ -81,11 +82,11 @@ def cases_within(cases: Sequence[Case], profiles: Sequence[ShapeProfile]) -> lis
         batch, length = case.mask.shape
         first, last = profiles[0].inputs["input_ids"], profiles[-1].inputs["attention_mask"]
         return (
-            not case.part
+            (not case.part or capacity_of(profiles) is not None)
             and first[0][0] <= batch <= first[2][0]
-            and first[0][1] <= length <= first[2][1]
+            and last[0][1] <= (case.part or length)
+            and length <= first[2][1]
             and length + case.steps <= last[2][1]
-            and (not case.steps or last[0][1] <= length + 1)
         )
 
     return [case for case in cases if fits(case)]

@@ -103,6 +103,75 @@ def test_the_configuration_has_the_logits_that_the_graph_gives(server, smollm2, 
     assert list(logits.dims) == [-1, 49152]
 
 
+def test_a_cache_in_place_is_one_buffer_and_texts_of_any_length_share_a_batch(make_bundle, tmp_path):
+    bundle = make_bundle("llama", cache="in-place")
+    deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=24)
+    server = Server(deployed / "models")
+    for state in server.models["m"].config.sequence_batching.state:
+        assert state.use_same_buffer_for_input_output
+        assert list(state.dims) == list(state.initial_state[0].dims) == [2, 24, 8]
+    prompts, count = [[5, 6, 7, 8, 9, 10, 11, 12], [13, 14], [15]], 9
+    expected = [Model(bundle.folder).generate([prompt], count)[0] for prompt in prompts]
+
+    def call(row: int, step: list[int], read: int, turn: int) -> tuple[dict[str, np.ndarray], int, bool, bool]:
+        mask = [1] * (read + len(step)) + [0] * (24 - read - len(step))
+        positions = list(range(read, read + len(step)))
+        given = {"input_ids": step, "attention_mask": mask, "position_ids": positions}
+        return {k: np.array([v], np.int64) for k, v in given.items()}, row + 1, turn == 0, turn == count - 1
+
+    # Prompts of different lengths are different shapes; the first one is read in parts.
+    server.infer_together("m", [call(0, prompts[0][:5], 0, 0)])
+    found = [server.infer_together("m", [call(0, prompts[0][5:], 5, 1)])[0]]
+    found += [server.infer_together("m", [call(row, prompts[row], 0, 0)])[0] for row in (1, 2)]
+    answers: list[list[int]] = [[int(answer["logits"][0, -1].argmax())] for answer in found]
+    for turn in range(1, count):
+        calls = [call(r, a[-1:], len(prompts[r]) + turn - 1, turn) for r, a in enumerate(answers)]
+        for answer, logits in zip(answers, server.infer_together("m", calls), strict=True):
+            answer.append(int(logits["logits"][0, -1].argmax()))
+    assert [until_stop(row) for row in answers] == [until_stop(row) for row in expected]
+    assert not server.models["m"].states
+
+
+def test_words_for_a_cache_in_place_are_read_in_parts_and_a_full_cache_is_refused(make_bundle, tmp_path):
+    bundle = make_bundle("llama", cache="in-place")
+    deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=40)
+    source = deployed / "models" / "m_text" / "1" / "model.py"
+    source.write_text(source.read_text().replace("_PART = 512", "_PART = 5"))
+    server = Server(deployed / "models")
+    model = Model(bundle.folder)
+    prompt = model.tokenizer.decode(list(range(40, 53)))
+    ids = model.tokenizer.encode(prompt).ids
+    assert 10 < len(ids) < 40
+    (whole,) = server.stream("m_text", {"text_input": words(prompt), "max_tokens": np.array([999], np.int32)})
+    answer = model.generate([ids], 40 - len(ids))[0]
+    assert (
+        whole["text_output"][0].decode() == model.tokenizer.decode([*ids, *answer])[len(model.tokenizer.decode(ids)) :]
+    )
+    long = words("a b c d e f g h " * 9)
+    with pytest.raises(RequestError, match=r"INVALID_ARG: \d+ tokens; the model takes 40"):
+        list(server.stream("m_text", {"text_input": long}))
+    assert not server.models["m"].states
+    with serve(server) as (http, grpc):
+        told = run(sys.executable, deployed / "client.py", "--url", grpc, "--tokens", 6, "--ids", 5, 6, 7)
+        assert [int(token) for token in told.stdout.split()] == model.generate([[5, 6, 7]], 6)[0], told.stderr
+        refused = run(sys.executable, deployed / "client.py", "--url", grpc, "--ids", *["7"] * 40)
+        assert (refused.returncode, "40 tokens; the model takes 40" in refused.stderr) == (2, True), refused.stderr
+        curl = run("sh", deployed / "client.sh", SERVER=http)
+        assert curl.returncode == 0, curl.stderr
+
+
+def test_a_capacity_that_cannot_be_and_an_engine_with_a_cache_in_place_are_refused(make_bundle, tmp_path):
+    in_place, growing = make_bundle("llama", cache="in-place"), make_bundle("llama")
+    for message, bundle, options in (
+        ("--capacity 8: .* keeps no cache in place", growing, {"capacity": 8}),
+        ("--capacity 129: the model takes 128 tokens", in_place, {"capacity": 129}),
+        ("Triton's TensorRT back end", in_place, {"engine": "fp16-tensorrt"}),
+    ):
+        with pytest.raises(ExportError, match=message):
+            deploy_triton(bundle, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_words_are_answered_whole_or_as_a_stream(server, deployed, smollm2_greedy):
     tokenizer = Model(deployed / "models" / "smollm2" / "1").tokenizer
     for prompt, answer in zip(PROMPTS, smollm2_greedy.values(), strict=True):

@@ -220,11 +220,20 @@ class OnnxModel(Model):
             mine = slice(at, at + len(row["input_ids"]))
             at = mine.stop
             for state in states:
-                self.states[sequence][state.input_name] = outputs[state.output_name][mine]
+                self._keep(state, self.states[sequence], outputs[state.output_name][mine])
             if end:
                 self.states.pop(sequence, None)
             answers.append({value.name: outputs[value.name][mine] for value in self.config.output})
         return answers
+
+    def _keep(self, state: Any, held: Tensors, given: np.ndarray) -> None:
+        """One buffer at both ends stays the sequence's own; else what the model gave takes its place."""
+        if not state.use_same_buffer_for_input_output:
+            held[state.input_name] = given
+            return
+        if held[state.input_name].shape != given.shape:
+            raise RequestError(f"state '{state.output_name}' is {given.shape}")
+        held[state.input_name][...] = given
 
 
 def _start(state: Any) -> np.ndarray:

@@ -17,6 +17,7 @@ import pytest
 from conftest import list_again
 
 from teamlora_export.bundle import Bundle, read_bundle
+from teamlora_export.deploy.cpp import deploy_cpp
 from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, read_facts, write_engine
 from teamlora_export.engine.profiles import make_profiles
@@ -58,6 +59,33 @@ def test_other_dtypes_and_inlined_bundles_too(dtype, form, make_bundle, tmp_path
     _, facts = build_engine(make_bundle("llama", op_form=form), options, tmp_path / "tiny.engine")
     assert facts.dtype == dtype
     assert "compute capability 8.9" in facts.targets, "with no GPU, an engine is for all that RTX knows"
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_cache_in_place_becomes_an_engine_of_one_capacity_that_takes_prompts_in_parts(
+    dtype, make_bundle, make_base, tmp_path
+):
+    bundle = make_bundle("llama", cache="in-place")
+    options = dataclasses.replace(RTX, dtype=dtype, shapes="1x1,1x16,4x64")
+    path, facts = build_engine(bundle, options, tmp_path / "tiny.engine")
+    assert (facts.capacity, read_facts(path).capacity) == (64, 64)
+    prefill, decode = facts.profiles
+    assert prefill.inputs["past_key_values.0.key"] == ((1, 2, 64, 8), (1, 2, 64, 8), (4, 2, 64, 8))
+    part = {"input_ids": (2, 5), "attention_mask": (2, 40), "position_ids": (2, 5)}
+    caches = {name: (2, 2, 64, 8) for name in prefill.inputs if name.startswith("past_key_values.")}
+    assert prefill.accepts(part | caches)
+    assert not decode.accepts(part | caches)
+    assert not prefill.accepts({**part, "attention_mask": (2, 65), **caches})
+    cases = make_cases(make_base("llama").config, "text-generation")
+    assert cases_within(cases, facts.profiles) == cases, "prompts that are read in parts as well"
+    with pytest.raises(ExportError, match="keeps its cache in place, which the program's TensorRT back end"):
+        deploy_cpp(bundle, tmp_path / "out", engine=str(path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_cache_in_place_an_engine_has_no_capacity(make_bundle, tmp_path):
+    assert as_facts(make_bundle("llama"), tmp_path / "a.engine").capacity is None
+    assert as_facts(make_bundle("bert"), tmp_path / "b.engine").capacity is None
 
 
 def test_the_command_line_builds_into_the_bundle_and_inspect_tells_of_it(bundle):

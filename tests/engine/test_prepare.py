@@ -77,6 +77,25 @@ def test_an_earlier_graph_is_replaced_and_nothing_else_is(make_bundle, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["graph", "other"]
 
 
+def test_a_cache_in_place_has_a_capacity_in_numbers_and_is_kept_in_the_wanted_type(make_bundle, tmp_path):
+    """TensorRT updates buffers of a known size alone, whose type is their rows'."""
+    bundle = make_bundle("llama", cache="in-place")
+    path = write_graph(bundle, "fp16", tmp_path / "graph", for_plugin=True, reporter=QUIET, capacity=40)
+    graph = ir.load(path).graph
+    caches = [value for value in (*graph.inputs, *graph.outputs) if "key" in value.name or "value" in value.name]
+    assert len(caches) == 16
+    assert all(list(value.shape)[1:] == [2, 40, 8] and value.dtype == ir.DataType.FLOAT16 for value in caches)
+    for node in graph:
+        if node.op_type in ("TensorScatter", "Attention"):
+            kinds = {value.dtype for value in (*node.inputs, *node.outputs)}
+            assert kinds <= {ir.DataType.FLOAT16, ir.DataType.INT64, ir.DataType.BOOL}, node.name
+    assert "capacity" not in str([value.shape for node in graph for value in node.outputs])
+    growing = make_bundle("llama")
+    with pytest.raises(ExportError, match=r"--capacity 40: .* keeps no cache in place"):
+        write_graph(growing, "fp16", tmp_path / "other", for_plugin=True, reporter=QUIET, capacity=40)
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_graph_alone_has_weights_of_its_own_and_leaves_its_bundle_readable(make_bundle, tmp_path):
     """A second name for the bundle's file lets a change to one reach the other, and onnx refuses to load either."""
     bundle = make_bundle("llama")

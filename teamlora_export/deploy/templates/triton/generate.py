@@ -15,12 +15,16 @@ from opened import open_beside, refusal
 from runner import TextStream, encode_text
 
 _DEFAULT_TOKENS = 64
+# Where the cache is in place, a longer prompt is read in parts of so many tokens.
+_PART = 512
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         parameters, self._settings, self._tokenizer = open_beside(args)
         self._model, self._takes_positions = parameters["model"], parameters["takes_positions"] == "true"
+        # Of a cache in place; 0: it grows.
+        self._capacity = int(parameters["capacity"])
 
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
@@ -47,17 +51,19 @@ class TritonPythonModel:
     def _tokens(self, ids: Sequence[int], count: int, sender: Any) -> Iterator[int]:
         """The answer, greedily, until a stop token or until nobody listens any more."""
         sequence = int.from_bytes(os.urandom(8), "little") | 1
-        # The state that Triton starts with is a cache of one row, which is masked out.
-        mask = [0] + [1] * len(ids)
-        step, flags, ended = list(ids), pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START, False
+        *parts, step = self._parts(ids)
+        read, flags, ended = 0, pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_START, False
         try:
+            for part in parts:
+                _best(self._run(part, read, sequence, flags))
+                read, flags = read + len(part), 0
             for left in reversed(range(count)):
                 ended = left == 0
                 if ended:
                     flags |= pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END
-                response = self._run(step, mask, sequence, flags)
+                response = self._run(step, read, sequence, flags)
                 # What a further request looks like, should there be no token to go on from.
-                step, mask, flags = step[-1:], [*mask, 1], 0
+                read, step, flags = read + len(step), step[-1:], 0
                 token = _best(response)
                 if token in self._settings.stops or sender.is_cancelled():
                     return
@@ -66,13 +72,17 @@ class TritonPythonModel:
         finally:
             # A sequence that is not ended keeps its place, and its cache, until it has been idle for a while.
             if not ended:
-                self._run(step, mask, sequence, pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END)
+                self._run(step[-1:], read, sequence, pb_utils.TRITONSERVER_REQUEST_FLAG_SEQUENCE_END)
 
-    def _run(self, step: list[int], mask: list[int], sequence: int, flags: int) -> Any:
-        first = sum(mask) - len(step)
-        given = {"input_ids": step, "attention_mask": mask}
+    def _parts(self, ids: Sequence[int]) -> list[list[int]]:
+        length = _PART if self._capacity else len(ids)
+        return [list(ids[start : start + length]) for start in range(0, len(ids), length)]
+
+    def _run(self, step: list[int], read: int, sequence: int, flags: int) -> Any:
+        """Read more tokens, after the `read` ones before them."""
+        given = {"input_ids": step, "attention_mask": self._mask(read + len(step))}
         if self._takes_positions:
-            given["position_ids"] = list(range(first, first + len(step)))
+            given["position_ids"] = list(range(read, read + len(step)))
         request = pb_utils.InferenceRequest(
             model_name=self._model,
             requested_output_names=["logits"],
@@ -82,6 +92,13 @@ class TritonPythonModel:
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
         return request.exec()
+
+    def _mask(self, total: int) -> list[int]:
+        if self._capacity:
+            # Over all of the buffer, so that texts of any length share a batch.
+            return [1] * total + [0] * (self._capacity - total)
+        # The state that Triton starts with is a cache of one row, which is masked out.
+        return [0] + [1] * total
 
 
 def _best(response: Any) -> int:
