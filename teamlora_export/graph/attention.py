@@ -18,8 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from teamlora_export.graph import op
+
 IMPLEMENTATION = "onnx_attention"
-OPSET = 23
 # What models hand to attention that changes the result and is no attribute of the operator.
 _BEYOND = ("s_aux", "position_bias", "cache")
 
@@ -56,7 +57,7 @@ def _attend(
         attributes["softcap"] = float(softcap)
     shape = (*query.shape[:3], value.shape[3])
     attended = torch.onnx.ops.symbolic(
-        "Attention", (query, key, value, attention_mask), attributes, dtype=query.dtype, shape=shape, version=OPSET
+        "Attention", (query, key, value, attention_mask), attributes, dtype=query.dtype, shape=shape, version=op.OPSET
     )
     return attended.transpose(1, 2).contiguous(), None
 
@@ -90,11 +91,11 @@ def _mask(
         attention_mask: bool [batch, kv_offset + kv_length].
     """
     if mask_function is None or others.get("use_vmap"):
-        return sdpa_mask(
+        return sdpa_mask(  # type: ignore[return-value]
             batch_size,
             q_length,
             kv_length,
-            q_offset,
+            q_offset,  # type: ignore[arg-type]
             kv_offset,
             mask_function or causal_mask_function,
             attention_mask,

@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-OPSET = 24
+from teamlora_export.graph import op
+from teamlora_export.graph.record import keys_and_values
 
 
 class InPlaceLayer(CacheLayerMixin):
@@ -62,9 +63,8 @@ class InPlaceCache(Cache):
     def __init__(self, buffers: DynamicCache, attention_mask: Tensor, sequence: int) -> None:
         self.places = first_places(attention_mask, sequence)
         length = attention_mask.shape[1] - sequence
-        super().__init__(
-            [InPlaceLayer(layer.keys, layer.values, self.places, length) for layer in buffers.layers]  # type: ignore[union-attr]
-        )
+        ends = keys_and_values(buffers)
+        super().__init__([InPlaceLayer(keys, values, self.places, length) for keys, values in ends])
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         """Broadcast against positions [batch, 1, sequence, 1] of queries (`attention.py`)."""
@@ -73,9 +73,9 @@ class InPlaceCache(Cache):
     def buffers(self) -> DynamicCache:
         """What the call made of the buffers."""
         cache = DynamicCache()
-        for layer in self.layers:
+        for keys, values in keys_and_values(self):
             written = DynamicLayer()
-            written.keys, written.values, written.is_initialized = layer.keys, layer.values, True  # type: ignore[union-attr]
+            written.keys, written.values, written.is_initialized = keys, values, True
             cache.layers.append(written)
         return cache
 
@@ -93,7 +93,7 @@ def widened(attention_mask: Tensor, capacity: int) -> Tensor:
 
 def _scatter(buffer: Tensor | None, rows: Tensor, places: Tensor) -> Tensor:
     assert buffer is not None
-    attributes = {"axis": 2, "mode": "linear"}
+    attributes: dict[str, Any] = {"axis": 2, "mode": "linear"}
     return torch.onnx.ops.symbolic(
-        "TensorScatter", (buffer, rows, places), attributes, dtype=buffer.dtype, shape=buffer.shape, version=OPSET
+        "TensorScatter", (buffer, rows, places), attributes, dtype=buffer.dtype, shape=buffer.shape, version=op.OPSET
     )

@@ -49,7 +49,8 @@ VERSION = 1
 MARKER = "ModuleOutput"
 INPUTS = ("x", "base", "down", "mix", "up")
 ATTRIBUTES = ("num_experts", "shared_down", "out_splits")
-BODY_OPSET = 20
+# Of ONNX's own operators: what the body needs, and what graphs are traced in (the first with TensorScatter).
+BODY_OPSET, OPSET = 20, 24
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.export._trace import _compiling_state_context
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.exporters.utils import apply_patches
 
 from teamlora_export.graph.silence import silenced
@@ -60,7 +60,7 @@ def layer_of(path: str, prefix: str) -> tuple[int | None, str]:
     return (int(index), rest) if index.isdigit() else (None, path)
 
 
-def keys_and_values(cache: DynamicCache) -> list[tuple[Any, Any]]:
+def keys_and_values(cache: Cache) -> list[tuple[Any, Any]]:
     """Of each layer; None where it keeps none."""
     return [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
 

@@ -103,7 +103,7 @@ def trace(base: BaseModel, model: nn.Module, signature: TracedSignature) -> ir.M
 
 
 def _export(model: nn.Module, signature: TracedSignature) -> ir.Model:
-    config = OnnxConfig(dynamic=True, dynamic_shapes=signature.dynamic_shapes, opset_version=24, optimize=False)
+    config = OnnxConfig(dynamic=True, dynamic_shapes=signature.dynamic_shapes, opset_version=op.OPSET, optimize=False)
     with silenced():
         program, _metadata = OnnxExporter().export_program(model, dict(signature.sample), config)  # type: ignore[arg-type]
     return program
