@@ -53,7 +53,7 @@ private:
         shape[0] = ids[0];
         if (is_present(output.name)) {
             shape[2] = shapes.at(past_name(output.name))[2] + ids[1];
-        } else if (shape.size() > 2) {
+        } else if (shape.size() > 2 && shape[1] < 0) {
             shape[1] = ids[1];
         }
         return shape;
