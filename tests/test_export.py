@@ -135,7 +135,7 @@ def test_a_weight_that_the_checkpoint_lacks_is_told_before_anything_is_traced(
     save_file({name: value for name, value in tensors.items() if name not in names}, base / "model.safetensors")
     monkeypatch.setattr(build, "traceable", None)
     with pytest.raises(ExportError, match=r"2 problems\n  - lm_head.weight is missing.*\n.*q_proj.weight is missing"):
-        export_to(tmp_path / "out", base, make_adapter("mistral"), use_cache=False)
+        export_to(tmp_path / "out", base, make_adapter("mistral"), retrace=True)
     encoder = make_base("roberta")
     tensors = load_file(encoder.folder / "model.safetensors")
     base = Path(shutil.copytree(encoder.folder, tmp_path / "encoder"))
@@ -314,14 +314,14 @@ def test_a_kept_graph_is_never_used_for_anything_else(base, make_adapter, monkey
     adapter = read_adapter(make_adapter("llama"))
     source = find_base(str(base))
 
-    def key(adapter: AdapterSpec = adapter, task: str = "auto", dtype: str = "fp32") -> str:
-        return traced.graph_key(source, adapter, task, dtype)
+    def key(adapter: AdapterSpec = adapter, task: str = "auto", dtype: str = "fp32", in_place: bool = False) -> str:
+        return traced.graph_key(source, adapter, task, dtype, in_place)
 
     assert key() == key()
     (path, projection), *rest = adapter.projections.items()
     fewer = dataclasses.replace(adapter, projections=dict(rest))
     shared = {path: dataclasses.replace(projection, shared_down=True), **dict(rest)}
-    keys = [key(), key(dtype="fp16"), key(task="text-generation"), key(fewer)]
+    keys = [key(), key(dtype="fp16"), key(task="text-generation"), key(in_place=True), key(fewer)]
     keys.append(key(dataclasses.replace(adapter, projections=shared)))
     for place, name, other in (
         (traced, "_FORMAT", 0),

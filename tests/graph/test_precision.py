@@ -13,6 +13,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, hash_files, read_bundle, write_manifest
+from teamlora_export.deploy.folder import port_in
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
@@ -29,8 +30,10 @@ def retyped(bundle: Bundle, dtype: str, folder: Path) -> Bundle:
     model = ir.load(bundle.model)
     ChangePrecision(bundle.manifest.dtype, dtype)(model)
     ir.save(model, folder / MODEL_NAME, external_data=DATA_NAME)
-    hashes = hash_files(folder)
-    write_manifest(folder, dataclasses.replace(bundle.manifest, dtype=dtype, sha256=hashes))
+    ports = {
+        end: tuple(port_in(port, dtype) for port in getattr(bundle.manifest, end)) for end in ("inputs", "outputs")
+    }
+    write_manifest(folder, dataclasses.replace(bundle.manifest, dtype=dtype, sha256=hash_files(folder), **ports))
     return read_bundle(folder)
 
 
