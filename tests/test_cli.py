@@ -138,7 +138,7 @@ def test_export_validate_and_inspect_tell_their_story(adapter, tmp_path, make_ba
     report, figures = tmp_path / "report.html", tmp_path / "figures.json"
     validated = run("validate", bundle, "--report", report, "--json", figures)
     assert validated.returncode == 0, validated.stderr
-    assert "Passed: 5 cases" in validated.stdout
+    assert "Passed: 6 cases" in validated.stdout
     page = report.read_text()
     assert "<svg" in page
     assert "http" not in page.replace("http://www.w3.org", ""), "the report needs no network"
