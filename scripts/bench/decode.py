@@ -5,8 +5,8 @@
     scripts/bench/decode.py --memory            the most memory of each, in a process of its own
 
 Everything runs in one process, in strict turns: in a turn, each reads the prompt and then makes tokens one by one, in
-another order each turn. Printed are medians over the turns, and the median of the ratio within a turn to genai's, with
-its quartiles: above 1 is faster than genai for tokens a second, slower for a prefill.
+another order each turn. Printed are medians over the turns, and the median of the ratio within a turn to genai's on as
+many threads as ours, with its quartiles: above 1 is faster than genai for tokens a second, slower for a prefill.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ from get_model import get_model  # noqa: E402
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GENAI = "genai, un-adapted"
+# Left to itself, onnxruntime-genai 0.18 ran one thread on a machine of two cores.
+GENAI_ALONE = "genai, its threads"
 # What reads a prompt (its ids, tokens to follow) and returns what makes one more token.
 Opened = Callable[[list[int], int], Callable[[], object]]
 
@@ -85,8 +87,10 @@ def _rows(folder: Path, rank: int, threads: int) -> dict[str, Callable[[], Opene
         export_onnx(base.name, folder / "adapter", folder / form, cache=form)
     library = find_library(None, Reporter()).path
     genai = _genai_model(base.name)
+    threaded = _with_threads(genai, folder / "genai", threads or len(os.sched_getaffinity(0)))
     return {
-        GENAI: lambda: _open_genai(genai),
+        GENAI: lambda: _open_genai(threaded),
+        GENAI_ALONE: lambda: _open_genai(genai),
         "growing, body": lambda: _open_ours(folder / "growing", None, threads),
         "in place, body": lambda: _open_ours(folder / "in-place", None, threads),
         "in place, native": lambda: _open_ours(folder / "in-place", library, threads),
@@ -99,6 +103,18 @@ def _genai_model(base: str) -> Path:
     if not (folder / "genai_config.json").is_file():
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", base, "-i", base, "-o", str(folder)]
         subprocess.run([*builder, "-p", "fp32", "-e", "cpu"], check=True, capture_output=True)
+    return folder
+
+
+def _with_threads(genai: Path, folder: Path, threads: int) -> Path:
+    """The same model in `folder`, to be run by so many threads."""
+    folder.mkdir()
+    for file in genai.iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((genai / "genai_config.json").read_text())
+    config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
+    (folder / "genai_config.json").unlink()
+    (folder / "genai_config.json").write_text(json.dumps(config))
     return folder
 
 

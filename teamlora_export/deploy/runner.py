@@ -37,6 +37,7 @@ _DESCRIPTIONS = {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)}
 _OPENED = ("model.onnx", "model.onnx.data", "model.plan", "tokenizer.json")
 _LARGEST_TEXT = 512 << 20
 _MOST_THREADS = 1024
+_SPIN_MICROSECONDS = "20"
 # A longer prompt is read in parts of so many tokens, which bounds the memory that it takes.
 _PART = 512
 _LEAST_CAPACITY = 256
@@ -67,9 +68,10 @@ class Model:
         options = ort.SessionOptions()
         options.log_severity_level = 4
         # A number of its own: left to itself, ONNX Runtime binds each thread to a core, busy or not. Threads that spin
-        # while they wait take the core from those that they wait for, as soon as anything else runs on the machine.
+        # for as long as it lets them take the core from those that they wait for, as soon as anything else runs on the
+        # machine; threads that do not spin at all wake too late for the next kernel.
         options.intra_op_num_threads = threads or _cores()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
         try:
             if library is not None:
                 options.register_custom_ops_library(str(library))

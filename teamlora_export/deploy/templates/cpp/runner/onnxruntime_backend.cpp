@@ -12,6 +12,7 @@ namespace teamlora {
 namespace {
 
 constexpr int kMostThreads = 1024;
+constexpr const char* kSpinMicroseconds = "20";
 // A prompt is read in parts of so many tokens, which bounds the memory that it takes.
 constexpr std::size_t kPart = 512;
 constexpr std::size_t kLeastCapacity = 256;
@@ -60,8 +61,9 @@ public:
         Ort::SessionOptions session_options;
         // A number that is given binds no thread to a core, where another process may be at work.
         session_options.SetIntraOpNumThreads(options.threads == 0 ? usable_cores() : options.threads);
-        // Threads that spin wait for each other as soon as another process has one of their cores.
-        session_options.AddConfigEntry("session.intra_op.allow_spinning", "0");
+        // Threads that spin long wait for each other as soon as another process has one of their cores; threads that
+        // do not spin wake too late for the next kernel.
+        session_options.AddConfigEntry("session.intra_op.spin_duration_us", kSpinMicroseconds);
         session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
         try {
             if (!options.op_library.empty()) session_options.RegisterCustomOpsLibrary(options.op_library.c_str());
