@@ -177,17 +177,24 @@ def _judged(figures: dict[str, list[float]], name: str) -> dict[str, object]:
 
 
 def _measure_memory(rows: dict[str, Callable[[], Opened]], name: str, length: int) -> dict[str, object]:
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        most = pool.apply(_most_memory, (rows[name], length))
-    print(f"{name:18} {length:5} tokens: {most / 1e6:.0f} MB at the most", flush=True)
+    # Forked, so that what opens a model need not be sent; nothing that has threads runs before it.
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=lambda: results.put(_most_memory(rows[name], length)))
+    child.start()
+    most = results.get()
+    child.join()
+    print(f"{name:18} {length:5} tokens: {most / 1e6:.0f} MB at the most, over the interpreter's", flush=True)
     return {"row": name, "length": length, "bytes": most}
 
 
 def _most_memory(row: Callable[[], Opened], length: int) -> int:
+    """Bytes, over what this process has before a model is opened."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     more = row()([100 + index % 1000 for index in range(length)], 8)
     for _ in range(8):
         more()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 @contextmanager
