@@ -24,23 +24,29 @@ def read_graph(bundle: Bundle) -> ir.Model:
 
     Raises:
         ExportError: the file holds none, or one with other inputs and outputs than the manifest says, or its weights
-            are elsewhere than in the bundle's own file.
+            are elsewhere than in the bundle's own file, or beyond its end.
     """
     try:
         model = ir.load(bundle.model)
+        # What was read may be nothing that can be written: a change in the right place is no error of the format.
+        ir.to_proto(model)
     except Exception as error:  # protobuf's and onnx_ir's own, of many kinds
         raise ExportError(
             f"{bundle.model}: is no graph that can be read ({first_line(error)}). Export the model again."
         ) from None
+    opset = model.graph.opset_imports.get("")
+    if any(function.opset_imports.get("", opset) != opset for function in model.functions.values()):
+        raise ExportError(f"{bundle.model}: has functions of another opset than its own. Export the model again.")
     listed = (*bundle.manifest.inputs, *bundle.manifest.outputs)
     if listed != tuple(map(port_of, (*model.graph.inputs, *model.graph.outputs))):
         raise ExportError(
             f"{bundle.model}: has not the inputs and outputs that its manifest lists. Export the model again."
         )
     refuse_escape(bundle.data, bundle.folder)
+    held = bundle.data.stat().st_size
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = _in_its_file(value.const_value, bundle)
+            value.const_value = _in_its_file(value.const_value, bundle, held)
     return model
 
 
@@ -51,10 +57,16 @@ def port_of(value: ir.Value) -> Port:
     return Port(value.name or "", dtype, sizes)
 
 
-def _in_its_file(tensor: ir.ExternalTensor, bundle: Bundle) -> _Weight:
+def _in_its_file(tensor: ir.ExternalTensor, bundle: Bundle, held: int) -> _Weight:
     if tensor.location != DATA_NAME:
         raise ExportError(
             f"{bundle.model}: has a weight in {tensor.location!r:.80}, expected {DATA_NAME}. Export the model again."
+        )
+    start, size = tensor.offset or 0, tensor.nbytes
+    if start < 0 or tensor.length not in (None, size) or start + size > held:
+        raise ExportError(
+            f"{bundle.data}: has {held:,} bytes, which do not hold {tensor.name!r:.80} of {size:,} from {start:,} on. "
+            "Export the model again."
         )
     return _Weight(
         tensor.location,

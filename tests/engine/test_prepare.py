@@ -14,7 +14,6 @@ from teamlora_export.bundle import read_bundle
 from teamlora_export.engine.prepare import prepared_model, write_graph
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
-from teamlora_export.graph.read import read_graph
 from teamlora_export.progress import Reporter
 
 QUIET = Reporter(quiet=True)
@@ -111,29 +110,6 @@ def test_a_bundle_whose_weights_have_a_second_name_is_read(make_bundle, tmp_path
     os.link(folder / "model.onnx.data", tmp_path / "snapshot")
     with prepared_model(read_bundle(folder), "fp16", tmp_path, for_plugin=True, reporter=QUIET) as path:
         assert ir.load(path).graph.initializers
-
-
-def test_a_graph_whose_weights_are_in_another_file_is_refused(make_bundle, tmp_path):
-    folder = tmp_path / "bundle"
-    shutil.copytree(make_bundle("llama").folder, folder)
-    graph = onnx.load(folder / "model.onnx", load_external_data=False)
-    for entry in graph.graph.initializer[-1].external_data:
-        entry.value = "../secret" if entry.key == "location" else entry.value
-    (folder / "model.onnx").write_bytes(graph.SerializeToString())
-    with pytest.raises(ExportError, match=r"has a weight in '../secret'"):
-        read_graph(read_bundle(folder))
-
-
-@pytest.mark.parametrize("ports", ["input", "output"])
-def test_a_graph_with_other_ports_than_its_manifest_lists_is_refused(ports, make_bundle, tmp_path):
-    """Every runtime goes by the manifest's."""
-    folder = tmp_path / "bundle"
-    shutil.copytree(make_bundle("llama").folder, folder)
-    graph = onnx.load(folder / "model.onnx", load_external_data=False)
-    getattr(graph.graph, ports).pop()
-    (folder / "model.onnx").write_bytes(graph.SerializeToString())
-    with pytest.raises(ExportError, match="has not the inputs and outputs that its manifest lists"):
-        read_graph(read_bundle(folder))
 
 
 def test_an_inlined_bundle_has_nothing_for_the_plugin(make_bundle, tmp_path):
