@@ -27,8 +27,10 @@ float32 and drops casts to T that it finds between two products, so that it roun
 
 The function body is written out for each form (G, shared_down), which is the function's overload, because ONNX has no
 loop over siblings that a compiler would see through. Softmax's own denominator cancels in the normalisation, and the
-interaction is linear, so with c = mix 1 the whole routing is  w = (p mix) / (p c).  Each weight is needed c times, once
-for each column of its expert, so `mix` is widened instead of w: constants, folded when the model is loaded.
+interaction is linear, so with s = mix 1 the whole routing is  w = (p mix) / (p s).  Each weight is needed c times, once
+for each column of its expert, so `mix` is widened instead of w; the siblings' matrices stand on one diagonal, so that
+all are mixed at once. These are constants, folded when the model is loaded. (A NaN in the logits of one sibling is one
+in the weights of all; they read the same x.)
 """
 
 from __future__ import annotations
@@ -114,35 +116,7 @@ def function(form: OpForm, opset: int = BODY_OPSET) -> ir.Function:
 
 
 def _body_text(form: OpForm, opset: int) -> str:
-    siblings = range(form.num_siblings)
-    lines = [
-        "k = Constant <value_int: int = @num_experts> ()",
-        "one = Constant <value_ints = [1]> ()",
-        "two = Constant <value_ints = [2]> ()",
-        "k_dim = Reshape (k, one)",
-        "down_t = Transpose <perm = [1, 0]> (down)",
-        "z = MatMul (x, down_t)",
-        "rows = Shape <start = 0, end = 1> (down)",
-        f"sibling_count = Constant <value_ints = [{form.num_siblings}]> ()",
-        "sibling_rows = Div (rows, sibling_count)",
-        "a_dim = Sub (sibling_rows, k_dim)",
-        "z_sizes = Concat <axis = 0> (a_dim, k_dim)",
-        "kc_dim = Shape <start = 0, end = 1> (up)",
-        "c_dim = Div (kc_dim, k_dim)",
-        "wide_shape = Concat <axis = 0> (one, one, c_dim)",
-        "flat_shape = Concat <axis = 0> (k_dim, kc_dim)",
-        *_split("z", "-1", siblings, f"num_outputs = {form.num_siblings}", ""),
-        *_split("mix", "0", siblings, f"num_outputs = {form.num_siblings}", ""),
-        *(["out_sizes = Constant <value_ints: ints = @out_splits> ()"] if form.num_siblings > 1 else []),
-        *_split("up", "1", siblings, "", ", out_sizes"),
-    ]
-    for g in siblings:
-        lines += _sibling_text(g, form.shared_down)
-    if form.num_siblings == 1:
-        lines.append("y = Add (base, delta_0)")
-    else:
-        lines.append(f"delta = Concat <axis = -1> ({', '.join(f'delta_{g}' for g in siblings)})")
-        lines.append("y = Add (base, delta)")
+    lines = [*_sizes(form), *_skinny_product(form), *_routing(form), *_experts(form)]
     body = "\n".join(f"    {line}" for line in lines)
     return (
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
@@ -150,45 +124,123 @@ def _body_text(form: OpForm, opset: int) -> str:
     )
 
 
-def _split(name: str, axis: str, siblings: range, attribute: str, sizes: str) -> list[str]:
-    """Cut `name` into one part for each sibling; a single sibling takes it whole."""
-    if len(siblings) == 1:
-        return [f"{name}_0 = Identity ({name})"]
-    outputs = ", ".join(f"{name}_{g}" for g in siblings)
-    separator = ", " if attribute else ""
-    return [f"{outputs} = Split <axis = {axis}{separator}{attribute}> ({name}{sizes})"]
+def _each(name: str, form: OpForm) -> list[str]:
+    """The parts of `name`, one for each sibling; a single sibling has it whole."""
+    return [name] if form.num_siblings == 1 else [f"{name}_{g}" for g in range(form.num_siblings)]
 
 
-def _sibling_text(g: int, shared_down: bool) -> list[str]:
-    lines = [
-        f"u_{g}, logits_{g} = Split <axis = -1> (z_{g}, z_sizes)",
-        f"logits32_{g} = Cast <to = 1> (logits_{g})",
-        f"p_{g} = Softmax <axis = -1> (logits32_{g})",
-        f"mix2_{g} = Squeeze (mix_{g}, zero_{g})",
-        f"mix3_{g} = Unsqueeze (mix2_{g}, two)",
-        f"mix_wide3_{g} = Expand (mix3_{g}, wide_shape)",
-        f"mix_wide_{g} = Reshape (mix_wide3_{g}, flat_shape)",
-        f"mix_sum_{g} = ReduceSum <keepdims = 1> (mix2_{g}, one)",
-        f"w_wide_{g} = MatMul (p_{g}, mix_wide_{g})",
-        f"w_sum_{g} = MatMul (p_{g}, mix_sum_{g})",
-        f"w_{g} = Div (w_wide_{g}, w_sum_{g})",
-        f"u32_{g} = Cast <to = 1> (u_{g})",
+def _join(name: str, form: OpForm) -> list[str]:
+    """`name` of its parts, side by side."""
+    return [] if form.num_siblings == 1 else [f"{name} = Concat <axis = -1> ({', '.join(_each(name, form))})"]
+
+
+def _sizes(form: OpForm) -> list[str]:
+    return [
+        *(f"{name} = Constant <value_ints = [{i}]> ()" for i, name in enumerate(("zero", "one", "two", "three"))),
+        f"g_dim = Constant <value_ints = [{form.num_siblings}]> ()",
+        "k = Constant <value_int: int = @num_experts> ()",
+        "k_dim = Reshape (k, one)",
+        "kc_dim = Shape <start = 0, end = 1> (up)",
+        "c_dim = Div (kc_dim, k_dim)",
+        "rows = Shape <start = 0, end = 1> (down)",
+        "sibling_rows = Div (rows, g_dim)",
+        "a_dim = Sub (sibling_rows, k_dim)",
     ]
-    lines.insert(3, f"zero_{g} = Constant <value_ints = [0]> ()")
-    experts = f"u32_{g}"
-    if shared_down:
-        experts = f"experts_{g}"
-        lines += [
-            f"u_shape_{g} = Shape (u_{g})",
-            f"u_rank_{g} = Shape (u_shape_{g})",
-            f"lead_{g} = Sub (u_rank_{g}, one)",
-            f"ones_{g} = Expand (one, lead_{g})",
-            f"repeats_{g} = Concat <axis = 0> (ones_{g}, k_dim)",
-            f"{experts} = Tile (u32_{g}, repeats_{g})",
+
+
+def _skinny_product(form: OpForm) -> list[str]:
+    """z = x downT, cut into u of all siblings and the logits of each. The rows of A come first, then those of R."""
+    lines = []
+    rows = "down"
+    if form.num_siblings > 1:
+        rows = "regrouped"
+        lines = [
+            "in_dim = Shape <start = 1, end = 2> (down)",
+            "minus_one = Constant <value_ints = [-1]> ()",
+            "by_sibling = Concat <axis = 0> (g_dim, sibling_rows, in_dim)",
+            "flat = Concat <axis = 0> (minus_one, in_dim)",
+            "row_sizes = Concat <axis = 0> (a_dim, k_dim)",
+            "down3 = Reshape (down, by_sibling)",
+            "a3, r3 = Split <axis = 1> (down3, row_sizes)",
+            "a2 = Reshape (a3, flat)",
+            "r2 = Reshape (r3, flat)",
+            "regrouped = Concat <axis = 0> (a2, r2)",
         ]
+    u, u_sizes = (_each("u", form), ["a_dim"] * form.num_siblings) if form.shared_down else (["u"], ["u_dim"])
     return [
         *lines,
-        f"v32_{g} = Mul ({experts}, w_{g})",
-        f"v_{g} = CastLike (v32_{g}, x)",
-        f"delta_{g} = MatMul (v_{g}, up_{g})",
+        f"down_t = Transpose <perm = [1, 0]> ({rows})",
+        "z = MatMul (x, down_t)",
+        "u_dim = Mul (a_dim, g_dim)",
+        f"z_sizes = Concat <axis = 0> ({', '.join([*u_sizes, *['k_dim'] * form.num_siblings])})",
+        f"{', '.join([*u, *_each('logits', form)])} = Split <axis = -1> (z, z_sizes)",
     ]
+
+
+def _routing(form: OpForm) -> list[str]:
+    """w [.., G k c], from the softmax of each sibling and the mixing matrices of all, side by side on a diagonal."""
+    lines = []
+    for p, logits in zip(_each("p", form), _each("logits", form), strict=True):
+        lines += [f"{logits}_32 = Cast <to = 1> ({logits})", f"{p} = Softmax <axis = -1> ({logits}_32)"]
+    lines += [
+        *_join("p", form),
+        "mix4 = Unsqueeze (mix, three)",
+        "repeats_c = Concat <axis = 0> (one, one, one, c_dim)",
+        "mix_wide4 = Expand (mix4, repeats_c)",
+        "sum3 = ReduceSum <keepdims = 1> (mix, two)",
+    ]
+    if form.num_siblings == 1:
+        lines += [
+            "wide_shape = Concat <axis = 0> (k_dim, kc_dim)",
+            "mix_wide = Reshape (mix_wide4, wide_shape)",
+            "mix_sum = Squeeze (sum3, zero)",
+        ]
+    else:
+        n = form.num_siblings
+        own = ", ".join("1" if row == column else "0" for row in range(n) for column in range(n))
+        lines += [
+            f"own = Constant <value = float[{n}, 1, {n}, 1] {{{own}}}> ()",
+            "gk_dim = Mul (g_dim, k_dim)",
+            "gkc_dim = Mul (g_dim, kc_dim)",
+            "row_shape = Concat <axis = 0> (g_dim, k_dim, one, kc_dim)",
+            "wide_shape = Concat <axis = 0> (gk_dim, gkc_dim)",
+            "repeats_kc = Concat <axis = 0> (one, one, one, kc_dim)",
+            "mix_rows = Reshape (mix_wide4, row_shape)",
+            "mix_blocks = Mul (mix_rows, own)",
+            "mix_wide = Reshape (mix_blocks, wide_shape)",
+            "sum4 = Unsqueeze (sum3, three)",
+            "sum_rows = Expand (sum4, repeats_kc)",
+            "sum_blocks = Mul (sum_rows, own)",
+            "mix_sum = Reshape (sum_blocks, wide_shape)",
+        ]
+    return [*lines, "w_wide = MatMul (p, mix_wide)", "w_sum = MatMul (p, mix_sum)", "w = Div (w_wide, w_sum)"]
+
+
+def _experts(form: OpForm) -> list[str]:
+    """y, from what each expert reads of u, times its weight."""
+    lines = []
+    if form.shared_down:
+        lines = [
+            "x_shape = Shape (x)",
+            "x_rank = Shape (x_shape)",
+            "lead = Sub (x_rank, one)",
+            "ones = Expand (one, lead)",
+            "repeats_u = Concat <axis = 0> (ones, k_dim)",
+        ]
+        for read, u in zip(_each("read", form), _each("u", form), strict=True):
+            lines.append(f"{read} = Tile ({u}, repeats_u)")
+        lines += _join("read", form)
+    lines += [
+        f"u32 = Cast <to = 1> ({'read' if form.shared_down else 'u'})",
+        "v32 = Mul (u32, w)",
+        "v = CastLike (v32, x)",
+    ]
+    if form.num_siblings > 1:
+        lines += [
+            f"{', '.join(_each('v', form))} = Split <axis = -1, num_outputs = {form.num_siblings}> (v)",
+            "out_sizes = Constant <value_ints: ints = @out_splits> ()",
+            f"{', '.join(_each('up', form))} = Split <axis = 1> (up, out_sizes)",
+        ]
+    for delta, v, up in zip(_each("delta", form), _each("v", form), _each("up", form), strict=True):
+        lines.append(f"{delta} = MatMul ({v}, {up})")
+    return [*lines, *_join("delta", form), "y = Add (base, delta)"]

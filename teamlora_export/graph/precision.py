@@ -35,7 +35,10 @@ _SENSITIVE = {
     *("Pow", "Sqrt", "Reciprocal", "Exp", "Log", "Cos", "Sin", "Range"),
     *("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "IsNaN", "IsInf"),
 }
-_MOVES = {"Transpose", "Reshape", "Identity", "Unsqueeze", "Squeeze", "Slice", "Split", "Expand", "Shape", "Size"}
+_MOVES = {
+    *("Transpose", "Reshape", "Identity", "Unsqueeze", "Squeeze"),
+    *("Slice", "Split", "Concat", "Expand", "Shape", "Size"),
+}
 _LARGEST_FLOAT16 = 65504.0
 # They take any type, and give what they name.
 _CASTS = {"Cast", "CastLike"}
@@ -260,16 +263,25 @@ def _activations(values: list[ir.Value]) -> list[ir.Value]:
 
 
 def _is_softmax(value: ir.Value | None) -> bool:
+    """A softmax's output, or several side by side."""
     producer = value.producer() if value is not None else None
+    if producer is not None and producer.op_type == "Concat":
+        return all(map(_is_softmax, producer.inputs))
     return producer is not None and producer.op_type == "Softmax"
 
 
 def _feeds_a_router(node: ir.Node) -> bool:
-    """Moves weights that a softmax is multiplied by."""
-    users = [use.node for value in node.outputs for use in value.uses()]
+    """Moves weights that a softmax is multiplied by, once they have been moved on and multiplied by constants."""
+    users = [use.node for value in node.outputs if value.dtype == ir.DataType.FLOAT for use in value.uses()]
     return any(
-        _feeds_a_router(user) if user.op_type in _MOVES else user.op_type == "MatMul" and _is_softmax(user.inputs[0])
+        _is_softmax(user.inputs[0]) if user.op_type == "MatMul" else _passes_on(user) and _feeds_a_router(user)
         for user in users
+    )
+
+
+def _passes_on(node: ir.Node) -> bool:
+    return node.op_type in _MOVES or (
+        node.op_type == "Mul" and any(value is not None and value.is_initializer() for value in node.inputs)
     )
 
 
