@@ -1,6 +1,7 @@
 """Decoding and prefill of deployed text generators, beside onnxruntime-genai's un-adapted model with its own generator.
 
     scripts/bench/decode.py                     SmolLM2-135M, random adapter, r=8, k=4, all projections
+    scripts/bench/decode.py --others            with PyTorch, and with optimum's graph of the un-adapted model
     scripts/bench/decode.py --neighbour         the same with another process that keeps one core busy
     scripts/bench/decode.py --memory            the most memory of each, in a process of its own
 
@@ -25,20 +26,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import onnxruntime_genai as og
+import torch
+import transformers
 
-from teamlora_export.adapter import AdapterConfig, write_adapter
+from teamlora_export.adapter import AdapterConfig, align_with_base, read_adapter, write_adapter
 from teamlora_export.cache import cache_folder
 from teamlora_export.deploy import runner
 from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.export import export_onnx
 from teamlora_export.model.base import open_base
 from teamlora_export.model.initialize import new_adapter
+from teamlora_export.model.inject import inject
 from teamlora_export.progress import Reporter
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts"))
 from get_model import get_model  # noqa: E402
+from others import make_environment  # noqa: E402
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GENAI = "genai, un-adapted"
@@ -58,6 +64,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--threads", type=int, default=0, help="of our programs; 0: their default")
     parser.add_argument("--rows", nargs="+", help="only rows whose names hold one of these")
+    parser.add_argument("--others", action="store_true", help="PyTorch and optimum too, whose graph is made once")
     parser.add_argument("--neighbour", action="store_true", help="beside a process that keeps one core busy")
     parser.add_argument(
         "--memory", action="store_true", help="the most memory at the longest length, in place of times"
@@ -66,6 +73,8 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = _rows(Path(folder), given.rank, given.threads)
+        if given.others:
+            rows |= _other_rows(Path(folder))
         if given.rows:
             rows = {name: row for name, row in rows.items() if any(part in name for part in given.rows)}
         if given.memory:
@@ -106,6 +115,20 @@ def _genai_model(base: str) -> Path:
     return folder
 
 
+def _other_rows(folder: Path) -> dict[str, Callable[[], Opened]]:
+    """PyTorch with the published layer, in eager mode, and optimum's graph of the base as optimum runs it on a CPU."""
+    base = get_model("smollm2")
+    graph = cache_folder() / "bench" / "optimum-smollm2"
+    if not (graph / "model.onnx").is_file():
+        command = [make_environment("optimum") / "bin" / "optimum-cli", "export", "onnx", "--model", base]
+        options = ["--task", "text-generation-with-past", "--no-post-process", graph]
+        subprocess.run([*command, *options], check=True, capture_output=True)
+    return {
+        "PyTorch, adapted": lambda: _open_torch(base, folder / "adapter"),
+        "optimum, un-adapted": lambda: _open_optimum(graph / "model.onnx"),
+    }
+
+
 def _with_threads(genai: Path, folder: Path, threads: int) -> Path:
     """The same model in `folder`, to be run by so many threads."""
     folder.mkdir()
@@ -142,6 +165,53 @@ def _open_ours(folder: Path, library: Path | None, threads: int) -> Opened:
     return read
 
 
+def _open_torch(base_folder: Path, adapter: Path) -> Opened:
+    base = open_base(str(base_folder))
+    model = base.load(torch.float32)
+    inject(model, align_with_base(read_adapter(adapter), base.signature))
+    model.eval()
+
+    def read(prompt: list[int], _count: int) -> Callable[[], object]:
+        ids, cache = torch.tensor([prompt]), transformers.DynamicCache()
+
+        @torch.inference_mode()
+        def step() -> object:
+            nonlocal ids
+            logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+            ids = logits[:, -1:].argmax(-1)
+            return ids
+
+        step()
+        return step
+
+    return read
+
+
+def _open_optimum(path: Path) -> Opened:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    caches = {i.name: i.shape for i in session.get_inputs() if i.name.startswith("past_key_values")}
+    outputs = [output.name for output in session.get_outputs()]
+
+    def read(prompt: list[int], _count: int) -> Callable[[], object]:
+        ids, done = np.array([prompt]), 0
+        past = {name: np.zeros((1, shape[1], 0, shape[3]), np.float32) for name, shape in caches.items()}
+
+        def step() -> object:
+            nonlocal ids, done, past
+            done += ids.shape[1]
+            places = np.arange(done - ids.shape[1], done)[None]
+            feeds = {"input_ids": ids, "attention_mask": np.ones((1, done), np.int64), "position_ids": places, **past}
+            made = dict(zip(outputs, session.run(outputs, feeds), strict=True))
+            ids = made["logits"][:, -1:].argmax(-1)
+            past = {name: made[name.replace("past_key_values", "present")] for name in caches}
+            return ids
+
+        step()
+        return step
+
+    return read
+
+
 def _measure(opened: dict[str, Opened], length: int, count: int, turns: int) -> list[dict[str, object]]:
     prompt = [int(token) for token in np.random.default_rng(0).integers(100, 40_000, length)]
     prefill: dict[str, list[float]] = {name: [] for name in opened}
@@ -163,7 +233,7 @@ def _measure(opened: dict[str, Opened], length: int, count: int, turns: int) -> 
     for result in sorted(results, key=lambda found: str(found["kind"])):
         low, high = result["quartiles"]  # type: ignore[misc]
         print(
-            f"{result['row']:18} {length:5} tokens: {result['median']:8.3f} {result['kind']:17} "
+            f"{result['row']:19} {length:5} tokens: {result['median']:8.3f} {result['kind']:17} "
             f"ratio {result['ratio']:.3f} ({low:.3f} to {high:.3f})",
             flush=True,
         )
@@ -184,7 +254,7 @@ def _measure_memory(rows: dict[str, Callable[[], Opened]], name: str, length: in
     child.start()
     most = results.get()
     child.join()
-    print(f"{name:18} {length:5} tokens: {most / 1e6:.0f} MB at the most, over the interpreter's", flush=True)
+    print(f"{name:19} {length:5} tokens: {most / 1e6:.0f} MB at the most, over the interpreter's", flush=True)
     return {"row": name, "length": length, "bytes": most}
 
 

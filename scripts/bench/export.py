@@ -34,13 +34,10 @@ from teamlora_export.model.initialize import new_adapter
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts"))
 from get_model import get_model  # noqa: E402
+from others import OTHERS, make_environment  # noqa: E402
 
 COMMAND = (sys.executable, "-m", "teamlora_export.cli")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-OTHERS = {
-    "optimum": ["torch==2.13.0", "optimum-onnx[onnxruntime]==0.1.0"],
-    "genai": ["torch==2.13.0", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-genai==0.18.0"],
-}
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16"}
 SHAPES = {
     "llama-1b": {
@@ -206,16 +203,6 @@ def measure(command: Sequence[object]) -> tuple[float, float]:
     if status:
         sys.exit(f"{command[0]} failed:\n{result.stdout[-1000:]}{result.stderr[-2000:]}")
     return seconds, memory
-
-
-def make_environment(name: str) -> Path:
-    folder = cache_folder() / "bench" / name
-    if not (folder / "ready").exists():
-        print(f"Making an environment for {name} ...", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        subprocess.run([folder / "bin" / "pip", "install", "-q", *OTHERS[name]], check=True)
-        (folder / "ready").touch()
-    return folder
 
 
 def write_config(fields: dict[str, object], folder: Path) -> None:
