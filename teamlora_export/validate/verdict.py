@@ -10,7 +10,7 @@ from teamlora_export.validate.metrics import ErrorStats
 
 @dataclass(frozen=True)
 class Judgement:
-    """An error, what was allowed, and what PyTorch's own was. `name` is an output's or a tap's."""
+    """An error, what was allowed, and PyTorch's own that this follows from. `name` is an output's or a tap's."""
 
     name: str
     error: ErrorStats
