@@ -10,7 +10,6 @@ from teamlora_export.deploy.folder import TEMPLATES, deployment, require_cpu_dty
 from teamlora_export.deploy.genai import add_genai_files
 from teamlora_export.deploy.genai_tokenizer import why_unreadable
 from teamlora_export.deploy.render import render
-from teamlora_export.errors import ExportError
 
 SOURCES = TEMPLATES / "cpp"
 MODEL_FOLDER = "model"
@@ -35,11 +34,6 @@ def deploy_cpp(
         require_cpu_dtype(bundle, "cpp")
     with deployment(bundle, out, "cpp", MODEL_FOLDER, engine is None, logits) as made:
         facts = add_engine(made, engine, plugin) if engine is not None else None
-        if facts is not None and facts.capacity is not None:
-            raise ExportError(
-                f"{engine}: keeps its cache in place, which the program's TensorRT back end does not do yet. "
-                "Export the model with --cache growing, and build an engine of that."
-            )
         # The program's tokenizer is onnxruntime-genai's, which reads text generators' alone.
         words = bundle.manifest.task == "text-generation" and why_unreadable(bundle) is None
         if words:

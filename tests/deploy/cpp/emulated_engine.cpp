@@ -1,7 +1,9 @@
 // An "engine" that is an ONNX model, run by ONNX Runtime on the emulated device's memory. Like TensorRT, it runs what
 // was bound when it was enqueued, refuses shapes outside of a profile, and cannot be recorded before it has run once.
+// Its cache is in place where the model's has a capacity in numbers.
 #include <onnxruntime_cxx_api.h>
 
+#include <algorithm>
 #include <map>
 
 #include "emulated_cuda.h"
@@ -22,6 +24,15 @@ struct Model {
     Ort::Env environment{ORT_LOGGING_LEVEL_ERROR, "emulated"};
     Ort::Session session{nullptr};
     std::vector<Tensor> tensors;
+    // Of a cache in place; 0: it grows.
+    std::int64_t capacity = 0;
+
+    // What a profile takes at most, but for the batch.
+    std::int64_t most(const std::string& input, bool decodes) const {
+        if (is_past(input)) return capacity > 0 ? capacity : decodes ? kMostTokens - 1 : 0;
+        if (input == "attention_mask") return capacity > 0 ? capacity : kMostTokens;
+        return decodes ? 1 : kMostTokens;
+    }
 };
 
 class EmulatedContext : public Context {
@@ -29,8 +40,12 @@ public:
     EmulatedContext(Model& model, bool decodes) : model_(model), decodes_(decodes) {}
 
     void set_shape(const Tensor& input, const Shape& shape) override {
-        if (decodes_ && input.name == "input_ids" && shape[1] != 1) throw Error("The profile decodes one token.");
-        if (!decodes_ && is_past(input.name) && shape[2] != 0) throw Error("The profile takes an empty cache.");
+        const std::int64_t size = shape[is_past(input.name) ? 2 : 1], most = model_.most(input.name, decodes_);
+        const bool fixed = is_past(input.name) && model_.capacity > 0;
+        if (size > most || (fixed && size < most)) {
+            throw Error("The profile takes " + std::to_string(most) + " of " + input.name + ", not " +
+                        std::to_string(size) + ".");
+        }
         shapes_[input.name] = shape;
         has_run_ = false;
     }
@@ -47,12 +62,12 @@ public:
     }
 
 private:
-    static Shape output_shape(const Tensor& output, const std::map<std::string, Shape>& shapes) {
+    Shape output_shape(const Tensor& output, const std::map<std::string, Shape>& shapes) const {
         Shape shape = output.shape;
         const Shape& ids = shapes.at("input_ids");
         shape[0] = ids[0];
         if (is_present(output.name)) {
-            shape[2] = shapes.at(past_name(output.name))[2] + ids[1];
+            shape[2] = model_.capacity > 0 ? model_.capacity : shapes.at(past_name(output.name))[2] + ids[1];
         } else if (shape.size() > 2 && shape[1] < 0) {
             shape[1] = ids[1];
         }
@@ -101,8 +116,11 @@ public:
     std::unique_ptr<Context> context(bool last, const Stream&) const override {
         return std::make_unique<EmulatedContext>(model_, last);
     }
-    Shape at_most(const Tensor& input, bool) const override {
-        return {4, input.shape[1], kMostTokens - 1, input.shape[3]};
+    Shape at_most(const Tensor& input, bool last) const override {
+        Shape shape = input.shape;
+        shape[0] = 4;
+        shape[is_past(input.name) ? 2 : 1] = model_.most(input.name, last);
+        return shape;
     }
     std::string last_error() const override { return "emulated"; }
 
@@ -114,6 +132,7 @@ private:
                                 : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? Element::kFloat32
                                                                               : Element::kFloat16;
         model_.tensors.push_back({name, element, tensor.GetShape(), is_input});
+        if (is_past(name)) model_.capacity = std::max<std::int64_t>(tensor.GetShape()[2], 0);
     }
 
     mutable Model model_;

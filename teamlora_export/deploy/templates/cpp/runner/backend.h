@@ -13,6 +13,9 @@
 
 namespace teamlora {
 
+// A prompt is read in parts of so many tokens, which bounds the memory that it takes.
+inline constexpr std::size_t kPart = 512;
+
 // The KV cache of one request; used by one thread.
 class Decoder {
 public:

@@ -13,8 +13,6 @@ namespace {
 
 constexpr int kMostThreads = 1024;
 constexpr const char* kSpinMicroseconds = "20";
-// A prompt is read in parts of so many tokens, which bounds the memory that it takes.
-constexpr std::size_t kPart = 512;
 constexpr std::size_t kLeastCapacity = 256;
 
 // The first line of what ONNX Runtime says.

@@ -1,0 +1,82 @@
+// A lane of the TensorRT back end: what one request at a time uses on the GPU, and the calls of the engine in it.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cuda.h"
+#include "runner.h"
+#include "tensorrt_engine.h"
+
+namespace teamlora {
+
+// Members are destroyed from the last to the first: contexts, buffers, then the stream.
+struct Lane {
+    explicit Lane(const Engine& engine)
+        : prefill(engine.context(false, stream)), decode(engine.context(true, stream)) {}
+
+    Stream stream;
+    // The third input is position_ids or token_type_ids.
+    DeviceBuffer ids, mask, third;
+    // Of every output that is no cache.
+    std::map<std::string, DeviceBuffer> results;
+    // A buffer for each cache. One that is in place is in `past` alone.
+    std::vector<DeviceBuffer> past, present;
+    std::unique_ptr<Context> prefill, decode;
+    // A recorded step of decoding, for this batch and these rows of a cache.
+    Graph graph;
+    std::size_t batch = 0, rows = 0;
+};
+
+// A few lanes; whoever finds none free waits.
+class Lanes {
+public:
+    Lanes(const Engine& engine, int most);
+    // It comes back when its last owner lets it go.
+    std::shared_ptr<Lane> take();
+
+private:
+    const Engine& engine_;
+    int most_, made_ = 0;
+    std::mutex mutex_;
+    std::condition_variable free_again_;
+    std::vector<std::unique_ptr<Lane>> free_;
+};
+
+// One call of the engine in a lane.
+class Call {
+public:
+    Call(const Engine& engine, Lane& lane, Context& context) : engine_(engine), lane_(lane), context_(context) {}
+
+    // Shapes of a call with ids [batch, tokens], a mask [batch, total] and caches of `past` rows.
+    void set_shapes(std::size_t batch, std::size_t tokens, std::size_t past, std::size_t total);
+    // Binds all but the caches. True: a result has another address than before.
+    bool bind();
+    // `past` and `present` hold a buffer for each cache, in the order of the inputs `caches`; they may be the same.
+    void bind_cache(const std::vector<Tensor>& caches, const std::vector<DeviceBuffer>& past,
+                    const std::vector<DeviceBuffer>& present);
+    // False: the engine's last_error() says why.
+    bool enqueue() { return context_.enqueue(lane_.stream); }
+    void enqueue_or_throw();
+
+private:
+    const Engine& engine_;
+    Lane& lane_;
+    Context& context_;
+};
+
+void upload(DeviceBuffer& buffer, const Tokens& values, const Stream& stream);
+
+std::size_t size_of(Element type);
+std::size_t volume(const Shape& shape);
+// Numbers of a floating type, as they came from the GPU.
+std::vector<float> to_floats(const std::vector<char>& bytes, Element type);
+// The engine's output that holds a result. Throws an Error where there is none.
+const Tensor& find_result(const Engine& engine);
+
+}  // namespace teamlora
