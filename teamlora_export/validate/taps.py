@@ -110,11 +110,20 @@ def _read_by(experts: ir.Value) -> str | None:
         if node is None:
             continue
         second = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
-        if second is not None and second.op_type == "Transpose" and second.inputs[0].is_initializer():  # type: ignore[union-attr]
+        if second is not None and second.op_type == "Transpose" and _is_weight(second.inputs[0]):
             return node.inputs[0].name  # type: ignore[union-attr]
         waiting.extend(v for v in node.inputs if v is not None and v not in seen)
         seen.update(waiting)
     return None
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    """A stored weight, or parts of stored weights put together anew."""
+    node = value.producer() if value is not None else None
+    if node is None:
+        return value is not None and value.is_initializer()
+    moved = {"Concat": node.inputs, "Reshape": node.inputs[:1], "Split": node.inputs[:1]}.get(node.op_type, ())
+    return len(moved) > 0 and all(map(_is_weight, moved))
 
 
 def live_values(model: ir.Model) -> set[str]:

@@ -50,6 +50,8 @@ from teamlora_export.bundle import Bundle
 from teamlora_export.cli import app
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.passes.module_outputs import MODULES_KEY
+from teamlora_export.validate.onnx_runner import OnnxRunner
+from teamlora_export.validate.stored import adapted_modules
 
 DTYPES = ("fp32", "fp16", "bf16")
 
@@ -256,6 +258,15 @@ def test_a_bundle_saved_again_without_a_fault_passes(bundle, planted):
     verdict = judged(planted({}, *bundle))
     assert verdict.passed, verdict.departure
     assert any(j.name.endswith("/experts") for j in verdict.modules), "experts are looked at by themselves"
+
+
+@pytest.mark.parametrize("form", ["function", "standard"])
+def test_every_part_of_an_adapted_projection_can_be_looked_at(form, make_bundle):
+    bundle = make_bundle("llama", op_form=form)
+    adapted = adapted_modules(bundle.manifest)
+    assert len(adapted) == 28
+    parts = {f"{path}/{part}" for path in adapted for part in ("input", "base", "experts")}
+    assert parts <= set(OnnxRunner(bundle, adapted).taps)
 
 
 def test_a_graph_that_does_not_say_which_value_is_which_modules_is_not_trusted(planted):
