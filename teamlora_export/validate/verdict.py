@@ -90,6 +90,7 @@ class Verdict:
     """All that a validation found; it passes where every check does.
 
     Attributes:
+        together: each output over all steps of all cases; None where they are too few to tell more than each does.
         departures: what is wrong, the most telling first.
         local: the local checks that were made; none where a candidate shows nothing of its inside.
         weights: how many of the file's weights were compared with their source.
@@ -98,6 +99,7 @@ class Verdict:
 
     dtype: str
     cases: tuple[CaseResult, ...]
+    together: CaseResult | None = None
     departures: tuple[Departure, ...] = ()
     local: tuple[LocalCheck, ...] = ()
     weights: int = 0
@@ -106,8 +108,13 @@ class Verdict:
     not_kept: str | None = None
 
     @property
+    def rows(self) -> tuple[CaseResult, ...]:
+        """All that was judged from end to end."""
+        return self.cases if self.together is None else (*self.cases, self.together)
+
+    @property
     def passed(self) -> bool:
-        return not self.departures and all(case.passed for case in self.cases)
+        return not self.departures and all(row.passed for row in self.rows)
 
     @property
     def departure(self) -> Departure | None:
@@ -122,4 +129,4 @@ class Verdict:
     @property
     def worst(self) -> Judgement:
         """The output that came closest to failing, or failed by most."""
-        return max((j for case in self.cases for j in case.judgements), key=lambda j: j.severity)
+        return max((j for row in self.rows for j in row.judgements), key=lambda j: j.severity)
