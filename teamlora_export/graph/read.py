@@ -6,7 +6,10 @@ import onnx_ir as ir
 
 from teamlora_export.bundle import DATA_NAME, Bundle, Port
 from teamlora_export.errors import ExportError, first_line
-from teamlora_export.files import refuse_escape
+from teamlora_export.files import open_file, refuse_escape
+
+# Bytes. A graph without its weights has a few million, whatever the model.
+_LARGEST = 1 << 29
 
 
 class _Weight(ir.ExternalTensor):
@@ -24,8 +27,9 @@ def read_graph(bundle: Bundle) -> ir.Model:
 
     Raises:
         ExportError: the file holds none, or one with other inputs and outputs than the manifest says, or its weights
-            are elsewhere than in the bundle's own file, or beyond its end.
+            are elsewhere than in the bundle's own file, or beyond its end; or it is larger than any graph.
     """
+    open_file(bundle.model, bundle.folder, _LARGEST).close()
     try:
         model = ir.load(bundle.model)
         # What was read may be nothing that can be written: a change in the right place is no error of the format.

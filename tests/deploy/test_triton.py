@@ -233,6 +233,7 @@ def test_its_clients_work_over_grpc_and_http(server, deployed, smollm2_greedy):
         whole, *events = [line for line in curl.stdout.splitlines() if line]
         pieces = [json.loads(line.removeprefix("data: "))["text_output"] for line in events]
         assert json.loads(whole)["text_output"] == "".join(pieces) != ""
+        assert server.cancelled_streams == 0
 
 
 def test_texts_that_eight_threads_ask_for_at_once_are_those_of_the_runner(make_bundle, tmp_path):

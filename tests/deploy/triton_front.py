@@ -54,17 +54,24 @@ class _Grpc(service_pb2_grpc.GRPCInferenceServiceServicer):
         return _write(request, {name: found[name] for name in wanted})
 
     def ModelStreamInfer(self, requests: Any, context: Any) -> Iterator[Any]:
-        for request in requests:
-            try:
-                for found in self._server.stream(request.model_name, _read(request)):
-                    answer = _write(request, found)
-                    answer.parameters["triton_final_response"].bool_param = False
-                    yield service_pb2.ModelStreamInferResponse(infer_response=answer)
-            except RequestError as error:
-                yield service_pb2.ModelStreamInferResponse(error_message=str(error))
-            last = _write(request, {})
-            last.parameters["triton_final_response"].bool_param = True
-            yield service_pb2.ModelStreamInferResponse(infer_response=last)
+        try:
+            for request in requests:
+                yield from self._answers(request)
+        except grpc.RpcError:
+            self._server.cancelled_streams += 1
+            raise
+
+    def _answers(self, request: Any) -> Iterator[Any]:
+        try:
+            for found in self._server.stream(request.model_name, _read(request)):
+                answer = _write(request, found)
+                answer.parameters["triton_final_response"].bool_param = False
+                yield service_pb2.ModelStreamInferResponse(infer_response=answer)
+        except RequestError as error:
+            yield service_pb2.ModelStreamInferResponse(error_message=str(error))
+        last = _write(request, {})
+        last.parameters["triton_final_response"].bool_param = True
+        yield service_pb2.ModelStreamInferResponse(infer_response=last)
 
 
 def _read(request: Any) -> Tensors:

@@ -52,6 +52,8 @@ class Server:
 
     def __init__(self, repository: Path) -> None:
         self.models: dict[str, Model] = {}
+        # By their clients, over gRPC. What was answered already must not be: a real server keeps the model then.
+        self.cancelled_streams = 0
         configs = {}
         for folder in sorted(repository.iterdir()):
             config = text_format.Parse((folder / "config.pbtxt").read_text(), pb.ModelConfig())

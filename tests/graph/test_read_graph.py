@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import onnx
@@ -20,6 +21,14 @@ def test_a_graph_whose_weights_are_in_another_file_is_refused(make_bundle, tmp_p
         entry.value = "../secret" if entry.key == "location" else entry.value
     (folder / "model.onnx").write_bytes(graph.SerializeToString())
     with pytest.raises(ExportError, match=r"has a weight in '../secret'"):
+        read_graph(read_bundle(folder))
+
+
+def test_a_giant_is_refused_before_it_is_read(make_bundle, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(make_bundle("llama").folder, folder)
+    os.truncate(folder / "model.onnx", 3 << 30)
+    with pytest.raises(ExportError, match=r"model\.onnx: has 3,221,225,472 bytes; such a file has 536,870,912 at most"):
         read_graph(read_bundle(folder))
 
 
