@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -42,7 +43,7 @@ def plant(source: Bundle, folder: Path, faults: Mapping[str, Fault]) -> Bundle:
     return read_bundle(folder)
 
 
-def judged(bundle: Bundle, **options: bool) -> Verdict:
+def judged(bundle: Bundle, **options: Any) -> Verdict:
     return validate_bundle(bundle, reporter=Reporter(quiet=True), **options)
 
 
