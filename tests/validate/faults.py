@@ -271,9 +271,9 @@ def forget_to_normalize(function: ir.Function) -> None:
 
 
 def transpose_interaction(function: ir.Function) -> None:
-    node = next(node for node in function if node.op_type == "Squeeze")
-    turned = ir.node("Transpose", [node.outputs[0]], {"perm": [1, 0]}, name="fault_transpose")
+    mix = next(value for value in function.inputs if value.name == "mix")
+    turned = ir.node("Transpose", [mix], {"perm": [0, 2, 1]}, name="fault_transpose")
     turned.outputs[0].name = "turned"
-    ir.convenience.replace_all_uses_with(node.outputs[0], turned.outputs[0])
-    turned.replace_input_with(0, node.outputs[0])
-    function.insert_after(node, turned)
+    ir.convenience.replace_all_uses_with(mix, turned.outputs[0])
+    turned.replace_input_with(0, mix)
+    function.insert_before(function[0], turned)
