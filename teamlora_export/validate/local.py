@@ -31,8 +31,8 @@ from teamlora_export.validate.verdict import Judgement, LocalCheck
 MULTIPLE = 16.0
 # In units of roundoff of a column's own size, or of the median column's where that is larger.
 FLOOR = {"fp32": 512.0, "fp16": 32.0, "bf16": 32.0}
-# In units of roundoff of a sum's own size, for what is known as the difference of the sum and the rest of it: correct
-# rounding takes one.
+# In units of roundoff of a sum's size, for what is known only as the sum less the rest of it: rounding the sum to
+# nearest takes one at most.
 FLOOR_OF_SUM = 4.0
 # In units of the 16-bit type, for values in float32 arithmetic that are made with constants rounded to that type.
 FLOOR_OF_ROUNDED_CONSTANTS = 16.0
@@ -50,7 +50,8 @@ class LocalJudge:
     Args:
         pytorch: None judges in float32 arithmetic alone.
         inexact: taps that are computed with constants that the graph's own type may have rounded.
-        sums: by tap that is a difference, the tap of the sum that it was rounded in.
+        sums: taps that are differences (what the experts of a node of the op add), with the tap of the sum that holds
+            them, whose rounding is theirs.
     """
 
     def __init__(
@@ -119,8 +120,8 @@ class LocalJudge:
         return FLOOR[dtype] * DTYPES[dtype].roundoff
 
     def _rounding(self, name: str, step: Step, found: Feeds, wide: bool) -> np.ndarray | float:
-        """What a difference may be off by because its sum was rounded, by column; nothing where the sum is no number,
-        nor for values that are no differences."""
+        """What a difference may be off by because its sum was rounded, [columns]; nothing where the sum is no number,
+        nor for other taps."""
         if name not in self._sums:
             return 0.0
         size = _rms(_columns(step.attended(name, found[self._sums[name]])))

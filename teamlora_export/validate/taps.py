@@ -31,7 +31,7 @@ class Tap:
     """A value of the graph, or some of its columns where siblings share it.
 
     Attributes:
-        base: where it is given, what `value` is more than this one, in float64.
+        base: where it is given, the tap is `value` less this one, in float64.
     """
 
     value: str
