@@ -119,6 +119,14 @@ def validate(
     ] = None,
     engine: Annotated[str | None, typer.Option(help="Judge this engine of the bundle instead of its graph.")] = None,
     plugin: PluginOption = None,
+    library: Annotated[
+        Path | None,
+        typer.Option(
+            parser=given_path,
+            metavar="FILE",
+            help="Judge the graph with the op run by this native library, not by its body.",
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(parser=given_path, metavar="FILE", help="Write a self-contained HTML report here.")
     ] = None,
@@ -143,6 +151,7 @@ def validate(
         layer_by_layer=layer_by_layer,
         engine_name=engine,
         plugin=plugin,
+        library=library,
     )
     if json != STANDARD_OUTPUT:
         with writing_to_standard_output():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -31,8 +32,8 @@ class _Piece:
 class LayerwiseOnnxRunner(OnnxRunner):
     """`OnnxRunner` in the memory of one layer."""
 
-    def __init__(self, bundle: Bundle, adapted: Collection[str]) -> None:
-        super().__init__(bundle, adapted)
+    def __init__(self, bundle: Bundle, adapted: Collection[str], library: Path | None = None) -> None:
+        super().__init__(bundle, adapted, library)
         typed = self._fresh()
         common.ShapeInferencePass()(typed)
         self._proto = ir.to_proto(typed)
@@ -55,7 +56,7 @@ class LayerwiseOnnxRunner(OnnxRunner):
             # What all pieces compute again is given by the first that does.
             known.update(inside)
             model = self._extract(nodes, piece, inside)
-            session = open_model(model, self.bundle, wide)
+            session = open_model(model, self.bundle, wide, self.library)
             values |= run_session(session, values)
         return values
 

@@ -13,7 +13,7 @@ the format's noise, a wrong structure shows as clearly as it does in float32.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +31,9 @@ from teamlora_export.validate.verdict import Judgement, LocalCheck
 MULTIPLE = 16.0
 # In units of roundoff of a column's own size, or of the median column's where that is larger.
 FLOOR = {"fp32": 512.0, "fp16": 32.0, "bf16": 32.0}
+# In units of roundoff of a sum's size, for what is known only as the sum less the rest of it: rounding the sum to
+# nearest takes one at most.
+FLOOR_OF_SUM = 4.0
 # In units of the 16-bit type, for values in float32 arithmetic that are made with constants rounded to that type.
 FLOOR_OF_ROUNDED_CONSTANTS = 16.0
 
@@ -47,6 +50,8 @@ class LocalJudge:
     Args:
         pytorch: None judges in float32 arithmetic alone.
         inexact: taps that are computed with constants that the graph's own type may have rounded.
+        sums: taps that are differences (what the experts of a node of the op add), with the tap of the sum that holds
+            them, whose rounding is theirs.
     """
 
     def __init__(
@@ -57,11 +62,12 @@ class LocalJudge:
         candidate: Tappable,
         inputs: Sequence[Port],
         inexact: Collection[str],
+        sums: Mapping[str, str],
     ) -> None:
         self._dtype = dtype
         self._reference, self._pytorch, self._candidate = reference, pytorch, candidate
         self._inputs = inputs
-        self._inexact = inexact
+        self._inexact, self._sums = inexact, sums
 
     def check(self, case: Case) -> Iterator[LocalCheck]:
         """The prompt of a case and, where the task generates, one token after it (in the sharper arithmetic)."""
@@ -98,23 +104,46 @@ class LocalJudge:
                 continue
             theirs = step.attended(name, pytorch[name]) if name in pytorch else None
             ours = step.attended(name, shown[name])
-            yield judge_columns(name, ours, step.attended(name, exact), theirs, self._floor(name, wide))
+            yield judge_columns(
+                name,
+                ours,
+                step.attended(name, exact),
+                theirs,
+                self._floor(name, wide),
+                self._rounding(name, step, found, wide),
+            )
 
     def _floor(self, name: str, wide: bool) -> float:
         if wide and name in self._inexact:
             return FLOOR_OF_ROUNDED_CONSTANTS * DTYPES[self._dtype].roundoff
-        dtype = "fp32" if wide else self._dtype
+        dtype = self._arithmetic(wide)
         return FLOOR[dtype] * DTYPES[dtype].roundoff
+
+    def _rounding(self, name: str, step: Step, found: Feeds, wide: bool) -> np.ndarray | float:
+        """What a difference may be off by because its sum was rounded, [columns]; nothing where the sum is no number,
+        nor for other taps."""
+        if name not in self._sums:
+            return 0.0
+        size = _rms(_columns(step.attended(name, found[self._sums[name]])))
+        return FLOOR_OF_SUM * DTYPES[self._arithmetic(wide)].roundoff * np.where(np.isfinite(size), size, 0.0)
+
+    def _arithmetic(self, wide: bool) -> str:
+        return "fp32" if wide else self._dtype
 
 
 def judge_columns(
-    name: str, candidate: np.ndarray, reference: np.ndarray, pytorch: np.ndarray | None, floor: float
+    name: str,
+    candidate: np.ndarray,
+    reference: np.ndarray,
+    pytorch: np.ndarray | None,
+    floor: float,
+    rounding: np.ndarray | float = 0.0,
 ) -> Judgement:
     """The worst column of arrays [tokens, ..]; its error is a root mean square over tokens.
 
     Allowed is `MULTIPLE` times PyTorch's error there, or `floor` times the column's size where that is more. A column
     that happens to be small is allowed what the median column is; one that PyTorch happens to round well, what it errs
-    by in all, for its size.
+    by in all, for its size. `rounding` [columns] is added to the floor.
     """
     if candidate.shape != reference.shape:
         return Judgement(name, ErrorStats(np.inf, np.inf, 0.0), ErrorStats(0.0, 0.0, 0.0), 0.0)
@@ -127,7 +156,7 @@ def judge_columns(
     theirs[~np.isfinite(theirs)] = 0.0
     relative = np.divide(theirs, scale, out=np.zeros_like(theirs), where=scale > 0)
     theirs = np.maximum(theirs, np.sqrt(np.mean(np.square(relative))) * scale if relative.size else 0.0)
-    allowed = np.maximum(MULTIPLE * theirs, floor * scale)
+    allowed = np.maximum(MULTIPLE * theirs, floor * scale + rounding)
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(error > 0, error / allowed, 0.0)
     worst = int(share.argmax()) if share.size else None

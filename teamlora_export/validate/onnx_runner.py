@@ -1,4 +1,7 @@
-"""A bundle's model in ONNX Runtime, on the CPU: as it is, with its inside to be seen, and in wide arithmetic."""
+"""A bundle's model in ONNX Runtime, on the CPU: as it is, with its inside to be seen, and in wide arithmetic.
+
+The op is run by its body, or by a native library.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import psutil
 
 from teamlora_export.bundle import Bundle, keeps_in_place
 from teamlora_export.errors import ExportError, first_line
+from teamlora_export.graph import op
 from teamlora_export.graph.choices import is_choice
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import IR_DTYPES
@@ -44,28 +48,37 @@ class OnnxRunner:
 
     Args:
         adapted: paths of the adapted projections, whose parts can be looked at.
+        library: a native library that runs the op's nodes, not for bfloat16. The bodies are left out then, so that
+            nothing else can run them.
 
     Raises:
         ExportError: as `read_graph`.
     """
 
-    def __init__(self, bundle: Bundle, adapted: Collection[str]) -> None:
-        self.bundle = bundle
+    def __init__(self, bundle: Bundle, adapted: Collection[str], library: Path | None = None) -> None:
+        self.bundle, self.library = bundle, library
         # As it is in the file, and to be read only; read here, so that what is no graph is found before anything runs.
         self.written = read_graph(bundle)
         self._adapted = adapted
         self._session: ort.InferenceSession | None = None
         self._tapped: dict[bool, ort.InferenceSession] = {}
 
+    @property
+    def label(self) -> str:
+        return "ONNX Runtime" + (" with the native op" if self.library else "")
+
     @cached_property
-    def inlined(self) -> ir.Model:
-        """The model with the op's bodies in place. To be read only: its weights stay in the bundle's file."""
-        return self._inlined_and_inputs[0]
+    def model(self) -> ir.Model:
+        """The model as it runs: the op's bodies in place of its nodes, or the nodes alone where a library runs them.
+
+        To be read only: its weights stay in the bundle's file.
+        """
+        return self._model_and_inputs[0]
 
     @cached_property
     def taps(self) -> dict[str, Tap]:
         """What of the inside can be looked at, in the order of the graph."""
-        return find_taps(self.inlined, self._adapted, self._inlined_and_inputs[1])
+        return find_taps(self.model, self._adapted, self._model_and_inputs[1])
 
     def departures(self) -> Iterator[Departure]:
         """What is wrong with the graph's form: modules that nothing reads, and projections without experts."""
@@ -93,10 +106,13 @@ class OnnxRunner:
         return (node.name or node.op_type) if node is not None else "an input of the model"
 
     @cached_property
-    def _inlined_and_inputs(self) -> tuple[ir.Model, dict[str, str]]:
+    def _model_and_inputs(self) -> tuple[ir.Model, dict[str, str]]:
         model = read_graph(self.bundle)
         inputs = expert_inputs(model)
-        inline_bodies(model)
+        if self.library is None:
+            inline_bodies(model)
+        else:
+            _leave_out_bodies(model)
         return model, inputs
 
     @cached_property
@@ -130,7 +146,7 @@ class OnnxRunner:
 
     def _run(self, feeds: Feeds) -> Feeds:
         if self._session is None:
-            as_it_is = self.bundle.manifest.dtype != "bf16" and not self.choices
+            as_it_is = self.bundle.manifest.dtype != "bf16" and not self.choices and self.library is None
             self._session = _open_session(self.bundle.model) if as_it_is else self._open(self.choices.values())
         return run_session(self._session, feeds)
 
@@ -141,12 +157,12 @@ class OnnxRunner:
         return feeds | run_session(self._tapped[wide], feeds)
 
     def _open(self, wanted: Iterable[str], wide: bool = False) -> ort.InferenceSession:
-        """A session on the model with bodies in place that gives the values `wanted` as well."""
+        """A session on the model that gives the values `wanted` as well."""
         model = self._fresh()
         values = {value.name: value for node in model.graph for value in node.outputs}
         present = {value.name for value in (*model.graph.outputs, *model.graph.inputs)}
         model.graph.outputs.extend(values[name] for name in dict.fromkeys(wanted) if name not in present)
-        return open_model(model, self.bundle, wide)
+        return open_model(model, self.bundle, wide, self.library)
 
     def _named(self, values: Feeds, names: Iterable[str]) -> Feeds:
         """Those of the taps `names` that are among `values`, then the outputs."""
@@ -155,12 +171,20 @@ class OnnxRunner:
         return found | {port.name: values[port.name] for port in self.bundle.manifest.outputs}
 
     def _fresh(self) -> ir.Model:
-        """The model with bodies in place, to be changed."""
-        return self.inlined.clone()
+        """The model, to be changed."""
+        return self.model.clone()
 
 
-def open_model(model: ir.Model, bundle: Bundle, wide: bool = False) -> ort.InferenceSession:
-    """A session on a model derived from a bundle's (bodies in place), with the bundle's weights."""
+def _leave_out_bodies(model: ir.Model) -> None:
+    """Leave the op's nodes to a library, in place."""
+    for identifier in [f for f in model.functions if f[:2] == (op.DOMAIN, op.NAME)]:
+        del model.functions[identifier]
+
+
+def open_model(
+    model: ir.Model, bundle: Bundle, wide: bool = False, library: Path | None = None
+) -> ort.InferenceSession:
+    """A session on a model derived from a bundle's (`OnnxRunner.model`), with the bundle's weights."""
     dtype = bundle.manifest.dtype
     if dtype == "bf16" or (wide and dtype != "fp32"):
         widen(model, IR_DTYPES[dtype], rounded=not wide)
@@ -168,10 +192,10 @@ def open_model(model: ir.Model, bundle: Bundle, wide: bool = False) -> ort.Infer
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path)
-        return _open_session(path, bundle.folder)
+        return _open_session(path, bundle.folder, library)
 
 
-def _open_session(path: Path, weights_folder: Path | None = None) -> ort.InferenceSession:
+def _open_session(path: Path, weights_folder: Path | None = None, library: Path | None = None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # As the deployed programs do, for the same reasons (`deploy/runner.py`): PyTorch's threads are the neighbours here.
@@ -180,6 +204,8 @@ def _open_session(path: Path, weights_folder: Path | None = None) -> ort.Inferen
     if weights_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
     try:
+        if library is not None:
+            options.register_custom_ops_library(str(library.resolve()))
         if weights_folder is None:
             return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return ort.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])

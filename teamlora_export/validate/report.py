@@ -62,7 +62,11 @@ def verdict_fields(verdict: Verdict, bundle: Bundle) -> dict[str, Any]:
         "bundle": bundle.folder.resolve().name,
         "passed": verdict.passed,
         "rule": {"multiple": MULTIPLE, "multiple_together": MULTIPLE_TOGETHER, "floor_in_roundoff": FLOOR},
-        "rule_for_modules": {"multiple": local.MULTIPLE, "floor_in_roundoff": local.FLOOR},
+        "rule_for_modules": {
+            "multiple": local.MULTIPLE,
+            "floor_in_roundoff": local.FLOOR,
+            "floor_of_sum": local.FLOOR_OF_SUM,
+        },
         **dataclasses.asdict(verdict),
     }
 

@@ -20,6 +20,7 @@ from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
 from teamlora_export.bundle import Bundle, Validation, check_files, write_manifest
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.engine.facts import EngineFacts, find_engine, read_facts, write_facts
+from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, find_library
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights
@@ -32,7 +33,7 @@ from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.local import LocalJudge
 from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.stored import judge_weights, kept_in_float32, recipes_of
-from teamlora_export.validate.taps import live_values, module_of, with_rounded_constants
+from teamlora_export.validate.taps import live_values, module_of, whole_of, with_rounded_constants
 from teamlora_export.validate.torch_runner import TorchRunner
 from teamlora_export.validate.verdict import Departure, LocalCheck, Verdict
 
@@ -45,6 +46,7 @@ def validate_bundle(
     layer_by_layer: bool | None = None,
     engine_name: str | None = None,
     plugin: Path | None = None,
+    library: Path | None = None,
     reporter: Reporter | None = None,
 ) -> Verdict:
     """Judge `bundle` against the base and adapter that it was made of (found by its manifest, or given if they moved).
@@ -53,13 +55,17 @@ def validate_bundle(
         layer_by_layer: hold one layer in memory at a time and run fewer cases; None: only where the whole does not fit.
         engine_name: judge this engine instead of the graph; its verdict goes into its own facts.
         plugin: the library for an engine that needs the plugin.
+        library: judge the graph as it runs with this native library of the op, not with the op's body.
 
     Raises:
         ExportError: base or adapter are not there, or are not those that the bundle was made of; the bundle's own files
-            are damaged; its model cannot be loaded.
+            are damaged; its model cannot be loaded; `library` does not fit, or the bundle has no use for it.
     """
     reporter = reporter or Reporter()
     manifest = bundle.manifest
+    if library is not None and engine_name:
+        raise ExportError("--library and --engine: an engine does not run the native op. Give one of the two.")
+    native = _open_library(bundle, library, reporter) if library is not None else None
     check_files(bundle)
     engine = _open_engine(bundle, engine_name, plugin, reporter) if engine_name else None
     dtype = engine.facts.dtype if engine else manifest.dtype
@@ -70,7 +76,7 @@ def validate_bundle(
     weights = _open_streamed(base) if layer_by_layer else None
     if weights is not None:
         reporter.say("Layer by layer: the weights are read from disk on every call")
-    graph = (OnnxRunner if weights is None else LayerwiseOnnxRunner)(bundle, adapter.projections)
+    graph = (OnnxRunner if weights is None else LayerwiseOnnxRunner)(bundle, adapter.projections, library)
     with reporter.step("Preparing PyTorch in float64 and the bundle's dtype"):
         reference = TorchRunner(base, adapter, torch.float64, weights)
         pytorch = TorchRunner(base, adapter, _torch_dtype(dtype), weights)
@@ -95,7 +101,8 @@ def validate_bundle(
         local=tuple(inside.checks),
         weights=inside.weights,
         expert_use=expert_use,
-        candidate=engine.label if engine else "ONNX Runtime",
+        candidate=(engine or graph).label,
+        library=native.sha256 if native else None,
     )
     return _keep(verdict, bundle, engine)
 
@@ -138,13 +145,14 @@ class _Inside:
 
     def _local_judge(self) -> LocalJudge:
         manifest = self._graph.bundle.manifest
-        kept = kept_in_float32(self._graph.inlined, self._recipes)
+        kept = kept_in_float32(self._graph.model, self._recipes)
         self._reference.round_weights(_torch_dtype(manifest.dtype), kept)
         values = {name: tap.value for name, tap in self._graph.taps.items()}
         values |= {port.name: port.name for port in manifest.outputs}
-        rounded = with_rounded_constants(self._graph.inlined, values.values(), self._recipes)
+        rounded = with_rounded_constants(self._graph.model, values.values(), self._recipes)
         inexact = {name for name, value in values.items() if value in rounded}
-        return LocalJudge(manifest.dtype, self._reference, self._pytorch, self._graph, manifest.inputs, inexact)
+        sums = {name: whole_of(name) for name, tap in self._graph.taps.items() if tap.base is not None}
+        return LocalJudge(manifest.dtype, self._reference, self._pytorch, self._graph, manifest.inputs, inexact, sums)
 
     def _add(self, check: LocalCheck) -> None:
         self.checks.append(check)
@@ -209,6 +217,20 @@ class _Engine:
         if skipped:
             reporter.warn(f"Outside of the engine's profiles, left out: {', '.join(skipped)}.")
         return chosen
+
+
+def _open_library(bundle: Bundle, path: Path, reporter: Reporter) -> OnnxRuntimeLibrary:
+    manifest = bundle.manifest
+    if manifest.op["form"] == "standard":
+        raise ExportError(
+            f"{bundle.folder}: was exported with --op standard, so there is no op for the native library to run."
+        )
+    if manifest.dtype == "bf16":
+        raise ExportError(
+            f"{bundle.folder}: is bf16, which ONNX Runtime has no products in on a CPU, so that it does not run there "
+            "with the native op. Export in fp32 or fp16, or leave --library out."
+        )
+    return find_library(path, reporter)
 
 
 def _open_engine(bundle: Bundle, name: str, plugin: Path | None, reporter: Reporter) -> _Engine:

@@ -2,7 +2,8 @@
 
 The tracer marked which value each module returned. An adapted projection is the sum of two: what the base computes and
 what the experts add; both, and what they read, are looked at by themselves, so that a small contribution is judged by
-its own size.
+its own size. A node of the op shows the sum alone: what its experts add is the difference from its base, and holds the
+rounding of the sum.
 
 A tap's name is its mark (`graph/marks.py`); of several values with one mark, all but the last have `#n` behind it.
 Parts of an adapted projection are `PATH/input`, `PATH/base` and `PATH/experts`.
@@ -27,19 +28,32 @@ _MASKING = 1e4
 
 @dataclass(frozen=True)
 class Tap:
-    """A value of the graph, or some of its columns where siblings share it."""
+    """A value of the graph, or some of its columns where siblings share it.
+
+    Attributes:
+        base: where it is given, the tap is `value` less this one, in float64.
+    """
 
     value: str
     columns: tuple[int, int] | None = None
+    base: str | None = None
 
     def of(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
         array = values[self.value]
+        if self.base is not None:
+            with np.errstate(invalid="ignore"):
+                array = array.astype(np.float64) - values[self.base]
         return array if self.columns is None else array[..., slice(*self.columns)]
 
 
 def module_of(tap: str) -> str:
     """The module that a tap belongs to."""
     return tap.partition("/")[0].partition("#")[0].removesuffix(".input")
+
+
+def whole_of(part: str) -> str:
+    """The tap that a part belongs to."""
+    return part.partition("/")[0]
 
 
 def is_part(tap: str) -> bool:
@@ -53,11 +67,11 @@ def expert_inputs(model: ir.Model) -> dict[str, str]:
 
 
 def find_taps(model: ir.Model, adapted: Collection[str], inputs: Mapping[str, str]) -> dict[str, Tap]:
-    """Every tap of `model` (bodies inlined) by name, in the order of the graph.
+    """Every tap of `model` by name, in the order of the graph.
 
     Args:
         adapted: paths of the adapted projections.
-        inputs: what `expert_inputs` gave before the bodies were inlined.
+        inputs: what `expert_inputs` gave before bodies were inlined.
     """
     taps: dict[str, Tap] = {}
     for value, modules in marked_values(model):
@@ -94,7 +108,16 @@ def _parts(module: str, value: ir.Value, columns: tuple[int, int] | None, inputs
         columns = start, start + widths[value.index()]  # type: ignore[index]
         value = node.inputs[0]  # type: ignore[assignment]
         node = value.producer()
-    if node is None or node.op_type != "Add" or None in node.inputs:
+    if node is None or None in node.inputs:
+        return {}
+    if op.is_op(node):
+        x, rest = (str(v.name) for v in node.inputs[:2] if v is not None)
+        return {
+            f"{module}/{INPUT}": Tap(x),
+            f"{module}/{BASE}": Tap(rest, columns),
+            f"{module}/{EXPERTS}": Tap(str(value.name), columns, rest),
+        }
+    if node.op_type != "Add":
         return {}
     base, experts = node.inputs
     parts = {f"{module}/{BASE}": Tap(str(base.name), columns), f"{module}/{EXPERTS}": Tap(str(experts.name), columns)}  # type: ignore[union-attr]
@@ -153,7 +176,7 @@ def _captured(node: ir.Node) -> Iterator[ir.Value]:
 def with_rounded_constants(model: ir.Model, taps: Iterable[str], weights: Collection[str]) -> set[str]:
     """Which of the values `taps` are computed with a constant that the graph's 16-bit type may have rounded.
 
-    Each value is followed back to other taps only: `model` (bodies inlined, types its own) computes one of the others.
+    Each value is followed back to other taps only: `model` (types its own) computes one of the others.
     """
     ends = set(taps)
     values = {value.name: value for node in model.graph for value in node.outputs}

@@ -94,6 +94,8 @@ class Verdict:
         departures: what is wrong, the most telling first.
         local: the local checks that were made; none where a candidate shows nothing of its inside.
         weights: how many of the file's weights were compared with their source.
+        candidate: what ran, in words.
+        library: SHA-256 of the native library that ran the op, where one did.
         not_kept: why the verdict could not be written into the manifest, where it could not.
     """
 
@@ -105,6 +107,7 @@ class Verdict:
     weights: int = 0
     expert_use: dict[str, list[float]] = field(default_factory=dict)
     candidate: str = "ONNX Runtime"
+    library: str | None = None
     not_kept: str | None = None
 
     @property

@@ -17,7 +17,8 @@ _FP32 = ir.DataType.FLOAT
 
 
 def widen(model: ir.Model, narrow: ir.DataType, rounded: bool) -> None:
-    """Rewrite `model` (bodies inlined), whose 16-bit type is `narrow`, in place. Inputs and outputs become float32.
+    """Rewrite `model` (bodies inlined or left out), whose 16-bit type is `narrow`, in place. Inputs and outputs become
+    float32.
 
     Branches and bodies of loops are part of it.
 

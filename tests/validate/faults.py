@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -42,7 +43,7 @@ def plant(source: Bundle, folder: Path, faults: Mapping[str, Fault]) -> Bundle:
     return read_bundle(folder)
 
 
-def judged(bundle: Bundle, **options: bool) -> Verdict:
+def judged(bundle: Bundle, **options: Any) -> Verdict:
     return validate_bundle(bundle, reporter=Reporter(quiet=True), **options)
 
 
@@ -270,9 +271,9 @@ def forget_to_normalize(function: ir.Function) -> None:
 
 
 def transpose_interaction(function: ir.Function) -> None:
-    node = next(node for node in function if node.op_type == "Squeeze")
-    turned = ir.node("Transpose", [node.outputs[0]], {"perm": [1, 0]}, name="fault_transpose")
+    mix = next(value for value in function.inputs if value.name == "mix")
+    turned = ir.node("Transpose", [mix], {"perm": [0, 2, 1]}, name="fault_transpose")
     turned.outputs[0].name = "turned"
-    ir.convenience.replace_all_uses_with(node.outputs[0], turned.outputs[0])
-    turned.replace_input_with(0, node.outputs[0])
-    function.insert_after(node, turned)
+    ir.convenience.replace_all_uses_with(mix, turned.outputs[0])
+    turned.replace_input_with(0, mix)
+    function.insert_before(function[0], turned)

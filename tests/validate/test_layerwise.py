@@ -17,10 +17,10 @@ def test_no_session_holds_the_weights_of_two_layers(make_bundle, monkeypatch):
     bundle = make_bundle("llama")
     opened = []
 
-    def open_and_look(model: ir.Model, bundle: Bundle, wide: bool):  # type: ignore[no-untyped-def]
+    def open_and_look(model: ir.Model, bundle: Bundle, *options: object):  # type: ignore[no-untyped-def]
         matches = (re.match(r"model\.layers\.(\d+)\.", name) for name in model.graph.initializers)
         opened.append(sorted({int(match[1]) for match in matches if match}))
-        return original(model, bundle, wide)
+        return original(model, bundle, *options)
 
     original = layerwise.open_model
     monkeypatch.setattr(layerwise, "open_model", open_and_look)
