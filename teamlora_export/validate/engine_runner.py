@@ -55,7 +55,7 @@ class EngineRunner:
         """Outputs by name. A cache grows here, whatever form the engine keeps it in."""
         if self._facts.capacity is None:
             return self._run(feeds)
-        call = in_place_call(feeds, self._facts.capacity)
+        call = in_place_call(feeds, capacity=self._facts.capacity)
         return call.present(self._run(call.feeds))
 
     def _run(self, feeds: Feeds) -> Feeds:
