@@ -97,10 +97,12 @@ def test_a_batch_of_four_gives_four_times_the_same(model, smollm2_greedy):
     assert [without_stops(row, 2) for row in rows] == [answer] * 4
 
 
-def test_a_cache_in_place_is_one_buffer_for_both_ends(make_bundle, tmp_path):
-    """The graph refuses a cache that grows: it takes as many places as it gives."""
-    bundle = make_bundle("llama", cache="in-place")
-    folder = deploy_genai(bundle, tmp_path / "llama")
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_a_cache_in_place_is_one_buffer_for_both_ends(name, make_bundle, tmp_path):
+    """The graph refuses a cache that grows: it takes as many places as it gives. No ring wraps in one that is as long
+    as the text."""
+    bundle = make_bundle(name, cache="in-place")
+    folder = deploy_genai(bundle, tmp_path / name)
     config = json.loads((folder / "genai_config.json").read_text())
     assert config["search"]["past_present_share_buffer"] is True
     in_place, ours = og.Model(str(folder)), Model(bundle.folder)
