@@ -200,7 +200,9 @@ OTHERS = {
 UNAPPLIED_WINDOW = Architecture("LlamaConfig", {**_DECODER, **_SLIDING}, _LLAMA_TARGETS)
 # Not of another kind, but with weights so large that each layer multiplies the rounding of the one before.
 AMPLIFYING = Architecture("LlamaConfig", {**_DECODER, "num_hidden_layers": 8}, _LLAMA_TARGETS, gain=8.0)
-_NAMED = {"amplifying": AMPLIFYING, "unapplied window": UNAPPLIED_WINDOW}
+# Wider than the prompts of a validation.
+WIDE_WINDOW = Architecture("MistralConfig", {**_DECODER, "sliding_window": 64}, _LLAMA_TARGETS)
+_NAMED = {"amplifying": AMPLIFYING, "unapplied window": UNAPPLIED_WINDOW, "wide window": WIDE_WINDOW}
 _ALL = {**ARCHITECTURES, **MIXTURES, **ROTATIONS, **OTHERS, **_NAMED}
 _CLASSES = {
     "text-generation": AutoModelForCausalLM,

@@ -215,10 +215,20 @@ def test_a_fault_in_the_rings_of_layers_with_a_window_is_located(name, planted):
     assert_located(judged(planted(faults, "mistral", "fp32", "function", "in-place")), faults)
 
 
-def test_rings_that_do_not_wrap_are_found(planted):
+@pytest.mark.parametrize("name", ["none", *IN_RINGS])
+def test_a_window_that_is_wider_than_every_prompt_is_judged_all_the_same(name, planted):
+    faults = {name: IN_RINGS[name]} if name in IN_RINGS else {}
+    verdict = judged(planted(faults, "wide window", "fp32", "function", "in-place"))
+    assert verdict.passed == (not faults)
+    if faults:
+        assert any(re.fullmatch(faults[name].located, d.module) for d in verdict.departures)
+
+
+@pytest.mark.parametrize("model", ["mistral", "wide window"])
+def test_rings_that_do_not_wrap_are_found(model, planted):
     faults = {"linear": Fault(take_rings_for_buffers, "")}
     with pytest.raises(ExportError, match="TensorScatter"):
-        judged(planted(faults, "mistral", "fp32", "function", "in-place"))
+        judged(planted(faults, model, "fp32", "function", "in-place"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
