@@ -133,7 +133,7 @@ def _in_place_generation(model: nn.Module, layers: Sequence[tuple[Tensor, Tensor
     everything = (None,) * len(layers)
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     declared = DynamicCache(config=config).layers[: len(layers)]
-    windows = tuple(getattr(layer, "sliding_window", None) for layer in declared)
+    windows = tuple(getattr(layer, "sliding_window", None) or None for layer in declared)
     if windows != everything and len(windows) == len(layers):
         signature = _generation(model, layers, windows)
         try:
