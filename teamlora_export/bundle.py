@@ -48,6 +48,8 @@ BATCH, SEQUENCE, PAST, TOTAL, CAPACITY = (
     "total_sequence_length",
     "capacity",
 )
+# Where a layer's tokens see no further back: the capacity of its buffers is named after the tokens that they see.
+_WINDOW = re.compile(r"window_([1-9]\d{0,8})")
 
 # What a runtime or a tokenizer needs beside the model.
 COMPANIONS = (
@@ -88,7 +90,24 @@ class Port:
 
 def keeps_in_place(inputs: Sequence[Port]) -> bool:
     """Whether a model of these inputs writes into buffers of one size, in place of a cache that grows."""
-    return any(CAPACITY in port.shape for port in inputs)
+    return any(map(is_capacity, (size for port in inputs for size in port.shape)))
+
+
+def is_capacity(size: int | str | None) -> bool:
+    """Whether an axis of this size or name is that of a cache in place, which holds tokens."""
+    return size == CAPACITY or window_of(size) is not None
+
+
+def window_capacity(window: int) -> str:
+    """The name of the capacity of a layer whose tokens see themselves and the `window` - 1 before (`window_of`)."""
+    return f"window_{window}"
+
+
+def window_of(size: int | str | None) -> int | None:
+    """How many tokens are seen in a layer whose cache has an axis of this size or name; None: all, or it is no such
+    axis."""
+    match = _WINDOW.fullmatch(size) if isinstance(size, str) else None
+    return int(match[1]) if match else None
 
 
 class BaseOrigin(TypedDict):

@@ -84,8 +84,14 @@ ARCHITECTURES = {
             **_DECODER,
             **_SLIDING,
             "query_pre_attn_scalar": 8,
-            "num_hidden_layers": 6,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "num_hidden_layers": 7,
+            # The first that sees everything is another layer than it is among those that are traced.
+            "layer_types": [
+                *["sliding_attention"] * 3,
+                "full_attention",
+                *["sliding_attention"] * 2,
+                "full_attention",
+            ],
         },
         _LLAMA_TARGETS,
     ),
@@ -190,9 +196,14 @@ OTHERS = {
         ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
     ),
 }
+# Its configuration names a window, and its code has none.
+UNAPPLIED_WINDOW = Architecture("LlamaConfig", {**_DECODER, **_SLIDING}, _LLAMA_TARGETS)
 # Not of another kind, but with weights so large that each layer multiplies the rounding of the one before.
 AMPLIFYING = Architecture("LlamaConfig", {**_DECODER, "num_hidden_layers": 8}, _LLAMA_TARGETS, gain=8.0)
-_ALL = {**ARCHITECTURES, **MIXTURES, **ROTATIONS, **OTHERS, "amplifying": AMPLIFYING}
+# Wider than the prompts of a validation.
+WIDE_WINDOW = Architecture("MistralConfig", {**_DECODER, "sliding_window": 64}, _LLAMA_TARGETS)
+_NAMED = {"amplifying": AMPLIFYING, "unapplied window": UNAPPLIED_WINDOW, "wide window": WIDE_WINDOW}
+_ALL = {**ARCHITECTURES, **MIXTURES, **ROTATIONS, **OTHERS, **_NAMED}
 _CLASSES = {
     "text-generation": AutoModelForCausalLM,
     "feature-extraction": AutoModel,
@@ -300,6 +311,14 @@ def smollm2_greedy() -> dict[tuple[int, ...], list[int]]:
         tokens = model.generate(torch.tensor([ids]), max_new_tokens=GREEDY_TOKENS, do_sample=False)[0, len(ids) :]
         answers[tuple(ids)] = [token for token in tokens.tolist() if token != model.config.eos_token_id]
     return answers
+
+
+def pytorch_greedy(base: BaseModel, adapter: Path, prompt: Sequence[int], count: int) -> list[int]:
+    """What PyTorch generates after a prompt, whatever token would end a text."""
+    model = base.load(torch.float32)
+    inject(model, align_with_base(read_adapter(adapter), base.signature))
+    options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None}
+    return model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 
 
 def build_cpp(source: Path, folder: Path, *options: str, targets: Sequence[str] = ("all",)) -> Path:

@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from teamlora_export import __version__
 from teamlora_export.bundle import (
-    CAPACITY,
     COMPANIONS,
     DATA_NAME,
     MODEL_NAME,
@@ -25,6 +24,7 @@ from teamlora_export.bundle import (
     Sha256,
     Task,
     check_files,
+    is_capacity,
 )
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
@@ -183,7 +183,7 @@ def _with_capacity(manifest: Manifest, capacity: int) -> Manifest:
 
     def fixed(ports: Sequence[Port]) -> tuple[Port, ...]:
         return tuple(
-            dataclasses.replace(port, shape=tuple(capacity if size == CAPACITY else size for size in port.shape))
+            dataclasses.replace(port, shape=tuple(capacity if is_capacity(size) else size for size in port.shape))
             for port in ports
         )
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from teamlora_export.bundle import CAPACITY, MODEL_NAME, Bundle
+from teamlora_export.bundle import MODEL_NAME, Bundle, is_capacity
 from teamlora_export.deploy.folder import Deployment, deployment, require_cpu_dtype
 from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, adds_tokens, tokenizer_config, why_unreadable
 from teamlora_export.deploy.render import render
@@ -132,6 +132,6 @@ def _context(bundle: Bundle) -> int:
 
 
 def _buffer_bytes(bundle: Bundle) -> int:
-    """What one token takes of the buffers of a cache in place; 0 where the cache grows."""
-    in_place = [port for port in bundle.manifest.inputs if CAPACITY in port.shape]
+    """What one token takes of the buffers of a cache in place, each as long as the text; 0 where the cache grows."""
+    in_place = [port for port in bundle.manifest.inputs if any(map(is_capacity, port.shape))]
     return sum(int(port.shape[1]) * int(port.shape[3]) * (4 if port.dtype == "float" else 2) for port in in_place)

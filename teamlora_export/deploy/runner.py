@@ -41,6 +41,8 @@ _SPIN_MICROSECONDS = "20"
 # A longer prompt is read in parts of so many tokens, which bounds the memory that it takes.
 _PART = 512
 _LEAST_CAPACITY = 256
+# The names of the axis that holds the tokens of a cache in place, and of one whose layer sees so many tokens only.
+_CAPACITY = re.compile(r"capacity|window_([1-9]\d{0,8})")
 
 
 class ModelError(Exception):
@@ -138,7 +140,7 @@ class Model:
         rows = [[*[self._settings.padding] * (width - len(prompt)), *prompt] for prompt in prompts]
         mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
         step = np.array(rows, np.int64)
-        kind = InPlaceCache if self._caches[0].shape[2] == "capacity" else GrowingCache
+        kind = InPlaceCache if _CAPACITY.fullmatch(str(self._caches[0].shape[2])) else GrowingCache
         cache = kind(self._session, self._caches, len(prompts), width + count)
         for _ in range(count):
             logits = self._read(cache, step, mask)
@@ -239,6 +241,9 @@ class InPlaceCache:
     """Keys and values of a request whose model writes into the buffers that it is given: one for each layer and kind,
     bound to both of its ends, and made twice as long when it is full.
 
+    In a layer that sees a window of the text, a buffer that has room for the window and a part of the prompt is a ring:
+    the model writes over what is not seen any more, and it grows no further.
+
     Args:
         most: tokens that it will hold at most.
     """
@@ -247,6 +252,8 @@ class InPlaceCache:
         self._session, self._binding = session, session.io_binding()
         self._most = most
         self._buffers = {c.name: np.zeros((batch, c.shape[1], 0, c.shape[3]), _NUMPY[c.type]) for c in caches}
+        windows = {c.name: _CAPACITY.fullmatch(str(c.shape[2])) for c in caches}
+        self._rings = {name: int(found[1]) - 1 + _PART for name, found in windows.items() if found and found[1]}
         self._capacity = 0
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -265,8 +272,10 @@ class InPlaceCache:
         self._binding.clear_binding_outputs()
         self._binding.bind_output("logits")
         for name, old in self._buffers.items():
-            new = np.zeros((*old.shape[:2], capacity, old.shape[3]), old.dtype)
-            new[:, :, : self._capacity] = old
+            # What a ring holds stands where it stood, as long as it was not full: it wraps from then on.
+            rows = min(capacity, self._rings.get(name, capacity))
+            new = np.zeros((*old.shape[:2], rows, old.shape[3]), old.dtype)
+            new[:, :, : old.shape[2]] = old
             self._buffers[name] = new
             for bind, end in ((self._binding.bind_input, name), (self._binding.bind_output, _present(name))):
                 bind(end, "cpu", 0, new.dtype, new.shape, new.ctypes.data)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from teamlora_export.bundle import BATCH, CAPACITY, PAST, SEQUENCE, TOTAL, Bundle, Port, keeps_in_place
+from teamlora_export.bundle import BATCH, PAST, SEQUENCE, TOTAL, Bundle, Port, is_capacity, keeps_in_place
 from teamlora_export.errors import ExportError
 
 Shape = tuple[int, ...]
@@ -108,7 +108,8 @@ def choose_capacity(bundle: Bundle, wanted: int | None) -> int | None:
 
 def _in_place(ports: tuple[Port, ...], points: list[tuple[int, int]]) -> tuple[ShapeProfile, ...]:
     capacity = points[2][1]
-    sizes = [{BATCH: batch, TOTAL: tokens, CAPACITY: capacity} for batch, tokens in points]
+    fixed = {str(size): capacity for port in ports for size in port.shape if is_capacity(size)}
+    sizes = [{BATCH: batch, TOTAL: tokens, **fixed} for batch, tokens in points]
     # The last part of a prompt may be one token.
     parts = (1, points[1][1], capacity)
     return (

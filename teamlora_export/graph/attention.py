@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from teamlora_export.graph import op
+from teamlora_export.graph.cache import Ring
 
 IMPLEMENTATION = "onnx_attention"
 # What models hand to attention that changes the result and is no attribute of the operator.
@@ -49,9 +50,17 @@ def _attend(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """query [batch, heads, sequence, size], key and value [batch, kv heads, total, size], attention_mask bool
-    [batch, 1, sequence, total] -> [batch, sequence, heads, size]."""
+    [batch, 1, sequence, total] -> [batch, sequence, heads, size].
+
+    Raises:
+        ValueError: the mask is not of these keys.
+    """
     if attention_mask is None or any(others.get(name) is not None for name in _BEYOND):
         return _as_written(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **others)
+    seen, keys = attention_mask.shape[-1], key.shape[2]
+    # While tracing sizes are symbols, which a comparison would tie.
+    if type(seen) is type(keys) is int and seen not in (1, keys):
+        raise ValueError(f"a mask over {seen} keys, of which there are {keys}")
     attributes = {"scale": query.shape[-1] ** -0.5 if scaling is None else float(scaling)}
     if softcap:
         attributes["softcap"] = float(softcap)
@@ -79,7 +88,7 @@ def _mask(
     q_length: int,
     kv_length: int,
     q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
+    kv_offset: int | Ring = 0,
     mask_function: Callable[..., Tensor] | None = None,
     attention_mask: Tensor | None = None,
     **others: Any,
@@ -88,23 +97,41 @@ def _mask(
 
     Args:
         q_offset: place of the first query, or of the first of each row [batch, 1, 1, 1].
-        attention_mask: bool [batch, kv_offset + kv_length].
+        kv_offset: place of the first key, or those of all.
+        attention_mask: bool [batch, kv_offset + kv_length]; of a ring, [batch, total].
+
+    Raises:
+        ValueError: more is to be seen than a ring holds.
     """
+    if isinstance(kv_offset, Ring) and (others.get("local_size") != kv_offset.window or others.get("use_vmap")):
+        raise ValueError(f"a mask of another kind than a window of {kv_offset.window} tokens")
     if mask_function is None or others.get("use_vmap"):
         return sdpa_mask(  # type: ignore[return-value]
             batch_size,
             q_length,
             kv_length,
             q_offset,  # type: ignore[arg-type]
-            kv_offset,
+            kv_offset,  # type: ignore[arg-type]
             mask_function or causal_mask_function,
             attention_mask,
             **{**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
         )
     queries = torch.arange(q_length).view(1, 1, -1, 1) + q_offset
-    keys = torch.arange(kv_length).view(1, 1, 1, -1) + kv_offset
+    keys, named = _keys(kv_length, kv_offset, attention_mask)
     batch = torch.arange(batch_size).view(-1, 1, 1, 1)
     seen = mask_function(batch, torch.zeros(1, 1, 1, 1, dtype=torch.int64), queries, keys)
-    if attention_mask is not None:
-        seen = seen & attention_mask[:, None, None, kv_offset : kv_offset + kv_length]
+    if named is not None:
+        seen = seen & named[:, None, None]
     return seen.expand(batch_size, 1, q_length, kv_length)
+
+
+def _keys(kv_length: int, kv_offset: int | Ring, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The places of the keys, [1 or batch, 1, 1, kv_length], and which of them may be seen at all, bool
+    [batch, kv_length]; None: all."""
+    if isinstance(kv_offset, Ring):
+        places = kv_offset.places
+        written = places >= 0
+        named = written if attention_mask is None else written & attention_mask.gather(1, places.clamp(min=0))
+        return places[:, None, None], named
+    keys = torch.arange(kv_length).view(1, 1, 1, -1) + kv_offset
+    return keys, None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]

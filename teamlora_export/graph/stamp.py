@@ -267,7 +267,8 @@ class _Repeater:
             residual = values[self._cut.residuals[source]]
         self._copy_nodes(self._cut.head, {**common, self._cut.residuals[-1]: residual}, source=-1, target=-1)
         self._add_last_residual(residual)
-        self._outputs.sort(key=_output_order)
+        self._inputs.sort(key=lambda value: _layer_order(value)[0])
+        self._outputs.sort(key=_layer_order)
         return ir.Graph(
             self._inputs,
             self._outputs,
@@ -350,16 +351,19 @@ class _Repeater:
 
     def _renamed(self, name: str, source: int, target: int) -> str:
         """A value's name in the copy of a layer: moved where it says its layer, marked with it where it does not."""
-        if target < 0:
-            return name
         cache = _CACHE.match(name)
         if cache:
-            return f"{cache[1]}.{target}.{cache[3]}"
+            # What all layers share asks the first cache of its kind for the size.
+            layer = self._plan.sample[int(cache[2])] if target < 0 else target
+            return f"{cache[1]}.{layer}.{cache[3]}"
+        if target < 0:
+            return name
         if layer_of(name, self._plan.prefix)[0] is not None:
             return _moved(name, self._plan.prefix, source, target)
         return f"{self._plan.prefix}.{target}/{name}"
 
 
-def _output_order(value: ir.Value) -> tuple[int, str]:
+def _layer_order(value: ir.Value) -> tuple[int, str]:
+    """Caches layer by layer, after all else."""
     layer = _cache_layer(value)
     return (-1 if layer is None else layer, value.name or "")

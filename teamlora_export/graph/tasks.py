@@ -5,9 +5,10 @@ To add a task: its sample and forward here, its name in `model/base.py::TASKS`.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from teamlora_export.bundle import BATCH, CAPACITY, PAST, SEQUENCE, TOTAL
+from teamlora_export.bundle import BATCH, CAPACITY, PAST, SEQUENCE, TOTAL, window_capacity
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_json
 from teamlora_export.graph.cache import InPlaceCache, widened
-from teamlora_export.graph.record import keys_and_values
+from teamlora_export.graph.record import keys_and_values, run
 from teamlora_export.model.base import BaseModel
 
 # Sizes of the sample: all different, none 0 or 1, so that no axis is taken for a constant or for another.
-_BATCH, _SEQUENCE, _PAST, _CAPACITY = 2, 3, 5, 11
+_BATCH, _SEQUENCE, _PAST, _CAPACITY, _LEAST_RING = 2, 3, 5, 11, 13
 # Where configurations keep the number of positions, and a number for those that have no limit.
 _POSITIONS = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "seq_length")
 _MANY = 4096
@@ -48,14 +49,14 @@ class TracedSignature:
         sample: keyword arguments of `forward`.
         dynamic_shapes: torch.export's specification for `sample`.
         outputs: names of the graph's outputs, in their order.
-        in_place: the cache is one buffer for each layer (`cache.py`), and does not grow.
+        cache_axes: of each layer, the name of the axis of its cache that holds tokens.
     """
 
     forward: Callable[..., dict[str, Any]]
     sample: Mapping[str, Any]
     dynamic_shapes: dict[str, Any]
     outputs: tuple[str, ...]
-    in_place: bool = False
+    cache_axes: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -76,7 +77,7 @@ class TracedSignature:
     def dimensions(self, input_name: str) -> dict[int, str]:
         """Dynamic axes of an input, by the ecosystem's name of both."""
         if input_name.startswith("past_key_values."):
-            return {0: BATCH, 2: CAPACITY if self.in_place else PAST}
+            return {0: BATCH, 2: self.cache_axes[int(input_name.split(".")[1])]}
         if input_name == "attention_mask" and "past_key_values" in self.sample:
             return {0: BATCH, 1: TOTAL}
         return {0: BATCH, 1: SEQUENCE}
@@ -109,9 +110,14 @@ def _most_tokens(config: Any) -> int:
 
 
 def trace_signature(base: BaseModel, model: nn.Module, opened: Mapping[str, Any], *, in_place: bool) -> TracedSignature:
-    """The signature of `base.task` for `model` (a skeleton of any depth), of which the first run returned `opened`."""
+    """The signature of `base.task` for `model` (a skeleton of any depth), of which the first run returned `opened`.
+
+    Args:
+        in_place: the cache of a text generator is one buffer for each layer (`cache.py`), and does not grow.
+    """
     if base.task == "text-generation":
-        return _generation(model, _sample_cache(base, opened["past_key_values"], in_place), in_place)
+        layers = _cache_layers(base, opened["past_key_values"])
+        return _in_place_generation(model, layers) if in_place else _generation(model, layers, None)
     sample = _encoder_sample(model, _SEQUENCE)
     auto = torch.export.Dim.AUTO
     dynamic_shapes = {name: {0: auto, 1: auto} for name in sample}
@@ -122,8 +128,32 @@ def _cache_names(prefix: str, layers: int) -> list[str]:
     return [f"{prefix}.{index}.{which}" for index in range(layers) for which in ("key", "value")]
 
 
-def _generation(model: nn.Module, past: DynamicCache, in_place: bool) -> TracedSignature:
-    """One graph for prefill (an empty cache) and decode, left and right padding."""
+def _in_place_generation(model: nn.Module, layers: Sequence[tuple[Tensor, Tensor]]) -> TracedSignature:
+    """With a ring in each layer that has a window, where the model applies all windows that it declares."""
+    everything = (None,) * len(layers)
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    declared = DynamicCache(config=config).layers[: len(layers)]
+    windows = tuple(getattr(layer, "sliding_window", None) or None for layer in declared)
+    if windows != everything and len(windows) == len(layers):
+        signature = _generation(model, layers, windows)
+        try:
+            run(model, signature.forward, copy.deepcopy(dict(signature.sample)))
+        except Exception:  # a mask that is not made as the rings need it, by whatever code the model has
+            return _generation(model, layers, everything)
+        return signature
+    return _generation(model, layers, everything)
+
+
+def _generation(
+    model: nn.Module, layers: Sequence[tuple[Tensor, Tensor]], windows: Sequence[int | None] | None
+) -> TracedSignature:
+    """One graph for prefill (an empty cache) and decode, left and right padding.
+
+    Args:
+        layers: what a first run left in the cache.
+        windows: of each layer, for a cache in place (`InPlaceCache`); None: the cache grows.
+    """
+    axes, past = _sample_cache(layers, windows)
     mask = torch.ones(_BATCH, _PAST + _SEQUENCE, dtype=torch.long)
     mask[0, :2] = 0
     sample: dict[str, Any] = {
@@ -138,18 +168,20 @@ def _generation(model: nn.Module, past: DynamicCache, in_place: bool) -> TracedS
     dynamic_shapes: dict[str, Any] = {name: {0: auto, 1: auto} for name in sample}
     dynamic_shapes["past_key_values"] = [{0: auto, 2: auto} for layer in past.layers for _ in ("key", "value")]
     outputs = ("logits", *_cache_names("present", len(past.layers)))
-    forward = _in_place_forward(model) if in_place else _generation_forward(model)
-    return TracedSignature(forward, sample, dynamic_shapes, outputs, in_place)
+    forward = _generation_forward(model) if windows is None else _in_place_forward(model, windows)
+    return TracedSignature(forward, sample, dynamic_shapes, outputs, axes)
 
 
-def _in_place_forward(model: nn.Module) -> Callable[..., dict[str, Any]]:
+def _in_place_forward(model: nn.Module, windows: Sequence[int | None]) -> Callable[..., dict[str, Any]]:
     inner = model.forward
 
     def forward(
         input_ids: Tensor, attention_mask: Tensor, past_key_values: DynamicCache, **inputs: Any
     ) -> dict[str, Any]:
-        cache = InPlaceCache(past_key_values, attention_mask, input_ids.shape[1])
-        mask = widened(attention_mask, cache.get_max_length(0))
+        cache = InPlaceCache(past_key_values, windows, attention_mask, input_ids.shape[1])
+        mask = attention_mask
+        if None in windows:
+            mask = widened(mask, cache.get_max_length(windows.index(None)))
         outputs = inner(
             input_ids=input_ids, attention_mask=mask, past_key_values=cache, **inputs, use_cache=True, return_dict=True
         )
@@ -180,22 +212,36 @@ def _require_plain_cache(base: BaseModel) -> None:
         )
 
 
-def _sample_cache(base: BaseModel, made: object, in_place: bool) -> DynamicCache:
-    """A cache of the shapes that a first run of the model made."""
-    places = _CAPACITY if in_place else _PAST
-    # Made without a configuration, every layer keeps all tokens; the mask alone applies sliding windows.
-    cache = DynamicCache()
-    for index, pair in enumerate(keys_and_values(made) if isinstance(made, DynamicCache) else ()):
+def _cache_layers(base: BaseModel, made: object) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer that a first run of the model made."""
+    layers = keys_and_values(made) if isinstance(made, DynamicCache) else []
+    for index, pair in enumerate(layers):
         if any(tensor is None or tensor.ndim != 4 for tensor in pair):
             raise ExportError(
                 f"{base.name}: layer {index} of {base.config.model_type} keeps no key and value of its own, "
                 "which is not supported."
             )
-        key, value = (torch.zeros((*t.shape[:2], places, t.shape[3]), dtype=t.dtype) for t in pair)
-        cache.update(key, value, index)
-    if not cache.layers:
+    if not layers:
         raise ExportError(f"{base.name}: {base.config.model_type} keeps no cache, which is not supported.")
-    return cache
+    return layers
+
+
+def _sample_cache(
+    layers: Sequence[tuple[Tensor, Tensor]], windows: Sequence[int | None] | None
+) -> tuple[tuple[str, ...], DynamicCache]:
+    """Of each layer the name of the axis that holds tokens, and a cache of such shapes."""
+    if windows is None:
+        axes, sizes = (PAST,) * len(layers), {PAST: _PAST}
+    else:
+        axes = tuple(CAPACITY if window is None else window_capacity(window) for window in windows)
+        sizes = {name: _LEAST_RING + 2 * index for index, name in enumerate(dict.fromkeys(axes))}
+        sizes[CAPACITY] = _CAPACITY
+    # Made without a configuration, every layer keeps all tokens; the mask alone applies sliding windows.
+    cache = DynamicCache()
+    for index, (axis, pair) in enumerate(zip(axes, layers, strict=True)):
+        key, value = (torch.zeros((*t.shape[:2], sizes[axis], t.shape[3]), dtype=t.dtype) for t in pair)
+        cache.update(key, value, index)
+    return axes, cache
 
 
 def _encoder_sample(model: nn.Module, length: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class Case:
     """One batch. `mask` is [batch, length]; `steps` tokens are decoded after it where the task generates.
 
     `part`: the prompt is read in calls of so many tokens, each against the cache of those before; 0 reads all at once.
+    `past`: so many tokens stand in the cache before the prompt, whose keys and values are random numbers.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     mask: np.ndarray
     steps: int = 0
     part: int = 0
+    past: int = 0
 
     @property
     def calls(self) -> int:
@@ -81,6 +83,8 @@ def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> li
     if brief:
         return [case("batch of 2, padded left", [9, 4], "left", 2 if task == "text-generation" else 0)]
     if task == "text-generation":
+        window = getattr(text, "sliding_window", None)
+        past = window + 5 if type(window) is int and 0 < window <= limit - 16 else 0
         return [
             case("one prompt", [9], "left", DECODE_STEPS),
             case("batch of 3, padded left", [17, 4, 11], "left", DECODE_STEPS),
@@ -88,6 +92,7 @@ def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> li
             case(f"one prompt of {long}", [long], "left", 2),
             replace(case("batch of 2, read in parts of 5", [14, 9], "left", 2), part=5),
             case("one token", [1], "left", 2),
+            *([replace(case("one prompt past a window", [7], "left", 2), past=past)] if past else []),
         ]
     return [
         case("one sentence", [9], "right"),
@@ -98,19 +103,24 @@ def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> li
 
 
 def first_step(inputs: Sequence[Port], case: Case) -> Step:
-    """The prompt of a case, or its first part, with an empty cache where the model has one."""
+    """The prompt of a case, or its first part, with the cache that it begins with where the model has one."""
     caches = [port for port in inputs if port.name.startswith("past_key_values.")]
-    batch = len(case.mask)
-    past = {port.name: np.zeros((batch, int(port.shape[1]), 0, int(port.shape[3])), np.float32) for port in caches}
+    batch, rng = len(case.mask), np.random.default_rng(0)
+    past = {}
+    for port in caches:
+        shape = (batch, int(port.shape[1]), case.past, int(port.shape[3]))
+        # Exact in every type, so that no runtime is blamed for rounding them.
+        past[port.name] = rng.integers(-8, 9, shape).astype(np.float32) / 4
     end = case.part or case.mask.shape[1]
-    ids, mask = case.ids[:, :end], case.mask[:, :end]
+    ids, mask = case.ids[:, :end], np.pad(case.mask[:, :end], ((0, 0), (case.past, 0)), constant_values=1)
     return Step(_common_feeds(inputs, ids, mask) | past, mask, case)
 
 
 def next_step(inputs: Sequence[Port], step: Step, outputs: Feeds, logits: np.ndarray) -> Step:
     """What follows `step`, with the cache of `outputs`: the next part of the prompt, or the likeliest token by
     `logits`."""
-    case, read = step.case, step.mask.shape[1]
+    case = step.case
+    read = step.mask.shape[1] - case.past
     if read < case.mask.shape[1]:
         ids, seen = (array[:, read : read + case.part] for array in (case.ids, case.mask))
     else:

@@ -55,7 +55,7 @@ class EngineRunner:
         """Outputs by name. A cache grows here, whatever form the engine keeps it in."""
         if self._facts.capacity is None:
             return self._run(feeds)
-        call = in_place_call(feeds, self._facts.capacity)
+        call = in_place_call(feeds, capacity=self._facts.capacity)
         return call.present(self._run(call.feeds))
 
     def _run(self, feeds: Feeds) -> Feeds:
@@ -83,13 +83,14 @@ def cases_within(cases: Sequence[Case], profiles: Sequence[ShapeProfile]) -> lis
 
     def fits(case: Case) -> bool:
         batch, length = case.mask.shape
+        begun = case.part or case.past
         first, last = profiles[0].inputs["input_ids"], profiles[-1].inputs["attention_mask"]
         return (
-            (not case.part or capacity_of(profiles) is not None)
+            (not begun or capacity_of(profiles) is not None)
             and first[0][0] <= batch <= first[2][0]
-            and last[0][1] <= (case.part or length)
+            and last[0][1] <= case.past + (case.part or length)
             and length <= first[2][1]
-            and length + case.steps <= last[2][1]
+            and case.past + length + case.steps <= last[2][1]
         )
 
     return [case for case in cases if fits(case)]

@@ -3,11 +3,12 @@ cases.
 
 The buffers are longer than what they hold, or just long enough, and hold numbers of no meaning where nothing was
 written. In every other call of one token the rows of the batch stand at places of their own: each without the padding
-ahead of it.
+ahead of it. Rings are as short as they may be, but in every third call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +25,7 @@ class InPlaceCall:
     """One call, as the graph takes it.
 
     Attributes:
-        feeds: what the graph is fed with; the cache is [batch, kv heads, capacity, size].
+        feeds: what the graph is fed with; the cache is [batch, kv heads, rows, size].
         given: what the caller gave; the cache is [batch, kv heads, past, size].
         skipped: how many of the caller's columns each row leaves out, int64 [batch].
     """
@@ -39,18 +40,20 @@ class InPlaceCall:
 
     def _grown(self, name: str, buffer: np.ndarray) -> np.ndarray:
         total = self.given["attention_mask"].shape[1]
-        grown = buffer[:, :, :total].copy()
         past = self.given[name.replace("present", "past_key_values", 1)]
-        for row, skipped in enumerate(self.skipped):
-            grown[row, :, skipped:] = buffer[row, :, : total - skipped]
-            grown[row, :, :skipped] = past[row, :, :skipped]
+        grown = np.empty((*past.shape[:2], total, past.shape[3]), buffer.dtype)
+        for row, left_out in enumerate(self.skipped.tolist()):
+            columns, rows = _held(left_out, total, buffer.shape[2])
+            grown[row][:, columns] = buffer[row][:, rows]
+            grown[row][:, : columns[0]] = past[row][:, : columns[0]]
         return grown
 
 
-def in_place_call(given: Feeds, capacity: int | None = None) -> InPlaceCall:
+def in_place_call(given: Feeds, windows: Mapping[str, int] | None = None, capacity: int | None = None) -> InPlaceCall:
     """The call that means the same as that of a growing cache with `given`.
 
     Args:
+        windows: of the caches whose buffers may be rings, how many tokens a token sees.
         capacity: of the buffers, where it is fixed.
     """
     mask = given["attention_mask"]
@@ -62,9 +65,18 @@ def in_place_call(given: Feeds, capacity: int | None = None) -> InPlaceCall:
         moved[row, : total - left_out] = mask[row, left_out:]
     feeds = {**given, "attention_mask": moved}
     capacity = capacity or total + (0 if odd else _SPARE)
+    rings = {} if total % 3 == 0 else {name: window - 1 + sequence for name, window in (windows or {}).items()}
     for name, past in given.items():
         if name.startswith("past_key_values."):
-            feeds[name] = buffer = np.full((*past.shape[:2], capacity, past.shape[3]), _LEFT_OVER, past.dtype)
-            for row, left_out in enumerate(skipped):
-                buffer[row, :, : past.shape[2] - left_out] = past[row, :, left_out:]
+            length = min(capacity, rings.get(name, capacity))
+            feeds[name] = buffer = np.full((*past.shape[:2], length, past.shape[3]), _LEFT_OVER, past.dtype)
+            for row, left_out in enumerate(skipped.tolist()):
+                columns, rows = _held(left_out, past.shape[2], length)
+                buffer[row][:, rows] = past[row][:, columns]
     return InPlaceCall(feeds, given, skipped)
+
+
+def _held(left_out: int, columns: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the first `columns`, without those `left_out` ahead, a buffer of so many rows holds, and in which."""
+    held = np.arange(max(left_out, columns - rows), columns)
+    return held, (held - left_out) % rows

@@ -16,7 +16,7 @@ import onnx_ir.passes.common as common
 import onnxruntime as ort
 import psutil
 
-from teamlora_export.bundle import Bundle, keeps_in_place
+from teamlora_export.bundle import Bundle, keeps_in_place, window_of
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph import op
 from teamlora_export.graph.choices import is_choice
@@ -139,9 +139,11 @@ class OnnxRunner:
         self._tapped.clear()
 
     def _as_growing(self, run: Callable[[Feeds], Feeds], feeds: Feeds) -> Feeds:
-        if not keeps_in_place(self.bundle.manifest.inputs):
+        inputs = self.bundle.manifest.inputs
+        if not keeps_in_place(inputs):
             return run(feeds)
-        call = in_place_call(feeds)
+        windows = {port.name: window for port in inputs for size in port.shape if (window := window_of(size))}
+        call = in_place_call(feeds, windows)
         return call.present(run(call.feeds))
 
     def _run(self, feeds: Feeds) -> Feeds:

@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,16 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from conftest import ARCHITECTURES, GREEDY_TOKENS, ROOT, assert_names_no_place, build_cpp, poison_token, readme_block
+from conftest import (
+    ARCHITECTURES,
+    GREEDY_TOKENS,
+    ROOT,
+    assert_names_no_place,
+    build_cpp,
+    poison_token,
+    pytorch_greedy,
+    readme_block,
+)
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.cpp import deploy_cpp
@@ -126,12 +135,14 @@ def endless(bundle: Bundle, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def in_place(make_bundle, tmp_path_factory) -> tuple[Path, Path]:
-    """Folders of a model whose cache is in place, and of the same with a growing one; both take 4,096 tokens."""
-    place = tmp_path_factory.mktemp("llama")
-    return (
-        endless(make_bundle("llama", cache="in-place"), place / "in-place"),
-        endless(make_bundle("llama"), place / "growing"),
-    )
+    """Folders of a model whose cache is in place, and of the same with a growing one."""
+    return both_forms("llama", make_bundle, tmp_path_factory.mktemp("llama"))
+
+
+def both_forms(name: str, make_bundle: Callable[..., Bundle], folder: Path) -> tuple[Path, Path]:
+    """`endless` folders of a model whose cache is in place, and of the same with a growing one."""
+    in_place, growing = (endless(make_bundle(name, cache=form), folder / form) for form in ("in-place", "growing"))
+    return in_place, growing
 
 
 def test_a_cache_in_place_gives_the_tokens_of_one_that_grows(requests, in_place, rng):
@@ -144,6 +155,18 @@ def test_a_cache_in_place_gives_the_tokens_of_one_that_grows(requests, in_place,
         assert all(len(answer) == count for answer in expected)
         for model in in_place:
             assert generate(program, model, prompts, count) == expected
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3"])
+def test_text_of_many_windows_equals_pytorchs(name, requests, make_bundle, make_base, make_adapter, tmp_path, rng):
+    """Windows of six tokens: a ring has room for 517, and the texts go around it up to three times."""
+    ring, growing = both_forms(name, make_bundle, tmp_path)
+    program = requests / "deployed" / "runner"
+    short, middle, long = (rng.integers(3, 384, length).tolist() for length in (3, 600, 1100))
+    expected = pytorch_greedy(make_base(name), make_adapter(name), short, 600)
+    assert generate(program, ring, [short], 600) == [expected]
+    prompts, count = [long, short, middle], 600
+    assert generate(program, ring, prompts, count) == Model(growing).generate(prompts, count)
 
 
 def test_a_thousand_requests_share_no_buffer(requests, in_place):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -16,14 +17,22 @@ import onnx
 import psutil
 import pytest
 import transformers
-from conftest import GREEDY_TOKENS, ROOT, assert_names_no_place, poison_token, readme_block, save_tokenizer
+from conftest import (
+    GREEDY_TOKENS,
+    ROOT,
+    assert_names_no_place,
+    poison_token,
+    pytorch_greedy,
+    readme_block,
+    save_tokenizer,
+)
 
-from teamlora_export.bundle import FORMAT_VERSION, MANIFEST_NAME, Bundle, write_manifest
+from teamlora_export.bundle import FORMAT_VERSION, MANIFEST_NAME, Bundle, window_of, write_manifest
 from teamlora_export.deploy import runner
 from teamlora_export.deploy.folder import DEPLOY_NAME
 from teamlora_export.deploy.folder import FORMAT_VERSION as DEPLOY_VERSION
 from teamlora_export.deploy.python import deploy_python
-from teamlora_export.deploy.runner import _DESCRIPTIONS, Model, ModelError, TextStream, encode_text
+from teamlora_export.deploy.runner import _DESCRIPTIONS, InPlaceCache, Model, ModelError, TextStream, encode_text
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
 
@@ -74,6 +83,31 @@ def test_a_cache_in_place_gives_the_tokens_of_one_that_grows(part, make_bundle, 
     expected = growing.generate(prompts, 40)
     assert in_place.generate(prompts, 40) == expected
     assert list(in_place.stream(prompts[0], 12)) == list(growing.stream(prompts[0], 12))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("part", [5, 512])
+def test_text_of_many_windows_equals_pytorchs_and_a_window_is_kept_no_longer(
+    name, part, make_bundle, make_base, make_adapter, monkeypatch, rng
+):
+    """A window has six tokens; a ring has room for it and a part, or for the text where that is shorter."""
+    monkeypatch.setattr(runner, "_PART", part)
+    monkeypatch.setattr(runner, "_LEAST_CAPACITY", 4)
+    made = []
+    monkeypatch.setattr(runner, "InPlaceCache", lambda *given: made.append(InPlaceCache(*given)) or made[-1])
+    bundle = make_bundle(name, cache="in-place")
+    model = Model(bundle.folder)
+    prompts = [rng.integers(3, 384, length).tolist() for length in (37, 2, 21)]
+    expected = [pytorch_greedy(make_base(name), make_adapter(name), prompt, 60) for prompt in prompts]
+    for prompt, answer in zip(prompts, expected, strict=True):
+        assert list(model.stream(prompt, 60)) == answer
+    stops = bundle.manifest.tokens.stops
+    until_stop = [list(itertools.takewhile(lambda token: token not in stops, answer)) for answer in expected]
+    assert model.generate(prompts, 60) == until_stop
+    for port in bundle.manifest.inputs:
+        if port.name.startswith("past_"):
+            rows = made[0]._buffers[port.name].shape[2]
+            assert rows == (10 if window_of(port.shape[2]) and part == 5 else 37 + 60)
 
 
 def test_the_program_needs_its_requirements_alone_and_streams_words(deployed, smollm2_greedy):

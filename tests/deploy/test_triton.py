@@ -103,8 +103,9 @@ def test_the_configuration_has_the_logits_that_the_graph_gives(server, smollm2, 
     assert list(logits.dims) == [-1, 49152]
 
 
-def test_a_cache_in_place_is_one_buffer_and_texts_of_any_length_share_a_batch(make_bundle, tmp_path):
-    bundle = make_bundle("llama", cache="in-place")
+@pytest.mark.parametrize("model", ["llama", "mistral"])
+def test_a_cache_in_place_is_one_buffer_and_texts_of_any_length_share_a_batch(model, make_bundle, tmp_path):
+    bundle = make_bundle(model, cache="in-place")
     deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=24)
     server = Server(deployed / "models")
     for state in server.models["m"].config.sequence_batching.state:

@@ -22,6 +22,7 @@ from teamlora_export.deploy.runner import Model, encode_text
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 from teamlora_export.graph.build import build_graph
+from teamlora_export.graph.read import port_of
 from teamlora_export.graph.stamp import same_constant, same_operation
 from teamlora_export.graph.weights import recipe_of
 from teamlora_export.progress import Reporter
@@ -37,7 +38,7 @@ def test_a_bundle_of_every_architecture_equals_pytorch(name, make_bundle):
 
 
 # Windows of two kinds, capped scores, positions that are learned, a mixture.
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "opt", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3", "opt", "qwen2_moe", "unapplied window"])
 def test_a_cache_in_place_equals_pytorch_wherever_its_rows_stand(name, make_bundle):
     verdict = validate_bundle(make_bundle(name, cache="in-place"))
     assert verdict.passed, verdict.departure or verdict.worst
@@ -95,14 +96,20 @@ def test_the_inlined_form_equals_pytorch_and_holds_standard_ops_only(name, make_
 
 
 # One of each way to be made of layers; what each layer computes is compared for every model (graph/record.py).
-@pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "gpt2", "phi3", "modernbert", "qwen2_moe"])
-def test_repeating_traced_layers_gives_the_graph_of_the_full_trace(name, make_base, make_adapter):
+@pytest.mark.parametrize(
+    ("name", "in_place"),
+    [
+        *((name, False) for name in ("llama", "gemma3", "opt", "gpt2", "phi3", "modernbert", "qwen2_moe")),
+        ("gemma3", True),
+    ],
+)
+def test_repeating_traced_layers_gives_the_graph_of_the_full_trace(name, in_place, make_base, make_adapter):
     base = make_base(name)
     adapter = align_with_base(read_adapter(make_adapter(name)), base.signature)
     reporter = Reporter(quiet=True)
-    stamped = build_graph(base, adapter, torch.float32, reporter)
-    full = build_graph(base, adapter, torch.float32, reporter, every_layer=True)
-    assert [v.name for v in stamped.graph.inputs] == [v.name for v in full.graph.inputs]
+    stamped = build_graph(base, adapter, torch.float32, reporter, in_place=in_place)
+    full = build_graph(base, adapter, torch.float32, reporter, in_place=in_place, every_layer=True)
+    assert list(map(port_of, stamped.graph.inputs)) == list(map(port_of, full.graph.inputs))
     assert [v.name for v in stamped.graph.outputs] == [v.name for v in full.graph.outputs]
     assert len(stamped.graph) == len(full.graph)
     assert_same_computation(stamped, full)
@@ -143,7 +150,7 @@ def test_layers_of_two_kinds_are_traced_twice_each(make_base, make_adapter, caps
     base = make_base("gemma3")
     adapter = align_with_base(read_adapter(make_adapter("gemma3")), base.signature)
     build_graph(base, adapter, torch.float32, Reporter())
-    assert "4 of 6 layers" in capsys.readouterr().err
+    assert "4 of 7 layers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt2"])

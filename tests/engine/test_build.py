@@ -82,6 +82,15 @@ def test_a_cache_in_place_becomes_an_engine_of_one_capacity_that_takes_prompts_i
     assert "Its cache is in place: buffers of 64 tokens" in readme
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_rings_become_buffers_of_the_whole_capacity_in_an_engine(name, make_bundle, tmp_path):
+    options = dataclasses.replace(RTX, dtype="fp16", shapes="1x1,1x16,4x64")
+    path, facts = build_engine(make_bundle(name, cache="in-place"), options, tmp_path / "tiny.engine")
+    assert (facts.capacity, read_facts(path).capacity) == (64, 64)
+    caches = {most for profile in facts.profiles for key, (*_, most) in profile.inputs.items() if key[:4] == "past"}
+    assert caches == {(4, 2, 64, 8)}
+
+
 def test_without_a_cache_in_place_an_engine_has_no_capacity(make_bundle, tmp_path):
     assert as_facts(make_bundle("llama"), tmp_path / "a.engine").capacity is None
     assert as_facts(make_bundle("bert"), tmp_path / "b.engine").capacity is None

@@ -6,8 +6,10 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 
 from teamlora_export.bundle import read_bundle
@@ -93,6 +95,22 @@ def test_a_cache_in_place_has_a_capacity_in_numbers_and_is_kept_in_the_wanted_ty
     with pytest.raises(ExportError, match=r"--capacity 40: .* keeps no cache in place"):
         write_graph(growing, "fp16", tmp_path / "other", for_plugin=True, reporter=QUIET, capacity=40)
     assert not (tmp_path / "other").exists()
+
+
+def test_of_a_fixed_capacity_a_ring_is_a_buffer_like_any_other(make_bundle, tmp_path):
+    """TensorRT may know no circular update; a ring that is as long as the text never wraps."""
+    bundle = make_bundle("gemma3", cache="in-place")
+    path = write_graph(bundle, "fp32", tmp_path / "graph", for_plugin=False, reporter=QUIET, capacity=40)
+    graph = ir.load(path).graph
+    assert {node.attributes["mode"].as_string() for node in graph if node.op_type == "TensorScatter"} == {"linear"}
+    ports = [port for port in bundle.manifest.inputs if port.name.startswith("past_")]
+    feeds = {port.name: np.zeros((2, port.shape[1], 40, port.shape[3]), np.float32) for port in ports}
+    feeds["input_ids"] = np.arange(3, 83).reshape(2, 40)
+    feeds["attention_mask"] = np.ones((2, 40), np.int64)
+    feeds["attention_mask"][1, :7] = 0
+    feeds["position_ids"] = np.tile(np.arange(40), (2, 1))
+    expected, found = (ort.InferenceSession(model).run(["logits"], feeds)[0] for model in (bundle.model, path))
+    assert np.array_equal(found, expected)
 
 
 def test_the_graph_alone_has_weights_of_its_own_and_leaves_its_bundle_readable(make_bundle, tmp_path):

@@ -234,6 +234,22 @@ def write_the_cache_of_another_layer(model: ir.Model) -> None:
     node_of(model, "present.5.key").replace_input_with(0, node_of(model, "present.4.key").inputs[0])
 
 
+def see_one_token_more(model: ir.Model) -> None:
+    """The window of the one kind of mask that there is."""
+    seen = next(node for node in model.graph if node.op_type == "Greater")
+    insert_before(model, seen, 1, "Sub", 1)
+
+
+def read_rings_one_place_off(model: ir.Model) -> None:
+    insert_before(model, next(node for node in model.graph if node.op_type == "Mod"), 0, "Add", 1)
+
+
+def take_rings_for_buffers(model: ir.Model) -> None:
+    for node in model.graph:
+        if node.op_type == "TensorScatter":
+            node.attributes["mode"] = ir.AttrString("mode", "linear")
+
+
 def exchange_the_activation(model: ir.Model) -> None:
     first_in_layer(model, 4, "Sigmoid").op_type = "HardSigmoid"
 

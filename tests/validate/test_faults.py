@@ -29,14 +29,17 @@ from faults import (
     lose_precision,
     noise,
     plant,
+    read_rings_one_place_off,
     rewire,
     rewire_base,
     scale_attention,
     scale_what_experts_read,
+    see_one_token_more,
     see_the_next_token,
     shift_positions,
     shift_tokens,
     skip_a_residual,
+    take_rings_for_buffers,
     transpose_interaction,
     weight,
     without,
@@ -174,6 +177,10 @@ IN_PLACE = {
         ),
     },
 }
+IN_RINGS = {
+    "a window of one token more": Fault(see_one_token_more, layer(r"\d", r"self_attn\.o_proj")),
+    "rings read one place off": Fault(read_rings_one_place_off, layer(r"\d", r"self_attn\.o_proj")),
+}
 GROUPS: dict[str, Mapping[str, Fault]] = {
     "weights": IN_WEIGHTS,
     "structure": IN_STRUCTURE,
@@ -202,6 +209,28 @@ def test_every_planted_fault_is_located_where_each_layer_amplifies_rounding(grou
 @pytest.mark.parametrize("group", IN_PLACE)
 def test_a_fault_in_a_cache_in_place_is_located(group, dtype, planted):
     assert_located(judged(planted(IN_PLACE[group], "amplifying", dtype, "function", "in-place")), IN_PLACE[group])
+
+
+@pytest.mark.parametrize("name", IN_RINGS)
+def test_a_fault_in_the_rings_of_layers_with_a_window_is_located(name, planted):
+    faults = {name: IN_RINGS[name]}
+    assert_located(judged(planted(faults, "mistral", "fp32", "function", "in-place")), faults)
+
+
+@pytest.mark.parametrize("name", ["none", *IN_RINGS])
+def test_a_window_that_is_wider_than_every_prompt_is_judged_all_the_same(name, planted):
+    faults = {name: IN_RINGS[name]} if name in IN_RINGS else {}
+    verdict = judged(planted(faults, "wide window", "fp32", "function", "in-place"))
+    assert verdict.passed == (not faults)
+    if faults:
+        assert any(re.fullmatch(faults[name].located, d.module) for d in verdict.departures)
+
+
+@pytest.mark.parametrize("model", ["mistral", "wide window"])
+def test_rings_that_do_not_wrap_are_found(model, planted):
+    faults = {"linear": Fault(take_rings_for_buffers, "")}
+    with pytest.raises(ExportError, match="TensorScatter"):
+        judged(planted(faults, model, "fp32", "function", "in-place"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,7 +2,7 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
-#include <cstring>
+#include <charconv>
 #include <utility>
 
 #include "backend.h"
@@ -14,6 +14,7 @@ namespace {
 constexpr int kMostThreads = 1024;
 constexpr const char* kSpinMicroseconds = "20";
 constexpr std::size_t kLeastCapacity = 256;
+constexpr std::size_t kWidestWindow = 999'999'999;
 
 // The first line of what ONNX Runtime says.
 std::string brief(const std::exception& error) {
@@ -27,6 +28,8 @@ struct Port {
     std::vector<std::int64_t> shape;
     // A cache that is written in place, into a buffer longer than what it holds.
     bool in_place = false;
+    // So many tokens are seen in its layer; 0: all.
+    std::size_t window = 0;
 };
 
 // Elements from `start` on, as float32.
@@ -156,8 +159,20 @@ private:
         const auto tensor = info.GetTensorTypeAndShapeInfo();
         std::vector<const char*> axes(tensor.GetDimensionsCount());
         tensor.GetSymbolicDimensions(axes.data(), axes.size());
-        const bool in_place = axes.size() == 4 && std::strcmp(axes[2], "capacity") == 0;
-        return {std::move(name), tensor.GetElementType(), tensor.GetShape(), in_place};
+        const std::string tokens = axes.size() == 4 ? axes[2] : "";
+        const std::size_t window = window_of(tokens);
+        const bool in_place = window > 0 || tokens == "capacity";
+        return {std::move(name), tensor.GetElementType(), tensor.GetShape(), in_place, window};
+    }
+
+    // "window_4096" -> 4096; another name of an axis -> 0.
+    static std::size_t window_of(const std::string& axis) {
+        const std::string prefix = "window_";
+        if (axis.rfind(prefix, 0) != 0) return 0;
+        std::size_t window = 0;
+        const char* end = axis.data() + axis.size();
+        const auto [rest, error] = std::from_chars(axis.data() + prefix.size(), end, window);
+        return error == std::errc() && rest == end && window <= kWidestWindow ? window : 0;
     }
 
     // [batch, heads, tokens, size of a head]
@@ -257,7 +272,9 @@ private:
 };
 
 // The cache is a buffer for each layer and kind, into which the model writes: input and output are one memory. It is
-// made twice as long when it is full, up to the `most` tokens of the request.
+// made twice as long when it is full, up to the `most` tokens of the request. In a layer that sees a window of the
+// text, a buffer that has room for the window and a part of the prompt is a ring: the model writes over what is not
+// seen any more, and it grows no further.
 class InPlaceCache : public Cache {
 public:
     InPlaceCache(const OnnxRuntime& model, std::size_t batch, std::size_t most) : Cache(model, batch), most_(most) {
@@ -287,7 +304,9 @@ private:
         for (std::size_t i = 0; i < values_.size(); ++i) {
             const Port& input = model_.inputs()[i];
             if (!is_past(input.name)) continue;
-            Ort::Value larger = zeros(input, capacity);
+            // What a ring holds stands where it stood, as long as it was not full: it wraps from then on.
+            const std::size_t most = input.window > 0 ? input.window - 1 + kPart : capacity;
+            Ort::Value larger = zeros(input, std::min(capacity, most));
             copy_rows(values_[i], larger, batch_ * static_cast<std::size_t>(input.shape[1]));
             values_[i] = std::move(larger);
             ends_.push_back(same_memory(values_[i]));
