@@ -76,7 +76,8 @@ class Model:
         options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
         try:
             if library is not None:
-                options.register_custom_ops_library(str(library))
+                # A bare name would be looked for in the system's folders.
+                options.register_custom_ops_library(str(Path(library).resolve()))
         except Exception as error:
             raise ModelError(f"{library}: cannot be loaded as a library of ops ({_brief(error)}).") from None
         try:

@@ -2,9 +2,8 @@
 
 The reference is the adapted PyTorch model in float64. PyTorch itself, run in the candidate's dtype, shows how much
 error that dtype costs. An output passes when it errs at most `MULTIPLE` times as much (root mean square over real
-tokens) as PyTorch's does, in that step or over all of them; and at most `MULTIPLE_TOGETHER` times over all steps of all
-cases, where there are enough of them for luck to even out. There is a floor of `FLOOR` units of roundoff, should
-PyTorch err less. Errors of a whole model hide what is wrong in one module: `local.py` judges those.
+tokens) as PyTorch's does, in that step or over all of them; with a floor of `FLOOR` units of roundoff, should PyTorch
+err less. Errors of a whole model hide what is wrong in one module: `local.py` judges those.
 
 Where scores are nearly equal, a router in a low dtype may choose other experts than in float64, and all that follows
 differs. So both PyTorch models take the experts that the candidate took, and its choices are judged by what they lose:
@@ -31,7 +30,6 @@ from teamlora_export.validate.verdict import CaseResult, Judgement
 # Another order of additions moves an error by a factor of about two, and one step's error is one draw: the worst of all
 # steps was up to 3.5 times PyTorch's in healthy models. Real faults move an error by a hundred and more.
 MULTIPLE = 10.0
-MULTIPLE_TOGETHER, _ENOUGH_STEPS = 4.0, 20
 FLOOR = 4.0
 # Largest error of a few against the root mean square of all.
 _PEAK = 3.0
@@ -111,41 +109,21 @@ class Judge:
             for case, rows in self._tokens.items()
         )
 
-    def together(self) -> CaseResult | None:
-        """The verdict on each output over all steps of all cases; None where they are too few."""
-        steps: dict[str, list[_Measured]] = defaultdict(list)
-        for measured in self._measured:
-            steps[measured.name].append(measured)
-        judgements = [
-            self._judge(name, _mean([m.ours for m in found]), _mean([m.pytorch for m in found]), MULTIPLE_TOGETHER)
-            for name, found in steps.items()
-            if len(found) >= _ENOUGH_STEPS
-        ]
-        return CaseResult("all steps together", tuple(judgements)) if judgements else None
-
     def first_failure(self) -> tuple[str, Step, Judgement] | None:
-        """Case, step (with the reference's own cache) and output of the first that failed; of an output that fails over
-        all steps alone, the worst."""
+        """Case, step (with the reference's own cache) and output of the first that failed."""
         for measured in self._measured:
             judgement = self._judge_measured(measured)
             if not judgement.passed:
                 return measured.case.name, measured.step, judgement
-        together = self.together()
-        for judgement in together.judgements if together else ():
-            if not judgement.passed:
-                worst = max((m for m in self._measured if m.name == judgement.name), key=lambda m: m.ours.rms)
-                return "all steps together", worst.step, judgement
         return None
 
     def _judge_measured(self, measured: _Measured) -> Judgement:
-        return self._judge(measured.name, measured.ours, measured.pytorch, MULTIPLE)
-
-    def _judge(self, name: str, ours: ErrorStats, pytorch: ErrorStats, multiple: float) -> Judgement:
+        pytorch = measured.pytorch
         floor = FLOOR * DTYPES[self._dtype].roundoff * pytorch.scale
         # Where PyTorch itself overflows in this dtype, the dtype is at fault, and nothing beyond the floor is allowed.
         theirs = pytorch.rms if math.isfinite(pytorch.rms) else 0.0
-        theirs = max(theirs, self._pooled(name))
-        return Judgement(name, ours, replace(pytorch, rms=theirs), max(multiple * theirs, floor))
+        theirs = max(theirs, self._pooled(measured.name))
+        return Judgement(measured.name, measured.ours, replace(pytorch, rms=theirs), max(MULTIPLE * theirs, floor))
 
     def _pooled(self, name: str) -> float:
         """PyTorch's error of an output, root mean square over all steps of all cases.
@@ -169,15 +147,6 @@ class Judge:
             if remaining:
                 logits = reference["logits"]
                 steps = [next_step(self._inputs, s, o, logits) for s, o in zip(steps, outputs, strict=True)]
-
-
-def _mean(steps: list[ErrorStats]) -> ErrorStats:
-    """Root mean square over steps, each of which counts alike."""
-    rms, scale = (
-        math.sqrt(sum(value**2 for value in values) / len(values))
-        for values in zip(*((s.rms, s.scale) for s in steps), strict=True)
-    )
-    return ErrorStats(rms, max(step.largest for step in steps), scale)
 
 
 def _token_figures(rows: list[_TokenRow], outputs: dict[str, Judgement]) -> dict[str, float | int]:

@@ -19,7 +19,7 @@ from teamlora_export.errors import ExportError
 from teamlora_export.files import open_file
 from teamlora_export.staging import write_aside
 from teamlora_export.validate import local
-from teamlora_export.validate.judge import FLOOR, MULTIPLE, MULTIPLE_TOGETHER
+from teamlora_export.validate.judge import FLOOR, MULTIPLE
 from teamlora_export.validate.verdict import Judgement, Verdict
 
 # At the top of every report, so that one may replace another.
@@ -33,7 +33,7 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     table = Table(title=f"{verdict.candidate} against PyTorch (float64), {verdict.dtype}", title_justify="left")
     for column in ("case", "output", "error", "PyTorch's own", "allowed", "greedy", "top-5", "KL", ""):
         table.add_column(column, justify="left" if column in ("case", "output", "") else "right")
-    for case in verdict.rows:
+    for case in verdict.cases:
         worst = max(case.judgements, key=lambda j: _share(j))
         greedy = f"{case.greedy_equal}/{case.greedy_tokens}" if case.greedy_tokens else "-"
         table.add_row(
@@ -61,7 +61,7 @@ def verdict_fields(verdict: Verdict, bundle: Bundle) -> dict[str, Any]:
     return {
         "bundle": bundle.folder.resolve().name,
         "passed": verdict.passed,
-        "rule": {"multiple": MULTIPLE, "multiple_together": MULTIPLE_TOGETHER, "floor_in_roundoff": FLOOR},
+        "rule": {"multiple": MULTIPLE, "floor_in_roundoff": FLOOR},
         "rule_for_modules": {
             "multiple": local.MULTIPLE,
             "floor_in_roundoff": local.FLOOR,
@@ -85,7 +85,6 @@ def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
         conclusion=_conclusion(verdict),
         inside=_inside(verdict),
         multiple=MULTIPLE,
-        multiple_together=MULTIPLE_TOGETHER,
         chart=_module_chart(verdict.modules),
         experts=_expert_rows(verdict.expert_use),
     )

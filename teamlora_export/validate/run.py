@@ -96,7 +96,6 @@ def validate_bundle(
     verdict = Verdict(
         dtype=dtype,
         cases=judge.results(),
-        together=judge.together(),
         departures=tuple(departures),
         local=tuple(inside.checks),
         weights=inside.weights,

@@ -90,7 +90,6 @@ class Verdict:
     """All that a validation found; it passes where every check does.
 
     Attributes:
-        together: each output over all steps of all cases; None where they are too few to tell more than each does.
         departures: what is wrong, the most telling first.
         local: the local checks that were made; none where a candidate shows nothing of its inside.
         weights: how many of the file's weights were compared with their source.
@@ -101,7 +100,6 @@ class Verdict:
 
     dtype: str
     cases: tuple[CaseResult, ...]
-    together: CaseResult | None = None
     departures: tuple[Departure, ...] = ()
     local: tuple[LocalCheck, ...] = ()
     weights: int = 0
@@ -111,13 +109,8 @@ class Verdict:
     not_kept: str | None = None
 
     @property
-    def rows(self) -> tuple[CaseResult, ...]:
-        """All that was judged from end to end."""
-        return self.cases if self.together is None else (*self.cases, self.together)
-
-    @property
     def passed(self) -> bool:
-        return not self.departures and all(row.passed for row in self.rows)
+        return not self.departures and all(case.passed for case in self.cases)
 
     @property
     def departure(self) -> Departure | None:
@@ -132,4 +125,4 @@ class Verdict:
     @property
     def worst(self) -> Judgement:
         """The output that came closest to failing, or failed by most."""
-        return max((j for row in self.rows for j in row.judgements), key=lambda j: j.severity)
+        return max((j for case in self.cases for j in case.judgements), key=lambda j: j.severity)

@@ -20,6 +20,7 @@ import pytest
 from formula import FAMILIES, by_formula, make_projection, random_projection
 from graph.test_op import feeds_of, one_node_model
 
+from teamlora_export.deploy.runner import Model
 from teamlora_export.engine import onnxruntime_library
 from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, build_library, check_library, read_library
 from teamlora_export.errors import ExportError
@@ -144,6 +145,14 @@ def test_a_model_gives_the_same_with_and_without_it(library, make_bundle, tmp_pa
         # Four layers of float32, each of a few hundred sums.
         assert np.abs(found - expected).max() <= 2.0**-16 * np.abs(expected).max()
     assert kernels_run(native)[op.NAME] == 2 * bundle.manifest.op["nodes"]
+
+
+def test_a_bare_name_is_a_file_of_this_folder(library, make_bundle, monkeypatch):
+    """The loader would look for it in the system's folders."""
+    monkeypatch.chdir(library.path.parent)
+    bundle = make_bundle("llama")
+    native = Model(bundle.folder, Path(library.path.name))
+    assert native.generate([[5, 6, 7]], 4) == Model(bundle.folder).generate([[5, 6, 7]], 4)
 
 
 def test_eight_threads_in_two_sessions_do_not_disturb_each_other(library, rng):

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <filesystem>
 #include <utility>
 
 #include "backend.h"
@@ -67,7 +68,10 @@ public:
         session_options.AddConfigEntry("session.intra_op.spin_duration_us", kSpinMicroseconds);
         session_options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
         try {
-            if (!options.op_library.empty()) session_options.RegisterCustomOpsLibrary(options.op_library.c_str());
+            if (!options.op_library.empty()) {
+                // A bare name would be looked for in the system's folders.
+                session_options.RegisterCustomOpsLibrary(std::filesystem::absolute(options.op_library).c_str());
+            }
         } catch (const Ort::Exception& error) {
             throw Error(options.op_library.string() + ": cannot be loaded as a library of ops (" + brief(error) + ").");
         }
