@@ -35,6 +35,7 @@ from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.cpp import deploy_cpp
 from teamlora_export.deploy.runner import Model, _cores
 from teamlora_export.engine.build import BuildOptions, build_engine
+from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.engine.toolchain import find_toolchain
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
@@ -122,6 +123,20 @@ def test_greedy_text_equals_pytorchs_alone_and_in_batches(project, runner, smoll
     for prompt, answer in zip(prompts, answers, strict=True):
         assert generate(runner, project / "model", [prompt], GREEDY_TOKENS) == [answer]
     assert generate(runner, project / "model", [*prompts, prompts[0]], GREEDY_TOKENS) == [*answers, answers[0]]
+
+
+def test_the_native_op_runs_in_the_program_by_a_bare_name_too(runner, make_bundle, tmp_path):
+    """In a model without the op's definition, so that nothing else can run it."""
+    model = deploy_cpp(make_bundle("llama"), tmp_path / "out") / "model"
+    expected = Model(model).generate([[5, 6, 7], [8]], 12)
+    graph = onnx.load(model / "model.onnx", load_external_data=False)
+    del graph.functions[:]
+    (model / "model.onnx").write_bytes(graph.SerializeToString())
+    library = build_library().path
+    words = ("--model", model, "--ids", "--no-check", "--tokens", 12)
+    found = run(runner, *words, "--library", library.name, cwd=library.parent, input="5 6 7\n8\n")
+    assert [[int(token) for token in line.split()] for line in found.stdout.splitlines()] == expected, found.stderr
+    assert "cannot load it" in run(runner, *words, input="5 6 7\n8\n").stderr
 
 
 def endless(bundle: Bundle, folder: Path) -> Path:
