@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -57,10 +58,9 @@ def _attend(
     """
     if attention_mask is None or any(others.get(name) is not None for name in _BEYOND):
         return _as_written(module, query, key, value, attention_mask, scaling=scaling, softcap=softcap, **others)
-    seen, keys = attention_mask.shape[-1], key.shape[2]
-    # While tracing sizes are symbols, which a comparison would tie.
-    if type(seen) is type(keys) is int and seen not in (1, keys):
-        raise ValueError(f"a mask over {seen} keys, of which there are {keys}")
+    # Not while tracing: to ask for a size is an operation there, and to compare two ties them.
+    if get_proxy_mode() is None and attention_mask.shape[-1] not in (1, key.shape[2]):
+        raise ValueError(f"a mask over {attention_mask.shape[-1]} keys, of which there are {key.shape[2]}")
     attributes = {"scale": query.shape[-1] ** -0.5 if scaling is None else float(scaling)}
     if softcap:
         attributes["softcap"] = float(softcap)
@@ -117,21 +117,22 @@ def _mask(
             **{**others, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False},
         )
     queries = torch.arange(q_length).view(1, 1, -1, 1) + q_offset
-    keys, named = _keys(kv_length, kv_offset, attention_mask)
+    if isinstance(kv_offset, Ring):
+        keys = kv_offset.places[:, None, None]
+    else:
+        keys = torch.arange(kv_length).view(1, 1, 1, -1) + kv_offset
     batch = torch.arange(batch_size).view(-1, 1, 1, 1)
     seen = mask_function(batch, torch.zeros(1, 1, 1, 1, dtype=torch.int64), queries, keys)
-    if named is not None:
-        seen = seen & named[:, None, None]
+    if isinstance(kv_offset, Ring):
+        seen = seen & _named_in_ring(kv_offset.places, attention_mask)
+    elif attention_mask is not None:
+        seen = seen & attention_mask[:, None, None, kv_offset : kv_offset + kv_length]
     return seen.expand(batch_size, 1, q_length, kv_length)
 
 
-def _keys(kv_length: int, kv_offset: int | Ring, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The places of the keys, [1 or batch, 1, 1, kv_length], and which of them may be seen at all, bool
-    [batch, kv_length]; None: all."""
-    if isinstance(kv_offset, Ring):
-        places = kv_offset.places
-        written = places >= 0
-        named = written if attention_mask is None else written & attention_mask.gather(1, places.clamp(min=0))
-        return places[:, None, None], named
-    keys = torch.arange(kv_length).view(1, 1, 1, -1) + kv_offset
-    return keys, None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
+def _named_in_ring(places: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Which rows of a ring, int64 [batch, rows], may be seen at all: bool [batch, 1, 1, rows]."""
+    named = places >= 0
+    if attention_mask is not None:
+        named = named & attention_mask.gather(1, places.clamp(min=0))
+    return named[:, None, None]
