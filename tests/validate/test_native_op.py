@@ -54,11 +54,9 @@ def faulty_library(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     "bundle",
     [
-        ("llama",),
         ("llama", "fp16"),
         ("gemma2",),
         ("llama", "fp32", "function", "in-place"),
-        ("amplifying", "fp16"),
         ("albert", "fp16"),
     ],
     ids="-".join,
