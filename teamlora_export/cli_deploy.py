@@ -86,15 +86,20 @@ def deploy_triton_command(
     gpu: Annotated[bool, typer.Option("--gpu", help="Run the graph on a GPU (engines do in any case).")] = False,
     text: Annotated[bool, typer.Option("--text/--no-text", help="Add the models that take words.")] = True,
     check: Annotated[bool, typer.Option("--check/--no-check", help="They compare the files with their hashes.")] = True,
-    instances: Annotated[int, typer.Option(min=1, help="Copies of the model.")] = 1,
+    instances: Annotated[int, typer.Option(min=1, max=1024, help="Copies of the model.")] = 1,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Requests that run together at most. Default: 8 for text, 32 elsewhere.")
+        int | None,
+        typer.Option(min=1, max=65536, help="Requests that run together at most. Default: 8 for text, 32 elsewhere."),
     ] = None,
-    sequences: Annotated[int, typer.Option(min=1, help="Texts at work at a time, each with its cache.")] = 64,
+    sequences: Annotated[
+        int, typer.Option(min=1, max=1 << 20, help="Texts at work at a time, each with its cache.")
+    ] = 64,
     capacity: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens that a cache in place holds. Default: all that the model takes, 2048 at most."
+            min=1,
+            max=1 << 30,
+            help="Tokens that a cache in place holds. Default: all that the model takes, 2048 at most.",
         ),
     ] = None,
     logits: LogitsOption = "last",

@@ -122,7 +122,9 @@ def trt_graph(
     capacity: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens that a cache in place holds. Default: all that the model takes, 2048 at most."
+            min=1,
+            max=1 << 30,
+            help="Tokens that a cache in place holds. Default: all that the model takes, 2048 at most.",
         ),
     ] = None,
     json: JsonOption = None,

@@ -16,12 +16,14 @@ import pytest
 from conftest import GREEDY_TOKENS, PROMPTS, assert_names_no_place, poison_token
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
+from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parent))
 from triton_front import serve
 from triton_server import LoadError, RequestError, Server
 
 from teamlora_export.bundle import Bundle
+from teamlora_export.cli import app
 from teamlora_export.deploy.runner import Model, TextStream, encode_text
 from teamlora_export.deploy.triton import default_name, deploy_triton
 from teamlora_export.engine.build import BuildOptions, build_engine
@@ -446,3 +448,13 @@ def test_the_command_line_writes_it_without_a_path_of_this_machine(make_bundle, 
     assert name == "-".join(Path(source).name for source in sources) != bundle.folder.name
     assert_names_no_place(out, bundle)
     assert f"{name}_text" not in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("option", ["instances", "batch", "sequences", "capacity"])
+def test_numbers_that_no_server_takes_are_refused(option, make_bundle, tmp_path):
+    words = ["deploy", "triton", str(make_bundle("llama").folder), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*words, f"--{option}", "9" * 20])
+    assert result.exit_code == 2
+    said = " ".join(result.output.replace("│", " ").split())
+    assert f"'--{option}': Input should be less than or equal to" in said
+    assert not (tmp_path / "out").exists()
