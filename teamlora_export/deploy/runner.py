@@ -240,7 +240,8 @@ class GrowingCache:
 
 class InPlaceCache:
     """Keys and values of a request whose model writes into the buffers that it is given: one for each layer and kind,
-    bound to both of its ends, and made twice as long when it is full.
+    bound to both of its ends, and made longer by a quarter when it is full:
+    attention goes over all of it, so that what is not used yet costs time.
 
     In a layer that sees a window of the text, a buffer that has room for the window and a part of the prompt is a ring:
     the model writes over what is not seen any more, and it grows no further.
@@ -261,7 +262,7 @@ class InPlaceCache:
         """Read tokens; their logits [batch, tokens, vocabulary]."""
         needed = feeds["attention_mask"].shape[1]
         if needed > self._capacity:
-            self._grow(min(max(needed, 2 * self._capacity, _LEAST_CAPACITY), max(needed, self._most)))
+            self._grow(min(max(needed, self._capacity * 5 // 4, _LEAST_CAPACITY), max(needed, self._most)))
         for name, value in feeds.items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(value))
         # Its size is the call's. It is the first of the outputs, since it was bound first.

@@ -19,6 +19,7 @@ from teamlora_export.engine.profiles import choose_capacity
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
 from teamlora_export.graph.passes import inline_bodies
+from teamlora_export.graph.passes.attend_with_past import ExpandPast
 from teamlora_export.graph.passes.expand_paired_rotary import ExpandPairedRotary
 from teamlora_export.graph.passes.fix_capacity import FixCapacity
 from teamlora_export.graph.precision import ChangePrecision
@@ -111,6 +112,7 @@ def _write_model(
         )
     if capacity is not None:
         FixCapacity(capacity)(model)
+    ExpandPast()(model)
     ChangePrecision(bundle.manifest.dtype, dtype)(model)
     ExpandPairedRotary()(model)
     if for_plugin:

@@ -161,8 +161,8 @@ def both_forms(name: str, make_bundle: Callable[..., Bundle], folder: Path) -> t
 
 
 def test_a_cache_in_place_gives_the_tokens_of_one_that_grows(requests, in_place, rng):
-    """A buffer begins with 256 places and doubles; parts of a prompt have 512 tokens, and the shorter rows of a batch
-    are padding in the first of them."""
+    """A buffer begins with 256 places and grows by a quarter; parts of a prompt have 512 tokens, and the shorter rows
+    of a batch are padding in the first of them."""
     short, middle, long = (rng.integers(3, 384, length).tolist() for length in (3, 600, 1100))
     program = requests / "deployed" / "runner"
     for prompts, count in (([short], 600), ([long, short, middle], 40)):

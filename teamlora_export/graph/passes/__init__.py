@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
+from teamlora_export.graph.passes.attend_with_past import AttendWithPast
 from teamlora_export.graph.passes.fold_transposes import FoldTransposes
 from teamlora_export.graph.passes.lift_gelu import LiftGelu
 from teamlora_export.graph.passes.lift_layer_norms import LiftLayerNorms
@@ -19,6 +20,7 @@ from teamlora_export.graph.passes.module_outputs import MODULES_KEY, NameModuleO
 from teamlora_export.graph.passes.name_nodes import NameNodes
 from teamlora_export.graph.passes.pack_siblings import PackSiblings
 from teamlora_export.graph.passes.share_dimensions import ShareDimensions
+from teamlora_export.graph.passes.simplify_shapes import SimplifyShapes
 from teamlora_export.graph.passes.transpose_keys import TransposeKeys
 from teamlora_export.graph.passes.widen_first import WidenFirst
 
@@ -26,6 +28,7 @@ STEPS: tuple[type[ir.passes.InPlacePass], ...] = (
     WidenFirst,
     NameModuleOutputs,
     ShareDimensions,
+    SimplifyShapes,
     FoldTransposes,
     TransposeKeys,
     LiftRMSNorms,
@@ -34,6 +37,7 @@ STEPS: tuple[type[ir.passes.InPlacePass], ...] = (
     LiftGelu,
     PackSiblings,
     MergeHeads,
+    AttendWithPast,
     common.CommonSubexpressionEliminationPass,
     common.RemoveUnusedNodesPass,
     AttachFunctions,

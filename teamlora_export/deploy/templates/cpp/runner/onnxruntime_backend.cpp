@@ -276,9 +276,9 @@ private:
 };
 
 // The cache is a buffer for each layer and kind, into which the model writes: input and output are one memory. It is
-// made twice as long when it is full, up to the `most` tokens of the request. In a layer that sees a window of the
-// text, a buffer that has room for the window and a part of the prompt is a ring: the model writes over what is not
-// seen any more, and it grows no further.
+// made longer by a quarter when it is full, up to the `most` tokens of the request: attention goes over all of it, so
+// that what is not used yet costs time. In a layer that sees a window of the text, a buffer that has room for the
+// window and a part of the prompt is a ring: the model writes over what is not seen any more, and it grows no further.
 class InPlaceCache : public Cache {
 public:
     InPlaceCache(const OnnxRuntime& model, std::size_t batch, std::size_t most) : Cache(model, batch), most_(most) {
@@ -289,7 +289,7 @@ public:
     const std::vector<float>& run(const Tokens& ids, const Tokens& mask, const Tokens& positions) override {
         const std::size_t needed = mask.size() / batch_;
         if (needed > capacity_)
-            grow(std::min(std::max({needed, 2 * capacity_, kLeastCapacity}), std::max(needed, most_)));
+            grow(std::min(std::max({needed, capacity_ * 5 / 4, kLeastCapacity}), std::max(needed, most_)));
         for (std::size_t i = 0; i < values_.size(); ++i) {
             const std::string& name = model_.inputs()[i].name;
             if (!is_past(name))
