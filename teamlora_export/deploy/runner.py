@@ -559,12 +559,17 @@ def _number(text: str) -> int:
 
 def _cores() -> int:
     """Processor cores that this process may use; two threads of one core count once."""
-    try:
-        allowed = os.sched_getaffinity(0)
-        lists = (Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in allowed)
-        return len({path.read_text() for path in lists})
-    except (AttributeError, OSError):
+    if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
+    return len({_core_of(processor) for processor in os.sched_getaffinity(0)})
+
+
+def _core_of(processor: int) -> str:
+    """The processors of one core, as the system writes them; the processor alone where it does not say."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(processor)
 
 
 def _present(past: str) -> str:

@@ -17,6 +17,9 @@ from teamlora_export.validate.metrics import attended
 Feeds = dict[str, np.ndarray]
 
 DECODE_STEPS = 12
+# So many tokens in one call, and the native op goes its way for many, whatever the processor
+# (`plugins/kernels/cpu/projection.cpp`).
+MANY_TOKENS = 96
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,12 @@ class Step:
         return attended(name, array, self.mask, self.feeds["input_ids"].shape[1])
 
 
-def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> list[Case]:
+def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False, many: bool = False) -> list[Case]:
     """The cases for a model of `config` doing `task`; ids are drawn over the whole vocabulary.
 
-    `brief` is for models that are read from disk on every call: one padded batch, with two decoding steps.
+    Args:
+        brief: for models that are read from disk on every call: one padded batch, with two decoding steps.
+        many: one batch has `MANY_TOKENS` in a call, and more rows than the others.
 
     Raises:
         ExportError: the configuration does not say how many tokens there are.
@@ -80,8 +85,15 @@ def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> li
         return Case(name, np.where(mask > 0, ids, pad), mask, steps)
 
     long = min(48, limit // 2)
+
+    def largest() -> Case:
+        rows = 8
+        lengths = [MANY_TOKENS // rows - row % 3 for row in range(rows)]
+        return case(f"batch of {rows}, padded left", lengths, "left", steps)
+
+    steps = 2 if task == "text-generation" else 0
     if brief:
-        return [case("batch of 2, padded left", [9, 4], "left", 2 if task == "text-generation" else 0)]
+        return [largest() if many else case("batch of 2, padded left", [9, 4], "left", steps)]
     if task == "text-generation":
         window = getattr(text, "sliding_window", None)
         past = window + 5 if type(window) is int and 0 < window <= limit - 16 else 0
@@ -93,12 +105,14 @@ def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False) -> li
             replace(case("batch of 2, read in parts of 5", [14, 9], "left", 2), part=5),
             case("one token", [1], "left", 2),
             *([replace(case("one prompt past a window", [7], "left", 2), past=past)] if past else []),
+            *([largest()] if many else []),
         ]
     return [
         case("one sentence", [9], "right"),
         case("batch of 4, padded right", [17, 4, 11, 1], "right"),
         case("batch of 2, padded left", [6, 13], "left"),
         case(f"one sentence of {long}", [long], "right"),
+        *([largest()] if many else []),
     ]
 
 

@@ -81,7 +81,7 @@ def validate_bundle(
         reference = TorchRunner(base, adapter, torch.float64, weights)
         pytorch = TorchRunner(base, adapter, _torch_dtype(dtype), weights)
     judge = Judge(dtype, reference, pytorch, engine.runner if engine else graph, manifest.inputs)
-    cases = make_cases(base.config, base.task, brief=weights is not None)
+    cases = make_cases(base.config, base.task, brief=weights is not None, many=library is not None)
     for case in engine.choose(cases, reporter) if engine else cases:
         with reporter.step(f"Case: {case.name}"):
             judge.add_case(case)

@@ -389,15 +389,18 @@ def test_an_engine_whose_cache_is_in_place_reads_long_prompts_in_parts(
         assert launches(told) == 38 + (len(prompts[0]) % 300 == 1)
 
 
-def decode(program: Path, model: Path, most: int, ids: np.ndarray, mask: np.ndarray, parts: Sequence[int]) -> list[str]:
-    """The lines of a `decoder` that is called with so many of the columns of `ids` and `mask` at a time."""
+def decode(
+    program: Path, model: Path, most: int, ids: np.ndarray, mask: np.ndarray, parts: Sequence[int], **options: object
+) -> list[str]:
+    """The lines of a `decoder` that is called with so many of the columns of `ids` and `mask` at a time; 0 begins
+    another request."""
     positions = np.maximum(mask.cumsum(1) - 1, 0)
     calls, end = [], 0
     for part in parts:
-        start, end = end, end + part
+        start, end = end, end + part if part else 0
         values = (ids[:, start:end], positions[:, start:end], mask[:, :end])
         calls.append(" ".join(map(str, [part, end, *np.concatenate([np.ravel(value) for value in values])])))
-    done = run(program, model, len(ids), most, input="\n".join(calls))
+    done = run(program, model, len(ids), most, input="\n".join(calls), **options)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -444,6 +447,17 @@ def test_a_cache_that_is_full_is_refused_before_the_engine_is_called(requests, i
     assert fill(fixed) == (256, "The cache has room for 256 tokens, and this would be 257.")
     growing = as_engine(endless(make_bundle("mistral"), tmp_path / "mistral"))
     assert fill(growing) == (9, "The cache has room for 9 tokens, and this would be 10.")
+
+
+def test_a_request_that_finds_no_memory_leaves_no_recorded_step_of_memory_that_is_gone(requests, in_place, tmp_path):
+    """The logits of 20 tokens are refused their memory; the next request begins with a step."""
+    engine = as_engine(Path(shutil.copytree(in_place[0], tmp_path / "model")), capacity=64)
+    ids, mask = np.full((1, 20), 7), np.ones((1, 20), np.int64)
+    few = {**os.environ, "EMULATED_LARGEST": str(10 * 384 * 4)}
+    found = decode(requests / "decoder", engine, 30, ids, mask, [1, 0, 4, 1, 1, 1, 0, 20, 0, 1], env=few)
+    assert found[5] == "No memory on the GPU: an emulated error."
+    assert found[6] == found[0]
+    assert len(found) == 7
 
 
 @pytest.mark.parametrize("fault", [np.nan, np.inf], ids=str)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -197,6 +198,25 @@ def test_a_thousand_requests_on_eight_threads_are_answered_as_one_by_one(make_bu
     assert psutil.Process().memory_info().rss - before < 8e6
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda ids: model.generate([ids], 4)[0], requests)) == alone
+
+
+@pytest.mark.parametrize(
+    ("siblings", "cores"),
+    [({4: "4-5", 5: "4-5", 8: "8-9"}, 2), ({4: None, 5: None, 8: None}, 3), ({4: "4", 5: None, 8: "8"}, 3)],
+)
+def test_there_is_a_thread_for_each_core_that_may_be_used(siblings, cores, monkeypatch):
+    """Of three processors of many; where the system does not say which share a core, each counts."""
+
+    def read(path: Path) -> str:
+        said = siblings[int(re.search(r"/cpu(\d+)/", str(path))[1])]
+        if said is None:
+            raise FileNotFoundError(path)
+        return said
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(siblings))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(Path, "read_text", read)
+    assert runner._cores() == cores
 
 
 def test_characters_of_several_tokens_are_streamed_whole(deployed):

@@ -4,12 +4,14 @@ located, though a node of the op shows nothing but its sum."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+import transformers
 from faults import assert_located, judged, plant
 from get_libraries import get_libraries
 from test_faults import EVERYWHERE, IN_WEIGHTS
@@ -22,6 +24,7 @@ from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, build
 from teamlora_export.engine.plugin import sources_folder
 from teamlora_export.errors import ExportError
 from teamlora_export.validate import local
+from teamlora_export.validate.cases import make_cases
 from teamlora_export.validate.local import judge_columns
 from teamlora_export.validate.stored import adapted_modules
 
@@ -71,6 +74,7 @@ def test_a_good_bundle_passes_with_the_native_op(bundle, library, make_bundle):
     parts = {f"{path}/{part}" for path in adapted_modules(made.manifest) for part in ("input", "base", "experts")}
     for check in verdict.local:
         assert parts <= {judgement.name for judgement in check.judgements}
+        assert check.case.startswith("batch of 8")
         # Tolerances have room, as with the body.
         assert check.worst.severity < 0.5, check.worst
 
@@ -80,6 +84,18 @@ def test_a_good_bundle_passes_layer_by_layer_with_the_native_op(library, make_bu
     assert verdict.passed, verdict.departure
     assert verdict.candidate == "ONNX Runtime with the native op"
     assert len(verdict.modules) > 30
+    assert verdict.local[0].case.startswith("batch of 8")
+
+
+@pytest.mark.parametrize("brief", [False, True])
+@pytest.mark.parametrize("task", ["text-generation", "feature-extraction"])
+def test_modules_are_judged_on_tokens_enough_for_the_native_ops_way_for_many(task, brief):
+    """A prompt of fewer goes another way on a processor of many cores."""
+    kernels = sources_folder() / "kernels" / "cpu"
+    rows = re.findall(r"kTileRows = (\d+)", (kernels / "vector.h").read_text())
+    (tiles,) = re.findall(r"kMostFewTiles = (\d+)", (kernels / "projection.cpp").read_text())
+    cases = make_cases(transformers.LlamaConfig(), task, brief=brief, many=True)
+    assert max(cases, key=lambda case: len(case.mask)).mask.size >= max(map(int, rows)) * int(tiles)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

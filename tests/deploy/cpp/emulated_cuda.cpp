@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 namespace {
 
@@ -17,6 +18,12 @@ std::atomic<std::size_t> launches{0};
 struct Report {
     ~Report() { std::fprintf(stderr, "graph launches: %zu\n", launches.load()); }
 } report;
+
+// Bytes of one allocation, at most.
+std::size_t largest() {
+    const char* said = std::getenv("EMULATED_LARGEST");
+    return said != nullptr ? std::strtoull(said, nullptr, 10) : std::numeric_limits<std::size_t>::max();
+}
 
 emulated::Work* work(void* graph) { return static_cast<emulated::Work*>(graph); }
 
@@ -56,6 +63,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 
 cudaError_t cudaMalloc(void** memory, std::size_t size) {
+    if (size > largest()) return cudaErrorMemoryAllocation;
     *memory = std::malloc(size);
     std::memset(*memory, 0xFF, size);
     return cudaSuccess;

@@ -53,6 +53,7 @@ public:
     }
 
     void* get() const { return data_; }
+    std::size_t size() const { return size_; }
 
 private:
     void* data_ = nullptr;

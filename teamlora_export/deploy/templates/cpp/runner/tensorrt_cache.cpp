@@ -86,10 +86,7 @@ protected:
     void call(Context& context, std::size_t tokens, std::size_t past, std::size_t total) {
         Call call(engine_, *lane_, context);
         call.set_shapes(batch_, tokens, past, total);
-        if (call.bind()) {
-            lane_->graph.clear();
-            ready_ = false;
-        }
+        if (call.bind()) ready_ = false;
         call.bind_cache(caches_, lane_->past, present());
         call.enqueue_or_throw();
     }

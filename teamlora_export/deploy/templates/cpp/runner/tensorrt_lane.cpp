@@ -55,7 +55,13 @@ bool Call::bind() {
         }
         if (tensor.is_input || is_present(tensor.name)) continue;
         DeviceBuffer& result = lane_.results[tensor.name];
-        moved |= result.reserve(volume(context_.shape_of(tensor)) * size_of(tensor.type));
+        const std::size_t size = volume(context_.shape_of(tensor)) * size_of(tensor.type);
+        if (size > result.size()) {
+            // Before its memory goes: there may be no other, and the lane serves again.
+            lane_.graph.clear();
+            result.reserve(size);
+            moved = true;
+        }
         context_.bind(tensor, result.get());
     }
     return moved;
