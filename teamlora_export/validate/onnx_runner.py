@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 import onnxruntime as ort
-import psutil
+import torch
 
 from teamlora_export.bundle import Bundle, keeps_in_place, window_of
 from teamlora_export.errors import ExportError, first_line
@@ -200,8 +200,8 @@ def open_model(
 def _open_session(path: Path, weights_folder: Path | None = None, library: Path | None = None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # As the deployed programs do, for the same reasons (`deploy/runner.py`): PyTorch's threads are the neighbours here.
-    options.intra_op_num_threads = psutil.cpu_count(logical=False) or 1
+    # PyTorch's threads are its neighbours: it has as many, which do not wait for work for long.
+    options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
     if weights_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import psutil
 import torch
 
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
-from teamlora_export.bundle import Bundle, Validation, check_files, write_manifest
+from teamlora_export.bundle import Bundle, Port, Validation, check_files, write_manifest
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.engine.facts import EngineFacts, find_engine, read_facts, write_facts
 from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, find_library
@@ -72,7 +73,7 @@ def validate_bundle(
     adapter_sha256 = engine.facts.adapter_sha256 if engine else manifest.adapter["sha256"]
     base, adapter = _open_sources(bundle, base_source, adapter_folder, adapter_sha256)
     if layer_by_layer is None:
-        layer_by_layer = not _fits(base)
+        layer_by_layer = not _fits(base, manifest.inputs)
     weights = _open_streamed(base) if layer_by_layer else None
     if weights is not None:
         reporter.say("Layer by layer: the weights are read from disk on every call")
@@ -262,10 +263,13 @@ def _torch_dtype(name: str) -> torch.dtype:
     return getattr(torch, DTYPES[name].torch)
 
 
-def _fits(base: BaseModel) -> bool:
-    """Whether PyTorch in float64, PyTorch in the bundle's dtype, and ONNX Runtime fit into what memory is free."""
+def _fits(base: BaseModel, inputs: Sequence[Port]) -> bool:
+    """Whether PyTorch in float64, PyTorch in the bundle's dtype, and ONNX Runtime fit into what memory is free, each
+    with the cache of the longest case as it was and as it is."""
     parameters = sum(math.prod(shape) for shape in base.signature.parameters.values())
-    return parameters * (8 + 4 + 4) * 1.3 < psutil.virtual_memory().available
+    places = max(case.past + case.mask.size for case in make_cases(base.config, base.task))
+    cached = sum(int(p.shape[1]) * int(p.shape[3]) for p in inputs if p.name.startswith("past_key_values.")) * places
+    return (parameters * 1.3 + cached * 2) * (8 + 4 + 4) < psutil.virtual_memory().available
 
 
 def _open_streamed(base: BaseModel) -> SafetensorsWeights:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
+import psutil
 import pytest
 import transformers
 
 from teamlora_export.bundle import Port
 from teamlora_export.errors import ExportError
 from teamlora_export.validate.cases import first_step, make_cases, next_step
+from teamlora_export.validate.run import _fits
 
 TEXT = {"vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 5}
 
@@ -45,3 +49,14 @@ def test_a_case_begins_past_the_window_where_the_model_has_room_for_one(window, 
 def test_a_model_without_a_vocabulary_is_one_sentence():
     with pytest.raises(ExportError, match="vocab_size is -1, so no tokens can be drawn"):
         make_cases(transformers.XLNetConfig(vocab_size=-1), "feature-extraction")
+
+
+@pytest.mark.parametrize(("window", "fits"), [(64, True), (4096, False)])
+def test_the_cache_of_a_wide_window_counts_as_memory(window, fits, monkeypatch):
+    """Of Phi-3-mini's sizes, 1.6 GB in float32, with no weights to speak of."""
+    config = transformers.MistralConfig(vocab_size=96, sliding_window=window, max_position_embeddings=8192)
+    base = SimpleNamespace(config=config, task="text-generation", signature=SimpleNamespace(parameters={}))
+    names = (f"past_key_values.{layer}.{kind}" for layer in range(32) for kind in ("key", "value"))
+    inputs = [Port(name, "float", ("batch_size", 32, "past", 96)) for name in names]
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
+    assert _fits(base, inputs) == fits
