@@ -100,10 +100,13 @@ class LayerwiseOnnxRunner(OnnxRunner):
         inputs = [value for value in graph.input if value.name in read]
         if piece.entry is not None:
             inputs.append(self._types[piece.entry])
-        known = {value.name: value for value in graph.output} | self._types
-        outputs = [known[name] for name in dict.fromkeys([*piece.outputs, *extra])]
-        initializers = [tensor for tensor in graph.initializer if tensor.name in read]
         made = {name for node in nodes for name in node.output}
+        known = {value.name: value for value in graph.output} | self._types
+        # A piece that computes an earlier layer again gives that layer's cache, too: ONNX Runtime's attention, which
+        # takes the past, wants somebody to take what it makes of it.
+        again = [value.name for value in graph.output if value.name in made]
+        outputs = [known[name] for name in dict.fromkeys([*piece.outputs, *extra, *again])]
+        initializers = [tensor for tensor in graph.initializer if tensor.name in read]
         infos = [info for name, info in self._types.items() if name in made]
         sub = onnx.helper.make_graph(nodes, "piece", inputs, outputs, initializers, value_info=infos)
         model = onnx.helper.make_model(

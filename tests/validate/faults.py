@@ -110,10 +110,16 @@ def insert_before(model: ir.Model, node: ir.Node, index: int, op_type: str, cons
 def _computed(model: ir.Model, value: ir.Value, op_type: str, constant: float) -> ir.Value:
     number = model.graph.num_nodes()
     kind = np.dtype(ml_dtypes.bfloat16) if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy()
-    tensor = ir.tensor(np.asarray(constant, kind), dtype=value.dtype, name=f"fault_{number}")
-    held = ir.Value(name=tensor.name, type=ir.TensorType(value.dtype), shape=ir.Shape([]), const_value=tensor)
-    model.graph.initializers.add(held)
+    held = _held(model, f"fault_{number}", np.asarray(constant, kind), value.dtype)
     return _append(model, op_type, [value, held], {}, value.dtype)
+
+
+def _held(model: ir.Model, name: str, array: np.ndarray, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
+    """A new constant."""
+    tensor = ir.tensor(array, dtype=dtype, name=name)
+    held = ir.Value(name=name, type=ir.TensorType(dtype), shape=tensor.shape, const_value=tensor)
+    model.graph.initializers.add(held)
+    return held
 
 
 def _append(
@@ -177,17 +183,19 @@ def shift_tokens(model: ir.Model) -> None:
     insert_before(model, node, 1, "BitwiseXor", 1)
 
 
-def concatenate_cache_backwards(model: ir.Model) -> None:
-    for name in ("present.1.key", "present.1.value"):
-        node = node_of(model, name)
-        past, new = node.inputs
-        node.replace_input_with(0, new)
-        node.replace_input_with(1, past)
+def read_the_cache_backwards(model: ir.Model) -> None:
+    attention = node_of(model, "present.1.key")
+    step = {"starts": -1, "ends": -(1 << 40), "axes": 2, "steps": -1}
+    bounds = [_held(model, f"fault_{name}", np.array([number])) for name, number in step.items()]
+    for index in (4, 5):
+        past = attention.inputs[index]
+        attention.replace_input_with(index, _append(model, "Slice", [past, *bounds], {}, past.dtype))
+    model.graph.sort()
 
 
 def keep_keys_as_values(model: ir.Model) -> None:
     past = next(value for value in model.graph.inputs if value.name == "past_key_values.3.key")
-    node_of(model, "present.3.value").replace_input_with(0, past)
+    node_of(model, "present.3.value").replace_input_with(5, past)
 
 
 def skip_a_residual(model: ir.Model) -> None:
@@ -207,9 +215,7 @@ def cap_scores(model: ir.Model) -> None:
 def exchange_heads(model: ir.Model) -> None:
     """The queries' heads in another order, so that each group reads another group's keys."""
     attention = first_in_layer(model, 2, "Attention")
-    order = ir.tensor(np.array([2, 3, 0, 1]), name="fault_order")
-    held = ir.Value(name=order.name, type=ir.TensorType(order.dtype), shape=order.shape, const_value=order)
-    model.graph.initializers.add(held)
+    held = _held(model, "fault_order", np.array([2, 3, 0, 1]))
     queries = attention.inputs[0]
     attention.replace_input_with(0, _append(model, "Gather", [queries, held], {"axis": 1}, queries.dtype))
     model.graph.sort()

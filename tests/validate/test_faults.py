@@ -17,7 +17,6 @@ from faults import (
     bypass,
     cap_scores,
     change_epsilon,
-    concatenate_cache_backwards,
     edit_the_body,
     exchange_heads,
     exchange_the_activation,
@@ -30,6 +29,7 @@ from faults import (
     noise,
     plant,
     read_rings_one_place_off,
+    read_the_cache_backwards,
     rewire,
     rewire_base,
     scale_attention,
@@ -143,8 +143,8 @@ IN_STRUCTURE = {
     "heads exchanged": Fault(exchange_heads, layer(2, r"self_attn\.o_proj")),
     "another activation": Fault(exchange_the_activation, layer(4, r"mlp\.act_fn")),
     "a sign lost in the rotation": Fault(forget_a_sign, layer(7, r"self_attn\.o_proj") + r"|present\.7\.key"),
-    "cache concatenated backwards": Fault(
-        concatenate_cache_backwards, layer(1, r"self_attn\.o_proj") + r"|present\.1\.(key|value)"
+    "cache read backwards": Fault(
+        read_the_cache_backwards, layer(1, r"self_attn\.o_proj") + r"|present\.1\.(key|value)"
     ),
     "keys kept as values": Fault(keep_keys_as_values, layer(3, r"self_attn\.o_proj") + r"|present\.3\.value"),
     "precision lost on the way": Fault(lose_precision, layer(6, r"mlp\.(act_fn|down_proj)")),
