@@ -58,8 +58,8 @@ def deploy_triton(
         capacity: see `choose_capacity`; no text is longer.
 
     Raises:
-        ExportError: see `deployment` and `add_engine`; the engine does not run in Triton; a model in bfloat16 would run
-            on a CPU; an engine keeps its cache in place; or the name is none.
+        ExportError: see `deployment` and `add_engine`; the engine does not run in Triton; a model in bfloat16 would
+            run on a CPU; an engine keeps its cache in place; the name is none; or `library` is no path.
     """
     name = name or default_name(bundle)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
@@ -67,6 +67,8 @@ def deploy_triton(
     refuse_stray_plugin(engine, plugin)
     if engine is not None and library is not None:
         raise ExportError(f"--library {library}: is for ONNX Runtime, an engine takes --plugin.")
+    if library in ("", "auto"):
+        raise ExportError(f"--library {library}: give the path at which the server will find the library.")
     if engine is None and bundle.manifest.dtype == "bf16" and not gpu:
         raise ExportError(f"{bundle.folder}: is in bfloat16, which ONNX Runtime runs on a GPU only: add --gpu.")
     capacity = choose_capacity(bundle, capacity)

@@ -1,4 +1,5 @@
-"""The native op for ONNX Runtime on a CPU: compiled on this machine, kept in the user's cache, described, checked.
+"""The native op for ONNX Runtime on a CPU: carried by the package or compiled on this machine and kept in the user's
+cache; described, checked.
 
 A model needs none: its op carries a definition in standard operators. With this library loaded, ONNX Runtime runs the
 op itself instead. One build serves every ONNX Runtime from the headers' version on, and holds the code of several
@@ -68,17 +69,28 @@ class _Tools:
 
 
 def build_library(reporter: Reporter | None = None) -> OnnxRuntimeLibrary:
-    """Compile the library, or take the build that is kept.
+    """Compile the library, or take the one that this package carries, or the build that is kept.
 
     Raises:
-        ExportError: a tool is missing, or the compiler fails; nothing is kept then.
+        ExportError: a tool is missing, or the compiler fails; nothing is kept then. Where the package carries a library
+            that does not fit, that is the reason.
     """
     reporter = reporter or Reporter()
     build, include = library_sources_sha256(), find_include()
+    misfit = None
+    try:
+        if (carried := _carried(build)) is not None:
+            reporter.say(f"Native op: taken from {carried.path}")
+            return carried
+    except ExportError as error:
+        misfit = error
     for kept in _kept(build, "*" if include is None else str(_header_api(include))):
         reporter.say(f"Native op: taken from {kept}")
         return read_library(kept)
-    tools = _find_tools()
+    try:
+        tools = _find_tools()
+    except ExportError as missing:
+        raise misfit or missing from None
     kept = cache_folder() / "plugins" / _key(build, str(tools.api)) / LIBRARY_NAME
     label = f"Compiling the op for ONNX Runtime 1.{tools.api} and newer"
     with reporter.step(label), tempfile.TemporaryDirectory() as folder:
@@ -89,13 +101,36 @@ def build_library(reporter: Reporter | None = None) -> OnnxRuntimeLibrary:
 
 
 def find_library(path: Path | None, reporter: Reporter) -> OnnxRuntimeLibrary:
-    """The library at `path`, or the one built for this version, which is compiled where it is not there yet.
+    """The library at `path`, or the one of this version: carried by the package, or built, if need be now.
 
     Raises:
         ExportError: it is no library of ours, does not fit the op, ONNX Runtime or the processor, or cannot be built.
     """
     library = read_library(path) if path is not None else build_library(reporter)
     check_library(library)
+    return library
+
+
+def carried_path() -> Path:
+    """Where a wheel that carries the library has it."""
+    return Path(__file__).parents[1] / "native" / LIBRARY_NAME
+
+
+def _carried(build: str) -> OnnxRuntimeLibrary | None:
+    """The library of this package, if it carries one.
+
+    Raises:
+        ExportError: it is not of these sources, or does not fit ONNX Runtime or the processor.
+    """
+    if not carried_path().is_file():
+        return None
+    library = read_library(carried_path())
+    check_library(library)
+    if library.build != build:
+        raise ExportError(
+            f"{library.path}: was built from other sources ({library.build}) than this package has ({build}). "
+            "Install the package again."
+        )
     return library
 
 
