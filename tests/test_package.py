@@ -120,11 +120,10 @@ def bare(installed, tmp_path):
 
 def test_the_carried_library_runs_where_there_is_no_compiler(bare, installed, make_bundle, tmp_path):
     bundle = make_bundle("llama")
-    native, body = (bare("generate", bundle.folder, "a", "--tokens", 8, *more) for more in (("--library", "auto"), ()))
-    assert native.returncode == 0, native.stderr
-    assert native.stdout == body.stdout
     carried = installed / CARRIED_NAME
-    assert f"Native op: taken from {carried}" in native.stderr.replace("\n", "")
+    done = bare("generate", bundle.folder, "a", "--tokens", 2, "--library", "auto")
+    assert done.returncode == 0, done.stderr
+    assert f"Native op: taken from {carried}" in done.stderr.replace("\n", "")
     done = bare("deploy", "python", bundle.folder, "-o", tmp_path / "out", "--library", "auto")
     assert done.returncode == 0, done.stderr
     deployed = tmp_path / "out" / LIBRARY_NAME
@@ -132,12 +131,16 @@ def test_the_carried_library_runs_where_there_is_no_compiler(bare, installed, ma
     program = """
 import runner
 from pathlib import Path
+write, library = runner._write, Path("libteamlora_onnxruntime.so").resolve()
+def look_and_write(text):
+    print(str(library) in Path("/proc/self/maps").read_text())
+    write(text)
+runner._write = look_and_write
 runner.main(["--ids", "5", "6", "7", "--tokens", "8"])
-print(str(Path("libteamlora_onnxruntime.so").resolve()) in Path("/proc/self/maps").read_text())
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "out", capture_output=True, text=True)
     answer = " ".join(map(str, Model(bundle.folder).generate([[5, 6, 7]], 8)[0]))
-    assert done.stdout.splitlines() == [answer, "True"], done.stderr
+    assert done.stdout.splitlines() == ["True", answer], done.stderr
     with deployed.open("ab") as file:
         file.write(b"changed")
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "out", capture_output=True, text=True)
