@@ -1,5 +1,5 @@
-"""Builds what the tests of the native parts run: the plugin for every GPU, the op for ONNX Runtime, and the tests' own
-programs.
+"""Builds what the tests of the native parts run: the plugin for every GPU, the op for ONNX Runtime, also for its CUDA
+provider, and the tests' own programs.
 
 Prints the folder of the programs. What is up to date is not built again.
 """
@@ -13,11 +13,13 @@ from pathlib import Path
 
 from get_libraries import get_libraries
 
-from teamlora_export.engine.onnxruntime_library import build_library, find_include
+from teamlora_export.engine.onnxruntime_library import build_cuda_library, build_library, find_include
 from teamlora_export.engine.plugin import build_plugin
 from teamlora_export.engine.toolchain import find_toolchain
 
 ROOT = Path(__file__).parents[1]
+# The plugin's build shows that every other takes the kernels.
+ONE_ARCHITECTURE = ("80",)
 BUILD = ROOT / "build" / "native"
 
 
@@ -26,6 +28,7 @@ def main() -> None:
     if find_include() is None:
         os.environ["ONNXRUNTIME_INCLUDE_DIR"] = str(get_libraries() / "include")
     build_library()
+    build_cuda_library(ONE_ARCHITECTURE)
     toolchain = find_toolchain()
     configure = [
         *(toolchain.cmake, "-S", ROOT / "plugins", "-B", BUILD, "-DTEAMLORA_TENSORRT=OFF", "-DTEAMLORA_TESTS=ON"),
@@ -36,6 +39,8 @@ def main() -> None:
     configure = [
         *(toolchain.cmake, "-S", ROOT / "plugins" / "onnxruntime", "-B", BUILD / "onnxruntime"),
         *("-DTEAMLORA_LIBRARY=OFF", "-DTEAMLORA_TESTS=ON"),
+        f"-DONNXRUNTIME_INCLUDE_DIR={find_include()}",
+        f"-DCUDA_INCLUDE_DIR={toolchain.cuda_include}",
     ]
     _run(configure, BUILD / "onnxruntime")
     print(BUILD)

@@ -26,8 +26,10 @@ from teamlora_export.cli_output import (
     AdapterOption,
     BundleArgument,
     JsonOption,
+    NativeLibraryOption,
     OutputOption,
     given_path,
+    native_library,
     prepare_standard_files,
     say,
     say_answer,
@@ -49,10 +51,6 @@ app = typer.Typer(
 
 # Packages that come with an extra, because they are a choice or rarely needed.
 _EXTRAS = {"onnxruntime": "cpu", "gguf": "gguf", "polygraphy": "tensorrt", "tritonclient": "triton", "grpc": "triton"}
-
-NativeLibraryOption = Annotated[
-    Path | None, typer.Option(parser=given_path, metavar="FILE", help="A native library with the op.")
-]
 
 
 app.add_typer(trt_app, name="trt")
@@ -119,14 +117,7 @@ def validate(
     ] = None,
     engine: Annotated[str | None, typer.Option(help="Judge this engine of the bundle instead of its graph.")] = None,
     plugin: PluginOption = None,
-    library: Annotated[
-        Path | None,
-        typer.Option(
-            parser=given_path,
-            metavar="FILE",
-            help="Judge the graph with the op run by this native library, not by its body.",
-        ),
-    ] = None,
+    library: NativeLibraryOption = None,
     report: Annotated[
         Path | None, typer.Option(parser=given_path, metavar="FILE", help="Write a self-contained HTML report here.")
     ] = None,
@@ -151,7 +142,7 @@ def validate(
         layer_by_layer=layer_by_layer,
         engine_name=engine,
         plugin=plugin,
-        library=library,
+        library=native_library(library),
     )
     if json != STANDARD_OUTPUT:
         with writing_to_standard_output():
@@ -194,9 +185,9 @@ def generate(
     """Try a bundle: greedy text in ONNX Runtime, with the tokens a second at the end."""
     from teamlora_export.deploy.runner import Model, ModelError, answer
 
-    _check_library(library)
+    native = native_library(library)
     try:
-        model = Model(bundle, library, check)
+        model = Model(bundle, native, check)
         written = [prompt.replace("\\n", "\n") for prompt in prompts]
         count, seconds = answer(model, written, tokens, say_answer)
     except ModelError as error:
@@ -214,22 +205,14 @@ def embed(
     """Try a bundle that does not generate text: a line of JSON for each text, with its vector or scores."""
     from teamlora_export.deploy.runner import Model, ModelError, encode_text
 
-    _check_library(library)
+    native = native_library(library)
     try:
-        model = Model(bundle, library, check)
+        model = Model(bundle, native, check)
         rows = model.encode([encode_text(model.tokenizer, text) for text in texts])
     except ModelError as error:
         raise ExportError(str(error)) from None
     for row in rows:
         say(str(row.astype(float).tolist()))
-
-
-def _check_library(library: Path | None) -> None:
-    """Refuse a library of ours that does not fit; ONNX Runtime's own words name neither cause nor way out."""
-    if library is not None:
-        from teamlora_export.engine.onnxruntime_library import check_library, read_library
-
-        check_library(read_library(library))
 
 
 # What the command line library raises for arguments that it cannot take.

@@ -7,14 +7,23 @@ from typing import Annotated
 
 import typer
 
-from teamlora_export.cli_output import THIS_FOLDER, BundleArgument, JsonOption, OutputOption, given_path, show
+from teamlora_export.cli_output import (
+    THIS_FOLDER,
+    BundleArgument,
+    JsonOption,
+    NativeLibraryOption,
+    OutputOption,
+    given_path,
+    native_library,
+    show,
+)
 
 deploy_app = typer.Typer(help="Write what a system loads: python, genai, cpp, triton.", no_args_is_help=True)
 
 EngineOption = Annotated[str | None, typer.Option(help="Run this engine of the bundle on TensorRT, not its graph.")]
-LibraryOption = Annotated[
+ServerLibraryOption = Annotated[
     str | None,
-    typer.Option(help="A native library with the op. genai: is copied; triton: as the server will find it."),
+    typer.Option(metavar="PATH", help="A native library with the op, where the server will find it."),
 ]
 LogitsOption = Annotated[
     str,
@@ -34,6 +43,7 @@ PluginOption = Annotated[
 def deploy_python_command(
     output: OutputOption,
     bundle: BundleArgument = THIS_FOLDER,
+    library: NativeLibraryOption = None,
     logits: LogitsOption = "last",
     json: JsonOption = None,
 ) -> None:
@@ -41,14 +51,14 @@ def deploy_python_command(
     from teamlora_export.bundle import read_bundle
     from teamlora_export.deploy.python import deploy_python
 
-    _show(deploy_python(read_bundle(bundle), output, logits), "python", json)
+    _show(deploy_python(read_bundle(bundle), output, logits, native_library(library)), "python", json)
 
 
 @deploy_app.command("genai")
 def deploy_genai_command(
     output: OutputOption,
     bundle: BundleArgument = THIS_FOLDER,
-    library: LibraryOption = None,
+    library: NativeLibraryOption = None,
     logits: LogitsOption = "last",
     json: JsonOption = None,
 ) -> None:
@@ -56,7 +66,7 @@ def deploy_genai_command(
     from teamlora_export.bundle import read_bundle
     from teamlora_export.deploy.genai import deploy_genai
 
-    _show(deploy_genai(read_bundle(bundle), output, library, logits), "genai", json)
+    _show(deploy_genai(read_bundle(bundle), output, native_library(library), logits), "genai", json)
 
 
 @deploy_app.command("cpp")
@@ -82,7 +92,7 @@ def deploy_triton_command(
     name: Annotated[str | None, typer.Option(help="Of the model. Default: the base's and the adapter's.")] = None,
     engine: EngineOption = None,
     plugin: PluginOption = None,
-    library: LibraryOption = None,
+    library: ServerLibraryOption = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Run the graph on a GPU (engines do in any case).")] = False,
     text: Annotated[bool, typer.Option("--text/--no-text", help="Add the models that take words.")] = True,
     check: Annotated[bool, typer.Option("--check/--no-check", help="They compare the files with their hashes.")] = True,

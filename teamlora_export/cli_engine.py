@@ -183,20 +183,27 @@ def plugins_build(
     onnxruntime: Annotated[
         bool, typer.Option("--onnxruntime", help="The native op for ONNX Runtime on a CPU instead.")
     ] = False,
+    cuda: Annotated[
+        bool,
+        typer.Option("--cuda", help="With --onnxruntime: the op for its CUDA provider, too. Not yet run on a GPU."),
+    ] = False,
     json: JsonOption = None,
 ) -> None:
     """Compile the TensorRT plugin, or the native op for ONNX Runtime; kept in the user's cache for later commands."""
+    architectures = tuple(arch.split(",")) if arch else None
+    if cuda and not onnxruntime:
+        raise ExportError("--cuda: the TensorRT plugin is CUDA code in any case. Leave it out, or add --onnxruntime.")
     if onnxruntime:
-        from teamlora_export.engine.onnxruntime_library import build_library
+        from teamlora_export.engine.onnxruntime_library import build_cuda_library, build_library
 
-        if arch is not None:
-            raise ExportError("--arch is for the TensorRT plugin. Leave it out.")
-        native = build_library()
+        if arch is not None and not cuda:
+            raise ExportError("--arch is for CUDA code. Leave it out, or add --cuda.")
+        native = build_cuda_library(architectures) if cuda else build_library()
         show(str(native.path), dataclasses.asdict(native), json)
         return
     from teamlora_export.engine.plugin import build_plugin
 
-    library = build_plugin(tuple(arch.split(",")) if arch else None)
+    library = build_plugin(architectures)
     show(str(library.path), dataclasses.asdict(library), json)
 
 

@@ -43,6 +43,33 @@ def given_path(value: str | Path) -> Path:
         return Path(value)
 
 
+NativeLibraryOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE|auto", help="Run the op by this native library; auto: by the one that is carried or built here."
+    ),
+]
+# `--library auto`: the one that the package carries or that was built here. A file of that name is ./auto.
+AUTO = "auto"
+
+
+def native_library(given: str | None) -> Path | None:
+    """The library of the op for ONNX Runtime that `--library` names, looked at before a model is opened: ONNX Runtime's
+    own words name neither cause nor way out.
+
+    Raises:
+        ExportError: it is none of ours or does not fit; or there is none to be found or built.
+    """
+    if given is None:
+        return None
+    if not given:
+        raise ExportError("--library is empty. Give a file or auto, or leave the option out.")
+    from teamlora_export.engine.onnxruntime_library import find_library
+    from teamlora_export.progress import Reporter
+
+    return find_library(None if given == AUTO else given_path(given), Reporter()).path
+
+
 BundleArgument = Annotated[
     Path, typer.Argument(parser=given_path, metavar="BUNDLE", help="Folder of the bundle. Default: this folder.")
 ]

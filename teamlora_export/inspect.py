@@ -13,6 +13,7 @@ from teamlora_export.adapter.config import CONFIG_NAME
 from teamlora_export.bundle import MANIFEST_NAME, Bundle, Port, read_bundle
 from teamlora_export.cli_output import Description
 from teamlora_export.engine.facts import EngineFacts, read_facts
+from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, is_library, read_library
 from teamlora_export.engine.plugin import PluginLibrary, latest_plugin, read_plugin
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.lifted import Lifted, find_lifted
@@ -40,11 +41,14 @@ def inspect_path(path: Path) -> Description:
 
 
 def inspect_plugin(path: Path | None) -> Description:
-    """What the plugin library at `path` is, or the one that was built here.
+    """What the library at `path` is, a plugin or the native op for ONNX Runtime; or the plugin that was built here.
 
     Raises:
         ExportError: there is none, or it is none of ours.
     """
+    if path is not None and is_library(path):
+        native = read_library(path)
+        return _describe("native op", native.path, _library_rows(native), dataclasses.asdict(native))
     library = read_plugin(path or latest_plugin())
     return _describe("plugin", library.path, _plugin_rows(library), dataclasses.asdict(library))
 
@@ -174,6 +178,18 @@ def _plugin_rows(library: PluginLibrary) -> Iterable[tuple[str, str]]:
     yield "GPUs", ", ".join(f"sm_{name}" for name in library.architectures)
     yield "TensorRT headers", library.tensorrt
     yield "CUDA", library.cuda
+    yield "build", library.build
+    yield "size", f"{library.path.stat().st_size / 1e6:,.1f} MB"
+    yield "SHA-256", library.sha256
+
+
+def _library_rows(library: OnnxRuntimeLibrary) -> Iterable[tuple[str, str]]:
+    yield "op", f"{library.op} version {library.op_version} ({', '.join(library.attributes)})"
+    yield "ONNX Runtime", f"1.{library.onnxruntime_api} or newer"
+    yield "processor", f"{library.processor}, here: {', '.join(library.instructions)}"
+    if library.cuda:
+        yield "GPUs", ", ".join(f"sm_{name}" for name in library.architectures)
+        yield "CUDA", library.cuda
     yield "build", library.build
     yield "size", f"{library.path.stat().st_size / 1e6:,.1f} MB"
     yield "SHA-256", library.sha256

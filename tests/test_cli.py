@@ -281,3 +281,4 @@ def test_a_bundle_is_the_folder_that_the_command_runs_in(make_bundle):
     assert "is not a bundle" in elsewhere.stderr
     assert "is empty" in run("inspect", "").stderr
     assert "--engine is empty" in run("validate", "--engine", "").stderr
+    assert "--library is empty" in run("generate", ".", "x", "--library", "").stderr

@@ -1,16 +1,14 @@
-// The op as ONNX Runtime sees it: one description for each T, one kernel for each node.
+// The op as ONNX Runtime sees it, whichever provider runs it: one description for each T, one kernel for each node.
 #pragma once
 
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
 #undef ORT_API_MANUAL_INIT
 
-#include <memory>
-#include <mutex>
-#include <optional>
+#include <exception>
+#include <string>
 #include <vector>
 
-#include "../kernels/cpu/projection.h"
 #include "../op.h"
 
 namespace teamlora {
@@ -18,41 +16,84 @@ namespace teamlora {
 // The op's inputs, by their place.
 enum Input : size_t { kX, kBase, kDown, kMix, kUp, kNumInputs };
 
-// One node. Weights that are constant are packed when the session is made, others at each call.
-class MixedExpertKernel {
-public:
-    MixedExpertKernel(const OrtKernelInfo* info, cpu::DataType dtype);
+using Dims = std::vector<int64_t>;
 
-    // Called by any number of threads at once.
-    OrtStatusPtr ComputeV2(OrtKernelContext* context) noexcept;
+// Throws an Ort::Exception that names the op.
+[[noreturn]] void refuse(const std::string& why);
 
-private:
-    void compute(OrtKernelContext* context);
-    template <class Get>
-    cpu::Projection pack(const Get& input) const;
+// "[2, 3]"
+std::string text(const Dims& dims);
 
-    cpu::DataType dtype_;
-    int64_t num_experts_;
-    bool shared_down_;
-    std::vector<int64_t> out_splits_;
-    std::optional<cpu::Projection> packed_;
+// A node's attributes. The constructor refuses what is none.
+struct Attributes {
+    explicit Attributes(const OrtKernelInfo* info);
+
+    int64_t num_experts;
+    bool shared_down;
+    std::vector<int64_t> out_splits;
 };
 
-struct MixedExpertOp : Ort::CustomOpBase<MixedExpertOp, MixedExpertKernel, true> {
-    explicit MixedExpertOp(cpu::DataType dtype);
+// Sizes that follow from the weights. The constructor refuses shapes that do not belong together.
+struct Widths {
+    Widths(const Attributes& attributes, const Dims& down, const Dims& mix, const Dims& up);
 
-    OrtStatusPtr CreateKernelV2(const OrtApi& api, const OrtKernelInfo* info, void** kernel) const noexcept;
+    int64_t in, expert_rank, out;
+};
+
+// How many tokens x has, whose last dimension is `in`. Refuses x and base where they are not [.., in] and [.., out].
+int64_t count_tokens(const Widths& widths, const Dims& x, const Dims& base);
+
+// The shape of a tensor, [] where there is none.
+template <class Value>
+Dims dims_of(const Value& tensor) {
+    return tensor.GetTensorTypeAndShapeInfo().GetShape();
+}
+
+// What `work` throws, as ONNX Runtime takes it and releases it.
+template <class Work>
+OrtStatusPtr as_status(const Work& work) noexcept {
+    try {
+        work();
+        return nullptr;
+    } catch (const Ort::Exception& error) {
+        return Ort::GetApi().CreateStatus(error.GetOrtErrorCode(), error.what());
+    } catch (const std::exception& error) {
+        return Ort::GetApi().CreateStatus(ORT_RUNTIME_EXCEPTION, error.what());
+    }
+}
+
+// The inputs' and outputs' part of a description. y is like `base`: it has its shape, and where ONNX Runtime knows that
+// nobody else reads `base`, it may have its memory.
+void let_output_be_base(OrtCustomOp& op);
+
+// `Kernel` names its provider as kProvider, is made of an OrtKernelInfo and T, and has ComputeV2.
+template <class Kernel>
+struct MixedExpertOp : Ort::CustomOpBase<MixedExpertOp<Kernel>, Kernel, true> {
+    explicit MixedExpertOp(ONNXTensorElementDataType type) : type_(type) { let_output_be_base(*this); }
+
+    OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const noexcept {
+        return as_status([&] { *kernel = new Kernel(info, type_); });
+    }
     const char* GetName() const { return kOpName; }
-    const char* GetExecutionProviderType() const { return "CPUExecutionProvider"; }
+    const char* GetExecutionProviderType() const { return Kernel::kProvider; }
     size_t GetInputTypeCount() const { return kNumInputs; }
-    ONNXTensorElementDataType GetInputType(size_t index) const;
+    ONNXTensorElementDataType GetInputType(size_t index) const {
+        return index == kMix ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : type_;
+    }
     size_t GetOutputTypeCount() const { return 1; }
-    ONNXTensorElementDataType GetOutputType(size_t) const { return GetInputType(kBase); }
+    ONNXTensorElementDataType GetOutputType(size_t) const { return type_; }
     int GetStartVersion() const { return kOpVersion; }
     int GetEndVersion() const { return kOpVersion; }
 
 private:
-    cpu::DataType dtype_;
+    ONNXTensorElementDataType type_;
 };
+
+// One of the three that T may be, in a kernel's own words.
+template <class DataType>
+DataType data_type_of(ONNXTensorElementDataType type) noexcept {
+    if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT) return DataType::kFloat32;
+    return type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16 ? DataType::kFloat16 : DataType::kBFloat16;
+}
 
 }  // namespace teamlora

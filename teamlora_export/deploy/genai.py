@@ -9,16 +9,15 @@ from typing import Any
 from teamlora_export.bundle import MODEL_NAME, Bundle, is_capacity
 from teamlora_export.deploy.folder import Deployment, deployment, require_cpu_dtype
 from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, adds_tokens, tokenizer_config, why_unreadable
+from teamlora_export.deploy.library import add_library
 from teamlora_export.deploy.render import render
-from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.errors import ExportError
-from teamlora_export.progress import Reporter
 
 CONFIG_NAME = "genai_config.json"
 _DEFAULT_LENGTH = 2048
 
 
-def deploy_genai(bundle: Bundle, out: Path, library: str | None = None, logits: str = "last") -> Path:
+def deploy_genai(bundle: Bundle, out: Path, library: Path | None = None, logits: str = "last") -> Path:
     """Write the deployment into `out`.
 
     Args:
@@ -36,14 +35,13 @@ def deploy_genai(bundle: Bundle, out: Path, library: str | None = None, logits: 
     if problem is not None:
         raise ExportError(f"{bundle.folder}: {problem}. Deploy it with `python` or `triton`.")
     require_cpu_dtype(bundle, "genai")
-    path = None if library is None else find_library(Path(library), Reporter()).path
-    library = None if path is None else path.name
+    name = None
     with deployment(bundle, out, "genai", logits=logits) as made:
-        if path is not None:
-            made.add(path.name, path)
-        add_genai_files(made, library)
+        if library is not None:
+            name = add_library(made, library)
+        add_genai_files(made, name)
         facts = {
-            "library": library,
+            "library": name,
             "buffer_bytes": _buffer_bytes(bundle),
             "context": _context(bundle),
             "adds_tokens": adds_tokens(bundle),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.folder import deployment, require_cpu_dtype
+from teamlora_export.deploy.library import add_library
 from teamlora_export.deploy.render import render
 
 RUNNER_NAME = "runner.py"
@@ -13,18 +14,20 @@ RUNNER_NAME = "runner.py"
 REQUIREMENTS = "onnxruntime>=1.24\nnumpy>=2.0\ntokenizers>=0.20\n"
 
 
-def deploy_python(bundle: Bundle, out: Path, logits: str = "last") -> Path:
+def deploy_python(bundle: Bundle, out: Path, logits: str = "last", library: Path | None = None) -> Path:
     """Write the deployment into `out`.
 
     Args:
         logits: see `deployment`.
+        library: a native library with the op, which is copied, and which the program takes then.
 
     Raises:
-        ExportError: see `deployment`; or the model is in bfloat16.
+        ExportError: see `deployment` and `add_library`; or the model is in bfloat16.
     """
     require_cpu_dtype(bundle, "python")
     with deployment(bundle, out, "python", logits=logits) as made:
+        name = None if library is None else add_library(made, library)
         made.write(RUNNER_NAME, Path(__file__).parent / RUNNER_NAME)
         made.write("requirements.txt", REQUIREMENTS)
-        made.write("README.md", render("python.README.md.j2", bundle))
+        made.write("README.md", render("python.README.md.j2", bundle, library=name))
     return out

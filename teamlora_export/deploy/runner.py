@@ -4,8 +4,9 @@
     python runner.py --ids 504 3575 282                   token ids in, token ids out
     python runner.py "a sentence" ["another" ...]         other tasks: a vector or scores a line
 
-It runs the model in its own folder; --model names another. Files are compared with the hashes in deploy.json (or
-manifest.json) first; --no-check leaves that out.
+It runs the model in its own folder, with the native library of the op that lies there, if one does; --model and
+--library name others. Files are compared with the hashes in deploy.json (or manifest.json) first; --no-check leaves
+that out.
 
 One `Model` may be used by many threads at once: it holds no state of a request.
 """
@@ -35,6 +36,7 @@ _RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
 _DESCRIPTIONS = {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)}
 # What is opened here or by a server, so that a list of hashes without one of them is not whole.
 _OPENED = ("model.onnx", "model.onnx.data", "model.plan", "tokenizer.json")
+_LIBRARY_NAME = "libteamlora_onnxruntime.so"
 _LARGEST_TEXT = 512 << 20
 _MOST_THREADS = 1024
 _SPIN_MICROSECONDS = "20"
@@ -499,7 +501,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ids", type=_number, nargs="+", help="token ids of one prompt, in place of words")
     parser.add_argument("--tokens", type=_number, default=64, help="generate at most so many")
     parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="the model's folder")
-    parser.add_argument("--library", type=Path, help="a native library with the op")
+    library_help = f"a native library with the op; default: {_LIBRARY_NAME} beside this program, if it is there"
+    parser.add_argument("--library", type=Path, default=_library_beside(), help=library_help)
     parser.add_argument("--threads", type=_number, default=0, help="of ONNX Runtime; 0: every core")
     parser.add_argument("--no-check", action="store_true", help="do not compare the files with their hashes")
     given = parser.parse_args(arguments)
@@ -520,6 +523,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"{error.name} is not installed: pip install -r requirements.txt")
     except OSError as error:
         _fail(f"{error.filename or 'The output'}: {error.strerror or error}.")
+
+
+def _library_beside() -> Path | None:
+    """What was deployed with this program. A model's folder is never searched for code."""
+    path = Path(__file__).parent / _LIBRARY_NAME
+    return path if path.is_file() else None
 
 
 def _answer(given: argparse.Namespace) -> None:

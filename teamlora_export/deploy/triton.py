@@ -19,6 +19,7 @@ from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment
 from teamlora_export.deploy.python import RUNNER_NAME
 from teamlora_export.deploy.render import render
 from teamlora_export.engine.facts import EngineFacts
+from teamlora_export.engine.onnxruntime_library import LIBRARY_NAME
 from teamlora_export.engine.profiles import choose_capacity
 from teamlora_export.errors import ExportError
 
@@ -58,8 +59,9 @@ def deploy_triton(
         capacity: see `choose_capacity`; no text is longer.
 
     Raises:
-        ExportError: see `deployment` and `add_engine`; the engine does not run in Triton; a model in bfloat16 would run
-            on a CPU; an engine keeps its cache in place; or the name is none.
+        ExportError: see `deployment` and `add_engine`; the engine does not run in Triton; a model in bfloat16 would
+            run on a CPU; an engine keeps its cache in place; the name is none; or `library` is no path, or the one
+            for a CPU where the graph is to run on a GPU.
     """
     name = name or default_name(bundle)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
@@ -67,6 +69,13 @@ def deploy_triton(
     refuse_stray_plugin(engine, plugin)
     if engine is not None and library is not None:
         raise ExportError(f"--library {library}: is for ONNX Runtime, an engine takes --plugin.")
+    if library in ("", "auto"):
+        raise ExportError(f"--library {library}: give the path at which the server will find the library.")
+    if gpu and library is not None and PurePath(library).name == LIBRARY_NAME:
+        raise ExportError(
+            f"--library {library}: has the op for a CPU, and --gpu runs the graph on a GPU. "
+            "Build the other one: teamlora-export plugins build --onnxruntime --cuda"
+        )
     if engine is None and bundle.manifest.dtype == "bf16" and not gpu:
         raise ExportError(f"{bundle.folder}: is in bfloat16, which ONNX Runtime runs on a GPU only: add --gpu.")
     capacity = choose_capacity(bundle, capacity)

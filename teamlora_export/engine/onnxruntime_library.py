@@ -1,8 +1,10 @@
-"""The native op for ONNX Runtime on a CPU: compiled on this machine, kept in the user's cache, described, checked.
+"""The native op for ONNX Runtime: carried by the package or compiled on this machine and kept in the user's cache;
+described, checked.
 
 A model needs none: its op carries a definition in standard operators. With this library loaded, ONNX Runtime runs the
 op itself instead. One build serves every ONNX Runtime from the headers' version on, and holds the code of several
-instruction sets, of which the fastest that the processor has is taken when it is loaded.
+instruction sets, of which the fastest that the processor has is taken when it is loaded. A second library is for the
+CUDA provider too: a session takes a domain from one library alone, so it has the op for both.
 """
 
 from __future__ import annotations
@@ -17,12 +19,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from teamlora_export.cache import cache_folder
-from teamlora_export.engine.plugin import sources_folder
+from teamlora_export.engine.plugin import (
+    check_architectures,
+    choose_architectures,
+    cuda_options,
+    read_architectures,
+    sources_folder,
+)
+from teamlora_export.engine.toolchain import CudaToolkit, find_cuda, missing_compilers
 from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.files import open_file, sha256_of
 from teamlora_export.graph import op
@@ -30,6 +39,7 @@ from teamlora_export.progress import Reporter
 from teamlora_export.staging import write_aside
 
 LIBRARY_NAME = "libteamlora_onnxruntime.so"
+CUDA_LIBRARY_NAME = "libteamlora_onnxruntime_cuda.so"
 HEADER = "onnxruntime_cxx_api.h"
 # Where the headers of a release, of a system's package and of a build from source lie below an include folder.
 _BELOW_INCLUDE = ("", "onnxruntime", "onnxruntime/core/session")
@@ -46,6 +56,7 @@ class OnnxRuntimeLibrary:
         op: "DOMAIN::NAME". op_version: of the op's definition.
         onnxruntime_api: N, where ONNX Runtime 1.N or newer is needed.
         processor: such as x86_64. instructions: the instruction sets that this machine runs of it, fastest first.
+        cuda, architectures: as a `PluginLibrary` has them; empty where it is for a CPU alone.
         build: hash of its sources.
     """
 
@@ -57,6 +68,8 @@ class OnnxRuntimeLibrary:
     onnxruntime_api: int
     processor: str
     instructions: tuple[str, ...]
+    cuda: str
+    architectures: tuple[str, ...]
     build: str
 
 
@@ -65,37 +78,94 @@ class _Tools:
     cmake: str
     include: Path
     api: int
+    toolkit: CudaToolkit | None
 
 
 def build_library(reporter: Reporter | None = None) -> OnnxRuntimeLibrary:
-    """Compile the library, or take the build that is kept.
+    """Compile the library, or take the one that this package carries, or the build that is kept.
 
     Raises:
-        ExportError: a tool is missing, or the compiler fails; nothing is kept then.
+        ExportError: a tool is missing, or the compiler fails; nothing is kept then. Where the package carries a library
+            that does not fit, that is the reason.
     """
     reporter = reporter or Reporter()
-    build, include = library_sources_sha256(), find_include()
-    for kept in _kept(build, "*" if include is None else str(_header_api(include))):
+    build, misfit = library_sources_sha256(), None
+    try:
+        if (carried := _carried(build)) is not None:
+            reporter.say(f"Native op: taken from {carried.path}")
+            return carried
+    except ExportError as error:
+        misfit = error
+    for kept in _kept(f"{_key(build, _installed_api())}/{LIBRARY_NAME}"):
         reporter.say(f"Native op: taken from {kept}")
         return read_library(kept)
-    tools = _find_tools()
-    kept = cache_folder() / "plugins" / _key(build, str(tools.api)) / LIBRARY_NAME
-    label = f"Compiling the op for ONNX Runtime 1.{tools.api} and newer"
-    with reporter.step(label), tempfile.TemporaryDirectory() as folder:
-        made = _compile(Path(folder), tools, build)
-        library = read_library(made)
-        write_aside(kept, made.read_bytes())
-    return replace(library, path=kept)
+    try:
+        tools = _find_tools(cuda=False)
+    except ExportError as missing:
+        raise misfit or missing from None
+    with reporter.step(f"Compiling the op for ONNX Runtime 1.{tools.api} and newer"):
+        return _make(f"{_key(build, tools.api)}/{LIBRARY_NAME}", tools, build)
+
+
+def build_cuda_library(
+    architectures: Sequence[str] | None = None, reporter: Reporter | None = None
+) -> OnnxRuntimeLibrary:
+    """Compile the library for ONNX Runtime's CUDA provider, or take the build that is kept.
+
+    Args:
+        architectures: as `build_plugin` takes them.
+
+    Raises:
+        ExportError: a tool is missing, an architecture is none, or the compiler fails; nothing is kept then.
+    """
+    reporter = reporter or Reporter()
+    check_architectures(architectures)
+    toolkit = find_cuda() or _find_tools(cuda=True).toolkit
+    assert toolkit is not None
+    chosen = choose_architectures(architectures, toolkit, reporter)
+    build = library_sources_sha256(cuda=True)
+    name = f"cuda{toolkit.cuda_version}-sm{'-'.join(chosen)}/{CUDA_LIBRARY_NAME}"
+    for kept in _kept(f"{_key(build, _installed_api())}-{name}"):
+        reporter.say(f"Native op: taken from {kept}")
+        return read_library(kept)
+    tools = _find_tools(cuda=True)
+    label = f"Compiling the op for ONNX Runtime 1.{tools.api} and newer, and for sm_{', sm_'.join(chosen)}"
+    with reporter.step(f"{label} (CUDA {toolkit.cuda_version})"):
+        options = ("-DTEAMLORA_CUDA=ON", *cuda_options(toolkit, chosen))
+        return _make(f"{_key(build, tools.api)}-{name}", tools, build, *options)
 
 
 def find_library(path: Path | None, reporter: Reporter) -> OnnxRuntimeLibrary:
-    """The library at `path`, or the one built for this version, which is compiled where it is not there yet.
+    """The library at `path`, or the one of this version: carried by the package, or built, if need be now.
 
     Raises:
         ExportError: it is no library of ours, does not fit the op, ONNX Runtime or the processor, or cannot be built.
     """
     library = read_library(path) if path is not None else build_library(reporter)
     check_library(library)
+    return library
+
+
+def carried_path() -> Path:
+    """Where a wheel that carries the library has it."""
+    return Path(__file__).parents[1] / "native" / LIBRARY_NAME
+
+
+def _carried(build: str) -> OnnxRuntimeLibrary | None:
+    """The library of this package, if it carries one.
+
+    Raises:
+        ExportError: it is not of these sources, or does not fit ONNX Runtime or the processor.
+    """
+    if not carried_path().is_file():
+        return None
+    library = read_library(carried_path())
+    check_library(library)
+    if library.build != build:
+        raise ExportError(
+            f"{library.path}: was built from other sources ({library.build}) than this package has ({build}). "
+            "Install the package again."
+        )
     return library
 
 
@@ -137,6 +207,7 @@ def read_library(path: Path) -> OnnxRuntimeLibrary:
         fields = json.loads(result.stdout)
         if fields.pop("registers"):
             lists = {name: tuple(fields[name]) for name in ("attributes", "instructions")}
+            lists["architectures"] = read_architectures(fields["architectures"])
             return OnnxRuntimeLibrary(**{**fields, **lists}, path=path, sha256=sha256_of(path))
         reason = "it lacks RegisterCustomOps"
     except (ValueError, TypeError, KeyError):
@@ -144,6 +215,12 @@ def read_library(path: Path) -> OnnxRuntimeLibrary:
     raise ExportError(f"{path}: not a library of teamlora-export's op for ONNX Runtime ({reason}).")
 
 
+def is_library(path: Path) -> bool:
+    """Whether the file at `path` says that it is a library of the op for ONNX Runtime, without opening it as one."""
+    return path.is_file() and _DESCRIBED_BY in path.read_bytes()
+
+
+_DESCRIBED_BY = b"teamlora_library_info"
 _DESCRIBE = """
 import ctypes, json, sys
 library = ctypes.CDLL(sys.argv[1])
@@ -164,23 +241,25 @@ def _check_processor(path: Path) -> None:
         raise ExportError(f"{path}: is built for {machine}, this machine is {platform.machine()}.")
 
 
-def library_sources_sha256() -> str:
-    """Of all that goes into the library, 16 digits."""
+def library_sources_sha256(cuda: bool = False) -> str:
+    """Of all that goes into the library for a CPU, or into that for `cuda`, 16 digits."""
     root = sources_folder()
     digest = hashlib.sha256()
-    for path in sorted([root / "op.h", *root.glob("kernels/cpu/*"), *root.glob("onnxruntime/*")]):
+    kernels = [*root.glob("kernels/cpu/*"), *(root.glob("kernels/*.*") if cuda else ())]
+    for path in sorted([root / "op.h", *kernels, *root.glob("onnxruntime/*")]):
         digest.update(path.relative_to(root).as_posix().encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _key(build: str, api: str) -> str:
-    return f"{build}-ort{api}-{platform.machine()}"
+def _key(build: str, api: int | None) -> str:
+    """Begins the folder's name that a library is kept under: a pattern, where the API may be any."""
+    return f"{build}-ort{'*' if api is None else api}-{platform.machine()}"
 
 
-def _kept(build: str, api: str) -> list[Path]:
-    """Libraries that are kept, of any API where it is `*`."""
-    return sorted((cache_folder() / "plugins").glob(f"{_key(build, api)}/{LIBRARY_NAME}"))
+def _kept(pattern: str) -> list[Path]:
+    """Libraries that are kept, as FOLDER/NAME."""
+    return sorted((cache_folder() / "plugins").glob(pattern))
 
 
 def find_include() -> Path | None:
@@ -191,23 +270,25 @@ def find_include() -> Path | None:
     return next((place.resolve() for place in places if (place / HEADER).is_file()), None)
 
 
-def _find_tools() -> _Tools:
+def _find_tools(cuda: bool) -> _Tools:
     include, cmake = find_include(), shutil.which("cmake")
-    findings = []
+    findings = missing_compilers(cuda)
     if include is None:
         script = Path(__file__).parents[1] / "deploy" / "templates" / "cpp" / "get_libraries.sh"
         findings.append(
             f"{HEADER}: set ONNXRUNTIME_INCLUDE_DIR to the include folder of an ONNX Runtime release, install "
             f"libonnxruntime-dev, or on Debian: sh {script} FOLDER; export ONNXRUNTIME_INCLUDE_DIR=FOLDER/include"
         )
-    if cmake is None:
-        findings.append("cmake: apt-get install cmake, or: pip install cmake")
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        findings.append("a C++ compiler: apt-get install g++")
     raise_findings("The native op cannot be built here; missing", findings)
     assert include is not None
     assert cmake is not None
-    return _Tools(cmake, include, _header_api(include))
+    return _Tools(cmake, include, _header_api(include), find_cuda() if cuda else None)
+
+
+def _installed_api() -> int | None:
+    """Of the headers that are found, if any are."""
+    include = find_include()
+    return None if include is None else _header_api(include)
 
 
 def _header_api(include: Path) -> int:
@@ -218,21 +299,33 @@ def _header_api(include: Path) -> int:
     return int(match[1])
 
 
-def _compile(folder: Path, tools: _Tools, build: str) -> Path:
+def _make(name: str, tools: _Tools, build: str, *options: str) -> OnnxRuntimeLibrary:
+    """Compile the library that is to be kept as `name`, FOLDER/NAME."""
+    kept = cache_folder() / "plugins" / name
+    with tempfile.TemporaryDirectory() as folder:
+        _compile(Path(folder), tools, build, options)
+        made = Path(folder) / kept.name
+        library = read_library(made)
+        write_aside(kept, made.read_bytes())
+    return replace(library, path=kept)
+
+
+def _compile(folder: Path, tools: _Tools, build: str, options: Sequence[str]) -> None:
     configure = [
         *(tools.cmake, "-S", str(sources_folder() / "onnxruntime"), "-B", str(folder)),
         f"-DONNXRUNTIME_INCLUDE_DIR={tools.include}",
         f"-DTEAMLORA_BUILD_ID={build}",
+        *options,
     ]
+    environment = None if tools.toolkit is None else tools.toolkit.environment()
     for command in (configure, [tools.cmake, "--build", str(folder), "--parallel"]):
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if result.returncode != 0:
             errors = list(_errors(result.stdout + result.stderr))
             raise ExportError(
                 f"The native op does not compile with ONNX Runtime's headers 1.{tools.api} ({tools.include}):\n  "
                 + "\n  ".join(errors[:8])
             )
-    return folder / LIBRARY_NAME
 
 
 def _errors(output: str) -> Iterator[str]:

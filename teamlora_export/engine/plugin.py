@@ -22,7 +22,7 @@ from typing import Any
 from teamlora_export.cache import cache_folder
 from teamlora_export.engine.gpu import Gpu
 from teamlora_export.engine.runtime import TensorRT
-from teamlora_export.engine.toolchain import Toolchain, find_toolchain, known_architectures
+from teamlora_export.engine.toolchain import CudaToolkit, Toolchain, find_toolchain, known_architectures
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
@@ -79,11 +79,9 @@ def build_plugin(architectures: Sequence[str] | None = None, reporter: Reporter 
         ExportError: a tool is missing, an architecture is none, or the compiler fails; nothing is kept then.
     """
     reporter = reporter or Reporter()
-    for architecture in architectures or ():
-        if not re.fullmatch(r"\d{2,3}[af]?", architecture):
-            raise ExportError(f"--arch {architecture}: not a compute capability. Give numbers such as 80,89,120.")
+    check_architectures(architectures)
     toolchain = find_toolchain()
-    chosen = _choose(architectures, toolchain, reporter)
+    chosen = choose_architectures(architectures, toolchain, reporter)
     build = sources_sha256()
     kept = _folder() / _key(build, chosen, toolchain) / LIBRARY_NAME
     if kept.is_file():
@@ -221,11 +219,16 @@ def read_plugin(path: Path) -> PluginLibrary:
         raise ExportError(f"{path}: not a plugin library of teamlora-export ({reason}).") from None
     for symbol in fields.pop("missing"):
         raise ExportError(f"{path}: lacks {symbol}, which TensorRT looks for. Build it again.")
-    architectures = tuple(name.removesuffix("-real") for name in fields["architectures"].split())
+    architectures = read_architectures(fields["architectures"])
     return PluginLibrary(
         **{**fields, "path": path, "architectures": architectures, "attributes": tuple(fields["attributes"])},
         sha256=sha256_of(path),
     )
+
+
+def read_architectures(targets: str) -> tuple[str, ...]:
+    """The compute capabilities in cmake's words, as libraries name them."""
+    return tuple(name.removesuffix("-real") for name in targets.split())
 
 
 _DESCRIBE = """
@@ -266,10 +269,21 @@ def _fits(library: PluginLibrary, runtime: TensorRT) -> bool:
     return library.is_for(runtime.version) and (runtime.gpu is None or library.runs_on(runtime.gpu))
 
 
-def _choose(wanted: Sequence[str] | None, toolchain: Toolchain, reporter: Reporter) -> tuple[str, ...]:
-    """The architectures to compile for, in order."""
-    known = known_architectures(toolchain.nvcc)
-    nvcc = f"CUDA {toolchain.cuda_version} ({toolchain.nvcc})"
+def check_architectures(wanted: Sequence[str] | None) -> None:
+    """Refuse what is no compute capability without the dot."""
+    for architecture in wanted or ():
+        if not re.fullmatch(r"\d{2,3}[af]?", architecture):
+            raise ExportError(f"--arch {architecture}: not a compute capability. Give numbers such as 80,89,120.")
+
+
+def choose_architectures(wanted: Sequence[str] | None, toolkit: CudaToolkit, reporter: Reporter) -> tuple[str, ...]:
+    """The architectures to compile for, in order; those of `ARCHITECTURES` that the compiler knows, if none are wanted.
+
+    Raises:
+        ExportError: the compiler does not build for one that is wanted.
+    """
+    known = known_architectures(toolkit.nvcc)
+    nvcc = f"CUDA {toolkit.cuda_version} ({toolkit.nvcc})"
     unknown = [name for name in wanted or ARCHITECTURES if name.rstrip("af") not in known]
     chosen = [name for name in dict.fromkeys(wanted or ARCHITECTURES) if name not in unknown]
     if not chosen or (wanted and unknown):
@@ -277,8 +291,14 @@ def _choose(wanted: Sequence[str] | None, toolchain: Toolchain, reporter: Report
             f"--arch {','.join(unknown)}: {nvcc} does not build for it. It knows {', '.join(known) or 'none'}."
         )
     if unknown:
-        reporter.say(f"Plugin: without sm_{', sm_'.join(unknown)}, which {nvcc} does not know")
+        reporter.say(f"Kernels: without sm_{', sm_'.join(unknown)}, which {nvcc} does not know")
     return tuple(sorted(chosen, key=lambda name: (int(name.rstrip("af")), name)))
+
+
+def cuda_options(toolkit: CudaToolkit, architectures: Sequence[str]) -> tuple[str, str]:
+    """cmake's. Machine code for each architecture, and PTX of the last one for what comes after it."""
+    targets = [*(f"{name}-real" for name in architectures[:-1]), architectures[-1]]
+    return f"-DCMAKE_CUDA_COMPILER={toolkit.nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(targets)}"
 
 
 def _key(build: str, architectures: Sequence[str], toolchain: Toolchain) -> str:
@@ -286,12 +306,9 @@ def _key(build: str, architectures: Sequence[str], toolchain: Toolchain) -> str:
 
 
 def _compile(folder: Path, toolchain: Toolchain, architectures: Sequence[str], build: str) -> Path:
-    # Machine code for each, and PTX of the last one for what comes after it.
-    targets = [*(f"{name}-real" for name in architectures[:-1]), architectures[-1]]
     configure = [
         *(str(toolchain.cmake), "-S", str(sources_folder()), "-B", str(folder)),
-        f"-DCMAKE_CUDA_COMPILER={toolchain.nvcc}",
-        f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(targets)}",
+        *cuda_options(toolchain, architectures),
         f"-DTENSORRT_INCLUDE_DIR={toolchain.tensorrt_include}",
         f"-DTEAMLORA_BUILD_ID={build}",
     ]

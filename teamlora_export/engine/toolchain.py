@@ -1,4 +1,4 @@
-"""What compiling the plugin takes: a CUDA compiler, TensorRT's headers, cmake and a C++ compiler.
+"""What compiling the native parts takes: a CUDA compiler, cmake, a C++ compiler, and for the plugin TensorRT's headers.
 
 The headers are those of the TensorRT that is installed, as near to its version as there are: TensorRT's interfaces lie
 elsewhere in memory with each major version, so headers of another one are no headers.
@@ -33,8 +33,8 @@ _RUNTIME_PACKAGES = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 
 
 @dataclass(frozen=True)
-class Toolchain:
-    """Tools, each with its version.
+class CudaToolkit:
+    """A CUDA compiler with its version.
 
     Attributes:
         cuda_root: the toolkit's folder.
@@ -44,9 +44,6 @@ class Toolchain:
     nvcc: Path
     cuda_root: Path
     cuda_version: str
-    tensorrt_include: Path
-    tensorrt_version: str
-    cmake: Path
     library_folder: Path | None
 
     def environment(self) -> dict[str, str]:
@@ -62,31 +59,53 @@ class Toolchain:
         return self.cuda_root / "include"
 
 
+@dataclass(frozen=True)
+class Toolchain(CudaToolkit):
+    """What the plugin is compiled with."""
+
+    tensorrt_include: Path
+    tensorrt_version: str
+    cmake: Path
+
+
 def find_toolchain() -> Toolchain:
     """The tools of this machine.
 
     Raises:
         ExportError: something is missing; all that is, and how to get it.
     """
-    nvcc, include, cmake = find_nvcc(), find_tensorrt_include(), shutil.which("cmake")
-    installed = installed_tensorrt()
-    findings = []
-    if nvcc is None:
-        findings.append("nvcc: install NVIDIA's CUDA toolkit, or: pip install 'teamlora-export[plugins]'")
+    toolkit, include, cmake = find_cuda(), find_tensorrt_include(), shutil.which("cmake")
+    findings = missing_compilers(cuda=True)
     if include is None:
-        findings.append(_how_to_get_headers(installed))
-    if cmake is None:
-        findings.append("cmake: apt-get install cmake, or: pip install cmake")
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        findings.append("a C++ compiler: apt-get install g++")
+        findings.append(_how_to_get_headers(installed_tensorrt()))
     raise_findings("The plugin cannot be built here; missing", findings)
-    assert nvcc is not None
+    assert toolkit is not None
     assert include is not None
     assert cmake is not None
+    return Toolchain(
+        **vars(toolkit), tensorrt_include=include, tensorrt_version=tensorrt_version(include), cmake=Path(cmake)
+    )
+
+
+def missing_compilers(cuda: bool) -> list[str]:
+    """What is not there of cmake, a C++ compiler and, for `cuda`, nvcc: a line for each, with how to get it."""
+    there = {
+        "nvcc: install NVIDIA's CUDA toolkit, or: pip install 'teamlora-export[plugins]'": not cuda or find_nvcc(),
+        "cmake: apt-get install cmake, or: pip install cmake": shutil.which("cmake"),
+        "a C++ compiler: apt-get install g++": shutil.which(os.environ.get("CXX", "c++")),
+    }
+    return [how_to_get for how_to_get, found in there.items() if not found]
+
+
+def find_cuda() -> CudaToolkit | None:
+    """The toolkit of `find_nvcc`."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return None
     root = _cuda_root(nvcc)
     # The packages on PyPI keep their libraries where nvcc itself does not look.
     library_folder = root / "lib" if not (root / "lib64").is_dir() and (root / "lib").is_dir() else None
-    return Toolchain(nvcc, root, _cuda_version(nvcc), include, tensorrt_version(include), Path(cmake), library_folder)
+    return CudaToolkit(nvcc, root, _cuda_version(nvcc), library_folder)
 
 
 def find_nvcc() -> Path | None:

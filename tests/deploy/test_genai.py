@@ -49,14 +49,14 @@ def test_greedy_text_equals_pytorchs(model, smollm2_greedy):
 
 
 def test_the_native_op_travels_along_and_runs(smollm2, smollm2_greedy, tmp_path):
-    folder = deploy_genai(smollm2, tmp_path / "smollm2", library=str(build_library().path))
+    folder = deploy_genai(smollm2, tmp_path / "smollm2", library=build_library().path)
     ids, answer = next(iter(smollm2_greedy.items()))
     native = og.Model(str(folder))
     found = generate(native, [list(ids)], GREEDY_TOKENS)[0]
     assert str(folder / LIBRARY_NAME) in Path("/proc/self/maps").read_text()
     assert without_stops(found, 2) == answer
     with pytest.raises(ExportError, match="no such file"):
-        deploy_genai(smollm2, tmp_path / "other", library=str(tmp_path / "none.so"))
+        deploy_genai(smollm2, tmp_path / "other", library=tmp_path / "none.so")
 
 
 def test_the_program_in_its_readme_works(smollm2, tmp_path):

@@ -424,6 +424,10 @@ def test_options_reach_the_configuration(make_bundle, tmp_path):
         deploy_triton(bundle, tmp_path / "other", plugin=Path("libteamlora_tensorrt.so"))
     with pytest.raises(ExportError, match="an engine takes --plugin"):
         deploy_triton(bundle, tmp_path / "other", engine="fp16", library="libops.so")
+    with pytest.raises(ExportError, match="give the path at which the server will find"):
+        deploy_triton(bundle, tmp_path / "other", library="auto")
+    with pytest.raises(ExportError, match="has the op for a CPU, and --gpu"):
+        deploy_triton(bundle, tmp_path / "other", library="/ops/libteamlora_onnxruntime.so", gpu=True)
     with pytest.raises(ExportError, match="add --gpu"):
         deploy_triton(make_bundle("llama", "bf16"), tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

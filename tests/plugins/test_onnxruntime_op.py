@@ -36,12 +36,12 @@ def library() -> OnnxRuntimeLibrary:
     return build_library()
 
 
-def open_model(model: ir.Model | Path, library: OnnxRuntimeLibrary | None, profile: Path | None = None):  # type: ignore[no-untyped-def]
+def open_model(model: ir.Model | Path, library: Path | None, profile: Path | None = None):  # type: ignore[no-untyped-def]
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 2
     if library is not None:
-        options.register_custom_ops_library(str(library.path))
+        options.register_custom_ops_library(str(library))
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     content = model if isinstance(model, Path) else ir.to_proto(model).SerializeToString()
@@ -81,11 +81,18 @@ def test_kernels_of_every_instruction_set_compute_the_definition(programs, build
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_native_op_runs_in_place_of_the_body_and_computes_the_formula(library, family, dtype, rng, tmp_path):
+    assert_computes_the_formula(library.path, family, dtype, (1, 0, 9, 200), rng, tmp_path)
+
+
+def assert_computes_the_formula(
+    library: Path, family: str, dtype: ir.DataType, calls: tuple[int, ...], rng: np.random.Generator, folder: Path
+) -> None:
+    """The op of `library`, and no body, in calls of so many tokens."""
     widths = [33, 5, 7]
     projections = [random_projection(rng, family, d_out=width) for width in widths]
     model = one_node_model(widths, projections[0].num_experts, projections[0].shared_down, dtype)
-    session = open_model(model, library, tmp_path / "profile")
-    for tokens in (1, 0, 9, 200):
+    session = open_model(model, library, folder / "profile")
+    for tokens in calls:
         x, base = rng.normal(size=(2, tokens, 7)), rng.normal(size=(2, tokens, sum(widths)))
         feeds = feeds_of(projections, x, base, dtype)
         kept = feeds["base"].copy()
@@ -97,20 +104,20 @@ def test_the_native_op_runs_in_place_of_the_body_and_computes_the_formula(librar
         limit = TOLERANCE[dtype] * 8 / min(p.normalizer_floor for p in projections)
         assert (np.abs(found - expected) <= limit * np.abs(expected).max(initial=1)).all()
         assert (feeds["base"] == kept).all(), "y took the place of a base that is the caller's"
-    assert kernels_run(session) == {op.NAME: 4}
+    assert kernels_run(session) == {op.NAME: len(calls)}
 
 
 def test_weights_inside_the_model_are_packed_once_and_give_the_same(library, rng):
     projections = [random_projection(rng, "teamlora", d_out=width) for width in (20, 3)]
     model = one_node_model([20, 3], 4, False, ir.DataType.FLOAT)
     feeds = feeds_of(projections, rng.normal(size=(1, 5, 7)), rng.normal(size=(1, 5, 23)), ir.DataType.FLOAT)
-    given = open_model(model, library).run(None, feeds)[0]
+    given = open_model(model, library.path).run(None, feeds)[0]
     for value in list(model.graph.inputs)[2:]:
         model.graph.inputs.remove(value)
         value.const_value = ir.tensor(feeds[value.name], name=value.name)
         value.shape = ir.Shape(feeds[value.name].shape)
         model.graph.register_initializer(value)
-    inside = open_model(model, library).run(None, {name: feeds[name] for name in ("x", "base")})[0]
+    inside = open_model(model, library.path).run(None, {name: feeds[name] for name in ("x", "base")})[0]
     assert (inside == given).all()
 
 
@@ -120,7 +127,7 @@ def test_nan_and_infinity_stay_with_their_token_as_in_the_body(library, rng):
     x, base = rng.normal(size=(1, 60, 7)), rng.normal(size=(1, 60, 40))
     x[0, 3, 2], x[0, 17, 0], base[0, 30, 5] = np.nan, np.inf, np.inf
     feeds = feeds_of([projection], x, base, ir.DataType.FLOAT)
-    native, body = (open_model(model, which).run(None, feeds)[0] for which in (library, None))
+    native, body = (open_model(model, which).run(None, feeds)[0] for which in (library.path, None))
     assert (np.isfinite(native) == np.isfinite(body)).all()
     others = np.isfinite(body).all(axis=-1)
     assert others.sum() == 57
@@ -129,7 +136,7 @@ def test_nan_and_infinity_stay_with_their_token_as_in_the_body(library, rng):
 
 def test_a_model_gives_the_same_with_and_without_it(library, make_bundle, tmp_path, rng):
     bundle = make_bundle("llama")
-    native = open_model(bundle.folder / "model.onnx", library, tmp_path / "profile")
+    native = open_model(bundle.folder / "model.onnx", library.path, tmp_path / "profile")
     body = open_model(bundle.folder / "model.onnx", None)
     for tokens in (1, 40):
         feeds = {
@@ -158,7 +165,7 @@ def test_a_bare_name_is_a_file_of_this_folder(library, make_bundle, monkeypatch)
 def test_eight_threads_in_two_sessions_do_not_disturb_each_other(library, rng):
     """Calls of about a millisecond, so that they do meet."""
     projections = [make_projection(rng, 4, 8, False, 512, width) for width in (512, 128)]
-    sessions = [open_model(one_node_model([512, 128], 4, False, ir.DataType.FLOAT), library) for _ in range(2)]
+    sessions = [open_model(one_node_model([512, 128], 4, False, ir.DataType.FLOAT), library.path) for _ in range(2)]
     requests = [
         feeds_of(projections, rng.normal(size=(1, tokens, 512)), rng.normal(size=(1, tokens, 640)), ir.DataType.FLOAT)
         for tokens in range(8, 136, 16)
@@ -171,6 +178,10 @@ def test_eight_threads_in_two_sessions_do_not_disturb_each_other(library, rng):
 
 
 def test_sizes_that_do_not_fit_are_refused_in_words(library, rng):
+    assert_refuses_sizes_in_words(library.path, rng)
+
+
+def assert_refuses_sizes_in_words(library: Path, rng: np.random.Generator) -> None:
     session = open_model(one_node_model([6], 4, False, ir.DataType.FLOAT), library)
     good = feeds_of(
         [random_projection(rng, "teamlora")], rng.normal(size=(1, 2, 7)), np.zeros((1, 2, 6)), ir.DataType.FLOAT
