@@ -18,9 +18,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from teamlora_export.bundle import Bundle
 from teamlora_export.cache import cache_folder
 from teamlora_export.engine.plugin import sources_folder
 from teamlora_export.errors import ExportError, raise_findings
@@ -97,6 +99,34 @@ def find_library(path: Path | None, reporter: Reporter) -> OnnxRuntimeLibrary:
     library = read_library(path) if path is not None else build_library(reporter)
     check_library(library)
     return library
+
+
+def library_for(bundle: Bundle, path: Path, reporter: Reporter) -> OnnxRuntimeLibrary:
+    """The library at `path`, to run the op of `bundle`.
+
+    Raises:
+        ExportError: as `find_library`; or the bundle has no use for it.
+    """
+    if bundle.manifest.op["form"] == "standard":
+        raise ExportError(
+            f"{bundle.folder}: was exported with --op standard, so there is no op for the native library to run."
+        )
+    if bundle.manifest.dtype == "bf16":
+        raise ExportError(
+            f"{bundle.folder}: is bf16, which ONNX Runtime has no products in on a CPU, so that it does not run there "
+            "with the native op. Export in fp32 or fp16, or leave --library out."
+        )
+    return find_library(path, reporter)
+
+
+def kept_library() -> OnnxRuntimeLibrary | None:
+    """The library that was built here for this version, if there is one that the installed ONNX Runtime loads."""
+    for path in _kept(library_sources_sha256(), "*"):
+        library = read_library(path)
+        with suppress(ExportError):
+            check_library(library)
+            return library
+    return None
 
 
 def check_library(library: OnnxRuntimeLibrary) -> None:
