@@ -99,7 +99,7 @@ def measure(
         readers = {row.name: row.open() for row in rows}
     figures: list[Figure] = []
     for workload in workloads:
-        with reporter.step(f"Batch {workload.batch}, {workload.length} tokens, {turns} turns"):
+        with reporter.step(f"Batch {workload.batch}, {workload.length} tokens, turns of all rows"):
             figures += take_turns(readers, baseline, workload, make_prompts(workload, vocabulary), turns)
     return Benchmark(baseline, turns, machine, tuple(figures), _floors(figures, works, baseline), tuple(alone))
 

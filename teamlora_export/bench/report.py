@@ -13,22 +13,17 @@ from rich.table import Table
 from rich.text import Text
 
 from teamlora_export.bench.measure import FEWEST_TURNS, Benchmark
-from teamlora_export.bench.turns import DECODE, PREFILL, Figure, Ratio
+from teamlora_export.bench.turns import DECODE, PREFILL, Figure, Ratio, Workload
 from teamlora_export.page import render_page, write_report
 
 _QUANTITIES = (DECODE, PREFILL)
 
 
 def print_benchmark(benchmark: Benchmark, name: str, console: Console) -> None:
-    """A table of speeds, one of load time and memory, and what can be told from them."""
-    title = f"{name}: time over {benchmark.baseline!r} with its quartiles, and the floor in bytes or operations"
-    speed = Table(title=Text(title), title_justify="left")
-    _fill(speed, *_speed_table(benchmark))
-    console.print(speed)
-    if benchmark.alone:
-        alone = Table(title="In a process of its own", title_justify="left")
-        _fill(alone, *_alone_table(benchmark))
-        console.print(alone)
+    """A table of speeds for each workload, one of load time and memory, and what can be told from them."""
+    console.print(f"{name}: time over {benchmark.baseline!r} with its quartiles, beside its floor", markup=False)
+    for table in tables(benchmark):
+        console.print(_drawn(table))
     console.print(conclusion(benchmark), markup=False)
 
 
@@ -53,7 +48,7 @@ def write_html(benchmark: Benchmark, name: str, path: Path) -> None:
         name=name,
         benchmark=benchmark,
         conclusion=conclusion(benchmark),
-        tables=[_speed_table(benchmark)] + [_alone_table(benchmark)] * bool(benchmark.alone),
+        tables=tables(benchmark),
         panels=panels(benchmark),
     )
     write_report(path, page)
@@ -130,7 +125,7 @@ def _panel(title: str, marks: Sequence[Mark], noise: float) -> Panel:
 
 
 def _floor(figure: Figure, benchmark: Benchmark) -> float | None:
-    """Of bytes for a step of decoding, of operations for a prefill: what either is bound by."""
+    """In bytes for a step of decoding, in operations for a prefill: what either is bound by."""
     floor = benchmark.floors.get((figure.row, figure.quantity, figure.workload))
     if floor is None:
         return None
@@ -153,52 +148,59 @@ def _figure_fields(figure: Figure, benchmark: Benchmark) -> dict[str, Any]:
     }
 
 
-_TableRows = tuple[list[str], list[list[str]]]
+@dataclass(frozen=True)
+class Grid:
+    """A table, before it is drawn."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
-def _speed_table(benchmark: Benchmark) -> _TableRows:
-    quantities = [q for q in _QUANTITIES if any(figure.quantity == q for figure in benchmark.figures)]
-    titles = {DECODE: ["tokens/s", "ratio", "bytes"], PREFILL: ["prefill, ms", "ratio", "operations"]}
-    columns = ["row", "batch", "tokens", *(title for quantity in quantities for title in titles[quantity])]
-    rows = []
-    by_place = {(figure.workload, figure.row, figure.quantity): figure for figure in benchmark.figures}
-    for workload, name in dict.fromkeys((figure.workload, figure.row) for figure in benchmark.figures):
-        cells = [name, str(workload.batch), str(workload.length)]
-        for quantity in quantities:
-            cells += _cells(by_place[workload, name, quantity], benchmark)
-        rows.append(cells)
-    return columns, rows
+_COLUMNS = {DECODE: ("tokens/s", "ratio", "floor"), PREFILL: ("prefill, ms", "ratio", "floor")}
 
 
-def _cells(figure: Figure, benchmark: Benchmark) -> list[str]:
+def tables(benchmark: Benchmark) -> list[Grid]:
+    """A table for each workload, and one of load time and memory where they were measured."""
+    found = [_speeds(workload, benchmark) for workload in _workloads(benchmark)]
+    if benchmark.alone:
+        rows = tuple(
+            (alone.row, f"{alone.load_seconds:.2f}", "-" if alone.bytes is None else f"{alone.bytes / 1e6:,.0f}")
+            for alone in benchmark.alone
+        )
+        found.append(Grid("in a process of its own", ("row", "load, s", "most memory, MB"), rows))
+    return found
+
+
+def _speeds(workload: Workload, benchmark: Benchmark) -> Grid:
+    figures = {(f.row, f.quantity): f for f in benchmark.figures if f.workload == workload}
+    quantities = [quantity for quantity in _QUANTITIES if any(found == quantity for _, found in figures)]
+    rows = tuple(
+        (name, *(cell for quantity in quantities for cell in _cells(figures[name, quantity], benchmark)))
+        for name in dict.fromkeys(name for name, _ in figures)
+    )
+    columns = ("row", *(column for quantity in quantities for column in _COLUMNS[quantity]))
+    return Grid(f"batch {workload.batch}, {workload.length} tokens", columns, rows)
+
+
+def _cells(figure: Figure, benchmark: Benchmark) -> tuple[str, str, str]:
     value = f"{figure.tokens_a_second:.1f}" if figure.quantity == DECODE else f"{figure.median * 1e3:.1f}"
     if figure.row == benchmark.baseline:
-        return [value, "1", ""]
+        return value, "1", ""
     floor, ratio = _floor(figure, benchmark), figure.ratio
     mark = "" if figure.tells else "~"
     spread = f"{mark}{ratio.median:.2f} ({ratio.low:.2f} - {ratio.high:.2f})"
-    return [value, spread, "" if floor is None else f"{floor:.3f}"]
+    return value, spread, "" if floor is None else f"{floor:.3f}"
 
 
-def _alone_table(benchmark: Benchmark) -> _TableRows:
-    rows = [
-        [alone.row, f"{alone.load_seconds:.2f}", "-" if alone.bytes is None else f"{alone.bytes / 1e6:,.0f}"]
-        for alone in benchmark.alone
-    ]
-    return ["row", "load, s", "most memory, MB"], rows
-
-
-def _workloads(benchmark: Benchmark) -> list[Any]:
+def _workloads(benchmark: Benchmark) -> list[Workload]:
     return list(dict.fromkeys(figure.workload for figure in benchmark.figures))
 
 
-def _fill(table: Table, columns: list[str], rows: list[list[str]]) -> None:
-    for column in columns:
+def _drawn(grid: Grid) -> Table:
+    table = Table(title=grid.title, title_justify="left")
+    for column in grid.columns:
         table.add_column(column, justify="left" if column == "row" else "right", no_wrap=True)
-    before = None
-    for cells in rows:
-        # A line where another workload begins.
-        if before is not None and cells[1:3] != before and len(columns) > 3:
-            table.add_section()
-        before = cells[1:3]
-        table.add_row(*cells)
+    for cells in grid.rows:
+        table.add_row(*map(Text, cells))
+    return table

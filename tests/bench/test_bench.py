@@ -103,7 +103,7 @@ def test_wrong_arguments_are_one_message_before_anything_is_measured(arguments, 
     names = {"BUNDLE": str(make_bundle("llama").folder), "MINE": str(mine)}
     with pytest.raises((ExportError, WRONG_USAGE), match=message):
         app(["bench", *(names.get(a, a) for a in arguments)], standalone_mode=False)
-    assert "turns:" not in capsys.readouterr().err
+    assert "turns of all" not in capsys.readouterr().err
     assert mine.read_text() == "not yours"
 
 

@@ -138,5 +138,5 @@ def test_an_encoder_is_measured_beside_pytorch(make_bundle):
     assert {figure.quantity for figure in benchmark.figures} == {"prefill"}
     assert choose_workloads(make_bundle("bert"), BenchOptions(batches=(8,))) == [
         Workload(8, 64, 0),
-        Workload(8, 128, 0),
+        Workload(8, 130, 0),
     ]
