@@ -20,7 +20,13 @@ from teamlora_export.errors import ExportError, printable
 
 _STATUS = Path("/proc/self/status")
 _STEPS = 8
-_PROGRAM = "from teamlora_export.bench import alone; alone.answer()"
+# The path comes first: nothing is imported from the folder that the command runs in, which may be a bundle's.
+_PROGRAM = """
+import pickle, sys
+sys.path[:], given = pickle.load(sys.stdin.buffer)
+from teamlora_export.bench import alone
+alone.answer(given)
+"""
 
 
 @dataclass(frozen=True)
@@ -61,9 +67,8 @@ def _median(sizes: Sequence[int | None]) -> int | None:
 
 
 def _run_apart(row: Row, prompts: Sequence[Sequence[int]], count: int) -> tuple[float, int | None]:
-    # The row's class may be in a module that only this process's path leads to.
     given = pickle.dumps((sys.path, pickle.dumps((row, prompts, count))))
-    done = subprocess.run([sys.executable, "-c", _PROGRAM], input=given, capture_output=True, check=False)
+    done = subprocess.run([sys.executable, "-P", "-c", _PROGRAM], input=given, capture_output=True, check=False)
     try:
         found = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
@@ -74,11 +79,9 @@ def _run_apart(row: Row, prompts: Sequence[Sequence[int]], count: int) -> tuple[
     return found["seconds"], found["bytes"]
 
 
-def answer() -> None:
-    """What the process of its own does: it is given a row by its standard input, and prints one line of JSON."""
-    path, given = pickle.load(sys.stdin.buffer)
+def answer(given: bytes) -> None:
+    """What the process of its own does with a row that was pickled for it: prints one line of JSON."""
     before = _most_memory()
-    sys.path[:] = path
     row, prompts, count = pickle.loads(given)
     for library in row.libraries:
         importlib.import_module(library)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from pathlib import Path
@@ -23,7 +24,9 @@ def require_matplotlib() -> None:
     Raises:
         ModuleNotFoundError: it is not installed.
     """
-    import matplotlib  # noqa: F401
+    # It takes settings from the current folder, which may be a bundle's.
+    with contextlib.chdir(Path(__file__).parent):
+        import matplotlib  # noqa: F401
 
 
 def write_plot(benchmark: Benchmark, name: str, path: Path) -> None:
@@ -32,6 +35,7 @@ def write_plot(benchmark: Benchmark, name: str, path: Path) -> None:
     Raises:
         ExportError: there is something else of that name, or it cannot be written.
     """
+    require_matplotlib()
     # Without pyplot, which would look for a screen.
     from matplotlib.figure import Figure
 

@@ -161,7 +161,7 @@ def read_library(path: Path) -> OnnxRuntimeLibrary:
             f"{path}: no such file. Build the native op with `teamlora-export plugins build --onnxruntime`."
         ) from None
     result = subprocess.run(
-        [sys.executable, "-c", _DESCRIBE, str(path.resolve())], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", _DESCRIBE, str(path.resolve())], capture_output=True, text=True, check=False
     )
     try:
         fields = json.loads(result.stdout)

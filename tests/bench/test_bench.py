@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import teamlora_export
 from teamlora_export.bench.alone import measure_alone
 from teamlora_export.bench.run import BODY, BYPASSED, EAGER, BenchOptions, bench_bundle, choose_workloads
 from teamlora_export.bench.turns import AGAIN, Workload
@@ -153,3 +154,20 @@ def test_a_row_that_fails_in_a_process_of_its_own_is_told(name, message, monkeyp
     monkeypatch.setitem(sys.modules, "test_bench", sys.modules[__name__])
     with pytest.raises(ExportError, match=message):
         measure_alone([Broken(name)], [[1]], 1, 1)
+
+
+def test_nothing_is_taken_from_the_current_folder(make_bundle, tmp_path):
+    """Which is a bundle's where none is named."""
+    folder = Path(shutil.copytree(make_bundle("llama").folder, tmp_path / "bundle"))
+    for module in ("onnxruntime", "numpy", "pickle", "json", "ctypes"):
+        (folder / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "matplotlibrc").write_text("figure.facecolor: red\nno setting\n")
+    options = (*BRIEF, "--batch", "1", "--length", "5", "--plot", str(tmp_path / "plot.png"))
+    command = [sys.executable, "-P", "-m", "teamlora_export.cli", "bench", *options]
+    path = str(Path(teamlora_export.__file__).parents[1])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=folder, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "matplotlibrc" not in done.stderr
+    assert not (tmp_path / "ran").exists()
