@@ -56,8 +56,9 @@ def bypass_experts(model: ir.Model, bundle: Bundle) -> None:
         ExportError: there is none.
     """
     nodes = list(_expert_nodes(model, bundle))
-    if not nodes:
-        raise ExportError(f"{bundle.folder}: no projection of its graph shows its experts. Export the model again.")
+    # A graph that somebody changed may have nodes of any form.
+    if not nodes or any(len(node.inputs) < 2 or len(node.outputs) != 1 or None in node.inputs for node in nodes):
+        raise ExportError(f"{bundle.folder}: its graph does not show where experts are added. Export the model again.")
     for node in nodes:
         base = node.inputs[1] if op.is_op(node) else node.inputs[0]
         identity = ir.node("Identity", [base], name=node.name)

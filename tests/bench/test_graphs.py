@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from teamlora_export.bench.floor import Work, floor, work_of
-from teamlora_export.bench.graphs import written_graphs
+from teamlora_export.bench.graphs import bypass_experts, written_graphs
 from teamlora_export.bench.rows import GraphRow
 from teamlora_export.bench.run import BODY, BYPASSED, EAGER, NATIVE, BenchOptions, bench_bundle, choose_workloads
 from teamlora_export.bench.turns import AGAIN, Workload
 from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.errors import ExportError
+from teamlora_export.graph.read import read_graph
 
 # Of the tiny Llama: four layers of q, k, v, o, gate, up and down, a tied head, r = 8 in 4 experts on all of them.
 SHAPES = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 48), (32, 48), (48, 32)]
@@ -110,6 +111,14 @@ def test_tables_that_are_looked_up_are_not_read_whole():
     for name, shape in (("table", (5, 4)), ("tied", (3, 4)), ("bias", (3,))):
         model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(shape, np.float32), name))
     assert work_of(ir.from_proto(model)) == Work(bytes=4 * (12 + 3), each=12, last=0)
+
+
+def test_a_graph_without_experts_is_refused(make_bundle):
+    bundle = make_bundle("llama")
+    model = read_graph(bundle)
+    bypass_experts(model, bundle)
+    with pytest.raises(ExportError, match="does not show where experts are added"):
+        bypass_experts(model, bundle)
 
 
 def test_nothing_is_left_beside_the_bundle(make_bundle):
