@@ -45,6 +45,7 @@ from fuzz_cases import KINDS, SECRET, Case, copy_world, make_case
 
 from teamlora_export import cli, export, inspect  # noqa: F401
 from teamlora_export.adapter import AdapterConfig, write_adapter
+from teamlora_export.bench import run as _bench_run  # noqa: F401
 from teamlora_export.bundle import read_bundle
 from teamlora_export.deploy import cpp, genai, python, runner, triton  # noqa: F401
 from teamlora_export.engine.build import BuildOptions, build_engine

@@ -119,6 +119,7 @@ def _on_bundle(rng: random.Random, bundle: str) -> tuple[tuple[str, ...], str | 
         (4, ("deploy", target, bundle, "-o", "out"), "out", ()),
         (2, ("trt", "graph", bundle, "-o", "out", "--dtype", "fp16"), "out", ()),
         (1, validate, None, (f"{bundle}/manifest.json",)),
+        (1, ("bench", bundle, "--length", "2", "--count", "1", "--turns", "1", "--no-memory"), None, ()),
         (1, ("onnx", adapter[1], "-a", adapter[0], "-o", bundle), bundle, ()),
         (1, ("trt", bundle, "--runtime", "tensorrt"), None, ()),
     )
@@ -176,6 +177,7 @@ def _spoilt_arguments(rng: random.Random, folder: Path) -> Case:
                 ["onnx", "base", "-a", "adapter", "-o", "out", "--dtype", "fp32", "--task", "auto", "--op", "function"],
                 ["validate", "bundle", "--engine", "none", "--plugin", "plugin.so", "--json", "out"],
                 ["inspect", "bundle", "--json", "out"],
+                ["bench", "bundle", "--length", "2", "--batch", "1", "--count", "1", "--turns", "1", "--no-memory"],
                 ["generate", "bundle", "w1", "--tokens", "2"],
                 ["embed", "encoder-bundle", "w1"],
                 ["trt", "bundle", "--runtime", "tensorrt", "--shapes", "1x1,1x16,1x32", "--memory", "1"],

@@ -276,7 +276,7 @@ def rehash(folder: Path) -> str:
     """Make the hashes of a bundle or a deployment those of its files, so that more than the hash must notice."""
     for name, entry in (("manifest.json", "sha256"), ("deploy.json", "files")):
         try:
-            fields = json.loads((folder / name).read_text(encoding="utf-8"))
+            fields = _fields_of(folder / name)
             for file in fields[entry]:
                 if (folder / file).is_file() and (folder / file).stat().st_size < 1 << 30:
                     fields[entry][file] = sha256_of(folder / file)
@@ -286,10 +286,17 @@ def rehash(folder: Path) -> str:
     return ", rehashed"
 
 
+def _fields_of(path: Path) -> dict[str, Any]:
+    """What a description says; one that has become a device or a giant is not read."""
+    if not path.is_file() or path.stat().st_size >= 1 << 30:
+        raise OSError(path)
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def rehash_engine(engine: Path) -> str:
     try:
         path = engine.with_suffix(".json")
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = _fields_of(path)
         fields["sha256"] = sha256_of(engine)
         path.write_text(json.dumps(fields), encoding="utf-8")
     except Exception:

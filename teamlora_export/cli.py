@@ -18,6 +18,7 @@ import typer.core
 from rich.console import Console
 
 from teamlora_export import __version__, interrupt
+from teamlora_export.cli_bench import bench_command
 from teamlora_export.cli_deploy import deploy_app
 from teamlora_export.cli_engine import PluginOption, plugins_app, trt_app
 from teamlora_export.cli_output import (
@@ -50,7 +51,14 @@ app = typer.Typer(
 )
 
 # Packages that come with an extra, because they are a choice or rarely needed.
-_EXTRAS = {"onnxruntime": "cpu", "gguf": "gguf", "polygraphy": "tensorrt", "tritonclient": "triton", "grpc": "triton"}
+_EXTRAS = {
+    "onnxruntime": "cpu",
+    "gguf": "gguf",
+    "polygraphy": "tensorrt",
+    "tritonclient": "triton",
+    "grpc": "triton",
+    "matplotlib": "bench",
+}
 
 
 app.add_typer(trt_app, name="trt")
@@ -125,8 +133,9 @@ def validate(
 ) -> None:
     """Compare a bundle with PyTorch; exit with 1 where it departs, and say which module does."""
     from teamlora_export.bundle import read_bundle
+    from teamlora_export.page import refuse_foreign_report
     from teamlora_export.progress import Reporter
-    from teamlora_export.validate.report import print_verdict, refuse_foreign_report, verdict_fields, write_html
+    from teamlora_export.validate.report import print_verdict, verdict_fields, write_html
     from teamlora_export.validate.run import validate_bundle
 
     if engine == "":
@@ -213,6 +222,9 @@ def embed(
         raise ExportError(str(error)) from None
     for row in rows:
         say(str(row.astype(float).tolist()))
+
+
+app.command("bench")(bench_command)
 
 
 # What the command line library raises for arguments that it cannot take.

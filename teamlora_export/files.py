@@ -167,6 +167,14 @@ def copy_file(path: Path, target: Path, folder: Path | None = None, largest: int
         shutil.copyfileobj(file, copy, _CHUNK)
 
 
+def link_or_copy(path: Path, target: Path) -> None:
+    """Give a file of ours another name; a copy where that is on another file system, or on one without links."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
+
+
 def _blobs(repository: Path) -> Path:
     """Where a repository in Hugging Face's cache keeps its files; in the user's own cache that may be a link."""
     blobs = repository / "blobs"

@@ -116,7 +116,7 @@ class Model:
         count = self.require_room(prompts, count)
         answers: list[list[int]] = [[] for _ in prompts]
         going = [True] * len(prompts)
-        for tokens in self._likeliest(prompts, count, going):
+        for tokens in self.likeliest(prompts, count, going):
             for row, token in enumerate(tokens):
                 going[row] = going[row] and token not in self._settings.stops
                 if going[row]:
@@ -134,11 +134,12 @@ class Model:
             ModelError: as `generate` does.
         """
         count = self.require_room([prompt], count)
-        for tokens in self._likeliest([prompt], count, [True]):
+        for tokens in self.likeliest([prompt], count, [True]):
             yield tokens[0]
 
-    def _likeliest(self, prompts: Sequence[Sequence[int]], count: int, going: Sequence[bool]) -> Iterator[list[int]]:
-        """The next token of each row, `count` times; rows that are no longer `going` may be anything."""
+    def likeliest(self, prompts: Sequence[Sequence[int]], count: int, going: Sequence[bool]) -> Iterator[list[int]]:
+        """The next token of each row, `count` times, for which `require_room` found room; rows that are no longer
+        `going` may be anything."""
         width = max(map(len, prompts))
         rows = [[*[self._settings.padding] * (width - len(prompt)), *prompt] for prompt in prompts]
         mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)

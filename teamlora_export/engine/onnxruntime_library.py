@@ -20,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from teamlora_export.bundle import Bundle
 from teamlora_export.cache import cache_folder
 from teamlora_export.engine.plugin import (
     check_architectures,
@@ -169,6 +171,39 @@ def _carried(build: str) -> OnnxRuntimeLibrary | None:
     return library
 
 
+def library_for(bundle: Bundle, path: Path, reporter: Reporter) -> OnnxRuntimeLibrary:
+    """The library at `path`, to run the op of `bundle`.
+
+    Raises:
+        ExportError: as `find_library`; or the bundle has no use for it.
+    """
+    if bundle.manifest.op["form"] == "standard":
+        raise ExportError(
+            f"{bundle.folder}: was exported with --op standard, so there is no op for the native library to run."
+        )
+    if bundle.manifest.dtype == "bf16":
+        raise ExportError(
+            f"{bundle.folder}: is bf16, which ONNX Runtime has no products in on a CPU, so that it does not run there "
+            "with the native op. Export in fp32 or fp16, or leave --library out."
+        )
+    return find_library(path, reporter)
+
+
+def kept_library() -> OnnxRuntimeLibrary | None:
+    """The library that the package carries or that was built here for this version, if there is one that the installed
+    ONNX Runtime loads."""
+    build = library_sources_sha256()
+    with suppress(ExportError):
+        if (carried := _carried(build)) is not None:
+            return carried
+    for path in _kept(f"{_key(build, None)}/{LIBRARY_NAME}"):
+        library = read_library(path)
+        with suppress(ExportError):
+            check_library(library)
+            return library
+    return None
+
+
 def check_library(library: OnnxRuntimeLibrary) -> None:
     """Refuse a library that does not know the op as this version writes it, or that this ONNX Runtime cannot load."""
     wanted = (f"{op.DOMAIN}::{op.NAME}", op.VERSION, op.ATTRIBUTES)
@@ -201,7 +236,7 @@ def read_library(path: Path) -> OnnxRuntimeLibrary:
             f"{path}: no such file. Build the native op with `teamlora-export plugins build --onnxruntime`."
         ) from None
     result = subprocess.run(
-        [sys.executable, "-c", _DESCRIBE, str(path.resolve())], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", _DESCRIBE, str(path.resolve())], capture_output=True, text=True, check=False
     )
     try:
         fields = json.loads(result.stdout)

@@ -210,7 +210,7 @@ def read_plugin(path: Path) -> PluginLibrary:
     """
     if not path.is_file():
         raise ExportError(f"{path}: no such file. Build the plugin with `teamlora-export plugins build`.")
-    command = [sys.executable, "-c", _DESCRIBE, str(path.resolve())]
+    command = [sys.executable, "-P", "-c", _DESCRIBE, str(path.resolve())]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         fields = json.loads(result.stdout)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from teamlora_export import __version__
 from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, Dtype, Sha256, check_files
 from teamlora_export.engine.profiles import choose_capacity
 from teamlora_export.errors import ExportError
-from teamlora_export.files import read_record, sha256_of
+from teamlora_export.files import link_or_copy, read_record, sha256_of
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.passes.attend_with_past import ExpandPast
 from teamlora_export.graph.passes.expand_paired_rotary import ExpandPairedRotary
@@ -91,7 +90,7 @@ def prepared_model(
         ExportError: the plugin is wanted but the bundle has no nodes of the op, or a weight does not fit into float16.
     """
     with scratch_folder(place) as folder:
-        _write_model(bundle, dtype, folder, for_plugin, _link, reporter, capacity)
+        _write_model(bundle, dtype, folder, for_plugin, link_or_copy, reporter, capacity)
         yield folder / MODEL_NAME
 
 
@@ -123,7 +122,7 @@ def _write_model(
     else:
         inline_bodies(model)
     if dtype == bundle.manifest.dtype:
-        require_space(folder, bundle.data.stat().st_size if share is not _link else 0)
+        require_space(folder, bundle.data.stat().st_size if share is not link_or_copy else 0)
         share(bundle.data, folder / DATA_NAME)
         ir.save(model, folder / MODEL_NAME)
         return
@@ -152,11 +151,3 @@ def _our_files(out: Path) -> set[str]:
         if (out / name).is_file() and sha256_of(out / name, out) != digest:
             raise ExportError(f"{out / name}: is not as it was written, and would be lost. Choose another -o.")
     return {GRAPH_NAME, *facts.files}
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        # Another file system, or one without links.
-        shutil.copyfile(source, target)

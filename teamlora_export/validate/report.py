@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from rich.console import Console
 from rich.table import Table
 
 from teamlora_export.bundle import Bundle
-from teamlora_export.errors import ExportError
-from teamlora_export.files import open_file
-from teamlora_export.staging import write_aside
+from teamlora_export.page import render_page, write_report
 from teamlora_export.validate import local
 from teamlora_export.validate.judge import FLOOR, MULTIPLE
 from teamlora_export.validate.verdict import Judgement, Verdict
 
-# At the top of every report, so that one may replace another.
-_MARK = b"teamlora-export"
 _MOST_DEPARTURES = 10
 _LAYER = re.compile(r"^(.*?\.\d+)\.(.+)$")
 
@@ -73,12 +67,8 @@ def verdict_fields(verdict: Verdict, bundle: Bundle) -> dict[str, Any]:
 
 def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
     """A page with the table, the error of every module in order, and the use of every expert; no script, no network."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("teamlora_export.validate", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report.html.j2").render(
+    page = render_page(
+        "validate/report.html.j2",
         verdict=verdict,
         manifest=bundle.manifest,
         name=bundle.folder.resolve().name,
@@ -88,7 +78,7 @@ def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
         chart=_module_chart(verdict.modules),
         experts=_expert_rows(verdict.expert_use),
     )
-    _write(path, page)
+    write_report(path, page)
 
 
 def _conclusion(verdict: Verdict) -> str:
@@ -172,23 +162,3 @@ def _expert_rows(expert_use: dict[str, list[float]]) -> list[tuple[str, list[tup
         match = _LAYER.match(path)
         rows[match[1] if match else ""].append((match[2] if match else path, shares))
     return list(rows.items())
-
-
-def refuse_foreign_report(path: Path) -> None:
-    """Refuse to replace a file that is no report of ours.
-
-    Raises:
-        ExportError: it is something else.
-    """
-    if os.path.lexists(path) and not (path.is_file() and _is_report(path)):
-        raise ExportError(f"{path}: exists and is not a report that teamlora-export wrote. Choose another name.")
-
-
-def _is_report(path: Path) -> bool:
-    with open_file(path) as file:
-        return _MARK in file.read(500)
-
-
-def _write(path: Path, text: str) -> None:
-    refuse_foreign_report(path)
-    write_aside(path, text)

@@ -21,7 +21,7 @@ from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
 from teamlora_export.bundle import Bundle, Port, Validation, check_files, write_manifest
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.engine.facts import EngineFacts, find_engine, read_facts, write_facts
-from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, find_library
+from teamlora_export.engine.onnxruntime_library import library_for
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights
@@ -66,12 +66,12 @@ def validate_bundle(
     manifest = bundle.manifest
     if library is not None and engine_name:
         raise ExportError("--library and --engine: an engine does not run the native op. Give one of the two.")
-    native = _open_library(bundle, library, reporter) if library is not None else None
+    native = library_for(bundle, library, reporter) if library is not None else None
     check_files(bundle)
     engine = _open_engine(bundle, engine_name, plugin, reporter) if engine_name else None
     dtype = engine.facts.dtype if engine else manifest.dtype
     adapter_sha256 = engine.facts.adapter_sha256 if engine else manifest.adapter["sha256"]
-    base, adapter = _open_sources(bundle, base_source, adapter_folder, adapter_sha256)
+    base, adapter = open_sources(bundle, base_source, adapter_folder, adapter_sha256)
     if layer_by_layer is None:
         layer_by_layer = not _fits(base, manifest.inputs)
     weights = _open_streamed(base) if layer_by_layer else None
@@ -219,20 +219,6 @@ class _Engine:
         return chosen
 
 
-def _open_library(bundle: Bundle, path: Path, reporter: Reporter) -> OnnxRuntimeLibrary:
-    manifest = bundle.manifest
-    if manifest.op["form"] == "standard":
-        raise ExportError(
-            f"{bundle.folder}: was exported with --op standard, so there is no op for the native library to run."
-        )
-    if manifest.dtype == "bf16":
-        raise ExportError(
-            f"{bundle.folder}: is bf16, which ONNX Runtime has no products in on a CPU, so that it does not run there "
-            "with the native op. Export in fp32 or fp16, or leave --library out."
-        )
-    return find_library(path, reporter)
-
-
 def _open_engine(bundle: Bundle, name: str, plugin: Path | None, reporter: Reporter) -> _Engine:
     """Opened before PyTorch loads anything: most that can be wrong is found here."""
     path = find_engine(bundle, name)
@@ -242,9 +228,14 @@ def _open_engine(bundle: Bundle, name: str, plugin: Path | None, reporter: Repor
     return _Engine(path, facts, EngineRunner(path, facts, bundle, plugin, reporter))
 
 
-def _open_sources(
+def open_sources(
     bundle: Bundle, base_source: str | None, adapter_folder: str | Path | None, adapter_sha256: str
 ) -> tuple[BaseModel, AdapterSpec]:
+    """The base and the adapter that `bundle` was made of, found by its manifest, or given if they moved.
+
+    Raises:
+        ExportError: they are not there, or are others: another adapter than that of `adapter_sha256`.
+    """
     manifest = bundle.manifest
     adapter = read_adapter(adapter_folder or manifest.adapter["source"])
     if adapter.sha256 != adapter_sha256:

@@ -23,7 +23,7 @@ class LastLogits(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
-        constants = _constants(model.graph)
+        constants = constants_of(model.graph)
         nodes = _way_back(logits, constants) if logits is not None else []
         if logits is None or not any(node.op_type in _PRODUCTS for node in nodes):
             return ir.passes.PassResult(model, False)
@@ -40,7 +40,7 @@ class LastLogits(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
 
-def _constants(graph: ir.Graph) -> set[ir.Value]:
+def constants_of(graph: ir.Graph) -> set[ir.Value]:
     """Weights, and what is computed of weights alone."""
     known = set(graph.initializers.values())
     for node in graph:

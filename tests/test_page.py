@@ -8,11 +8,11 @@ import jinja2
 import pytest
 
 from teamlora_export.errors import ExportError
-from teamlora_export.validate.report import refuse_foreign_report
+from teamlora_export.page import refuse_foreign_report
 
 
 def test_a_file_that_is_no_report_of_ours_is_left_alone(tmp_path):
-    page = jinja2.PackageLoader("teamlora_export.validate", ".").get_source(jinja2.Environment(), "report.html.j2")[0]
+    page = jinja2.PackageLoader("teamlora_export", ".").get_source(jinja2.Environment(), "page.html.j2")[0]
     for ours in (page, '{\n  "tool": "teamlora-export 0.1.0",\n  "bundle": "out"'):
         (tmp_path / "report").write_text(ours)
         refuse_foreign_report(tmp_path / "report")

@@ -1,0 +1,84 @@
+"""What a model's experts cost at least: what they add to the bytes that are read and to the products that are made.
+
+A step of decoding reads every weight once, whatever the batch, and a prefill multiplies every weight once with each of
+its tokens. Attention and its cache are left out: both graphs have the same, so that the true floor is a little lower
+after long prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from teamlora_export.graph.passes.last_logits import constants_of
+
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the weights of a graph take.
+
+    Attributes:
+        bytes: of the weights.
+        each: multiply-adds with weights for each token. last: those for the last token of a prompt alone.
+    """
+
+    bytes: int
+    each: int
+    last: int
+
+    def operations(self, tokens: int) -> int:
+        """Multiply-adds with weights, for a sequence of so many new tokens."""
+        return self.each * tokens + self.last
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least ratio to the graph without experts, were bytes alone, or operations alone, to take time."""
+
+    bytes: float
+    operations: float
+
+
+def floor(adapted: Work, bypassed: Work, tokens: int) -> Floor:
+    """For a call of `tokens` new tokens: 1 in a step of decoding."""
+    return Floor(adapted.bytes / bypassed.bytes, adapted.operations(tokens) / bypassed.operations(tokens))
+
+
+def work_of(model: ir.Model) -> Work:
+    """The work of a graph. A table from which rows are taken is not read whole, and counts nothing."""
+    constants = constants_of(model.graph)
+    size = each = last = 0
+    for weight in model.graph.initializers.values():
+        tensor, readers = weight.const_value, list(_readers(weight, constants))
+        if tensor is None or tensor.dtype not in _FLOATS or not readers:
+            continue
+        size += tensor.nbytes
+        if len(tensor.shape) < 2:
+            continue
+        if all(map(_has_one_token, readers)):
+            last += tensor.size
+        else:
+            each += tensor.size
+    return Work(size, each, last)
+
+
+def _readers(weight: ir.Value, constants: Collection[ir.Value]) -> Iterator[ir.Node]:
+    """The nodes that bring a weight together with what depends on the input, past those that only rearrange it."""
+    waiting, seen = [weight], {weight}
+    while waiting:
+        for use in waiting.pop().uses():
+            rearranged = [value for value in use.node.outputs if value in constants]
+            if not rearranged and not (use.node.op_type == "Gather" and use.idx == 0):
+                yield use.node
+            waiting += [value for value in rearranged if value not in seen]
+            seen.update(rearranged)
+
+
+def _has_one_token(node: ir.Node) -> bool:
+    """Whether it is behind the place where a deployed graph goes on with the last token alone."""
+    shape = node.outputs[0].shape
+    return shape is not None and len(shape) == 3 and shape[1] == 1

@@ -1,0 +1,148 @@
+"""The ways to run a model that are measured side by side.
+
+A row says what it is, and opens the model where it is asked to: in the process of the turns, and in one of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from teamlora_export.bench.turns import Reader
+from teamlora_export.dtypes import DTYPES
+from teamlora_export.errors import ExportError, first_line
+
+
+class Row(Protocol):
+    """A way to run a model, which another process can be sent.
+
+    Attributes:
+        libraries: modules that are imported before the time of opening counts.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def libraries(self) -> tuple[str, ...]: ...
+
+    def open(self) -> Reader:
+        """Load the model.
+
+        Raises:
+            ExportError: it cannot be loaded; or later, by what is returned: it cannot run.
+        """
+
+
+@dataclass(frozen=True)
+class GraphRow:
+    """A graph in ONNX Runtime, as the deployed Python program runs it.
+
+    Attributes:
+        folder: with the graph, and the manifest of its bundle.
+        library: a native library that runs the op in place of its body.
+        threads: 0 takes every core.
+    """
+
+    name: str
+    folder: Path
+    library: Path | None = None
+    threads: int = 0
+    libraries: tuple[str, ...] = ("onnxruntime", "teamlora_export.deploy.runner")
+
+    def open(self) -> Reader:
+        from teamlora_export.deploy.runner import Model, ModelError
+
+        def read(prompts: Sequence[Sequence[int]], count: int) -> Callable[[], object]:
+            try:
+                if not model.generates:
+                    model.encode(prompts)
+                    return _nothing
+                tokens = model.likeliest(prompts, count + 1, [True] * len(prompts))
+                next(tokens)
+            except ModelError as error:
+                raise ExportError(f"{self.name}: {error}") from None
+            return lambda: next(tokens)
+
+        try:
+            model = Model(self.folder, self.library, check=False, threads=self.threads)
+        except ModelError as error:
+            raise ExportError(f"{self.name}: {error}") from None
+        return read
+
+
+@dataclass(frozen=True)
+class TorchRow:
+    """The adapted model in PyTorch, with the layer as its authors publish it.
+
+    Attributes:
+        base, adapter: folders, of a base for `task`.
+        dtype: "fp32" or "fp16".
+        threads: 0 takes as many as PyTorch does.
+        compiled: by `torch.compile`, in place of eager mode.
+    """
+
+    name: str
+    base: str
+    adapter: str
+    task: str
+    dtype: str
+    threads: int = 0
+    compiled: bool = False
+    libraries: tuple[str, ...] = ("torch", "teamlora_export.model.base", "teamlora_export.model.inject")
+
+    def open(self) -> Reader:
+        import torch
+
+        from teamlora_export.adapter import align_with_base, read_adapter
+        from teamlora_export.model.base import open_base
+        from teamlora_export.model.inject import inject
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        base = open_base(self.base, self.task)
+        model = base.load(getattr(torch, DTYPES[self.dtype].torch))
+        inject(model, align_with_base(read_adapter(self.adapter), base.signature))
+        model.eval()
+        forward = torch.compile(model, dynamic=True) if self.compiled else model
+        run = _generate_in_torch if self.task == "text-generation" else _encode_in_torch
+
+        def read(prompts: Sequence[Sequence[int]], _count: int) -> Callable[[], object]:
+            try:
+                return run(forward, prompts)
+            except MemoryError:
+                raise
+            except Exception as error:  # of many kinds: the code is transformers', the compiler PyTorch's
+                raise ExportError(f"{self.name}: it cannot be run ({first_line(error)}).") from error
+
+        return read
+
+
+def _generate_in_torch(forward: Any, prompts: Sequence[Sequence[int]]) -> Callable[[], object]:
+    import torch
+    from transformers import DynamicCache
+
+    ids, cache = torch.tensor(prompts), DynamicCache()
+
+    @torch.no_grad()
+    def step() -> object:
+        nonlocal ids
+        ids = forward(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        return ids
+
+    step()
+    return step
+
+
+def _encode_in_torch(forward: Any, prompts: Sequence[Sequence[int]]) -> Callable[[], object]:
+    import torch
+
+    with torch.no_grad():
+        forward(torch.tensor(prompts))
+    return _nothing
+
+
+def _nothing() -> None:
+    """An encoder makes no tokens."""

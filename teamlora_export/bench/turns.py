@@ -1,0 +1,128 @@
+"""Times several ways to run one model in strict turns, and says what can be told from it.
+
+In a turn every row reads the same prompts and makes the same number of tokens, one row after the other, in another
+order each turn: what else the machine does hits each alike, and a ratio within a turn is worth more than two times from
+different minutes. The baseline runs twice in a turn, as if it were another row. Its ratio to itself is 1 but for noise,
+so that the spread of this ratio says how much of every other one is noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Reads prompts, all of one length, with so many tokens to follow; returns what makes one more token of each.
+Reader = Callable[[Sequence[Sequence[int]], int], Callable[[], object]]
+PREFILL, DECODE = "prefill", "decode"
+AGAIN = "the baseline again"
+_WARM_UP = 1
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of a model: `count` tokens after each of `batch` prompts of `length` tokens; 0 for an encoder."""
+
+    batch: int
+    length: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Time over the baseline's in the same turn: the median over the turns, and the quartiles. Below 1 is faster."""
+
+    median: float
+    low: float
+    high: float
+
+    @property
+    def reach(self) -> float:
+        """How far from 1 the farther quartile is."""
+        return max(abs(self.low - 1.0), abs(self.high - 1.0))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What one row took for one part of a workload.
+
+    Attributes:
+        quantity: "prefill", the time of reading the prompts, or "decode", that of one step: a token for each of them.
+        seconds: of each turn.
+        noise: the reach of the baseline's ratio to itself.
+    """
+
+    row: str
+    quantity: str
+    workload: Workload
+    seconds: tuple[float, ...]
+    ratio: Ratio
+    noise: float
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def tokens_a_second(self) -> float:
+        """Of all sequences of the batch together."""
+        tokens = self.workload.length if self.quantity == PREFILL else 1
+        return self.workload.batch * tokens / self.median
+
+    @property
+    def tells(self) -> bool:
+        """Whether the row is faster or slower than the baseline by more than noise."""
+        return abs(self.ratio.median - 1.0) > self.noise
+
+
+def take_turns(
+    readers: Mapping[str, Reader],
+    baseline: str,
+    workload: Workload,
+    prompts: Sequence[Sequence[int]],
+    turns: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Figure]:
+    """The figures of every row, and of the baseline once more (`AGAIN`): prefill, then decode where tokens are made."""
+    entrants = {**readers, AGAIN: readers[baseline]}
+    orders = np.random.default_rng(0)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in entrants}
+    for turn in range(-_WARM_UP, turns):
+        for name in orders.permutation(list(entrants)).tolist():
+            taken = _time(entrants[name], prompts, workload.count, clock)
+            if turn >= 0:
+                times[name].append(taken)
+    quantities = (PREFILL, DECODE) if workload.count else (PREFILL,)
+    return [
+        figure
+        for index, quantity in enumerate(quantities)
+        for figure in judge(
+            {name: [t[index] for t in taken] for name, taken in times.items()}, baseline, quantity, workload
+        )
+    ]
+
+
+def judge(times: Mapping[str, Sequence[float]], baseline: str, quantity: str, workload: Workload) -> list[Figure]:
+    """A figure for each row of `times` (seconds of each turn), which has the baseline `AGAIN`."""
+    ratios = {name: _ratio(np.array(seconds) / np.array(times[baseline])) for name, seconds in times.items()}
+    noise = ratios[AGAIN].reach
+    return [Figure(name, quantity, workload, tuple(seconds), ratios[name], noise) for name, seconds in times.items()]
+
+
+def _time(
+    read: Reader, prompts: Sequence[Sequence[int]], count: int, clock: Callable[[], float]
+) -> tuple[float, float]:
+    """Seconds of the prefill, and of a step of decoding in the mean of `count`."""
+    begin = clock()
+    step = read(prompts, count)
+    middle = clock()
+    for _ in range(count):
+        step()
+    return middle - begin, (clock() - middle) / max(count, 1)
+
+
+def _ratio(ratios: np.ndarray) -> Ratio:
+    low, median, high = np.percentile(ratios, (25, 50, 75))
+    return Ratio(float(median), float(low), float(high))
