@@ -125,18 +125,29 @@ def test_a_token_that_overflows_fails_alone(make_bundle, tmp_path):
 
 def test_an_infinite_key_that_no_one_saw_reaches_no_later_text(open_slots):
     """A number that is none in the row of a text that was cancelled in good health."""
-    model = open_slots(slots=1)
+    model = open_slots(slots=2)
     (expected,) = greedy(model, [[12, 13]], 8)
     scheduler = Scheduler(model)
-    first = scheduler.submit([9, 10, 11], 50)
-    for _ in range(8):
+    # It keeps the buffers as long as they are.
+    scheduler.submit([20, 21, 22], 60)
+    first = scheduler.submit([9, 10, 11], 60)
+    for _ in range(20):
         scheduler.turn()
     for buffer in model._buffers.values():
-        buffer[0, :, model.lengths[0] - 1] = -np.inf
+        buffer[1, :, model.lengths[1] - 1] = -np.inf
     first.cancel()
     second = scheduler.submit([12, 13], 8)
     finish(scheduler)
     assert tokens(second) == expected
+
+
+def test_a_prompt_that_is_read_moves_for_one_that_is_read_before_it(open_slots):
+    model = open_slots(slots=2, part=4)
+    prompts = [[9, 10], list(range(30, 50))]
+    scheduler = Scheduler(model)
+    answers = [scheduler.submit(prompt, 10) for prompt in prompts]
+    finish(scheduler)
+    assert [tokens(answer) for answer in answers] == greedy(model, prompts, 10)
 
 
 def test_a_long_prompt_holds_up_neither_texts_nor_short_prompts(open_slots):
