@@ -108,7 +108,7 @@ def test_the_configuration_has_the_logits_that_the_graph_gives(server, smollm2, 
 @pytest.mark.parametrize("model", ["llama", "mistral"])
 def test_a_cache_in_place_is_one_buffer_and_texts_of_any_length_share_a_batch(model, make_bundle, tmp_path):
     bundle = make_bundle(model, cache="in-place")
-    deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=24)
+    deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=24, batching="sequence")
     server = Server(deployed / "models")
     for state in server.models["m"].config.sequence_batching.state:
         assert state.use_same_buffer_for_input_output
@@ -137,7 +137,7 @@ def test_a_cache_in_place_is_one_buffer_and_texts_of_any_length_share_a_batch(mo
 
 def test_words_for_a_cache_in_place_are_read_in_parts_and_a_full_cache_is_refused(make_bundle, tmp_path):
     bundle = make_bundle("llama", cache="in-place")
-    deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=40)
+    deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=40, batching="sequence")
     source = deployed / "models" / "m_text" / "1" / "model.py"
     source.write_text(source.read_text().replace("_PART = 512", "_PART = 5"))
     server = Server(deployed / "models")
