@@ -1,4 +1,4 @@
-"""Prints a folder with a Triton server that runs Python models, for the tests; made in the user's cache, installs nothing.
+"""Prints a folder with a Triton server that runs Python models, for the tests. It is made in the user's cache.
 
 server/    tritonserver 2.51 and its Python back end, from the package nvidia-pytriton, which is unpacked, not installed
 python/    a virtual environment for that back end's models

@@ -290,7 +290,7 @@ class Scheduler:
         try:
             return self._model.read(request.row, [ids])[0]
         except Exception as error:
-            self._retire(request, Failed(f"{self._model.folder}: ONNX Runtime cannot run the model ({brief(error)})."))
+            self._retire(request, Failed(f"ONNX Runtime cannot run the model ({brief(error)})."))
             return None
 
     def _take(self, request: _Request, logits: np.ndarray) -> None:
@@ -298,7 +298,7 @@ class Scheduler:
         try:
             # The largest is NaN where one of them is.
             if not np.isfinite(logits.max()):
-                raise Failed(f"{self._model.folder}: the model's answer to this is no number (NaN).")
+                raise Failed("The model's answer to this is no number (NaN).")
             token = request.sampler.choose(logits)
             likely = log_probability(logits, token) if request.log_probabilities else None
         except Exception as error:

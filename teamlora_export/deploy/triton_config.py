@@ -153,8 +153,8 @@ def continuous_config(
         config.output.add(name=key, data_type=kind, dims=[size])
     config.instance_group.add(count=instances, kind=pb.ModelInstanceGroup.KIND_CPU)
     numbers = {"slots": slots, "waiting": waiting, "threads": 0, "capacity": capacity or 0}
-    texts = {key: str(number) for key, number in numbers.items()}
-    _add_parameters(config, model=config.name, check_files=check_files, library=library or "", **texts)
+    given = {key: str(number) for key, number in numbers.items()} | ({"library": library} if library else {})
+    _add_parameters(config, model=config.name, check_files=check_files, **given)
     return config
 
 

@@ -29,7 +29,7 @@ class TritonPythonModel:
         try:
             model = SlotModel(
                 Path(__file__).resolve().parent,
-                Path(parameters["library"]) if parameters["library"] else None,
+                Path(parameters["library"]) if "library" in parameters else None,
                 check=False,
                 threads=numbers["threads"],
                 slots=numbers["slots"],
