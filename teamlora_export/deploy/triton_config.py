@@ -33,6 +33,8 @@ WARMUP_FILE = "ones"
 # A sequence that is not ended keeps its cache so long.
 _IDLE_MICROSECONDS = 60_000_000
 _QUEUE_MICROSECONDS = 500
+# Tokens of prompts that are read between two steps of texts that are batched continuously.
+_PART = 256
 
 
 def model_config(
@@ -152,7 +154,7 @@ def continuous_config(
     ):
         config.output.add(name=key, data_type=kind, dims=[size])
     config.instance_group.add(count=instances, kind=pb.ModelInstanceGroup.KIND_CPU)
-    numbers = {"slots": slots, "waiting": waiting, "threads": 0, "capacity": capacity or 0}
+    numbers = {"slots": slots, "waiting": waiting, "part": _PART, "threads": 0, "capacity": capacity or 0}
     given = {key: str(number) for key, number in numbers.items()} | ({"library": library} if library else {})
     _add_parameters(config, model=config.name, check_files=check_files, **given)
     return config

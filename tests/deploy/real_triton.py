@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -14,8 +15,12 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import tritonclient.grpc as grpc
 from get_triton_server import get_triton_server
+from tritonclient.utils import InferenceServerException
 
 _SECONDS_TO_START = 60
 # It waits for an answer to an idle connection, and for models to be unloaded.
@@ -69,6 +74,41 @@ def running(repository: Path, log: Path) -> Iterator[Addresses]:
         yield Addresses(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
     finally:
         _stop(process, log)
+
+
+class Stream:
+    """A request over gRPC whose answer is read as it comes."""
+
+    def __init__(self, server: Addresses, name: str, ids: list[int], count: int) -> None:
+        self._client = grpc.InferenceServerClient(server.grpc)
+        self._answers: queue.Queue[Any] = queue.Queue()
+        inputs = []
+        for key, values, kind in (
+            ("input_ids", np.array(ids, np.int64), "INT64"),
+            ("max_tokens", np.array([count], np.int32), "INT32"),
+            ("stream", np.array([True]), "BOOL"),
+        ):
+            inputs.append(grpc.InferInput(key, list(values.shape), kind).set_data_from_numpy(values))
+        self._client.start_stream(lambda result, error: self._answers.put(error or result))
+        self._client.async_stream_infer(f"{name}_text", inputs, enable_empty_final_response=True)
+
+    def tokens(self) -> Iterator[int]:
+        for response in self.responses():
+            yield from response
+
+    def responses(self) -> Iterator[list[int]]:
+        """The tokens of each."""
+        while True:
+            answer = self._answers.get(timeout=60)
+            if isinstance(answer, InferenceServerException):
+                raise answer
+            if answer.get_response().parameters["triton_final_response"].bool_param:
+                self._client.stop_stream()
+                return
+            yield answer.as_numpy("token_ids").tolist()
+
+    def cancel(self) -> None:
+        self._client.stop_stream(cancel_requests=True)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:

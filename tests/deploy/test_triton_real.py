@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import queue
 import subprocess
 import sys
 import time
@@ -16,13 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tritonclient.grpc as grpc
 from conftest import poison_token, pytorch_greedy
 from get_triton_server import PACKAGE, get_triton_server
-from tritonclient.utils import InferenceServerException
 
 sys.path.append(str(Path(__file__).parent))
-from real_triton import Addresses, running
+from real_triton import Addresses, Stream, running
 
 from teamlora_export.deploy.runner import Model, TextStream, encode_text
 from teamlora_export.deploy.triton import deploy_triton
@@ -77,36 +74,6 @@ def generate(server: Addresses, name: str = "m", **fields: object) -> tuple[int,
     return post(server, f"models/{name}_text/generate", **fields)
 
 
-class Stream:
-    """A request over gRPC whose answer is read as it comes."""
-
-    def __init__(self, server: Addresses, name: str, ids: list[int], count: int) -> None:
-        self._client, self._answers = grpc.InferenceServerClient(server.grpc), queue.Queue()
-        inputs = []
-        for key, values, kind in (
-            ("input_ids", np.array(ids, np.int64), "INT64"),
-            ("max_tokens", np.array([count], np.int32), "INT32"),
-            ("stream", np.array([True]), "BOOL"),
-        ):
-            inputs.append(grpc.InferInput(key, list(values.shape), kind).set_data_from_numpy(values))
-        self._client.start_stream(lambda result, error: self._answers.put(error or result))
-        self._client.async_stream_infer(f"{name}_text", inputs, enable_empty_final_response=True)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """The tokens of each response."""
-        while True:
-            answer = self._answers.get(timeout=60)
-            if isinstance(answer, InferenceServerException):
-                raise answer
-            if answer.get_response().parameters["triton_final_response"].bool_param:
-                self._client.stop_stream()
-                return
-            yield answer.as_numpy("token_ids").tolist()
-
-    def cancel(self) -> None:
-        self._client.stop_stream(cancel_requests=True)
-
-
 def test_eight_clients_of_any_length_at_once_get_the_runners_tokens_and_bad_ones_fail_alone(server, model, rng):
     drawn = [rng.integers(8, 384, length).tolist() for length in rng.integers(1, 90, 60)]
     answered = [(prompt, model.generate([prompt], 30)[0]) for prompt in drawn]
@@ -143,7 +110,7 @@ def test_words_come_whole_and_as_a_stream_from_its_own_clients(server, deployed,
     assert told.stdout == f"{prompt}{expected}\n", told.stderr
     told = subprocess.run([*command, "--ids", "9", "10"], capture_output=True, text=True, timeout=60)
     assert [int(token) for token in told.stdout.split()] == model.generate([[9, 10]], 20)[0], told.stderr
-    pieces = list(Stream(server, "m", [9, 10], 20))
+    pieces = list(Stream(server, "m", [9, 10], 20).responses())
     assert [token for piece in pieces for token in piece] == model.generate([[9, 10]], 20)[0]
     assert max(map(len, pieces)) == 1
 
@@ -167,7 +134,7 @@ def test_a_seed_draws_the_same_and_log_probabilities_come_along(server):
 
 def test_a_request_too_many_is_refused_and_one_that_is_cancelled_makes_room(server, model):
     first = Stream(server, "slow", [9], 100)
-    assert next(iter(first))
+    assert next(first.responses())
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(generate, server, "slow", input_ids=[10], max_tokens=4)
         time.sleep(5 * STEP)

@@ -25,7 +25,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         # The files are compared with their hashes there.
         parameters, _, self._tokenizer = open_beside(args)
-        numbers = {name: int(parameters[name]) for name in ("slots", "waiting", "threads", "capacity")}
+        numbers = {name: int(parameters[name]) for name in ("slots", "waiting", "part", "threads", "capacity")}
         try:
             model = SlotModel(
                 Path(__file__).resolve().parent,
@@ -33,6 +33,7 @@ class TritonPythonModel:
                 check=False,
                 threads=numbers["threads"],
                 slots=numbers["slots"],
+                part=numbers["part"],
                 most=numbers["capacity"] or None,
             )
             self._scheduler = Scheduler(model, numbers["waiting"]).__enter__()
