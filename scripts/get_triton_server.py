@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 PACKAGE = "nvidia-pytriton==0.7.0"
 # The back end of that server dies on a string from NumPy 2.
-MODEL_PACKAGES = ("numpy<2", "onnxruntime", "tokenizers")
+MODEL_PACKAGES = ("numpy<2", "onnxruntime", "tokenizers", "jinja2")
 
 
 def get_triton_server() -> Path:

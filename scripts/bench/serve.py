@@ -4,9 +4,9 @@
     scripts/bench/serve.py --clients 16 --requests 4 --json figures.json
 
 Every client sends a request as soon as the one before it is answered: a random prompt of 8 to 128 tokens, 8 to 48
-tokens to follow, the same for every row. The rows: `runner.py` with one request at a time, with a thread for each client,
-the scheduler that `deploy triton` writes, and that in a real server, over gRPC. Printed are tokens a second of all
-clients together, and the milliseconds to a request's first token and between two tokens: median, 95 and 99 per cent.
+tokens to follow, the same for every row. The rows: `runner.py` with one request at a time, and with a thread for each
+client; the scheduler that `deploy triton` writes, and that in a real server, over gRPC. Printed are tokens a second of
+all clients together, and the milliseconds to a request's first token and between two: median, 95 and 99 per cent.
 """
 
 from __future__ import annotations

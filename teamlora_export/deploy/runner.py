@@ -342,7 +342,7 @@ def read_settings(folder: Path) -> Settings:
     if name is None:
         raise ModelError(f"{folder}: holds neither deploy.json nor manifest.json. Is it a model's folder?")
     path, (entry, newest) = folder / name, _DESCRIPTIONS[name]
-    fields = _read_json(path)
+    fields = read_json(path)
     version = fields.get("format_version")
     if type(version) is int and version > newest:
         raise ModelError(f"{path}: was written by a newer teamlora-export. Use that version's program.")
@@ -384,7 +384,7 @@ def open_tokenizer(folder: Path, cut: int | None) -> Any:
     if not path.is_file():
         raise ModelError(f"{path}: is missing, so words cannot be read (runner.py takes --ids).")
     with _tokenizing(f"{path}: cannot be read as a tokenizer"):
-        tokenizer = Tokenizer.from_buffer(_read_bytes(path))
+        tokenizer = Tokenizer.from_buffer(read_bytes(path))
         tokenizer.no_padding()
         # What the file itself says of lengths has no meaning: transformers and sentence-transformers set it anew.
         tokenizer.no_truncation()
@@ -585,7 +585,7 @@ def _open(path: Path) -> Any:
     return os.fdopen(descriptor, "rb")
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
     try:
         with _open(path) as file:
             data = file.read(_LARGEST_TEXT + 1)
@@ -596,9 +596,9 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(_read_bytes(path).decode())
+        fields = json.loads(read_bytes(path).decode())
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read ({brief(error)}). Copy it again.") from None
     if not isinstance(fields, dict):

@@ -27,6 +27,8 @@ from teamlora_export.errors import ExportError
 
 SOURCES = TEMPLATES / "triton"
 REPOSITORY = "models"
+# What batches texts continuously, beside the runner.
+SCHEDULER_NAMES = ("slots.py", "sampling.py", "scheduler.py")
 BATCHING = ("continuous", "sequence")
 # It is also a folder's, with more behind it.
 _LONGEST_NAME = 100
@@ -141,7 +143,7 @@ def _deploy_continuous(
         name, slots=slots, waiting=max(1, sequences - slots), capacity=capacity, **options
     )
     with deployment(bundle, out, "triton", f"{REPOSITORY}/{config.name}/1", logits=logits) as made:
-        _write_python_model(made, config, "continuous.py", "slots.py", "sampling.py", "scheduler.py")
+        _write_python_model(made, config, "continuous.py", *SCHEDULER_NAMES, "chat.py")
         facts = {**options, "engine": None, "gpu": False, "capacity": capacity, "slots": slots, "sequences": sequences}
         _write_program(made, name, True, continuous=True, **facts)
     return out

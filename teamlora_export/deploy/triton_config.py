@@ -133,6 +133,7 @@ def continuous_config(
     config.model_transaction_policy.decoupled = True
     for key, kind, size in (
         ("text_input", pb.TYPE_STRING, 1),
+        ("messages", pb.TYPE_STRING, 1),
         ("input_ids", pb.TYPE_INT64, -1),
         ("max_tokens", pb.TYPE_INT32, 1),
         ("stream", pb.TYPE_BOOL, 1),

@@ -168,8 +168,8 @@ def test_a_request_that_cannot_be_batched_is_refused_in_words(continuous):
     server = Server(continuous / "models")
     ids = np.array([5, 6, 7], np.int64)
     for message, given in {
-        "INVALID_ARG: Give text_input or input_ids": {},
-        "INVALID_ARG: Give text_input or": {"text_input": words("a"), "input_ids": ids},
+        "INVALID_ARG: Give one of text_input, messages and input_ids": {},
+        "INVALID_ARG: Give one of": {"text_input": words("a"), "input_ids": ids},
         "INVALID_ARG: Token 384 is not in": {"input_ids": np.array([384])},
         "INVALID_ARG: 100 tokens; the model takes 100, its answer included": {"input_ids": np.full(100, 5)},
         "INVALID_ARG: 0 tokens: give at least 1": {"input_ids": ids, "max_tokens": np.array([0], np.int32)},
@@ -177,6 +177,7 @@ def test_a_request_that_cannot_be_batched_is_refused_in_words(continuous):
         "INVALID_ARG: temperature nan: give": {"input_ids": ids, "temperature": np.array([np.nan], np.float32)},
         "INVALID_ARG: stop: give 16 strings": {"input_ids": ids, "stop": words("")},
         "INVALID_ARG: .*invalid start byte": {"text_input": np.array([b"\xff"], np.object_)},
+        "INVALID_ARG: The model has no chat template": {"messages": words("[]")},
         "INVALID_ARG: A time limit of -1.0": {"input_ids": ids, "time_limit": np.array([-1], np.float32)},
         "UNAVAILABLE: The request took longer": {"input_ids": ids, "time_limit": np.array([1e-9], np.float32)},
     }.items():

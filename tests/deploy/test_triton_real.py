@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -15,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import poison_token, pytorch_greedy
+from conftest import list_again, poison_token, pytorch_greedy
 from get_triton_server import PACKAGE, get_triton_server
 
 sys.path.append(str(Path(__file__).parent))
 from real_triton import Addresses, Stream, running
 
+from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.runner import Model, TextStream, encode_text
 from teamlora_export.deploy.triton import deploy_triton
 
@@ -29,11 +31,16 @@ NAN = 7
 # A model with one slot takes so long for a step, so that there is time to do something meanwhile.
 STEP = 0.05
 
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+
 
 @pytest.fixture(scope="module")
 def deployed(make_bundle, tmp_path_factory) -> Path:
     """Two models in one repository: `m` with four slots, and `slow` with one and a place to wait."""
-    bundle, folder = make_bundle("mistral", cache="in-place"), tmp_path_factory.mktemp("triton")
+    source, folder = make_bundle("mistral", cache="in-place"), tmp_path_factory.mktemp("triton")
+    bundle = Bundle(Path(shutil.copytree(source.folder, folder / "bundle")), source.manifest)
+    (bundle.folder / "chat_template.jinja").write_text(TEMPLATE)
+    bundle = list_again(bundle.folder)
     out = deploy_triton(bundle, folder / "m", name="m", batch=4, check_files=False)
     poison_token(out / "models" / "m_text" / "1", NAN)
     slow = deploy_triton(bundle, folder / "slow", name="slow", batch=1, sequences=2)
@@ -113,6 +120,16 @@ def test_words_come_whole_and_as_a_stream_from_its_own_clients(server, deployed,
     pieces = list(Stream(server, "m", [9, 10], 20).responses())
     assert [token for piece in pieces for token in piece] == model.generate([[9, 10]], 20)[0]
     assert max(map(len, pieces)) == 1
+
+
+def test_a_conversation_is_gone_on_with_by_the_models_own_template(server, model):
+    ids = encode_text(model.tokenizer, "user: Who may copy\nassistant:", specials=False)
+    text = TextStream(model.tokenizer, ids)
+    expected = "".join(map(text.add, model.generate([ids], 10)[0]))
+    messages = json.dumps([{"role": "user", "content": "Who may copy"}])
+    assert generate(server, messages=messages, max_tokens=10)[1]["text_output"] == expected
+    status, refused = generate(server, messages="Who may copy")
+    assert (status, refused["error"].startswith("messages: give JSON")) == (400, True), refused
 
 
 def test_a_seed_draws_the_same_and_log_probabilities_come_along(server):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from chat import Chat
 from opened import open_beside, refusal
 from runner import ModelError, TextStream, encode_text
 from sampling import Sampling, StoppedText
@@ -25,6 +26,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         # The files are compared with their hashes there.
         parameters, _, self._tokenizer = open_beside(args)
+        # Opened when a conversation comes.
+        self._chat: Chat | None = None
         numbers = {name: int(parameters[name]) for name in ("slots", "waiting", "part", "threads", "capacity")}
         try:
             model = SlotModel(
@@ -56,10 +59,7 @@ class TritonPythonModel:
 
     def _submit(self, request: Any, client: _Client) -> Iterator[Any]:
         """The responses to a request that was taken."""
-        words, ids = _given(request, "text_input"), _given(request, "input_ids")
-        if (words is None) == (ids is None):
-            raise ModelError("Give text_input or input_ids.")
-        prompt = ids.tolist() if words is None else encode_text(self._tokenizer, words[0].decode())
+        prompt, ids = self._prompt(request), _given(request, "input_ids")
         log_probabilities = bool(_first(request, "log_probs", False))
         stops = _given(request, "stop")
         text = StoppedText(
@@ -80,9 +80,23 @@ class TritonPythonModel:
             seconds=float(_first(request, "time_limit", float("inf"))),
             abandoned=client.is_gone,
         )
-        shown = _Shown(words is not None, ids is not None or log_probabilities, log_probabilities)
+        shown = _Shown(ids is None, ids is not None or log_probabilities, log_probabilities)
         whole = not _first(request, "stream", False)
         return map(shown.response, _joined(_pieces(answer, text)) if whole else _pieces(answer, text))
+
+    def _prompt(self, request: Any) -> list[int]:
+        given = {name: _given(request, name) for name in ("text_input", "messages", "input_ids")}
+        (name, values), *more = [(name, values) for name, values in given.items() if values is not None] or [("", None)]
+        if values is None or more:
+            raise ModelError("Give one of text_input, messages and input_ids.")
+        if name == "input_ids":
+            return values.tolist()
+        if name == "text_input":
+            return encode_text(self._tokenizer, values[0].decode())
+        if self._chat is None:
+            self._chat = Chat(Path(__file__).resolve().parent)
+        # The template writes the special tokens itself.
+        return encode_text(self._tokenizer, self._chat.text(values[0].decode()), specials=False)
 
 
 class _Shown:
