@@ -19,7 +19,7 @@ from teamlora_export.bundle import Bundle, Port, keeps_in_place
 from teamlora_export.deploy import triton_config
 from teamlora_export.deploy.engine import add_engine, refuse_stray_plugin
 from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment
-from teamlora_export.deploy.python import RUNNER_NAME
+from teamlora_export.deploy.python import RUNNER_NAME, SCHEDULER_NAMES
 from teamlora_export.deploy.render import render
 from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.engine.profiles import choose_capacity
@@ -27,8 +27,6 @@ from teamlora_export.errors import ExportError
 
 SOURCES = TEMPLATES / "triton"
 REPOSITORY = "models"
-# What batches texts continuously, beside the runner.
-SCHEDULER_NAMES = ("slots.py", "sampling.py", "scheduler.py")
 BATCHING = ("continuous", "sequence")
 # It is also a folder's, with more behind it.
 _LONGEST_NAME = 100

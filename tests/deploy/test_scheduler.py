@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import poison_token
+from conftest import poison_token, readme_block
 
 from teamlora_export.deploy import slots
 from teamlora_export.deploy.python import deploy_python
@@ -370,3 +373,14 @@ def test_requests_and_models_that_cannot_be_are_refused(open_slots, make_bundle)
         open_slots(slots=0)
     with pytest.raises(ModelError, match="0 waiting"):
         Scheduler(scheduler._model, waiting=0)
+
+
+def test_deployed_with_the_runner_it_works_as_its_readme_says(make_bundle, tmp_path):
+    folder = deploy_python(make_bundle("llama", cache="in-place"), tmp_path / "out")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # It is imported from where it lies, and nothing else of ours is.
+    program = f"{readme_block(folder, 'python', 2)}\nimport sys\nassert 'teamlora_export' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+    assert not (deploy_python(make_bundle("llama"), tmp_path / "growing") / "scheduler.py").exists()
