@@ -102,14 +102,22 @@ def deploy_triton_command(
         typer.Option(min=1, max=65536, help="Requests that run together at most. Default: 8 for text, 32 elsewhere."),
     ] = None,
     sequences: Annotated[
-        int, typer.Option(min=1, max=1 << 20, help="Texts at work at a time, each with its cache.")
+        int, typer.Option(min=1, max=1 << 20, help="Texts at a time: at work, each with its cache, or waiting to be.")
     ] = 64,
     capacity: Annotated[
         int | None,
         typer.Option(
             min=1,
             max=1 << 30,
-            help="Tokens that a cache in place holds. Default: all that the model takes, 2048 at most.",
+            help="Tokens that a cache in place holds. Default: all that the model takes; as a state, 2048 at most.",
+        ),
+    ] = None,
+    batching: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="Of text. continuous (default with a cache in place): one model, words in and out; sequence: a step "
+            "of the model, its cache as Triton's state.",
         ),
     ] = None,
     logits: LogitsOption = "last",
@@ -134,6 +142,7 @@ def deploy_triton_command(
         sequences=sequences,
         logits=logits,
         capacity=capacity,
+        batching=batching,
     )
     _show(written, "triton", json)
 

@@ -1,15 +1,19 @@
-"""`deploy python`: the model with one file of Python that runs it on onnxruntime and numpy."""
+"""`deploy python`: the model with one file of Python that runs it on onnxruntime and numpy.
+
+Three more batch continuously, where the cache is in place.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from teamlora_export.bundle import Bundle
+from teamlora_export.bundle import Bundle, keeps_in_place
 from teamlora_export.deploy.folder import deployment, require_cpu_dtype
 from teamlora_export.deploy.library import add_library
 from teamlora_export.deploy.render import render
 
 RUNNER_NAME = "runner.py"
+SCHEDULER_NAMES = ("slots.py", "sampling.py", "scheduler.py")
 # The oldest that run what we write.
 REQUIREMENTS = "onnxruntime>=1.24\nnumpy>=2.0\ntokenizers>=0.20\n"
 
@@ -26,8 +30,10 @@ def deploy_python(bundle: Bundle, out: Path, logits: str = "last", library: Path
     """
     require_cpu_dtype(bundle, "python")
     with deployment(bundle, out, "python", logits=logits) as made:
-        name = None if library is None else add_library(made, library)
-        made.write(RUNNER_NAME, Path(__file__).parent / RUNNER_NAME)
+        continuous = keeps_in_place(bundle.manifest.inputs)
+        for name in (RUNNER_NAME, *(SCHEDULER_NAMES if continuous else ())):
+            made.write(name, Path(__file__).parent / name)
+        native = None if library is None else add_library(made, library)
         made.write("requirements.txt", REQUIREMENTS)
-        made.write("README.md", render("python.README.md.j2", bundle, library=name))
+        made.write("README.md", render("python.README.md.j2", bundle, library=native, continuous=continuous))
     return out

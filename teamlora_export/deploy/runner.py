@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-_NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 _RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
 # What describes a folder: which of its fields has the hashes, and the newest format that is known.
@@ -44,7 +44,7 @@ _SPIN_MICROSECONDS = "20"
 _PART = 512
 _LEAST_CAPACITY = 256
 # The names of the axis that holds the tokens of a cache in place, and of one whose layer sees so many tokens only.
-_CAPACITY = re.compile(r"capacity|window_([1-9]\d{0,8})")
+CAPACITY = re.compile(r"capacity|window_([1-9]\d{0,8})")
 
 
 class ModelError(Exception):
@@ -81,12 +81,12 @@ class Model:
                 # A bare name would be looked for in the system's folders.
                 options.register_custom_ops_library(str(Path(library).resolve()))
         except Exception as error:
-            raise ModelError(f"{library}: cannot be loaded as a library of ops ({_brief(error)}).") from None
+            raise ModelError(f"{library}: cannot be loaded as a library of ops ({brief(error)}).") from None
         try:
             self._session = ort.InferenceSession(self.folder / "model.onnx", options, ["CPUExecutionProvider"])
         except Exception as error:
             raise ModelError(
-                f"{self.folder}: ONNX Runtime {ort.__version__} cannot load the model ({_brief(error)})."
+                f"{self.folder}: ONNX Runtime {ort.__version__} cannot load the model ({brief(error)})."
             ) from None
         self._inputs = {value.name: value for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
@@ -144,7 +144,7 @@ class Model:
         rows = [[*[self._settings.padding] * (width - len(prompt)), *prompt] for prompt in prompts]
         mask = np.array([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], np.int64)
         step = np.array(rows, np.int64)
-        kind = InPlaceCache if _CAPACITY.fullmatch(str(self._caches[0].shape[2])) else GrowingCache
+        kind = InPlaceCache if CAPACITY.fullmatch(str(self._caches[0].shape[2])) else GrowingCache
         cache = kind(self._session, self._caches, len(prompts), width + count)
         for _ in range(count):
             logits = self._read(cache, step, mask)
@@ -167,7 +167,7 @@ class Model:
             try:
                 logits = cache.run({name: value for name, value in given.items() if name in self._inputs})
             except Exception as error:
-                raise ModelError(f"{self.folder}: ONNX Runtime cannot run the model ({_brief(error)}).") from None
+                raise ModelError(f"{self.folder}: ONNX Runtime cannot run the model ({brief(error)}).") from None
         return logits[:, -1]
 
     def require_room(self, prompts: Sequence[Sequence[int]], count: int) -> int:
@@ -196,7 +196,7 @@ class Model:
         try:
             found = self._session.run([wanted], feeds)[0]
         except Exception as error:
-            raise ModelError(f"{self.folder}: ONNX Runtime cannot run the model ({_brief(error)}).") from None
+            raise ModelError(f"{self.folder}: ONNX Runtime cannot run the model ({brief(error)}).") from None
         self._require_numbers(found[feeds["attention_mask"] > 0] if wanted == "last_hidden_state" else found)
         return found
 
@@ -210,10 +210,10 @@ class Model:
             if name not in _NUMBERS and value not in self._caches:
                 raise ModelError(f"{self.folder}: its model has an input {name!r:.80}, which is unknown here.")
         for cache in self._caches:
-            if cache.type not in _NUMPY:
+            if cache.type not in NUMPY:
                 raise ModelError(f"{self.folder}: has inputs of {cache.type}, which run on a GPU only.")
             sizes = [cache.shape[axis] for axis in (1, 3)] if len(cache.shape) == 4 else [None]
-            if not all(isinstance(size, int) for size in sizes) or _present(cache.name) not in self._outputs:
+            if not all(isinstance(size, int) for size in sizes) or present_of(cache.name) not in self._outputs:
                 raise ModelError(f"{self.folder}: its model's cache {cache.name!r:.80} is not one that is known here.")
         if not any(name in self._outputs for name in (("logits",) if self._caches else _RESULTS)):
             raise ModelError(f"{self.folder}: its model gives no {' or '.join(_RESULTS)}.")
@@ -231,8 +231,8 @@ class GrowingCache:
 
     def __init__(self, session: Any, caches: Sequence[Any], batch: int, _most: int) -> None:
         self._session = session
-        self._past = {c.name: np.zeros((batch, c.shape[1], 0, c.shape[3]), _NUMPY[c.type]) for c in caches}
-        self._outputs = ["logits", *map(_present, self._past)]
+        self._past = {c.name: np.zeros((batch, c.shape[1], 0, c.shape[3]), NUMPY[c.type]) for c in caches}
+        self._outputs = ["logits", *map(present_of, self._past)]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> np.ndarray:
         """Read tokens; their logits [batch, tokens, vocabulary]."""
@@ -256,8 +256,8 @@ class InPlaceCache:
     def __init__(self, session: Any, caches: Sequence[Any], batch: int, most: int) -> None:
         self._session, self._binding = session, session.io_binding()
         self._most = most
-        self._buffers = {c.name: np.zeros((batch, c.shape[1], 0, c.shape[3]), _NUMPY[c.type]) for c in caches}
-        windows = {c.name: _CAPACITY.fullmatch(str(c.shape[2])) for c in caches}
+        self._buffers = {c.name: np.zeros((batch, c.shape[1], 0, c.shape[3]), NUMPY[c.type]) for c in caches}
+        windows = {c.name: CAPACITY.fullmatch(str(c.shape[2])) for c in caches}
         self._rings = {name: int(found[1]) - 1 + _PART for name, found in windows.items() if found and found[1]}
         self._capacity = 0
 
@@ -282,7 +282,7 @@ class InPlaceCache:
             new = np.zeros((*old.shape[:2], rows, old.shape[3]), old.dtype)
             new[:, :, : old.shape[2]] = old
             self._buffers[name] = new
-            for bind, end in ((self._binding.bind_input, name), (self._binding.bind_output, _present(name))):
+            for bind, end in ((self._binding.bind_input, name), (self._binding.bind_output, present_of(name))):
                 bind(end, "cpu", 0, new.dtype, new.shape, new.ctypes.data)
         self._capacity = capacity
 
@@ -346,7 +346,7 @@ def read_settings(folder: Path) -> Settings:
     if name is None:
         raise ModelError(f"{folder}: holds neither deploy.json nor manifest.json. Is it a model's folder?")
     path, (entry, newest) = folder / name, _DESCRIPTIONS[name]
-    fields = _read_json(path)
+    fields = read_json(path)
     version = fields.get("format_version")
     if type(version) is int and version > newest:
         raise ModelError(f"{path}: was written by a newer teamlora-export. Use that version's program.")
@@ -388,7 +388,7 @@ def open_tokenizer(folder: Path, cut: int | None) -> Any:
     if not path.is_file():
         raise ModelError(f"{path}: is missing, so words cannot be read (runner.py takes --ids).")
     with _tokenizing(f"{path}: cannot be read as a tokenizer"):
-        tokenizer = Tokenizer.from_buffer(_read_bytes(path))
+        tokenizer = Tokenizer.from_buffer(read_bytes(path))
         tokenizer.no_padding()
         # What the file itself says of lengths has no meaning: transformers and sentence-transformers set it anew.
         tokenizer.no_truncation()
@@ -416,7 +416,7 @@ def _tokenizing(what: str) -> Iterator[None]:
     except (ModelError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise ModelError(f"{what} ({_brief(error)}).") from None
+        raise ModelError(f"{what} ({brief(error)}).") from None
 
 
 class TextStream:
@@ -582,11 +582,11 @@ def _core_of(processor: int) -> str:
         return str(processor)
 
 
-def _present(past: str) -> str:
+def present_of(past: str) -> str:
     return past.replace("past_key_values", "present", 1)
 
 
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """The first line of what another library says."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return line if len(line) <= 300 else f"{line[:300]}..."
@@ -601,7 +601,7 @@ def _open(path: Path) -> Any:
     return os.fdopen(descriptor, "rb")
 
 
-def _read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
     try:
         with _open(path) as file:
             data = file.read(_LARGEST_TEXT + 1)
@@ -612,11 +612,11 @@ def _read_bytes(path: Path) -> bytes:
     return data
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(_read_bytes(path).decode())
+        fields = json.loads(read_bytes(path).decode())
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read ({_brief(error)}). Copy it again.") from None
+        raise ModelError(f"{path}: cannot be read ({brief(error)}). Copy it again.") from None
     if not isinstance(fields, dict):
         raise ModelError(f"{path}: does not hold a JSON object. Copy it again.")
     return fields

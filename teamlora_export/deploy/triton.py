@@ -3,20 +3,23 @@
 models/NAME           the model: its graph on ONNX Runtime, or its engine on TensorRT
 models/NAME_text      words in: the ensemble around an encoder, or the loop around a text generator
 models/NAME_tokenizer the ensemble's first step
+
+A text generator that batches continuously is one model, NAME_text, with the graph in it.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
-from teamlora_export.bundle import Bundle, Port
+from teamlora_export.bundle import Bundle, Port, keeps_in_place
 from teamlora_export.deploy import triton_config
 from teamlora_export.deploy.engine import add_engine, refuse_stray_plugin
 from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment
-from teamlora_export.deploy.python import RUNNER_NAME
+from teamlora_export.deploy.python import RUNNER_NAME, SCHEDULER_NAMES
 from teamlora_export.deploy.render import render
 from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.engine.onnxruntime_library import LIBRARY_NAME
@@ -25,6 +28,7 @@ from teamlora_export.errors import ExportError
 
 SOURCES = TEMPLATES / "triton"
 REPOSITORY = "models"
+BATCHING = ("continuous", "sequence")
 # It is also a folder's, with more behind it.
 _LONGEST_NAME = 100
 
@@ -45,6 +49,7 @@ def deploy_triton(
     sequences: int = 64,
     logits: str = "last",
     capacity: int | None = None,
+    batching: str | None = None,
 ) -> Path:
     """Write the repository into `out`.
 
@@ -56,12 +61,16 @@ def deploy_triton(
         instances, batch, sequences: see `model_config`. Default of `batch`: 8 for text generation, 32 elsewhere, or
             what the engine takes.
         logits: see `deployment`; an engine gives what it was built with.
-        capacity: see `choose_capacity`; no text is longer.
+        capacity: see `choose_capacity`; no text is longer. Where texts are batched continuously, the default is all
+            that the model takes.
+        batching: of a text generator: "continuous", one model that takes words, writes `batch` texts at a time, and
+            lets others wait until there are `sequences`; or "sequence", a step of the model with its cache as Triton's
+            state, and a model that takes words around it. Default: continuous where that can be.
 
     Raises:
         ExportError: see `deployment` and `add_engine`; the engine does not run in Triton; a model in bfloat16 would
-            run on a CPU; an engine keeps its cache in place; the name is none; or `library` is no path, or the one
-            for a CPU where the graph is to run on a GPU.
+            run on a CPU; an engine keeps its cache in place; the model cannot be batched so; the name is none; or
+            `library` is no path, or the one for a CPU where the graph is to run on a GPU.
     """
     name = name or default_name(bundle)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
@@ -78,6 +87,10 @@ def deploy_triton(
         )
     if engine is None and bundle.manifest.dtype == "bf16" and not gpu:
         raise ExportError(f"{bundle.folder}: is in bfloat16, which ONNX Runtime runs on a GPU only: add --gpu.")
+    text = text and (bundle.folder / "tokenizer.json").is_file()
+    if _batching(bundle, batching, engine, gpu, text) == "continuous":
+        options = {"library": library, "check_files": check_files, "instances": instances}
+        return _deploy_continuous(bundle, out, name, logits, batch or 8, sequences, capacity, options)
     capacity = choose_capacity(bundle, capacity)
     if engine is not None and capacity is not None:
         raise ExportError(
@@ -85,7 +98,6 @@ def deploy_triton(
             "back end has two for a state. Export the model with --cache growing, and build an engine of that."
         )
     generates = bundle.manifest.task == "text-generation"
-    text = text and (bundle.folder / "tokenizer.json").is_file()
     with deployment(bundle, out, "triton", f"{REPOSITORY}/{name}/1", engine is None, logits, capacity) as made:
         facts = add_engine(made, engine, plugin, "model.plan") if engine is not None else None
         if facts is not None and facts.runtime != "tensorrt":
@@ -117,9 +129,30 @@ def deploy_triton(
             _write_config(made, ensemble)
             # A version of an ensemble is an empty folder, which copies and archives lose.
             made.write(f"{REPOSITORY}/{ensemble.name}/1/README", "An ensemble has no file of its own.\n")
-        _write_program(
-            made, name, text, engine=facts, library=library, gpu=gpu, check_files=check_files, capacity=capacity
-        )
+        options = {"library": library, "gpu": gpu, "check_files": check_files, "capacity": capacity}
+        _write_program(made, name, text, engine=facts, continuous=False, **options)
+    return out
+
+
+def _deploy_continuous(
+    bundle: Bundle,
+    out: Path,
+    name: str,
+    logits: str,
+    slots: int,
+    sequences: int,
+    capacity: int | None,
+    options: Mapping[str, Any],
+) -> Path:
+    if capacity is not None:
+        choose_capacity(bundle, capacity)
+    config = triton_config.continuous_config(
+        name, slots=slots, waiting=max(1, sequences - slots), capacity=capacity, **options
+    )
+    with deployment(bundle, out, "triton", f"{REPOSITORY}/{config.name}/1", logits=logits) as made:
+        _write_python_model(made, config, "continuous.py", *SCHEDULER_NAMES, "chat.py")
+        facts = {**options, "engine": None, "gpu": False, "capacity": capacity, "slots": slots, "sequences": sequences}
+        _write_program(made, name, True, continuous=True, **facts)
     return out
 
 
@@ -128,6 +161,25 @@ def default_name(bundle: Bundle) -> str:
     sources = (str(bundle.manifest.base["source"]), str(bundle.manifest.adapter["source"]))
     name = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "-", PurePath(source).name) for source in sources)
     return name.strip("-._")[:_LONGEST_NAME] or "model"
+
+
+def _batching(bundle: Bundle, wanted: str | None, engine: str | None, gpu: bool, text: bool) -> str:
+    if wanted not in (None, *BATCHING):
+        raise ExportError(f"--batching {wanted}: unknown. Use {' or '.join(BATCHING)}.")
+    obstacles = (
+        (bundle.manifest.task != "text-generation", f"{bundle.folder} does not generate text."),
+        (engine is not None, "is for ONNX Runtime. Leave --engine or it out."),
+        (
+            not keeps_in_place(bundle.manifest.inputs),
+            f"{bundle.folder} keeps no cache in place. Export it with --cache in-place.",
+        ),
+        (gpu, "runs on a CPU. Leave --gpu or it out."),
+        (not text, "takes words, so it needs the model's tokenizer.json, and no --no-text."),
+    )
+    obstacle = next((reason for holds, reason in obstacles if holds), None)
+    if wanted == "continuous" and obstacle is not None:
+        raise ExportError(f"--batching continuous: {obstacle}")
+    return wanted or ("sequence" if obstacle else "continuous")
 
 
 def _batch(facts: EngineFacts | None, wanted: int | None, default: int) -> int:
@@ -153,12 +205,16 @@ def _write_config(made: Deployment, config: object) -> None:
     made.write(f"{REPOSITORY}/{config.name}/config.pbtxt", text)  # type: ignore[attr-defined]
 
 
-def _write_python_model(made: Deployment, config: object, source: str) -> None:
+def _write_python_model(made: Deployment, config: object, source: str, *parts: str) -> None:
+    """Args:
+    parts: further files of this package that it imports.
+    """
     folder = f"{REPOSITORY}/{config.name}/1"  # type: ignore[attr-defined]
     _write_config(made, config)
     made.write(f"{folder}/model.py", SOURCES / source)
     made.write(f"{folder}/opened.py", SOURCES / "opened.py")
-    made.write(f"{folder}/{RUNNER_NAME}", Path(__file__).parent / RUNNER_NAME)
+    for part in (RUNNER_NAME, *parts):
+        made.write(f"{folder}/{part}", Path(__file__).parent / part)
 
 
 def _write_program(made: Deployment, name: str, text: bool, **facts: object) -> None:
@@ -169,6 +225,8 @@ def _write_program(made: Deployment, name: str, text: bool, **facts: object) -> 
     values = {
         **facts,
         "name": name,
+        # The one with the model's files.
+        "folder": made.model.parent.name,
         "inputs": inputs,
         "output": triton_config.result_of(made.bundle),
         "text": text,

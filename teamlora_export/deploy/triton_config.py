@@ -33,6 +33,8 @@ WARMUP_FILE = "ones"
 # A sequence that is not ended keeps its cache so long.
 _IDLE_MICROSECONDS = 60_000_000
 _QUEUE_MICROSECONDS = 500
+# Tokens of prompts that are read between two steps of texts that are batched continuously.
+_PART = 256
 
 
 def model_config(
@@ -106,6 +108,56 @@ def generate_config(bundle: Bundle, name: str, check_files: bool, instances: int
     _add_parameters(
         config, model=name, takes_positions=takes_positions, check_files=check_files, capacity=str(capacity or 0)
     )
+    return config
+
+
+def continuous_config(
+    name: str,
+    *,
+    check_files: bool,
+    library: str | None,
+    instances: int,
+    slots: int,
+    waiting: int,
+    capacity: int | None,
+) -> Any:
+    """A text generator that batches continuously, with the model's files in its own folder.
+
+    Args:
+        slots: texts that are written at a time. waiting: requests that may wait for one of them to end.
+        capacity: tokens of prompt and answer together, at most; None: what the model takes.
+    """
+    pb = protobuf()
+    config = pb.ModelConfig(name=f"{name}_text", backend="python", max_batch_size=0)
+    config.version_policy.latest.num_versions = 1
+    config.model_transaction_policy.decoupled = True
+    for key, kind, size in (
+        ("text_input", pb.TYPE_STRING, 1),
+        ("messages", pb.TYPE_STRING, 1),
+        ("input_ids", pb.TYPE_INT64, -1),
+        ("max_tokens", pb.TYPE_INT32, 1),
+        ("stream", pb.TYPE_BOOL, 1),
+        ("temperature", pb.TYPE_FP32, 1),
+        ("top_k", pb.TYPE_INT32, 1),
+        ("top_p", pb.TYPE_FP32, 1),
+        ("repetition_penalty", pb.TYPE_FP32, 1),
+        ("seed", pb.TYPE_INT64, 1),
+        ("stop", pb.TYPE_STRING, -1),
+        ("log_probs", pb.TYPE_BOOL, 1),
+        ("time_limit", pb.TYPE_FP32, 1),
+    ):
+        config.input.add(name=key, data_type=kind, dims=[size], optional=True)
+    for key, kind, size in (
+        ("text_output", pb.TYPE_STRING, 1),
+        ("finish_reason", pb.TYPE_STRING, 1),
+        ("token_ids", pb.TYPE_INT64, -1),
+        ("log_probs", pb.TYPE_FP32, -1),
+    ):
+        config.output.add(name=key, data_type=kind, dims=[size])
+    config.instance_group.add(count=instances, kind=pb.ModelInstanceGroup.KIND_CPU)
+    numbers = {"slots": slots, "waiting": waiting, "part": _PART, "threads": 0, "capacity": capacity or 0}
+    given = {key: str(number) for key, number in numbers.items()} | ({"library": library} if library else {})
+    _add_parameters(config, model=config.name, check_files=check_files, **given)
     return config
 
 

@@ -108,7 +108,7 @@ def test_the_configuration_has_the_logits_that_the_graph_gives(server, smollm2, 
 @pytest.mark.parametrize("model", ["llama", "mistral"])
 def test_a_cache_in_place_is_one_buffer_and_texts_of_any_length_share_a_batch(model, make_bundle, tmp_path):
     bundle = make_bundle(model, cache="in-place")
-    deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=24)
+    deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=24, batching="sequence")
     server = Server(deployed / "models")
     for state in server.models["m"].config.sequence_batching.state:
         assert state.use_same_buffer_for_input_output
@@ -135,9 +135,99 @@ def test_a_cache_in_place_is_one_buffer_and_texts_of_any_length_share_a_batch(mo
     assert not server.models["m"].states
 
 
+@pytest.fixture(scope="module")
+def continuous(make_bundle, tmp_path_factory) -> Path:
+    bundle = make_bundle("llama", cache="in-place")
+    return deploy_triton(bundle, tmp_path_factory.mktemp("triton") / "out", name="m", batch=3, capacity=100)
+
+
+def test_texts_of_a_cache_in_place_are_batched_continuously(continuous, make_bundle):
+    server, model = Server(continuous / "models"), Model(make_bundle("llama", cache="in-place").folder, threads=1)
+    assert list(server.models) == ["m_text"]
+    drawn = np.random.default_rng(3)
+    prompts = [drawn.integers(3, 384, length) for length in drawn.integers(1, 60, 60)]
+
+    def ask(prompt: np.ndarray, **options: np.ndarray) -> list[dict[str, np.ndarray]]:
+        given = {"input_ids": prompt.astype(np.int64), "max_tokens": np.array([8], np.int32), **options}
+        return list(server.stream("m_text", given))
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [answer["token_ids"].tolist() for (answer,) in pool.map(ask, prompts)]
+    assert answers == [model.generate([prompt.tolist()], 8)[0] for prompt in prompts]
+    *pieces, last = ask(prompts[0], stream=np.array([True]), log_probs=np.array([True]))
+    assert [piece["token_ids"].tolist() for piece in pieces] == [[token] for token in answers[0]]
+    assert all(piece["log_probs"] < 0 for piece in pieces)
+    assert (last["finish_reason"][0], last["token_ids"].size) == (b"length", 0)
+    # The capacity bounds prompt and answer together.
+    (full,) = ask(np.full(97, 5), max_tokens=np.array([50], np.int32))
+    assert full["token_ids"].size <= 3
+    server.models["m_text"].unload()
+
+
+def test_a_request_that_cannot_be_batched_is_refused_in_words(continuous):
+    server = Server(continuous / "models")
+    ids = np.array([5, 6, 7], np.int64)
+    for message, given in {
+        "INVALID_ARG: Give one of text_input, messages and input_ids": {},
+        "INVALID_ARG: Give one of": {"text_input": words("a"), "input_ids": ids},
+        "INVALID_ARG: Token 384 is not in": {"input_ids": np.array([384])},
+        "INVALID_ARG: 100 tokens; the model takes 100, its answer included": {"input_ids": np.full(100, 5)},
+        "INVALID_ARG: 0 tokens: give at least 1": {"input_ids": ids, "max_tokens": np.array([0], np.int32)},
+        "INVALID_ARG: temperature -1.0: give": {"input_ids": ids, "temperature": np.array([-1], np.float32)},
+        "INVALID_ARG: temperature nan: give": {"input_ids": ids, "temperature": np.array([np.nan], np.float32)},
+        "INVALID_ARG: stop: give 16 strings": {"input_ids": ids, "stop": words("")},
+        "INVALID_ARG: .*invalid start byte": {"text_input": np.array([b"\xff"], np.object_)},
+        "INVALID_ARG: The model has no chat template": {"messages": words("[]")},
+        "INVALID_ARG: A time limit of -1.0": {"input_ids": ids, "time_limit": np.array([-1], np.float32)},
+        "UNAVAILABLE: The request took longer": {"input_ids": ids, "time_limit": np.array([1e-9], np.float32)},
+    }.items():
+        with pytest.raises(RequestError, match=message):
+            list(server.stream("m_text", given))
+    server.models["m_text"].unload()
+    with pytest.raises(RequestError, match="UNAVAILABLE: The server is closing"):
+        list(server.stream("m_text", {"input_ids": ids}))
+
+
+def test_a_model_whose_files_changed_or_that_lacks_a_library_is_not_loaded(make_bundle, tmp_path):
+    bundle = make_bundle("llama", cache="in-place")
+    deployed = deploy_triton(bundle, tmp_path / "out", name="m", library="/nowhere/libops.so")
+    with pytest.raises(LoadError, match=r"/nowhere/libops\.so: cannot be loaded as a library"):
+        Server(deployed / "models")
+    with (deployed / "models" / "m_text" / "1" / "config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(LoadError, match=r"config\.json: is not the file that belongs here"):
+        Server(deployed / "models")
+
+
+def test_how_texts_are_batched_follows_from_the_model_or_is_refused(make_bundle, tmp_path):
+    in_place, growing = make_bundle("llama", cache="in-place"), make_bundle("llama")
+
+    def models(number: int, bundle: Bundle, **options: object) -> set[str]:
+        out = deploy_triton(bundle, tmp_path / str(number), name="m", **options)
+        return {path.name for path in (out / "models").iterdir()}
+
+    assert models(0, in_place) == {"m_text"}
+    assert models(1, in_place, batching="sequence") == models(2, growing) == {"m", "m_text"}
+    assert models(3, in_place, text=False) == {"m"}
+    assert models(4, in_place, gpu=True) == {"m", "m_text"}
+    for number, (message, bundle, options) in enumerate(
+        (
+            ("keeps no cache in place", growing, {}),
+            ("does not generate text", make_bundle("bert"), {}),
+            ("Leave --gpu", in_place, {"gpu": True}),
+            ("no --no-text", in_place, {"text": False}),
+            ("Leave --engine", in_place, {"engine": "fp16"}),
+            ("--batching continuously: unknown", in_place, {"batching": "continuously"}),
+        )
+    ):
+        with pytest.raises(ExportError, match=message):
+            models(10 + number, bundle, **{"batching": "continuous", **options})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3", "4"]
+
+
 def test_words_for_a_cache_in_place_are_read_in_parts_and_a_full_cache_is_refused(make_bundle, tmp_path):
     bundle = make_bundle("llama", cache="in-place")
-    deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=40)
+    deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=40, batching="sequence")
     source = deployed / "models" / "m_text" / "1" / "model.py"
     source.write_text(source.read_text().replace("_PART = 512", "_PART = 5"))
     server = Server(deployed / "models")

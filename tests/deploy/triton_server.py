@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import queue
 import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -280,7 +281,7 @@ class PythonModel(Model):
         sys.modules["triton_python_backend_utils"] = _backend_utils(self.server)
         path = self.folder / "1" / "model.py"
         # As the back end does: the version's folder is where it imports from.
-        for name in ("runner", "opened"):
+        for name in ("runner", "opened", "sampling", "slots", "scheduler", "chat"):
             sys.modules.pop(name, None)
         sys.path.append(str(path.parent))
         try:
@@ -309,9 +310,15 @@ class PythonModel(Model):
     def stream(self, inputs: Tensors) -> Iterator[Tensors]:
         request = _Request(self.utils, inputs)
         self.model.execute([request])
-        assert request.sender.final
-        for answer in request.sender.answers:
-            yield self._outputs(answer)
+        try:
+            # Its answers may come from a thread of its own.
+            while (answer := request.sender.answers.get(timeout=120)) is not None:
+                yield self._outputs(answer)
+        finally:
+            request.sender.cancelled = True
+
+    def unload(self) -> None:
+        self.model.finalize()
 
     def _outputs(self, answer: Any) -> Tensors:
         if answer.has_error():
@@ -321,17 +328,19 @@ class PythonModel(Model):
 
 class _Sender:
     def __init__(self) -> None:
-        self.answers: list[Any] = []
-        self.final = False
+        self.answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.final = self.cancelled = False
 
     def send(self, response: Any = None, flags: int = 0) -> None:
         assert not self.final
         if response is not None:
-            self.answers.append(response)
+            self.answers.put(response)
         self.final = flags == 1
+        if self.final:
+            self.answers.put(None)
 
     def is_cancelled(self) -> bool:
-        return False
+        return self.cancelled
 
 
 class _Request:
@@ -358,7 +367,7 @@ def _backend_utils(server: Server) -> types.ModuleType:
             return self._array
 
     class TritonError:
-        INTERNAL, INVALID_ARG = "INTERNAL", "INVALID_ARG"
+        INTERNAL, INVALID_ARG, UNAVAILABLE = "INTERNAL", "INVALID_ARG", "UNAVAILABLE"
 
         def __init__(self, message: str, code: str = INTERNAL) -> None:
             self._message, self.code = message, code

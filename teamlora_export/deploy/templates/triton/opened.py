@@ -24,8 +24,9 @@ def open_beside(args: dict[str, str]) -> tuple[dict[str, str], Settings, Any]:
         raise pb_utils.TritonModelException(str(error)) from None
 
 
-def refusal(error: Exception) -> pb_utils.InferenceResponse:
+def refusal(error: Exception, code: int | None = None) -> pb_utils.InferenceResponse:
     """The answer to a request that cannot be answered: whose fault it is, in a sentence."""
-    given = isinstance(error, (ModelError, UnicodeError))
-    code = pb_utils.TritonError.INVALID_ARG if given else pb_utils.TritonError.INTERNAL
+    if code is None:
+        given = isinstance(error, (ModelError, UnicodeError))
+        code = pb_utils.TritonError.INVALID_ARG if given else pb_utils.TritonError.INTERNAL
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error) or type(error).__name__, code))

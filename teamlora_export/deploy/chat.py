@@ -1,0 +1,102 @@
+"""A conversation as the text that a model was trained to go on from, by the template that came with the model.
+
+A template is a program of whoever made the model. It runs in jinja2's sandbox, as in transformers: it sees the messages
+and a few names, changes nothing, and reaches no attribute that leads out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING or __package__:
+    from teamlora_export.deploy.runner import ModelError, brief, read_bytes, read_json
+else:
+    # Deployed: the files lie beside one another.
+    from runner import ModelError, brief, read_bytes, read_json
+
+# Tokens that templates name, as tokenizer_config.json has them.
+_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Chat:
+    """The template of the model in a folder.
+
+    Raises:
+        ModelError: the model has none, jinja2 is not installed, or the template is none of jinja2's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+        self._names = {name: token for name in _TOKENS if (token := _content(config.get(name))) is not None}
+        self._render = _compile(_source(folder, config))
+
+    def text(self, messages: str) -> str:
+        """The text up to where the answer begins, its special tokens included.
+
+        Args:
+            messages: JSON, [{"role": ..., "content": ...}, ...].
+        """
+        turns = _read_messages(messages)
+        try:
+            return self._render({"messages": turns, "add_generation_prompt": True, **self._names})
+        except Exception as error:
+            raise ModelError(f"The model's chat template cannot take these messages ({brief(error)}).") from None
+
+
+def _source(folder: Path, config: Mapping[str, Any]) -> str:
+    path = folder / "chat_template.jinja"
+    found = config.get("chat_template")
+    if path.is_file():
+        found = read_bytes(path).decode(errors="replace")
+    elif isinstance(found, list):
+        # Several, by their names.
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    if not isinstance(found, str):
+        raise ModelError("The model has no chat template: give text_input.")
+    return found
+
+
+def _compile(source: str) -> Callable[[Mapping[str, Any]], str]:
+    try:
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ModuleNotFoundError:
+        raise ModelError("Chat templates need jinja2, which is not installed there: pip install jinja2") from None
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    try:
+        return environment.from_string(source).render
+    except TemplateError as error:
+        raise ModelError(f"The model's chat template cannot be read ({brief(error)}).") from None
+
+
+def _refuse(message: object) -> NoReturn:
+    raise ModelError(str(message))
+
+
+def _read_messages(messages: str) -> Sequence[Mapping[str, str]]:
+    try:
+        turns = json.loads(messages)
+    except (ValueError, RecursionError):
+        turns = None
+    is_list = isinstance(turns, list) and len(turns) > 0
+    if not is_list or not all(
+        isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content")) for turn in turns
+    ):
+        raise ModelError('messages: give JSON of the form [{"role": "user", "content": "Some text"}].')
+    return turns
+
+
+def _content(token: object) -> str | None:
+    """A token's text; files have it alone, or with what else they know of it."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None

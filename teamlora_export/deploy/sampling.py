@@ -1,0 +1,146 @@
+"""How a text generator's next token is chosen, and where its text stops: greedily by default, or drawn.
+
+The order is the one that transformers keeps: the penalty of tokens that are there already, the temperature, the
+likeliest `top_k`, of these the likeliest that make up `top_p`, and a draw from what is left.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING or __package__:
+    from teamlora_export.deploy.runner import ModelError
+else:
+    # Deployed: the files lie beside one another.
+    from runner import ModelError
+
+_MOST_STOPS = 16
+_LONGEST_STOP = 1024
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request asks for.
+
+    Attributes:
+        temperature: logits are divided by it; 0 takes the likeliest token, whatever `top_k` and `top_p` say.
+        top_k: the draw is from so many of the likeliest tokens, and those as likely as the last; 0: from all.
+        top_p: the draw is from the fewest of the likeliest tokens that are so likely together; 1: from all.
+        repetition_penalty: logits of the prompt's and the answer's tokens are divided by it where they are positive,
+            and multiplied elsewhere (Keskar et al. 2019, section 4.1).
+        seed: the same one draws the same tokens; None: another one each time.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, holds, range_ in (
+            ("temperature", 0 <= self.temperature < math.inf, "a number from 0 on"),
+            ("top_k", self.top_k >= 0, "a whole number from 0 on"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0, up to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
+            ("seed", self.seed is None or self.seed >= 0, "a whole number from 0 on"),
+        ):
+            if not holds:
+                raise ModelError(f"{name} {getattr(self, name)}: give {range_}.")
+
+
+class Sampler:
+    """Chooses the tokens of one answer."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self._sampling = sampling
+        self._generator = np.random.default_rng(sampling.seed)
+        self._seen = set(prompt)
+
+    def choose(self, logits: np.ndarray) -> int:
+        """The next token, of logits float [vocabulary]."""
+        logits = self._penalised(logits)
+        if self._sampling.temperature == 0:
+            token = int(logits.argmax())
+        else:
+            shares = self.shares(logits)
+            token = int(self._generator.choice(len(shares), p=shares))
+        self._seen.add(token)
+        return token
+
+    def shares(self, logits: np.ndarray) -> np.ndarray:
+        """How likely each token is to be drawn, float64 [vocabulary]."""
+        asked = self._sampling
+        # The likeliest is 0 before it is divided, so that nothing overflows.
+        scaled = (logits.astype(np.float64) - logits.max()) / asked.temperature
+        if 0 < asked.top_k < len(scaled):
+            scaled[scaled < np.partition(scaled, -asked.top_k)[-asked.top_k]] = -np.inf
+        shares = np.exp(scaled)
+        shares /= shares.sum()
+        if asked.top_p < 1:
+            order = np.argsort(-shares, kind="stable")
+            kept = int(np.searchsorted(np.cumsum(shares[order]), asked.top_p)) + 1
+            shares[order[kept:]] = 0
+            shares /= shares.sum()
+        return shares
+
+    def _penalised(self, logits: np.ndarray) -> np.ndarray:
+        penalty = self._sampling.repetition_penalty
+        if penalty == 1:
+            return logits
+        logits = logits.astype(np.float32)
+        seen = np.fromiter(self._seen, np.int64)
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        return logits
+
+
+def log_probability(logits: np.ndarray, token: int) -> float:
+    """Of a token, as the model itself holds it likely: before any penalty, temperature or cut."""
+    logits = logits.astype(np.float64)
+    highest = logits.max()
+    return float(logits[token] - highest - np.log(np.exp(logits - highest).sum()))
+
+
+class StoppedText:
+    """Text that comes in pieces, up to the first of some strings, which is left out.
+
+    What could be the beginning of such a string is held back until it is known.
+
+    Args:
+        decode: what a further token adds to the text (`TextStream.add`).
+    """
+
+    def __init__(self, decode: Callable[[int], str], stops: Sequence[str]) -> None:
+        if len(stops) > _MOST_STOPS or not all(0 < len(stop) <= _LONGEST_STOP for stop in stops):
+            raise ModelError(f"stop: give {_MOST_STOPS} strings at most, each of 1 to {_LONGEST_STOP} characters.")
+        self._decode, self._stops = decode, stops
+        self._held = ""
+        self.stopped = False
+
+    def add(self, token: int) -> str:
+        """What can be shown after a further token."""
+        self._held += self._decode(token)
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = self._held[: min(found)]
+            return self.rest()
+        kept = max((self._begun(stop) for stop in self._stops), default=0)
+        end = len(self._held) - kept
+        piece, self._held = self._held[:end], self._held[end:]
+        return piece
+
+    def rest(self) -> str:
+        """What was held back, once no more tokens come."""
+        piece, self._held = self._held, ""
+        return piece
+
+    def _begun(self, stop: str) -> int:
+        """How much of a stop string the text ends with."""
+        lengths = range(min(len(stop) - 1, len(self._held)), 0, -1)
+        return next((length for length in lengths if self._held.endswith(stop[:length])), 0)

@@ -1,0 +1,336 @@
+"""Many texts from one model at once, batched continuously: a request joins when it comes and leaves when it is done.
+
+    with Scheduler(SlotModel(folder, slots=8)) as scheduler:
+        for token in scheduler.submit(prompt_ids, count=64, sampling=Sampling(temperature=0.7)):
+            print(token.id)
+
+The model's cache is in place, with a row for each text at work. A turn of the scheduler
+
+1. ends what was cancelled or is late, and gives free rows to those that wait,
+2. reads prompts, so many tokens of them that no text waits long for its next token,
+3. runs one step for all texts that are being written, whatever their lengths.
+
+A request fails alone: rows of a batch do not see one another, a step that fails is tried again for each row by itself,
+and a row that is left is cleared.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING or __package__:
+    from teamlora_export.deploy.runner import ModelError, brief
+    from teamlora_export.deploy.sampling import Sampler, Sampling, log_probability
+    from teamlora_export.deploy.slots import SlotModel
+else:
+    # Deployed: the files lie beside one another.
+    from runner import ModelError, brief
+    from sampling import Sampler, Sampling, log_probability
+    from slots import SlotModel
+
+_GREEDY = Sampling()
+
+
+class Overloaded(Exception):
+    """So many requests wait already that no more are taken."""
+
+
+class Failed(Exception):
+    """A request that was taken cannot be answered; the message says why."""
+
+
+class Late(Failed):
+    """A request took longer than it was given."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One of an answer's.
+
+    Attributes:
+        log_probability: see `log_probability`; None where it was not asked for.
+    """
+
+    id: int
+    log_probability: float | None
+
+
+class Answer:
+    """The tokens of a request, one by one as they come; the one that ends the text is left out.
+
+    Iterating raises `Failed` where the answer cannot be completed.
+
+    Attributes:
+        finish: why it ended: "stop" (the model ended its text), "length", "cancelled", or "" (it has not, or failed).
+    """
+
+    def __init__(self) -> None:
+        self.finish = ""
+        self.cancelled = False
+        self._events: queue.SimpleQueue[Token | Exception | str] = queue.SimpleQueue()
+
+    def __iter__(self) -> Iterator[Token]:
+        while isinstance(event := self._events.get(), Token):
+            yield event
+        # Whoever iterates again meets the same end.
+        self._events.put(event)
+        if isinstance(event, Exception):
+            raise event
+
+    def cancel(self) -> None:
+        """No more tokens are wanted; the request's row is free at the next turn."""
+        self.cancelled = True
+
+    def put(self, token: Token) -> None:
+        self._events.put(token)
+
+    def end(self, how: str | Exception) -> None:
+        if isinstance(how, str):
+            self.finish = how
+        self._events.put(how)
+
+
+@dataclass(eq=False)
+class _Request:
+    """One that waits, or whose prompt is read, or whose text is written.
+
+    Attributes:
+        unread: of the prompt; when all is read, the one token that the next step reads.
+        left: tokens that may follow. deadline: of the clock.
+        row: of the cache.
+    """
+
+    unread: list[int]
+    left: int
+    sampler: Sampler
+    log_probabilities: bool
+    deadline: float
+    abandoned: Callable[[], bool] | None
+    answer: Answer = field(default_factory=Answer)
+    row: int = -1
+
+
+class Scheduler:
+    """Shares a model among requests; see the module's own words.
+
+    Args:
+        waiting: requests that may wait for a row; more are refused.
+        clock: in seconds.
+    """
+
+    def __init__(self, model: SlotModel, waiting: int = 64, clock: Callable[[], float] = time.monotonic) -> None:
+        if waiting < 1:
+            raise ModelError(f"{waiting} waiting requests: give at least 1.")
+        self._model, self._clock, self._most_waiting = model, clock, waiting
+        self._waiting: deque[_Request] = deque()
+        # In a row from the last down, in turns.
+        self._reading: deque[_Request] = deque()
+        # Each in the row of its index.
+        self._writing: list[_Request] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Scheduler:
+        self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Requests that are not done fail."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+        self._end_all(Failed("The server is closing."))
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        count: int = 64,
+        sampling: Sampling = _GREEDY,
+        *,
+        log_probabilities: bool = False,
+        seconds: float = float("inf"),
+        abandoned: Callable[[], bool] | None = None,
+    ) -> Answer:
+        """Up to `count` tokens after a prompt (token ids), until an end-of-text token, or until there is no more room.
+
+        Args:
+            seconds: the answer fails when it is not complete by then.
+            abandoned: whether nobody wants the answer any more; asked at every turn, by the scheduler's thread.
+
+        Raises:
+            ModelError: the prompt is empty, too long, or holds what is no token's id.
+            Overloaded: too many requests wait.
+        """
+        prompt = self._model.settings.require_ids(prompt)
+        count = self._model.settings.room([prompt], count)
+        if not seconds > 0:
+            raise ModelError(f"A time limit of {seconds} seconds: give a number above 0.")
+        sampler, deadline = Sampler(sampling, prompt), self._clock() + seconds
+        request = _Request(prompt, count, sampler, log_probabilities, deadline, abandoned)
+        with self._changed:
+            if self._closing:
+                raise Overloaded("The server is closing.")
+            if len(self._waiting) >= self._most_waiting:
+                raise Overloaded(f"{len(self._waiting)} requests wait already. Try again later.")
+            self._waiting.append(request)
+            self._changed.notify()
+        return request.answer
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._reading or self._writing)
+
+    def turn(self) -> None:
+        """See the module's own words. Called by the scheduler's own thread, unless that was never started."""
+        self._drop()
+        self._admit()
+        self._read_prompts()
+        self._write()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self.busy)
+                if self._closing:
+                    return
+            try:
+                self.turn()
+            except Exception as error:
+                # None is known. Those at work may be spoilt by it; those that come are not.
+                self._end_all(Failed(f"The scheduler failed ({brief(error)})."))
+
+    def _drop(self) -> None:
+        for request in (*self._writing, *self._reading):
+            if (reason := self._reason_to_end(request)) is not None:
+                self._retire(request, reason)
+        with self._changed:
+            waiting = list(self._waiting)
+        for request in waiting:
+            if (reason := self._reason_to_end(request)) is not None:
+                with self._changed:
+                    self._waiting.remove(request)
+                request.answer.end(reason)
+
+    def _reason_to_end(self, request: _Request) -> str | Exception | None:
+        try:
+            if request.answer.cancelled or (request.abandoned is not None and request.abandoned()):
+                return "cancelled"
+        except Exception as error:
+            return Failed(f"Whether the request is still wanted cannot be told ({brief(error)}).")
+        return Late("The request took longer than its time limit.") if self._clock() > request.deadline else None
+
+    def _admit(self) -> None:
+        free = set(range(self._model.slots)) - {request.row for request in (*self._writing, *self._reading)}
+        with self._changed:
+            while free and self._waiting:
+                request = self._waiting.popleft()
+                # Rows from the first on are for texts that are written.
+                request.row = max(free)
+                free.remove(request.row)
+                self._reading.append(request)
+
+    def _read_prompts(self) -> None:
+        """A part of a prompt or several short prompts, in turns."""
+        budget = self._model.part
+        while budget > 0 and self._reading:
+            request = self._reading[0]
+            part, request.unread = request.unread[:budget], request.unread[budget:]
+            budget -= len(part)
+            logits = self._read(request, part)
+            if logits is None:
+                continue
+            self._reading.popleft()
+            if request.unread:
+                self._reading.append(request)
+            else:
+                self._begin_to_write(request)
+                self._take(request, logits)
+
+    def _begin_to_write(self, request: _Request) -> None:
+        row = len(self._writing)
+        if request.row != row:
+            self._model.swap(request.row, row)
+            for other in self._reading:
+                if other.row == row:
+                    other.row = request.row
+            request.row = row
+        self._writing.append(request)
+
+    def _write(self) -> None:
+        """A step of all texts that are being written."""
+        requests = list(self._writing)
+        if not requests:
+            return
+        try:
+            rows = self._model.read(0, [request.unread for request in requests])
+        except Exception:
+            # What fails for one of them fails for it alone.
+            for request in requests:
+                logits = self._read(request, request.unread)
+                if logits is not None:
+                    self._take(request, logits)
+            return
+        for request, logits in zip(requests, rows, strict=True):
+            self._take(request, logits)
+
+    def _read(self, request: _Request, ids: Sequence[int]) -> np.ndarray | None:
+        """The logits after more tokens of one text; None where they cannot be read, which ends the request."""
+        try:
+            return self._model.read(request.row, [ids])[0]
+        except Exception as error:
+            self._retire(request, Failed(f"ONNX Runtime cannot run the model ({brief(error)})."))
+            return None
+
+    def _take(self, request: _Request, logits: np.ndarray) -> None:
+        """The text's next token, and its end where that is one."""
+        try:
+            # The largest is NaN where one of them is.
+            if not np.isfinite(logits.max()):
+                raise Failed("The model's answer to this is no number (NaN).")
+            token = request.sampler.choose(logits)
+            likely = log_probability(logits, token) if request.log_probabilities else None
+        except Exception as error:
+            failure = error if isinstance(error, Failed) else Failed(f"No token can be chosen ({brief(error)}).")
+            self._retire(request, failure)
+            return
+        if token in self._model.settings.stops:
+            self._retire(request, "stop")
+            return
+        request.answer.put(Token(token, likely))
+        request.unread, request.left = [token], request.left - 1
+        if request.left == 0:
+            self._retire(request, "length")
+
+    def _retire(self, request: _Request, how: str | Exception) -> None:
+        """Its row is cleared; the last of those that are being written moves into it."""
+        self._model.clear(request.row)
+        if request in self._reading:
+            self._reading.remove(request)
+        else:
+            last = self._writing.pop()
+            if last is not request:
+                self._model.swap(request.row, last.row)
+                self._writing[request.row], last.row = last, request.row
+        request.answer.end(how)
+
+    def _end_all(self, how: Exception) -> None:
+        with self._changed:
+            requests = [*self._writing, *self._reading, *self._waiting]
+            for held in (self._writing, self._reading, self._waiting):
+                held.clear()
+        for row in range(self._model.slots):
+            self._model.clear(row)
+        for request in requests:
+            request.answer.end(how)

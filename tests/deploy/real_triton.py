@@ -1,0 +1,138 @@
+"""A real Triton server with Python models, for as long as a block: on free ports of the loopback, stopped by its id."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as grpc
+from get_triton_server import get_triton_server
+from tritonclient.utils import InferenceServerException
+
+_SECONDS_TO_START = 60
+# It waits for an answer to an idle connection, and for models to be unloaded.
+_SECONDS_TO_STOP = 30
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where a server listens, as HOST:PORT."""
+
+    http: str
+    grpc: str
+
+
+@contextlib.contextmanager
+def running(repository: Path, log: Path) -> Iterator[Addresses]:
+    """A server of the models in `repository`; what it says goes into `log`.
+
+    Models are loaded and unloaded where a client asks for it; all of them are loaded at the start.
+
+    Raises:
+        RuntimeError: it is not ready in time, or does not stop in time.
+    """
+    home = get_triton_server()
+    http, grpc, metrics = _free_ports(3)
+    triton = home / "server" / "pytriton" / "tritonserver"
+    options = {
+        "model-repository": repository,
+        "backend-directory": triton / "backends",
+        "model-control-mode": "explicit",
+        "load-model": "*",
+        "http-address": "127.0.0.1",
+        "grpc-address": "127.0.0.1",
+        "metrics-address": "127.0.0.1",
+        "http-port": http,
+        "grpc-port": grpc,
+        "metrics-port": metrics,
+        "exit-timeout-secs": 20,
+    }
+    environment = {
+        # The back end finds Python there, and its library.
+        "PATH": f"{home / 'python' / 'bin'}:{os.environ['PATH']}",
+        "LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR"),
+        "HOME": os.environ.get("HOME", "/"),
+    }
+    command = [triton / "bin" / "tritonserver", *(f"--{name}={value}" for name, value in options.items())]
+    with log.open("wb") as told:
+        process = subprocess.Popen(command, stdout=told, stderr=told, env=environment)
+    try:
+        _wait_until_ready(process, f"127.0.0.1:{http}", log)
+        yield Addresses(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
+    finally:
+        _stop(process, log)
+
+
+class Stream:
+    """A request over gRPC whose answer is read as it comes."""
+
+    def __init__(self, server: Addresses, name: str, ids: list[int], count: int) -> None:
+        self._client = grpc.InferenceServerClient(server.grpc)
+        self._answers: queue.Queue[Any] = queue.Queue()
+        inputs = []
+        for key, values, kind in (
+            ("input_ids", np.array(ids, np.int64), "INT64"),
+            ("max_tokens", np.array([count], np.int32), "INT32"),
+            ("stream", np.array([True]), "BOOL"),
+        ):
+            inputs.append(grpc.InferInput(key, list(values.shape), kind).set_data_from_numpy(values))
+        self._client.start_stream(lambda result, error: self._answers.put(error or result))
+        self._client.async_stream_infer(f"{name}_text", inputs, enable_empty_final_response=True)
+
+    def tokens(self) -> Iterator[int]:
+        for response in self.responses():
+            yield from response
+
+    def responses(self) -> Iterator[list[int]]:
+        """The tokens of each."""
+        while True:
+            answer = self._answers.get(timeout=60)
+            if isinstance(answer, InferenceServerException):
+                raise answer
+            if answer.get_response().parameters["triton_final_response"].bool_param:
+                self._client.stop_stream()
+                return
+            yield answer.as_numpy("token_ids").tolist()
+
+    def cancel(self) -> None:
+        self._client.stop_stream(cancel_requests=True)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    end = time.monotonic() + _SECONDS_TO_START
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{address}/v2/health/ready", timeout=5):
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"The server is not ready:\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def _stop(process: subprocess.Popen[bytes], log: Path) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(_SECONDS_TO_STOP)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise RuntimeError(f"The server does not stop:\n{log.read_text(errors='replace')[-3000:]}") from None
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]

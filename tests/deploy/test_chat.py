@@ -1,0 +1,88 @@
+"""Chat templates, rendered as transformers renders them, and what a template cannot do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import get_model
+from transformers import AutoTokenizer
+
+from teamlora_export.deploy.chat import Chat
+from teamlora_export.deploy.runner import ModelError
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": 'Sort: "é", <b>'},
+    {"role": "assistant", "content": "b é"},
+    {"role": "user", "content": "Again\n"},
+]
+# Blocks on lines of their own, loop controls, JSON, tokens by name.
+TEMPLATE = """
+{%- for message in messages %}
+    {% if message['role'] == 'system' %}
+        {% continue %}
+    {% endif %}
+{{ bos_token }}{{ message | tojson }}{{ eos_token }}
+{% endfor %}
+{%- if add_generation_prompt %}>{% endif %}"""
+
+
+def write(folder: Path, template: object, **fields: object) -> Path:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, **fields}))
+    return folder
+
+
+def test_a_real_models_template_gives_what_transformers_gives():
+    folder = Path(get_model("smollm2"))
+    expected = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        MESSAGES, tokenize=False, add_generation_prompt=True
+    )
+    assert Chat(folder).text(json.dumps(MESSAGES)) == expected
+    assert "Be brief." in expected
+
+
+@pytest.mark.parametrize("place", ["field", "named", "file"])
+def test_a_template_is_found_and_rendered_as_transformers_does(place, tmp_path, make_base):
+    tokenizer = AutoTokenizer.from_pretrained(make_base("llama").folder)
+    tokenizer.chat_template = TEMPLATE
+    expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    tokens = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    if place == "file":
+        (write(tmp_path, "not this", **tokens) / "chat_template.jinja").write_text(TEMPLATE)
+    else:
+        named = [{"name": "tools", "template": "not this"}, {"name": "default", "template": TEMPLATE}]
+        write(tmp_path, TEMPLATE if place == "field" else named, **tokens)
+    assert Chat(tmp_path).text(json.dumps(MESSAGES)) == expected
+    assert expected.startswith('<s>{"role": "user", "content": "Sort: \\"é\\", <b>"}</s>')
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.__class__.__mro__ }}",
+        "{{ ''.__class__.__base__.__subclasses__() }}",
+        "{{ raise_exception.__globals__.json }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(999999999) %}{% endfor %}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{% include 'tokenizer_config.json' %}",
+        "{{ raise_exception('Roles must alternate.') }}",
+    ],
+)
+def test_a_template_reaches_nothing_outside_and_may_refuse(template, tmp_path):
+    chat = Chat(write(tmp_path, template))
+    with pytest.raises(ModelError, match="chat template cannot take these messages"):
+        chat.text(json.dumps(MESSAGES))
+
+
+def test_what_is_no_template_and_what_are_no_messages_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="has no chat template"):
+        Chat(tmp_path)
+    with pytest.raises(ModelError, match="cannot be read"):
+        Chat(write(tmp_path, "{% if %}"))
+    chat = Chat(write(tmp_path, "{{ messages }}"))
+    for messages in ("", "[", "[" * 100_000, "{}", "[]", "[1]", '[{"role": "user"}]', '[{"role": 1, "content": "a"}]'):
+        with pytest.raises(ModelError, match="messages: give JSON"):
+            chat.text(messages)

@@ -1,0 +1,385 @@
+"""Continuous batching, without a server: texts are the runner's whoever shares the batch, and fail alone."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import poison_token, readme_block
+
+from teamlora_export.deploy import slots
+from teamlora_export.deploy.python import deploy_python
+from teamlora_export.deploy.runner import Model, ModelError
+from teamlora_export.deploy.sampling import Sampling
+from teamlora_export.deploy.scheduler import Answer, Failed, Late, Overloaded, Scheduler
+from teamlora_export.deploy.slots import SlotModel
+
+
+@pytest.fixture
+def open_slots(make_bundle, monkeypatch) -> Callable[..., SlotModel]:
+    """Buffers that are short at first, so that they grow again and again."""
+    monkeypatch.setattr(slots, "_LEAST_CAPACITY", 4)
+
+    def make(name: str = "llama", **options: int) -> SlotModel:
+        return SlotModel(make_bundle(name, cache="in-place").folder, threads=1, **options)
+
+    return make
+
+
+def greedy(model: Model, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+    return [model.generate([prompt], count)[0] for prompt in prompts]
+
+
+def tokens(answer: Answer) -> list[int]:
+    return [token.id for token in answer]
+
+
+def finish(scheduler: Scheduler) -> None:
+    while scheduler.busy:
+        scheduler.turn()
+
+
+def at_work(model: SlotModel) -> int:
+    return sum(length > 0 for length in model.lengths)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_texts_are_the_runners_in_whatever_order_they_come_and_go(name, seed, open_slots):
+    """Prompts are read in parts, some texts are cancelled, buffers grow, shrink and, with windows, wrap."""
+    drawn = random.Random(seed)
+    model = open_slots(name, slots=drawn.choice([1, 2, 5]), part=drawn.choice([3, 8, 64]))
+    requests = [
+        ([drawn.randrange(3, 384) for _ in range(drawn.randrange(1, 60))], drawn.randrange(1, 60)) for _ in range(12)
+    ]
+    scheduler, answers = Scheduler(model), []
+    for prompt, count in requests:
+        answers.append(scheduler.submit(prompt, count))
+        for _ in range(drawn.randrange(12)):
+            scheduler.turn()
+        if drawn.random() < 0.2:
+            drawn.choice(answers).cancel()
+    finish(scheduler)
+    for (prompt, count), answer in zip(requests, answers, strict=True):
+        expected = model.generate([prompt], count)[0]
+        found = tokens(answer)
+        if answer.finish == "cancelled":
+            assert found == expected[: len(found)]
+        else:
+            assert found == expected
+            assert answer.finish == ("length" if len(found) == min(count, 128 - len(prompt)) else "stop")
+    assert {answer.finish for answer in answers} >= {"length"}
+    assert at_work(model) == 0
+
+
+def test_threads_that_ask_at_once_share_steps_and_get_what_they_get_alone(open_slots):
+    model, drawn = open_slots(slots=8), random.Random(3)
+    prompts = [[drawn.randrange(3, 384) for _ in range(drawn.randrange(1, 40))] for _ in range(200)]
+    expected = greedy(model, prompts, 6)
+    shared, read = [], model.read
+    model.read = lambda row, ids: shared.append(len(ids)) or read(row, ids)  # type: ignore[method-assign]
+    with Scheduler(model, waiting=200) as scheduler, ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda prompt: tokens(scheduler.submit(prompt, 6)), prompts)) == expected
+    assert np.mean(shared) > 1.5
+
+
+def test_a_row_whose_numbers_are_none_fails_alone_and_leaves_nothing(open_slots):
+    model = open_slots(slots=3)
+    prompts = [[9, 10, 11], [12, 13], [14, 15, 16, 17]]
+    expected = greedy(model, prompts, 8)
+    scheduler = Scheduler(model)
+    answers = [scheduler.submit(prompt, 8) for prompt in prompts]
+    scheduler.turn()
+    scheduler.turn()
+    for buffer in model._buffers.values():
+        buffer[1, :, : model.lengths[1]] = np.nan
+    # It takes the row of the one that fails, before the others are done.
+    late = scheduler.submit(prompts[1], 8)
+    finish(scheduler)
+    with pytest.raises(Failed, match=r"no number \(NaN\)"):
+        tokens(answers[1])
+    assert [tokens(answers[0]), tokens(answers[2]), tokens(late)] == [expected[0], expected[2], expected[1]]
+    assert not any(buffer.any() for buffer in model._buffers.values()), "nothing is left of any text"
+
+
+def test_a_token_that_overflows_fails_alone(make_bundle, tmp_path):
+    folder = deploy_python(make_bundle("mistral", cache="in-place"), tmp_path / "out")
+    prompts = [[9, 10, 11, 12, 13], [14, 15], [7, 9]]
+    expected = greedy(Model(folder), prompts[:2], 8)
+    poison_token(folder, 7)
+    with Scheduler(SlotModel(folder, check=False, slots=2)) as scheduler:
+        answers = [scheduler.submit(prompt, 8) for prompt in (prompts[2], *prompts[:2], prompts[2], *prompts[:2])]
+        for answer, right in zip(answers, [None, *expected] * 2, strict=True):
+            if right is None:
+                with pytest.raises(Failed, match="no number"):
+                    tokens(answer)
+            else:
+                assert tokens(answer) == right
+
+
+def test_an_infinite_key_that_no_one_saw_reaches_no_later_text(open_slots):
+    """A number that is none in the row of a text that was cancelled in good health."""
+    model = open_slots(slots=2)
+    (expected,) = greedy(model, [[12, 13]], 8)
+    scheduler = Scheduler(model)
+    # It keeps the buffers as long as they are.
+    scheduler.submit([20, 21, 22], 60)
+    first = scheduler.submit([9, 10, 11], 60)
+    for _ in range(20):
+        scheduler.turn()
+    for buffer in model._buffers.values():
+        buffer[1, :, model.lengths[1] - 1] = -np.inf
+    first.cancel()
+    second = scheduler.submit([12, 13], 8)
+    finish(scheduler)
+    assert tokens(second) == expected
+
+
+def test_a_prompt_that_is_read_moves_for_one_that_is_read_before_it(open_slots):
+    model = open_slots(slots=2, part=4)
+    prompts = [[9, 10], list(range(30, 50))]
+    scheduler = Scheduler(model)
+    answers = [scheduler.submit(prompt, 10) for prompt in prompts]
+    finish(scheduler)
+    assert [tokens(answer) for answer in answers] == greedy(model, prompts, 10)
+
+
+def test_a_long_prompt_holds_up_neither_texts_nor_short_prompts(open_slots):
+    model = open_slots(slots=3, part=8)
+    scheduler = Scheduler(model)
+    written = scheduler.submit([5, 6], 60)
+    scheduler.turn()
+    read, steps = model.read, []
+    model.read = lambda row, ids: steps.append((len(ids), len(ids[0]))) or read(row, ids)  # type: ignore[method-assign]
+    scheduler.submit([7] * 100, 4)
+    scheduler.submit([8] * 6, 60)
+    for _ in range(30):
+        scheduler.turn()
+    # Between two steps no more than a part of prompts is read, and the two prompts take turns.
+    between = [list(run) for is_step, run in itertools.groupby(steps, lambda call: call[1] == 1) if not is_step]
+    assert max(sum(length for _, length in run) for run in between) == 8
+    assert steps[:4] == [(1, 8), (1, 1), (1, 6), (1, 2)]
+    assert sum(length for run in between for _, length in run) == 106
+    assert sum(call[1] == 1 for call in steps) == 30
+    assert not written.finish
+
+
+def test_so_many_wait_and_no_more(open_slots):
+    model = open_slots(slots=1)
+    scheduler = Scheduler(model, waiting=2)
+    working = scheduler.submit([5], 40)
+    scheduler.turn()
+    waiting = [scheduler.submit([6], 4), scheduler.submit([7], 4)]
+    with pytest.raises(Overloaded, match="2 requests wait already"):
+        scheduler.submit([8], 4)
+    # Who waits and is not wanted any more makes room without a row.
+    waiting[0].cancel()
+    scheduler.turn()
+    scheduler.submit([8], 4)
+    working.cancel()
+    scheduler.turn()
+    assert waiting[0].finish == working.finish == "cancelled"
+    finish(scheduler)
+    assert tokens(waiting[1]) == greedy(model, [[7]], 4)[0]
+
+
+def test_a_time_limit_ends_what_works_and_what_waits(open_slots):
+    now = [100.0]
+    model = open_slots(slots=1)
+    scheduler = Scheduler(model, clock=lambda: now[0])
+    working, waiting = scheduler.submit([5], 40, seconds=5), scheduler.submit([6], 4, seconds=3)
+    unlimited = scheduler.submit([7], 4)
+    scheduler.turn()
+    now[0] = 103.5
+    scheduler.turn()
+    with pytest.raises(Late):
+        tokens(waiting)
+    assert at_work(model) == 1
+    now[0] = 105.5
+    finish(scheduler)
+    with pytest.raises(Late):
+        tokens(working)
+    assert tokens(unlimited) == greedy(model, [[7]], 4)[0]
+    with pytest.raises(ModelError, match="above 0"):
+        scheduler.submit([5], seconds=0)
+
+
+def test_what_is_abandoned_frees_its_row_at_the_next_turn(open_slots):
+    model, gone = open_slots(slots=1), threading.Event()
+    scheduler = Scheduler(model)
+    answer = scheduler.submit([5], 100, abandoned=gone.is_set)
+    for _ in range(5):
+        scheduler.turn()
+    assert at_work(model) == 1
+    gone.set()
+    scheduler.turn()
+    assert (at_work(model), answer.finish) == (0, "cancelled")
+    broken = scheduler.submit([5], 4, abandoned=lambda: 1 // 0 > 0)
+    finish(scheduler)
+    with pytest.raises(Failed, match="by zero"):
+        tokens(broken)
+
+
+def test_an_exception_in_a_shared_step_fails_the_one_it_comes_from(open_slots):
+    model = open_slots(slots=4)
+    prompts = [[9, 10], [11, 12, 13], [14], [15, 16]]
+    expected = greedy(model, prompts, 12)
+    scheduler = Scheduler(model)
+    read, fails = model.read, []
+
+    def guarded(row: int, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        if any(guilty in ids for guilty in fails):
+            # As a kernel that fails half way leaves it.
+            for buffer in model._buffers.values():
+                for other in range(row, row + len(ids)):
+                    buffer[other, :, model.lengths[other]] = np.nan
+                    model._written[other] = model.lengths[other] + 1
+            raise RuntimeError("a kernel failed")
+        return read(row, ids)
+
+    model.read = guarded  # type: ignore[method-assign]
+    answers = [scheduler.submit(prompt, 12) for prompt in prompts]
+    for _ in range(4):
+        scheduler.turn()
+    fails.append(scheduler._writing[0].unread)
+    guilty = scheduler._writing[0].answer
+    scheduler.turn()
+    fails.clear()
+    again = [scheduler.submit(prompt, 12) for prompt in prompts]
+    finish(scheduler)
+    for answer, right in zip([*answers, *again], expected * 2, strict=True):
+        if answer is guilty:
+            with pytest.raises(Failed, match="a kernel failed"):
+                tokens(answer)
+        else:
+            assert tokens(answer) == right
+
+
+def test_a_text_for_which_there_is_no_memory_fails_alone(open_slots, monkeypatch):
+    model = open_slots(slots=2)
+    expected = greedy(model, [[5, 6]], 10)[0]
+    resize = model._resize
+
+    def limited(capacity: int) -> None:
+        if capacity > 64:
+            raise MemoryError
+        resize(capacity)
+
+    monkeypatch.setattr(model, "_resize", limited)
+    scheduler = Scheduler(model)
+    short, long = scheduler.submit([5, 6], 10), scheduler.submit([7] * 50, 70)
+    finish(scheduler)
+    assert tokens(short) == expected
+    with pytest.raises(Failed, match="MemoryError"):
+        tokens(long)
+    assert tokens_after(scheduler, [5, 6], 10) == expected
+
+
+def tokens_after(scheduler: Scheduler, prompt: list[int], count: int) -> list[int]:
+    answer = scheduler.submit(prompt, count)
+    finish(scheduler)
+    return tokens(answer)
+
+
+def test_nothing_stops_the_loop(open_slots, monkeypatch):
+    model = open_slots(slots=2)
+    (expected,) = greedy(model, [[5, 6]], 6)
+    with Scheduler(model) as scheduler:
+        admit = scheduler._admit
+        monkeypatch.setattr(scheduler, "_admit", lambda: 1 // 0)
+        with pytest.raises(Failed, match="by zero"):
+            tokens(scheduler.submit([5, 6], 6))
+        monkeypatch.setattr(scheduler, "_admit", admit)
+        assert tokens(scheduler.submit([5, 6], 6)) == expected
+
+
+def test_closing_ends_what_is_not_done_and_takes_no_more(open_slots):
+    scheduler = Scheduler(open_slots(slots=1))
+    with scheduler:
+        answers = [scheduler.submit([5], 120), scheduler.submit([6], 120)]
+        next(iter(answers[0]))
+    with pytest.raises(Failed, match="closing"):
+        tokens(answers[1])
+    with pytest.raises(Overloaded, match="closing"):
+        scheduler.submit([5])
+
+
+def test_the_same_seed_draws_the_same_text_in_any_company(open_slots):
+    model = open_slots(slots=4)
+    drawn = Sampling(temperature=1.5, top_k=50, top_p=0.95, seed=11)
+
+    def text(company: int) -> list[int]:
+        scheduler = Scheduler(model)
+        others = [scheduler.submit([20 + n] * (3 + n), 30, Sampling(1.0, seed=n)) for n in range(company)]
+        answer = scheduler.submit([5, 6, 7], 20, drawn)
+        finish(scheduler)
+        assert all(others)
+        return tokens(answer)
+
+    alone = text(0)
+    assert text(3) == text(1) == alone != greedy(model, [[5, 6, 7]], 20)[0]
+
+
+def test_log_probabilities_are_the_models_own(open_slots):
+    model = open_slots(slots=1)
+    scheduler = Scheduler(model)
+    answer = scheduler.submit([5, 6, 7], 3, Sampling(temperature=2.0, top_k=3, seed=1), log_probabilities=True)
+    finish(scheduler)
+    found, ids = list(answer), [5, 6, 7]
+    assert len(found) == 3
+    for token in found:
+        model.clear(0)
+        logits = model.read(0, [ids])[0].astype(np.float64)
+        expected = logits[token.id] - np.log(np.exp(logits).sum())
+        assert token.log_probability == pytest.approx(expected, abs=1e-4)
+        ids.append(token.id)
+
+
+def test_buffers_are_no_longer_than_the_longest_text_needs(open_slots):
+    model = open_slots(slots=3)
+    scheduler = Scheduler(model)
+    long, short = scheduler.submit([7] * 100, 3), scheduler.submit([5, 6], 30)
+    finish(scheduler)
+    assert model.capacity < 128
+    assert tokens(short) == greedy(model, [[5, 6]], 30)[0]
+    assert tokens(long) == greedy(model, [[7] * 100], 3)[0]
+
+
+def test_requests_and_models_that_cannot_be_are_refused(open_slots, make_bundle):
+    scheduler = Scheduler(open_slots(most=40))
+    for prompt, count, message in (
+        ([], 4, "empty prompt"),
+        ([384], 4, "not in the model's vocabulary of 384"),
+        ([5] * 40, 4, "40 tokens; the model takes 40, its answer included"),
+        ([5], 0, "give at least 1"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            scheduler.submit(prompt, count)
+    assert not scheduler.busy
+    growing: Path = make_bundle("llama").folder
+    with pytest.raises(ModelError, match="--cache in-place"):
+        SlotModel(growing)
+    with pytest.raises(ModelError, match="0 slots"):
+        open_slots(slots=0)
+    with pytest.raises(ModelError, match="0 waiting"):
+        Scheduler(scheduler._model, waiting=0)
+
+
+def test_deployed_with_the_runner_it_works_as_its_readme_says(make_bundle, tmp_path):
+    folder = deploy_python(make_bundle("llama", cache="in-place"), tmp_path / "out")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # It is imported from where it lies, and nothing else of ours is.
+    program = f"{readme_block(folder, 'python', 2)}\nimport sys\nassert 'teamlora_export' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+    assert not (deploy_python(make_bundle("llama"), tmp_path / "growing") / "scheduler.py").exists()

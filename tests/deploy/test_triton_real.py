@@ -1,0 +1,202 @@
+"""The text model that batches continuously, in a real Triton server."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import list_again, poison_token, pytorch_greedy
+from get_triton_server import PACKAGE, get_triton_server
+
+sys.path.append(str(Path(__file__).parent))
+from real_triton import Addresses, Stream, running
+
+from teamlora_export.bundle import Bundle
+from teamlora_export.deploy.runner import Model, TextStream, encode_text
+from teamlora_export.deploy.triton import deploy_triton
+
+# A token whose embedding is no number.
+NAN = 7
+# A model with one slot takes so long for a step, so that there is time to do something meanwhile.
+STEP = 0.05
+
+TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture(scope="module")
+def deployed(make_bundle, tmp_path_factory) -> Path:
+    """Two models in one repository: `m` with four slots, and `slow` with one and a place to wait."""
+    source, folder = make_bundle("mistral", cache="in-place"), tmp_path_factory.mktemp("triton")
+    bundle = Bundle(Path(shutil.copytree(source.folder, folder / "bundle")), source.manifest)
+    (bundle.folder / "chat_template.jinja").write_text(TEMPLATE)
+    bundle = list_again(bundle.folder)
+    out = deploy_triton(bundle, folder / "m", name="m", batch=4, check_files=False)
+    poison_token(out / "models" / "m_text" / "1", NAN)
+    slow = deploy_triton(bundle, folder / "slow", name="slow", batch=1, sequences=2)
+    program = slow / "models" / "slow_text" / "1" / "scheduler.py"
+    text = program.read_text()
+    assert "        self._drop()\n" in text
+    program.write_text(text.replace("        self._drop()\n", f"        time.sleep({STEP})\n        self._drop()\n"))
+    (slow / "models" / "slow_text").rename(out / "models" / "slow_text")
+    return out
+
+
+@pytest.fixture(scope="module")
+def server(deployed, tmp_path_factory) -> Iterator[Addresses]:
+    try:
+        get_triton_server()
+    except subprocess.CalledProcessError:
+        pytest.skip(f"{PACKAGE}, which has the server, cannot be fetched")
+    with running(deployed / "models", tmp_path_factory.mktemp("log") / "log") as addresses:
+        yield addresses
+
+
+@pytest.fixture(scope="module")
+def model(make_bundle) -> Model:
+    return Model(make_bundle("mistral", cache="in-place").folder, threads=1)
+
+
+def post(server: Addresses, path: str, **fields: object) -> tuple[int, Any]:
+    """Status and JSON of an answer over HTTP."""
+    request = urllib.request.Request(f"http://{server.http}/v2/{path}", json.dumps(fields).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.loads(answer.read() or "{}")
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def generate(server: Addresses, name: str = "m", **fields: object) -> tuple[int, Any]:
+    return post(server, f"models/{name}_text/generate", **fields)
+
+
+def test_eight_clients_of_any_length_at_once_get_the_runners_tokens_and_bad_ones_fail_alone(server, model, rng):
+    drawn = [rng.integers(8, 384, length).tolist() for length in rng.integers(1, 90, 60)]
+    answered = [(prompt, model.generate([prompt], 30)[0]) for prompt in drawn]
+    # An answer that holds the token would be spoilt too.
+    prompts, expected = zip(*(pair for pair in answered if NAN not in pair[1]), strict=True)
+    assert len(prompts) > 42
+    bad = {3: [NAN, 9], 17: [384], 30: [9, NAN], 41: [9, 999]}
+    asked = [bad.get(number, prompt) for number, prompt in enumerate(prompts)]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda prompt: generate(server, input_ids=prompt, max_tokens=30), asked))
+    for number, (status, answer) in enumerate(answers):
+        if number not in bad:
+            # Its JSON has a single number in place of a list of one.
+            assert (status, np.atleast_1d(answer.get("token_ids")).tolist()) == (200, expected[number]), answer
+            assert answer["finish_reason"] == ("length" if len(expected[number]) == 30 else "stop")
+        elif NAN in asked[number]:
+            assert (status, answer["error"]) == (400, "The model's answer to this is no number (NaN)."), answer
+        else:
+            assert (status, "not in the model's vocabulary of 384" in answer["error"]) == (400, True), answer
+
+
+def test_words_come_whole_and_as_a_stream_from_its_own_clients(server, deployed, model):
+    prompt = "Unless required by law"
+    ids = encode_text(model.tokenizer, prompt)
+    text = TextStream(model.tokenizer, ids)
+    expected = "".join(map(text.add, model.generate([ids], 20)[0]))
+    assert generate(server, text_input=prompt, max_tokens=20)[1]["text_output"] == expected
+    stop = expected[len(expected) // 2 :][:3]
+    status, stopped = generate(server, text_input=prompt, max_tokens=20, stop=["\0", stop])
+    assert (status, stopped["text_output"]) == (200, expected[: expected.index(stop)])
+    assert stopped["finish_reason"] == "stop"
+    command = [sys.executable, deployed / "client.py", "--url", server.grpc, "--tokens", "20"]
+    told = subprocess.run([*command, prompt], capture_output=True, text=True, timeout=60)
+    assert told.stdout == f"{prompt}{expected}\n", told.stderr
+    told = subprocess.run([*command, "--ids", "9", "10"], capture_output=True, text=True, timeout=60)
+    assert [int(token) for token in told.stdout.split()] == model.generate([[9, 10]], 20)[0], told.stderr
+    pieces = list(Stream(server, "m", [9, 10], 20).responses())
+    assert [token for piece in pieces for token in piece] == model.generate([[9, 10]], 20)[0]
+    assert max(map(len, pieces)) == 1
+
+
+def test_a_conversation_is_gone_on_with_by_the_models_own_template(server, model):
+    ids = encode_text(model.tokenizer, "user: Who may copy\nassistant:", specials=False)
+    text = TextStream(model.tokenizer, ids)
+    expected = "".join(map(text.add, model.generate([ids], 10)[0]))
+    messages = json.dumps([{"role": "user", "content": "Who may copy"}])
+    assert generate(server, messages=messages, max_tokens=10)[1]["text_output"] == expected
+    status, refused = generate(server, messages="Who may copy")
+    assert (status, refused["error"].startswith("messages: give JSON")) == (400, True), refused
+
+
+def test_a_seed_draws_the_same_and_log_probabilities_come_along(server):
+    drawn = {
+        "input_ids": [9, 10, 11],
+        "max_tokens": 12,
+        "temperature": 1.2,
+        "top_k": 40,
+        "top_p": 0.9,
+        "log_probs": True,
+    }
+    answers = [generate(server, **drawn, seed=seed)[1] for seed in (4, 4, 5)]
+    assert answers[0] == answers[1] != answers[2]
+    assert len(answers[0]["log_probs"]) == len(answers[0]["token_ids"])
+    assert max(answers[0]["log_probs"]) < 0
+    status, refused = generate(server, **{**drawn, "top_p": 2.0})
+    assert (status, refused["error"]) == (400, "top_p 2.0: give a number above 0, up to 1.")
+
+
+def test_a_request_too_many_is_refused_and_one_that_is_cancelled_makes_room(server, model):
+    first = Stream(server, "slow", [9], 100)
+    assert next(first.responses())
+    with ThreadPoolExecutor(2) as pool:
+        # There is room for one of them to wait.
+        asked = {pool.submit(generate, server, "slow", input_ids=[id_], max_tokens=4): id_ for id_ in (10, 11)}
+        (refused,), (waiting,) = wait(asked, return_when=FIRST_COMPLETED)
+        assert refused.result() == (400, {"error": "1 requests wait already. Try again later."})
+        started = time.monotonic()
+        first.cancel()
+        assert waiting.result()[1]["token_ids"] == model.generate([[asked[waiting]]], 4)[0]
+    # The first would have kept its slot for 100 steps.
+    assert time.monotonic() - started < 60 * STEP
+
+
+def test_a_client_that_is_gone_frees_its_slot(server, deployed, model):
+    client = deployed.parent / "slow" / "client.py"
+    command = [sys.executable, client, "--url", server.grpc, "--tokens", "100", "The License"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.read(len("The License") + 1)
+    started = time.monotonic()
+    process.kill()
+    process.communicate()
+    assert generate(server, "slow", input_ids=[10], max_tokens=4)[1]["token_ids"] == model.generate([[10]], 4)[0]
+    assert time.monotonic() - started < 60 * STEP
+
+
+def test_a_time_limit_ends_a_request_and_frees_its_slot(server, model):
+    started = time.monotonic()
+    status, late = generate(server, "slow", input_ids=[9], max_tokens=100, time_limit=6 * STEP)
+    assert (status, late["error"]) == (400, "The request took longer than its time limit.")
+    assert generate(server, "slow", input_ids=[10], max_tokens=4)[1]["token_ids"] == model.generate([[10]], 4)[0]
+    assert time.monotonic() - started < 60 * STEP
+
+
+def test_a_model_is_unloaded_and_loaded_again(server, model):
+    assert post(server, "repository/models/m_text/unload")[0] == 200
+    end = time.monotonic() + 20
+    while generate(server, input_ids=[9])[0] == 200 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert generate(server, input_ids=[9])[0] >= 400
+    assert post(server, "repository/models/m_text/load")[0] == 200
+    assert generate(server, input_ids=[9, 10], max_tokens=6)[1]["token_ids"] == model.generate([[9, 10]], 6)[0]
+
+
+def test_its_tokens_are_pytorchs(server, make_base, make_adapter):
+    prompt = [9, 10, 11, 12]
+    expected = pytorch_greedy(make_base("mistral"), make_adapter("mistral"), prompt, 30)
+    found = generate(server, input_ids=prompt, max_tokens=30)[1]["token_ids"]
+    assert found == expected[: len(found)] and len(found) > 1
