@@ -58,15 +58,23 @@ def other_adapter(make_base, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("llama", "fp32"), ("llama", "bf16"), ("gpt2", "fp16"), ("bert", "fp32")])
+@pytest.mark.parametrize(
+    ("name", "dtype", "cache"),
+    [
+        ("llama", "fp32", "growing"),
+        ("llama", "bf16", "in-place"),
+        ("gpt2", "fp16", "growing"),
+        ("bert", "fp32", "growing"),
+    ],
+)
 def test_the_weights_are_those_of_an_export_with_the_other_adapter(
-    name, dtype, make_base, make_bundle, other_adapter, tmp_path
+    name, dtype, cache, make_base, make_bundle, other_adapter, tmp_path
 ):
-    bundle, adapter = make_bundle(name), other_adapter(name)
+    bundle, adapter = make_bundle(name, cache=cache), other_adapter(name)
     engine = tmp_path / "tiny.engine"
     found = refit_weights(engine, refittable(bundle, dtype, engine), bundle, adapter)
     base = make_base(name)
-    exported = export_onnx(base.name, adapter, tmp_path / "exported", task=base.task, retrace=True)
+    exported = export_onnx(base.name, adapter, tmp_path / "exported", task=base.task, cache=cache, retrace=True)
     model = ir.load(exported.model)
     ChangePrecision("fp32", dtype)(model)
     for weight, array in found.items():
