@@ -104,7 +104,7 @@ class SlotModel(Model):
         """Make the buffers long enough, and not much longer: a step's time grows with them."""
         if needed > self.capacity:
             most = max(needed, self._settings.most or needed)
-            self._resize(min(max(needed, 2 * self.capacity, _LEAST_CAPACITY), most))
+            self._resize(min(max(needed, self.capacity * 5 // 4, _LEAST_CAPACITY), most))
         elif self.capacity > max(4 * needed, _LEAST_CAPACITY):
             self._resize(max(2 * needed, _LEAST_CAPACITY))
 
