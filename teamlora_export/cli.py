@@ -133,7 +133,7 @@ def validate(
 ) -> None:
     """Compare a bundle with PyTorch; exit with 1 where it departs, and say which module does."""
     from teamlora_export.bundle import read_bundle
-    from teamlora_export.page import refuse_foreign_report
+    from teamlora_export.page import refuse_foreign_report, refuse_same_file
     from teamlora_export.progress import Reporter
     from teamlora_export.validate.report import print_verdict, verdict_fields, write_html
     from teamlora_export.validate.run import validate_bundle
@@ -144,6 +144,7 @@ def validate(
     opened = read_bundle(bundle)
     if report is not None:
         refuse_foreign_report(report)
+    refuse_same_file(report, json)
     verdict = validate_bundle(
         opened,
         base_source=base,

@@ -72,12 +72,13 @@ def bench_command(
     from teamlora_export.bench.run import BenchOptions, bench_bundle
     from teamlora_export.bundle import read_bundle
     from teamlora_export.errors import printable
-    from teamlora_export.page import refuse_foreign_report
+    from teamlora_export.page import refuse_foreign_report, refuse_same_file
 
     opened = read_bundle(bundle)
     for path in (report, plot):
         if path is not None:
             refuse_foreign_report(path)
+    refuse_same_file(report, plot, json)
     if plot is not None:
         require_matplotlib()
     options = BenchOptions(

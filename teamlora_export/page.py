@@ -9,10 +9,15 @@ import jinja2
 
 from teamlora_export.errors import ExportError
 from teamlora_export.files import open_file
-from teamlora_export.staging import write_aside
+from teamlora_export.staging import real_path, write_aside
 
-# Near the start of every report: a page's generator, and the software in a PNG.
 MARK = "teamlora-export"
+# How a report of each kind begins, and what is near its start: a page's generator, and the software in a PNG. Graphs and
+# manifests have the name there, too.
+_KINDS = (
+    (b"<!doctype html>", f'<meta name="generator" content="{MARK}">'.encode()),
+    (b"\x89PNG\r\n\x1a\n", b"Software\0" + MARK.encode()),
+)
 _HEAD = 500
 
 
@@ -44,6 +49,19 @@ def refuse_foreign_report(path: Path) -> None:
         raise ExportError(f"{path}: exists and is not a report that teamlora-export wrote. Choose another name.")
 
 
+def refuse_same_file(*places: Path | None) -> None:
+    """Refuse to write two results to one file, of which the first would be lost.
+
+    Raises:
+        ExportError: with the name of that file.
+    """
+    given = [real_path(place) for place in places if place is not None]
+    for place in given:
+        if given.count(place) > 1:
+            raise ExportError(f"{place}: is to take two results. Give each a file of its own.")
+
+
 def _is_report(path: Path) -> bool:
     with open_file(path) as file:
-        return MARK.encode() in file.read(_HEAD)
+        head = file.read(_HEAD)
+    return any(head.startswith(start) and mark in head for start, mark in _KINDS)

@@ -94,6 +94,9 @@ def test_lengths_are_those_that_the_model_takes(make_bundle):
         (["BUNDLE", "--library", "MINE"], "not a library of teamlora-export's op"),
         (["BUNDLE", "--plot", "MINE"], "is not a report that teamlora-export wrote"),
         (["BUNDLE", "--report", "MINE"], "is not a report that teamlora-export wrote"),
+        (["BUNDLE", "--report", "MODEL"], "is not a report that teamlora-export wrote"),
+        (["BUNDLE", "--report", "NEW", "--plot", "NEW"], "is to take two results"),
+        (["BUNDLE", "--plot", "NEW", "--json", "NEW"], "is to take two results"),
         (["BUNDLE", "--pytorch", "--adapter", "nowhere"], "nowhere"),
         (["nowhere"], "is not a bundle"),
     ],
@@ -101,9 +104,10 @@ def test_lengths_are_those_that_the_model_takes(make_bundle):
 def test_wrong_arguments_are_one_message_before_anything_is_measured(arguments, message, make_bundle, tmp_path, capsys):
     mine = tmp_path / "mine"
     mine.write_text("not yours")
-    names = {"BUNDLE": str(make_bundle("llama").folder), "MINE": str(mine)}
+    bundle = make_bundle("llama").folder
+    names = {"BUNDLE": bundle, "MODEL": bundle / "model.onnx", "MINE": mine, "NEW": tmp_path / "new"}
     with pytest.raises((ExportError, WRONG_USAGE), match=message):
-        app(["bench", *(names.get(a, a) for a in arguments)], standalone_mode=False)
+        app(["bench", *(str(names.get(a, a)) for a in arguments)], standalone_mode=False)
     assert "turns of all" not in capsys.readouterr().err
     assert mine.read_text() == "not yours"
 
