@@ -168,9 +168,10 @@ def copy_file(path: Path, target: Path, folder: Path | None = None, largest: int
 
 
 def link_or_copy(path: Path, target: Path) -> None:
-    """Give a file of ours another name; a copy where that is on another file system, or on one without links."""
+    """Give a file of ours, not a symbolic link to it, another name; a copy where that is on another file system, or on
+    one without links."""
     try:
-        os.link(path, target)
+        os.link(os.path.realpath(path), target)
     except OSError:
         shutil.copyfile(path, target)
 

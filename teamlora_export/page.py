@@ -12,8 +12,8 @@ from teamlora_export.files import open_file
 from teamlora_export.staging import real_path, write_aside
 
 MARK = "teamlora-export"
-# How a report of each kind begins, and what is near its start: a page's generator, and the software in a PNG. Graphs and
-# manifests have the name there, too.
+# How a report of each kind begins, and what is near its start: a page's generator, and the software in a PNG. The name
+# alone is in graphs and manifests, too.
 _KINDS = (
     (b"<!doctype html>", f'<meta name="generator" content="{MARK}">'.encode()),
     (b"\x89PNG\r\n\x1a\n", b"Software\0" + MARK.encode()),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from teamlora_export.errors import ExportError
-from teamlora_export.files import copy_file, open_file, read_json, read_record, sha256_of
+from teamlora_export.files import copy_file, link_or_copy, open_file, read_json, read_record, sha256_of
 
 ADVICE = "Copy it again."
 
@@ -127,3 +127,17 @@ def test_a_copy_holds_the_bytes_and_obeys_the_same_rules(tmp_path: Path) -> None
         with pytest.raises(ExportError, match=reason):
             copy_file(folder / name, tmp_path / "other", folder, largest)
     assert not (tmp_path / "other").exists()
+
+
+def test_another_name_of_a_linked_file_is_one_of_the_file_itself(tmp_path: Path) -> None:
+    """As the weights of a bundle in the hub's cache, which are below another folder than their link."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "hash").write_bytes(b"weights")
+    (tmp_path / "snapshot").mkdir()
+    link = tmp_path / "snapshot" / "model.onnx.data"
+    link.symlink_to("../blobs/hash")
+    target = tmp_path / "snapshot" / "deeper" / "model.onnx.data"
+    target.parent.mkdir()
+    link_or_copy(link, target)
+    assert not target.is_symlink()
+    assert target.samefile(tmp_path / "blobs" / "hash")
