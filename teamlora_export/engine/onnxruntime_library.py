@@ -99,8 +99,8 @@ def build_library(reporter: Reporter | None = None) -> OnnxRuntimeLibrary:
     except ExportError as error:
         misfit = error
     for kept in _kept(f"{_key(build, _installed_api())}/{LIBRARY_NAME}"):
-        reporter.say(f"Native op: taken from {kept}")
-        return read_library(kept)
+        reporter.say(f"Native op: taken from {kept.path}")
+        return kept
     try:
         tools = _find_tools(cuda=False)
     except ExportError as missing:
@@ -128,8 +128,8 @@ def build_cuda_library(
     build = library_sources_sha256(cuda=True)
     name = f"cuda{toolkit.cuda_version}-sm{'-'.join(chosen)}/{CUDA_LIBRARY_NAME}"
     for kept in _kept(f"{_key(build, _installed_api())}-{name}"):
-        reporter.say(f"Native op: taken from {kept}")
-        return read_library(kept)
+        reporter.say(f"Native op: taken from {kept.path}")
+        return kept
     tools = _find_tools(cuda=True)
     label = f"Compiling the op for ONNX Runtime 1.{tools.api} and newer, and for sm_{', sm_'.join(chosen)}"
     with reporter.step(f"{label} (CUDA {toolkit.cuda_version})"):
@@ -196,11 +196,10 @@ def kept_library() -> OnnxRuntimeLibrary | None:
     with suppress(ExportError):
         if (carried := _carried(build)) is not None:
             return carried
-    for path in _kept(f"{_key(build, None)}/{LIBRARY_NAME}"):
-        library = read_library(path)
+    for kept in _kept(f"{_key(build, None)}/{LIBRARY_NAME}"):
         with suppress(ExportError):
-            check_library(library)
-            return library
+            check_library(kept)
+            return kept
     return None
 
 
@@ -292,9 +291,12 @@ def _key(build: str, api: int | None) -> str:
     return f"{build}-ort{'*' if api is None else api}-{platform.machine()}"
 
 
-def _kept(pattern: str) -> list[Path]:
-    """Libraries that are kept, as FOLDER/NAME."""
-    return sorted((cache_folder() / "plugins").glob(pattern))
+def _kept(pattern: str) -> Iterator[OnnxRuntimeLibrary]:
+    """Libraries that are kept, as FOLDER/NAME, without those that cannot be loaded: damaged ones, and in a home that
+    machines share those for a newer C library. They are built again."""
+    for path in sorted((cache_folder() / "plugins").glob(pattern)):
+        with suppress(ExportError):
+            yield read_library(path)
 
 
 def find_include() -> Path | None:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,13 @@ from graph.test_op import feeds_of, one_node_model
 
 from teamlora_export.deploy.runner import Model
 from teamlora_export.engine import onnxruntime_library
-from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, build_library, check_library, read_library
+from teamlora_export.engine.onnxruntime_library import (
+    OnnxRuntimeLibrary,
+    build_library,
+    check_library,
+    kept_library,
+    read_library,
+)
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 
@@ -216,6 +223,24 @@ def test_the_library_says_what_it_is_and_what_does_not_fit_is_refused(library, t
     monkeypatch.setattr(onnxruntime_library, "_onnxruntime_version", lambda: (1, 20))
     with pytest.raises(ExportError, match=r"needs ONNX Runtime 1\.21 or newer, 1\.20 is installed"):
         check_library(library)
+
+
+def test_a_kept_library_that_cannot_be_loaded_is_built_again(library, tmp_path, monkeypatch):
+    """One for a newer C library, or a damaged one, would otherwise stand in the way of every build."""
+    monkeypatch.setenv("TEAMLORA_EXPORT_CACHE", str(tmp_path))
+    kept = tmp_path / "plugins" / library.path.parent.name / library.path.name
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(library.path.read_bytes()[:4096])
+    assert kept_library() is None
+
+    def compile_nothing(folder: Path, *_: object) -> None:
+        shutil.copyfile(library.path, folder / library.path.name)
+
+    tools = onnxruntime_library._Tools("cmake", tmp_path, library.onnxruntime_api, None)
+    monkeypatch.setattr(onnxruntime_library, "_find_tools", lambda cuda: tools)
+    monkeypatch.setattr(onnxruntime_library, "_compile", compile_nothing)
+    assert build_library().path == kept
+    assert kept_library() == build_library() == replace(library, path=kept)
 
 
 def test_what_is_missing_for_a_build_is_named(tmp_path, monkeypatch):
