@@ -13,7 +13,8 @@ _SEQUENCE = 2
 
 class AttendWithPast(ir.passes.InPlacePass):
     """Replaces `Attention(q, Concat(past_key, k), Concat(past_value, v), mask)`, where the joined keys and values are
-    outputs of the graph that nothing else reads, by one node that takes the past and gives what is joined.
+    outputs of the graph that nothing else reads, by one node that takes the past and gives what is joined. What is seen
+    must be the mask's to say: `is_causal` counts from the first key without a past, and from the first new one with it.
 
     ONNX Runtime 1.32 computes the same, with 2 % less work in a step of decoding. `ExpandPast` undoes it.
     """
@@ -21,9 +22,14 @@ class AttendWithPast(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            if node.domain == "" and node.op_type == "Attention" and len(node.inputs) <= _PAST[0]:
+            if node.domain == "" and node.op_type == "Attention" and _has_no_past(node):
                 modified |= _take_past(model.graph, node)
         return ir.passes.PassResult(model, modified)
+
+
+def _has_no_past(attention: ir.Node) -> bool:
+    causal = attention.attributes.get_int("is_causal", 0) != 0
+    return len(attention.inputs) <= _PAST[0] and len(attention.outputs) == 1 and not causal
 
 
 def _take_past(graph: ir.Graph, attention: ir.Node) -> bool:

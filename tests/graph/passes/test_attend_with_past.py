@@ -59,8 +59,13 @@ def test_the_cache_goes_through_attention_and_comes_back(past):
         {"join": JOIN.replace("(past_v, v)", "(past_v, v, v)")},
         {"join": "other = Neg(past_k) " + JOIN.replace("(past_k, k)", "(other, k)")},
         {"attend": ATTEND.replace("(q, all_k, all_v, m)", "(q, all_k, all_k, m)")},
+        {"attend": ATTEND.replace("softcap = 5.0", "is_causal = 1")},
+        {
+            "attend": ATTEND.replace("y =", "y, again_k, again_v, scores ="),
+            "outputs": OUTPUTS + ", float[b, 4, s, t] scores",
+        },
     ],
-    ids=["no output", "read twice", "new first", "three", "no input", "keys as values"],
+    ids=["no output", "read twice", "new first", "three", "no input", "keys as values", "causal", "scores"],
 )
 def test_what_is_not_exactly_a_cache_stays(parts):
     assert_unchanged(graph(**parts), AttendWithPast)
