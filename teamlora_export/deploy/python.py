@@ -14,8 +14,9 @@ from teamlora_export.deploy.render import render
 
 RUNNER_NAME = "runner.py"
 SCHEDULER_NAMES = ("slots.py", "sampling.py", "scheduler.py")
-# The oldest that run what we write.
-REQUIREMENTS = "onnxruntime>=1.24\nnumpy>=2.0\ntokenizers>=0.20\n"
+# The oldest that run what we write: ONNX Runtime 1.26 takes one overload of a function for all of them, and refuses a
+# model with two forms of the op.
+REQUIREMENTS = "onnxruntime>=1.27\nnumpy>=2.0\ntokenizers>=0.20\n"
 
 
 def deploy_python(bundle: Bundle, out: Path, logits: str = "last", library: Path | None = None) -> Path:

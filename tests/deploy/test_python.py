@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from teamlora_export.files import sha256_of
 # Importing anything that the deployment's requirements do not name is refused.
 _ONLY_REQUIREMENTS = """
 import sys
+import tomllib
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in ("torch", "transformers", "onnx", "onnx_ir", "teamlora_export", "safetensors"):
@@ -64,6 +66,15 @@ def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def deployed(smollm2, tmp_path_factory) -> Path:
     return deploy_python(smollm2, tmp_path_factory.mktemp("deploy") / "smollm2")
+
+
+def test_the_package_and_its_deployments_want_the_same_onnx_runtime(deployed):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (wanted,) = project["cpu"]
+    assert wanted in (deployed / "requirements.txt").read_text().splitlines()
+    assert project["gpu"] == [wanted.replace("onnxruntime", "onnxruntime-gpu")]
+    page = (ROOT / "teamlora_export" / "deploy" / "templates" / "cpp.README.md.j2").read_text()
+    assert f"ONNX Runtime ({wanted.partition('>=')[2]} or later)" in page
 
 
 def test_greedy_text_equals_pytorchs_alone_and_in_batches(deployed, smollm2_greedy):
