@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from teamlora_export.graph.passes.match import integers, numbers, replace
+from teamlora_export.graph.passes.module_outputs import MODULES_KEY
 
 
 class SimplifyShapes(ir.passes.InPlacePass):
@@ -30,6 +31,9 @@ class SimplifyShapes(ir.passes.InPlacePass):
 def _drop(graph: ir.Graph, expand: ir.Node) -> bool:
     value, result = expand.inputs[0], expand.outputs[0]
     if value is None or value.producer() is None or result.is_graph_output():
+        return False
+    # It keeps its own name.
+    if value.is_graph_output() or MODULES_KEY in value.metadata_props:
         return False
     before, after = _sizes(value), _sizes(result)
     if before is None or before != after:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from graphs import assert_unchanged, graph_of, op_types, run
 
+from teamlora_export.graph.passes.module_outputs import MODULES_KEY
 from teamlora_export.graph.passes.simplify_shapes import SimplifyShapes
 
 CONSTANTS = "int64[1] one = {1}, int64[1] six = {6}, int64[1] rest = {-1}"
@@ -46,6 +47,17 @@ def test_an_expand_to_what_is_there_goes():
     expand.outputs[0].shape = expand.inputs[0].shape
     assert SimplifyShapes()(model).modified
     assert op_types(model) == ["Neg", "Neg"]
+
+
+@pytest.mark.parametrize("outputs", ["float[b, s] z", "float[b, s] h, float[b, s] z"], ids=["a module's", "an output"])
+def test_an_expand_of_what_has_a_name_of_its_own_stays(outputs):
+    body = f"{SIZES} h = Neg(x) target = Concat <axis = 0> (b, s) e = Expand(h, target) z = Neg(e)"
+    model = graph_of(f"(float[b, s] x) => ({outputs})", body, CONSTANTS)
+    value = next(node for node in model.graph if node.op_type == "Expand").inputs[0]
+    next(iter(value.uses())).node.outputs[0].shape = value.shape
+    if not value.is_graph_output():
+        value.metadata_props[MODULES_KEY] = "model.norm"
+    assert_unchanged(model, SimplifyShapes)
 
 
 def test_an_expand_that_repeats_stays():
