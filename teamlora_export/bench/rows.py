@@ -5,7 +5,8 @@ A row says what it is, and opens the model where it is asked to: in the process 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,20 +57,28 @@ class GraphRow:
         from teamlora_export.deploy.runner import Model, ModelError
 
         def read(prompts: Sequence[Sequence[int]], count: int) -> Callable[[], object]:
-            try:
+            with told():
                 if not model.generates:
                     model.encode(prompts)
                     return _nothing
                 tokens = model.likeliest(prompts, count + 1, [True] * len(prompts))
                 next(tokens)
+
+            def step() -> object:
+                with told():
+                    return next(tokens)
+
+            return step
+
+        @contextmanager
+        def told() -> Iterator[None]:
+            try:
+                yield
             except ModelError as error:
                 raise ExportError(f"{self.name}: {error}") from None
-            return lambda: next(tokens)
 
-        try:
+        with told():
             model = Model(self.folder, self.library, check=False, threads=self.threads)
-        except ModelError as error:
-            raise ExportError(f"{self.name}: {error}") from None
         return read
 
 
@@ -110,8 +119,19 @@ class TorchRow:
         run = _generate_in_torch if self.task == "text-generation" else _encode_in_torch
 
         def read(prompts: Sequence[Sequence[int]], _count: int) -> Callable[[], object]:
+            with told():
+                once_more = run(forward, prompts)
+
+            def step() -> object:
+                with told():
+                    return once_more()
+
+            return step
+
+        @contextmanager
+        def told() -> Iterator[None]:
             try:
-                return run(forward, prompts)
+                yield
             except MemoryError:
                 raise
             except Exception as error:  # of many kinds: the code is transformers', the compiler PyTorch's

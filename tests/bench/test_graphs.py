@@ -15,6 +15,7 @@ from teamlora_export.bench.graphs import bypass_experts, written_graphs
 from teamlora_export.bench.rows import GraphRow
 from teamlora_export.bench.run import BODY, BYPASSED, EAGER, NATIVE, BenchOptions, bench_bundle, choose_workloads
 from teamlora_export.bench.turns import AGAIN, Workload
+from teamlora_export.deploy.runner import Model, ModelError
 from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.read import read_graph
@@ -132,6 +133,20 @@ def test_nothing_is_left_beside_the_bundle(make_bundle):
 def test_a_row_that_cannot_run_says_which_it_is(tmp_path):
     with pytest.raises(ExportError, match=r"my row: .*Is it a model's folder"):
         GraphRow("my row", tmp_path).open()
+
+
+def test_a_row_that_fails_behind_its_prompt_says_which_it_is(make_bundle, monkeypatch):
+    """A model in float16 may overflow at any token."""
+    checks = iter([None, ModelError("has logits that are no numbers.")])
+
+    def require_numbers(*_: object) -> None:
+        if error := next(checks):
+            raise error
+
+    monkeypatch.setattr(Model, "_require_numbers", require_numbers)
+    step = GraphRow("my row", make_bundle("llama").folder).open()([[5, 9]], 1)
+    with pytest.raises(ExportError, match="my row: has logits that are no numbers"):
+        step()
 
 
 def test_a_cache_in_place_runs_with_the_native_op(make_bundle):
