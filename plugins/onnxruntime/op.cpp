@@ -1,6 +1,7 @@
 #include "op.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <functional>
 #include <numeric>
 
@@ -30,7 +31,8 @@ Attributes::Attributes(const OrtKernelInfo* raw) {
     num_experts = info.GetAttribute<int64_t>("num_experts");
     shared_down = info.GetAttribute<int64_t>("shared_down") != 0;
     out_splits = info.GetAttributes<int64_t>("out_splits");
-    const bool widths_fit = std::all_of(out_splits.begin(), out_splits.end(), [](int64_t n) { return n >= 0; });
+    const bool widths_fit =
+        std::all_of(out_splits.begin(), out_splits.end(), [](int64_t n) { return n >= 0 && n <= INT32_MAX; });
     if (num_experts < 1 || out_splits.empty() || !widths_fit) {
         refuse("num_experts " + std::to_string(num_experts) + ", out_splits " + text(out_splits) + ".");
     }

@@ -188,6 +188,15 @@ def test_sizes_that_do_not_fit_are_refused_in_words(library, rng):
     assert_refuses_sizes_in_words(library.path, rng)
 
 
+def test_widths_whose_sum_is_no_number_any_more_are_refused(library):
+    """Four of them are 64 in 64 bits."""
+    model = one_node_model([16] * 4, 4, False, ir.DataType.FLOAT)
+    for node in model.graph:
+        node.attributes["out_splits"] = ir.AttrInt64s("out_splits", [(1 << 62) + 16] * 4)
+    with pytest.raises(Exception, match=r"out_splits \[4611686018427387920, "):
+        open_model(model, library.path)
+
+
 def assert_refuses_sizes_in_words(library: Path, rng: np.random.Generator) -> None:
     session = open_model(one_node_model([6], 4, False, ir.DataType.FLOAT), library)
     good = feeds_of(
