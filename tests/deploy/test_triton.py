@@ -204,7 +204,13 @@ def test_a_model_whose_files_changed_or_that_lacks_a_library_is_not_loaded(make_
     deployed = deploy_triton(bundle, tmp_path / "out", name="m", library="/nowhere/libops.so")
     with pytest.raises(LoadError, match=r"/nowhere/libops\.so: cannot be loaded as a library"):
         Server(deployed / "models")
-    with (deployed / "models" / "m_text" / "1" / "config.json").open("a") as file:
+    folder = deployed / "models" / "m_text" / "1"
+    # It would be run.
+    (folder / "chat_template.jinja").write_text("Another one.")
+    with pytest.raises(LoadError, match=r"its list of hashes lacks chat_template\.jinja"):
+        Server(deployed / "models")
+    (folder / "chat_template.jinja").unlink()
+    with (folder / "config.json").open("a") as file:
         file.write(" ")
     with pytest.raises(LoadError, match=r"config\.json: is not the file that belongs here"):
         Server(deployed / "models")
