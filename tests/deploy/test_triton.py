@@ -216,6 +216,13 @@ def test_a_model_whose_files_changed_or_that_lacks_a_library_is_not_loaded(make_
         Server(deployed / "models")
 
 
+def test_the_readme_counts_the_requests_that_the_scheduler_takes(make_bundle, tmp_path):
+    """One waits at least, also where fewer are asked for than are written at a time."""
+    bundle = make_bundle("llama", cache="in-place")
+    out = deploy_triton(bundle, tmp_path / "out", name="m", batch=3, sequences=2)
+    assert "\n4 requests are taken at a time" in (out / "README.md").read_text()
+
+
 def test_how_texts_are_batched_follows_from_the_model_or_is_refused(make_bundle, tmp_path):
     in_place, growing = make_bundle("llama", cache="in-place"), make_bundle("llama")
 
