@@ -20,6 +20,11 @@ from teamlora_export.cache import cache_folder
 ROOT = Path(__file__).parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 PACKAGE = "nvidia-pytriton==0.7.0"
+# Of its files on PyPI, for x86-64 and for AArch64: programs of another are not run.
+HASHES = (
+    "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df",
+    "f99e07ee56fe065337453956afba17d2673e02ec6a632c3de26ce6e7b32a0898",
+)
 # The back end of that server dies on a string from NumPy 2.
 MODEL_PACKAGES = ("numpy<2", "onnxruntime", "tokenizers", "jinja2")
 
@@ -41,14 +46,21 @@ def get_triton_server() -> Path:
             pinned.write_text("".join(line for line in lines if not line.startswith("numpy==")))
             pip = [made / "python" / "bin" / "python", "-m", "pip", "install", "--quiet", "-c", pinned]
             subprocess.run([*pip, *MODEL_PACKAGES], check=True, stdout=sys.stderr)
-            os.replace(made, kept)
+            try:
+                os.replace(made, kept)
+            except OSError:
+                # Another process may have made it meanwhile.
+                if not kept.is_dir():
+                    raise
     return kept
 
 
 def _unpack(folder: Path, python: str) -> None:
     with tempfile.TemporaryDirectory() as downloads:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", downloads, PACKAGE]
-        subprocess.run(pip, check=True, stdout=sys.stderr)
+        wanted = Path(downloads) / "requirements.txt"
+        wanted.write_text(" ".join((PACKAGE, *(f"--hash=sha256:{digest}" for digest in HASHES))))
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", downloads]
+        subprocess.run([*pip, "--require-hashes", "-r", wanted], check=True, stdout=sys.stderr)
         with zipfile.ZipFile(next(Path(downloads).glob("*.whl"))) as wheel:
             wheel.extractall(folder)
     server = folder / "pytriton" / "tritonserver"

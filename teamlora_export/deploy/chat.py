@@ -7,6 +7,7 @@ and a few names, changes nothing, and reaches no attribute that leads out.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -20,13 +21,17 @@ else:
 
 # Tokens that templates name, as tokenizer_config.json has them.
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What transformers gives besides: a name that is none differs from one that is not known.
+_GIVEN = {"add_generation_prompt": True, "tools": None, "documents": None}
+# Templates reach out of the sandbox of older ones.
+_OLDEST_JINJA = (3, 1, 6)
 
 
 class Chat:
     """The template of the model in a folder.
 
     Raises:
-        ModelError: the model has none, jinja2 is not installed, or the template is none of jinja2's.
+        ModelError: the model has none, jinja2 is not installed or too old, or the template is none of jinja2's.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -42,7 +47,7 @@ class Chat:
         """
         turns = _read_messages(messages)
         try:
-            return self._render({"messages": turns, "add_generation_prompt": True, **self._names})
+            return self._render({**_GIVEN, "messages": turns, **self._names})
         except Exception as error:
             raise ModelError(f"The model's chat template cannot take these messages ({brief(error)}).") from None
 
@@ -63,20 +68,71 @@ def _source(folder: Path, config: Mapping[str, Any]) -> str:
 
 def _compile(source: str) -> Callable[[Mapping[str, Any]], str]:
     try:
-        from jinja2 import TemplateError
+        from importlib.metadata import version
+
+        from jinja2 import nodes
+        from jinja2.ext import Extension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from jinja2.utils import Namespace
     except ModuleNotFoundError:
         raise ModelError("Chat templates need jinja2, which is not installed there: pip install jinja2") from None
+    installed = version("jinja2")
+    if tuple(int(number) for number in re.findall(r"\d+", installed)[:3]) < _OLDEST_JINJA:
+        oldest = ".".join(map(str, _OLDEST_JINJA))
+        raise ModelError(f"Chat templates need jinja2 {oldest} or newer, not {installed}: pip install -U jinja2")
+
+    class Generation(Extension):
+        """`{% generation %}`: marks an answer's text for training, and has a scope of its own."""
+
+        tags = {"generation"}  # noqa: RUF012 - as its base declares it
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    class PublicNamespace(Namespace):
+        """Without the names by which Python looks for what an object can do."""
+
+        def __init__(*args: Any, **fields: Any) -> None:
+            given = dict(*args[1:], **fields)
+            for name in given:
+                _require_public(name)
+            Namespace.__init__(args[0], given)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            _require_public(name)
+            super().__setitem__(name, value)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    environment.filters["tojson"] = _to_json
+    # A function in place of the class, which has more to call.
+    environment.globals["dict"] = lambda *args, **fields: dict(*args, **fields)
+    environment.globals["namespace"] = PublicNamespace
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(source).render
-    except TemplateError as error:
+    except Exception as error:
+        # Python's own compiler has limits, too.
         raise ModelError(f"The model's chat template cannot be read ({brief(error)}).") from None
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """jinja2's own writes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _require_public(name: object) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise ModelError(f"A namespace has no {name!r:.80}.")
 
 
 def _refuse(message: object) -> NoReturn:

@@ -35,7 +35,10 @@ _RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
 # What describes a folder: which of its fields has the hashes, and the newest format that is known.
 _DESCRIPTIONS = {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)}
 # What is opened here or by a server, so that a list of hashes without one of them is not whole.
-_OPENED = ("model.onnx", "model.onnx.data", "model.plan", "tokenizer.json")
+_OPENED = (
+    *("model.onnx", "model.onnx.data", "model.plan"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+)
 _LIBRARY_NAME = "libteamlora_onnxruntime.so"
 _LARGEST_TEXT = 512 << 20
 _MOST_THREADS = 1024

@@ -93,7 +93,8 @@ class Sampler:
         penalty = self._sampling.repetition_penalty
         if penalty == 1:
             return logits
-        logits = logits.astype(np.float32)
+        # No penalty that a request can name makes them infinite there.
+        logits = logits.astype(np.float64)
         seen = np.fromiter(self._seen, np.int64)
         logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
         return logits

@@ -182,8 +182,10 @@ class Scheduler:
         with self._changed:
             if self._closing:
                 raise Overloaded("The server is closing.")
-            if len(self._waiting) >= self._most_waiting:
-                raise Overloaded(f"{len(self._waiting)} requests wait already. Try again later.")
+            # Some of those that wait may have rows already at the next turn.
+            beyond = len(self._waiting) + len(self._reading) + len(self._writing) - self._model.slots
+            if beyond >= self._most_waiting:
+                raise Overloaded(f"{beyond} requests wait already. Try again later.")
             self._waiting.append(request)
             self._changed.notify()
         return request.answer

@@ -146,13 +146,12 @@ def _deploy_continuous(
 ) -> Path:
     if capacity is not None:
         choose_capacity(bundle, capacity)
-    config = triton_config.continuous_config(
-        name, slots=slots, waiting=max(1, sequences - slots), capacity=capacity, **options
-    )
+    waiting = max(1, sequences - slots)
+    config = triton_config.continuous_config(name, slots=slots, waiting=waiting, capacity=capacity, **options)
     with deployment(bundle, out, "triton", f"{REPOSITORY}/{config.name}/1", logits=logits) as made:
         _write_python_model(made, config, "continuous.py", *SCHEDULER_NAMES, "chat.py")
-        facts = {**options, "engine": None, "gpu": False, "capacity": capacity, "slots": slots, "sequences": sequences}
-        _write_program(made, name, True, continuous=True, **facts)
+        facts = {**options, "engine": None, "gpu": False, "capacity": capacity}
+        _write_program(made, name, True, continuous=True, slots=slots, sequences=slots + waiting, **facts)
     return out
 
 

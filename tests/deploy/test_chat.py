@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -61,6 +62,23 @@ def test_a_template_is_found_and_rendered_as_transformers_does(place, tmp_path, 
 @pytest.mark.parametrize(
     "template",
     [
+        "{% if tools is not none or documents is not none %}With tools.{% endif %}",
+        "{{ messages | tojson(indent=2, separators=(',', ':'), sort_keys=true) }}{{ 'é' | tojson(ensure_ascii=true) }}",
+        "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+        "{% set n = namespace(role='') %}{% for m in messages %}{% set n.role = m.role %}{% endfor %}{{ n.role }}",
+        "{{ dict(a=1) | tojson }}",
+    ],
+)
+def test_what_real_templates_use_is_there_as_in_transformers(template, tmp_path, make_base):
+    tokenizer = AutoTokenizer.from_pretrained(make_base("llama").folder)
+    tokenizer.chat_template = template
+    expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert Chat(write(tmp_path, template)).text(json.dumps(MESSAGES)) == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
         "{{ messages.__class__.__mro__ }}",
         "{{ ''.__class__.__base__.__subclasses__() }}",
         "{{ raise_exception.__globals__.json }}",
@@ -68,6 +86,9 @@ def test_a_template_is_found_and_rendered_as_transformers_does(place, tmp_path, 
         "{% for i in range(999999999) %}{% endfor %}",
         "{{ cycler.__init__.__globals__.os.system('true') }}",
         "{% include 'tokenizer_config.json' %}",
+        "{{ dict.fromkeys('a') }}",
+        "{{ namespace(__html__=raise_exception) }}",
+        "{% set n = namespace() %}{% set n.__html__ = raise_exception %}",
         "{{ raise_exception('Roles must alternate.') }}",
     ],
 )
@@ -77,11 +98,20 @@ def test_a_template_reaches_nothing_outside_and_may_refuse(template, tmp_path):
         chat.text(json.dumps(MESSAGES))
 
 
+def test_an_old_jinja_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"jinja2": "3.1.5"}[name])
+    with pytest.raises(ModelError, match=r"need jinja2 3\.1\.6 or newer, not 3\.1\.5"):
+        Chat(write(tmp_path, "{{ messages }}"))
+
+
 def test_what_is_no_template_and_what_are_no_messages_is_refused(tmp_path):
     with pytest.raises(ModelError, match="has no chat template"):
         Chat(tmp_path)
-    with pytest.raises(ModelError, match="cannot be read"):
-        Chat(write(tmp_path, "{% if %}"))
+    # The second is too deep for Python's compiler, and the number of the third too long.
+    deep = "{% for i in messages %}" * 30 + "{% endfor %}" * 30
+    for template in ("{% if %}", deep, f"{{{{ {'9' * 5000} }}}}"):
+        with pytest.raises(ModelError, match="chat template cannot be read"):
+            Chat(write(tmp_path, template))
     chat = Chat(write(tmp_path, "{{ messages }}"))
     for messages in ("", "[", "[" * 100_000, "{}", "[]", "[1]", '[{"role": "user"}]', '[{"role": 1, "content": "a"}]'):
         with pytest.raises(ModelError, match="messages: give JSON"):

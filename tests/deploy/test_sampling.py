@@ -56,6 +56,15 @@ def test_a_penalty_falls_on_tokens_of_the_prompt_and_of_the_answer():
     assert negative.choose(np.array([-1.0, -1.5], np.float32)) == 1
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("penalty", [float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)])
+def test_the_largest_and_the_smallest_penalty_leave_something_to_draw(penalty, sign):
+    logits = np.array([20.0, 30.0], np.float32) * sign
+    # Those that come close to 0 become equal.
+    likeliest = {0, 1} if (penalty > 1) == (sign > 0) else {int(logits.argmax())}
+    assert Sampler(Sampling(1.0, repetition_penalty=penalty), [0, 1]).choose(logits) in likeliest
+
+
 def test_what_is_no_way_to_sample_is_refused():
     for name, value in (
         *(("temperature", value) for value in (-1.0, math.inf, math.nan)),

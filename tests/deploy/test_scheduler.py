@@ -192,6 +192,15 @@ def test_so_many_wait_and_no_more(open_slots):
     assert tokens(waiting[1]) == greedy(model, [[7]], 4)[0]
 
 
+def test_requests_that_come_at_once_are_taken_while_rows_are_free_for_them(open_slots):
+    scheduler = Scheduler(open_slots(slots=2), waiting=1)
+    answers = [scheduler.submit([5 + number], 4) for number in range(3)]
+    with pytest.raises(Overloaded, match="1 requests wait already"):
+        scheduler.submit([8], 4)
+    finish(scheduler)
+    assert all(answer.finish for answer in answers)
+
+
 def test_a_time_limit_ends_what_works_and_what_waits(open_slots):
     now = [100.0]
     model = open_slots(slots=1)

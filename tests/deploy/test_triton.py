@@ -171,6 +171,8 @@ def test_a_request_that_cannot_be_batched_is_refused_in_words(continuous):
         "INVALID_ARG: Give one of text_input, messages and input_ids": {},
         "INVALID_ARG: Give one of": {"text_input": words("a"), "input_ids": ids},
         "INVALID_ARG: Token 384 is not in": {"input_ids": np.array([384])},
+        "INVALID_ARG: Token -1 is not in": {"input_ids": np.array([-1])},
+        f"INVALID_ARG: Token {1 << 40} is not in": {"input_ids": np.array([1 << 40])},
         "INVALID_ARG: 100 tokens; the model takes 100, its answer included": {"input_ids": np.full(100, 5)},
         "INVALID_ARG: 0 tokens: give at least 1": {"input_ids": ids, "max_tokens": np.array([0], np.int32)},
         "INVALID_ARG: temperature -1.0: give": {"input_ids": ids, "temperature": np.array([-1], np.float32)},
@@ -188,15 +190,37 @@ def test_a_request_that_cannot_be_batched_is_refused_in_words(continuous):
         list(server.stream("m_text", {"input_ids": ids}))
 
 
+def test_a_refusal_that_no_utf8_can_hold_is_sent_all_the_same(make_bundle, tmp_path):
+    out = deploy_triton(make_bundle("llama", cache="in-place"), tmp_path / "out", name="m", check_files=False)
+    (out / "models" / "m_text" / "1" / "chat_template.jinja").write_text("{{ raise_exception(messages[0].role) }}")
+    server = Server(out / "models")
+    with pytest.raises(RequestError, match=r"INVALID_ARG: .*\(\\ud800\)"):
+        list(server.stream("m_text", {"messages": words('[{"role": "\\ud800", "content": ""}]')}))
+    server.models["m_text"].unload()
+
+
 def test_a_model_whose_files_changed_or_that_lacks_a_library_is_not_loaded(make_bundle, tmp_path):
     bundle = make_bundle("llama", cache="in-place")
     deployed = deploy_triton(bundle, tmp_path / "out", name="m", library="/nowhere/libops.so")
     with pytest.raises(LoadError, match=r"/nowhere/libops\.so: cannot be loaded as a library"):
         Server(deployed / "models")
-    with (deployed / "models" / "m_text" / "1" / "config.json").open("a") as file:
+    folder = deployed / "models" / "m_text" / "1"
+    # It would be run.
+    (folder / "chat_template.jinja").write_text("Another one.")
+    with pytest.raises(LoadError, match=r"its list of hashes lacks chat_template\.jinja"):
+        Server(deployed / "models")
+    (folder / "chat_template.jinja").unlink()
+    with (folder / "config.json").open("a") as file:
         file.write(" ")
     with pytest.raises(LoadError, match=r"config\.json: is not the file that belongs here"):
         Server(deployed / "models")
+
+
+def test_the_readme_counts_the_requests_that_the_scheduler_takes(make_bundle, tmp_path):
+    """One waits at least, also where fewer are asked for than are written at a time."""
+    bundle = make_bundle("llama", cache="in-place")
+    out = deploy_triton(bundle, tmp_path / "out", name="m", batch=3, sequences=2)
+    assert "\n4 requests are taken at a time" in (out / "README.md").read_text()
 
 
 def test_how_texts_are_batched_follows_from_the_model_or_is_refused(make_bundle, tmp_path):

@@ -370,7 +370,8 @@ def _backend_utils(server: Server) -> types.ModuleType:
         INTERNAL, INVALID_ARG, UNAVAILABLE = "INTERNAL", "INVALID_ARG", "UNAVAILABLE"
 
         def __init__(self, message: str, code: str = INTERNAL) -> None:
-            self._message, self.code = message, code
+            # It becomes a string of C++.
+            self._message, self.code = message.encode().decode(), code
 
         def message(self) -> str:
             return self._message

@@ -25,7 +25,7 @@ _DEFAULT_TOKENS = 64
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         # The files are compared with their hashes there.
-        parameters, _, self._tokenizer = open_beside(args)
+        parameters, self._settings, self._tokenizer = open_beside(args)
         # Opened when a conversation comes.
         self._chat: Chat | None = None
         numbers = {name: int(parameters[name]) for name in ("slots", "waiting", "part", "threads", "capacity")}
@@ -48,18 +48,17 @@ class TritonPythonModel:
             client = _Client(request.get_response_sender())
             try:
                 responses = self._submit(request, client)
+                Thread(target=_send, args=(responses, client), daemon=True).start()
             except Exception as error:
                 client.send(_refusal(error))
                 client.end()
-            else:
-                Thread(target=_send, args=(responses, client), daemon=True).start()
 
     def finalize(self) -> None:
         self._scheduler.__exit__()
 
     def _submit(self, request: Any, client: _Client) -> Iterator[Any]:
         """The responses to a request that was taken."""
-        prompt, ids = self._prompt(request), _given(request, "input_ids")
+        prompt, ids = self._settings.require_ids(self._prompt(request)), _given(request, "input_ids")
         log_probabilities = bool(_first(request, "log_probs", False))
         stops = _given(request, "stop")
         text = StoppedText(

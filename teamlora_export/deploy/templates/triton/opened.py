@@ -29,4 +29,6 @@ def refusal(error: Exception, code: int | None = None) -> pb_utils.InferenceResp
     if code is None:
         given = isinstance(error, (ModelError, UnicodeError))
         code = pb_utils.TritonError.INVALID_ARG if given else pb_utils.TritonError.INTERNAL
-    return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error) or type(error).__name__, code))
+    # JSON and templates may bring halves of characters, which the server cannot send.
+    message = (str(error) or type(error).__name__).encode(errors="backslashreplace").decode()
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
