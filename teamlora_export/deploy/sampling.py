@@ -83,10 +83,13 @@ class Sampler:
         shares = np.exp(scaled)
         shares /= shares.sum()
         if asked.top_p < 1:
-            order = np.argsort(-shares, kind="stable")
-            kept = int(np.searchsorted(np.cumsum(shares[order]), asked.top_p)) + 1
-            shares[order[kept:]] = 0
-            shares /= shares.sum()
+            # The others together are less likely than what is cut off, so that they need no order.
+            likely = np.flatnonzero(shares >= (1 - asked.top_p) / len(shares))
+            likely = likely[np.argsort(-shares[likely], kind="stable")]
+            kept = likely[: int(np.searchsorted(np.cumsum(shares[likely]), asked.top_p)) + 1]
+            cut = np.zeros_like(shares)
+            cut[kept] = shares[kept] / shares[kept].sum()
+            return cut
         return shares
 
     def _penalised(self, logits: np.ndarray) -> np.ndarray:
