@@ -251,10 +251,12 @@ def read_library(path: Path) -> OnnxRuntimeLibrary:
 
 def is_library(path: Path) -> bool:
     """Whether the file at `path` says that it is a library of the op for ONNX Runtime, without opening it as one."""
-    return path.is_file() and _DESCRIBED_BY in path.read_bytes()
+    return path.is_file() and path.stat().st_size <= _LARGEST and _DESCRIBED_BY in path.read_bytes()
 
 
 _DESCRIBED_BY = b"teamlora_library_info"
+# Bytes; a larger file is no library of ours.
+_LARGEST = 512 << 20
 _DESCRIBE = """
 import ctypes, json, sys
 library = ctypes.CDLL(sys.argv[1])
