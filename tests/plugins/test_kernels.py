@@ -130,7 +130,7 @@ def sweeps(programs) -> dict[str, Future[subprocess.CompletedProcess[str]]]:
     """Both sweeps, side by side: each is one process on one core."""
     with ThreadPoolExecutor(2) as pool:
         commands = {
-            "emulation": [programs / "sweep_emulation", "--cases", "150"],
+            "emulation": [programs / "sweep_emulation", "--cases", "80"],
             "sanitized": [programs / "sweep_sanitized", "--cases", "10", "--seed", "2"],
         }
         options = {"capture_output": True, "text": True}
