@@ -2,6 +2,7 @@
 
     scripts/bench/run.py                              everything; the first run traces and builds for half an hour
     scripts/bench/run.py --rows bypassed TeamLoRA     only rows whose names hold one of these
+    scripts/bench/run.py --skip compiled              torch.compile takes minutes at each length
     scripts/bench/run.py --baseline "genai, un-adapted"
     scripts/bench/run.py --neighbour                  beside another process that keeps one core busy
 
@@ -60,11 +61,7 @@ def main() -> None:
         require_matplotlib()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         entries = _entries(Path(folder), stack, given.ranks, given.threads)
-        chosen = [
-            name
-            for name in entries
-            if name == given.baseline or not given.rows or any(part in name for part in given.rows)
-        ]
+        chosen = [name for name in entries if name == given.baseline or _is_wanted(name, given.rows, given.skip)]
         if given.baseline not in chosen:
             raise SystemExit(f"--baseline: none of {', '.join(entries)}.")
         rows = [entries[name].make() for name in chosen]
@@ -93,11 +90,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32], help=f"r of all {EXPERTS} experts together")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 256, 1500], help="tokens of a prompt")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="prompts at once")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=[1], help="prompts at once; each row holds its own cache"
+    )
     parser.add_argument("--count", type=int, default=32, help="tokens that are timed after each prompt")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every row")
     parser.add_argument("--rows", nargs="+", help="only rows whose names hold one of these")
+    parser.add_argument("--skip", nargs="+", default=[], help="no rows whose names hold one of these")
     parser.add_argument("--baseline", default=BYPASSED, help="the row that ratios are over")
     parser.add_argument("--neighbour", action="store_true", help="beside a process that keeps one core busy")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="and load time")
@@ -105,6 +105,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--report", type=Path, help="an HTML page")
     parser.add_argument("--plot", type=Path, help="a PNG")
     return parser.parse_args()
+
+
+def _is_wanted(name: str, wanted: list[str] | None, unwanted: list[str]) -> bool:
+    return (not wanted or any(part in name for part in wanted)) and not any(part in name for part in unwanted)
 
 
 @dataclass(frozen=True)

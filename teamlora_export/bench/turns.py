@@ -1,9 +1,9 @@
 """Times several ways to run one model in strict turns, and says what can be told from it.
 
-In a turn every row reads the same prompts and makes the same number of tokens, one row after the other, in another
-order each turn: what else the machine does hits each alike, and a ratio within a turn is worth more than two times from
-different minutes. The baseline runs twice in a turn, as if it were another row. Its ratio to itself is 1 but for noise,
-so that the spread of this ratio says how much of every other one is noise.
+In a turn every row reads the same prompts, and then all make their tokens side by side: each makes its first, then each
+its second, in an order of the turn. What else the machine does hits each alike, and a ratio within a turn is worth more
+than two times from different minutes. The baseline runs twice in a turn, as if it were another row. Its ratio to itself
+is 1 but for noise, so that the spread of this ratio says how much of every other one is noise.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ Reader = Callable[[Sequence[Sequence[int]], int], Callable[[], object]]
 PREFILL, DECODE = "prefill", "decode"
 AGAIN = "the baseline again"
 _WARM_UP = 1
+# Threads of the row before still spin for about a millisecond, on a core that the next one needs.
+_PAUSE = 0.002
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ def take_turns(
     orders = np.random.default_rng(0)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in entrants}
     for turn in range(-_WARM_UP, turns):
-        for name in orders.permutation(list(entrants)).tolist():
-            taken = _time(entrants[name], prompts, workload.count, clock)
+        order = orders.permutation(list(entrants)).tolist()
+        for name, taken in _time({name: entrants[name] for name in order}, prompts, workload.count, clock).items():
             if turn >= 0:
                 times[name].append(taken)
     quantities = (PREFILL, DECODE) if workload.count else (PREFILL,)
@@ -112,15 +114,24 @@ def judge(times: Mapping[str, Sequence[float]], baseline: str, quantity: str, wo
 
 
 def _time(
-    read: Reader, prompts: Sequence[Sequence[int]], count: int, clock: Callable[[], float]
-) -> tuple[float, float]:
-    """Seconds of the prefill, and of a step of decoding in the mean of `count`."""
-    begin = clock()
-    step = read(prompts, count)
-    middle = clock()
+    readers: Mapping[str, Reader], prompts: Sequence[Sequence[int]], count: int, clock: Callable[[], float]
+) -> dict[str, tuple[float, float]]:
+    """Seconds of each row's prefill, and of its step of decoding in the median of `count`."""
+    steps: dict[str, Callable[[], object]] = {}
+    prefills: dict[str, float] = {}
+    for name, read in readers.items():
+        time.sleep(_PAUSE)
+        begin = clock()
+        steps[name] = read(prompts, count)
+        prefills[name] = clock() - begin
+    decodes: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(count):
-        step()
-    return middle - begin, (clock() - middle) / max(count, 1)
+        for name, step in steps.items():
+            time.sleep(_PAUSE)
+            begin = clock()
+            step()
+            decodes[name].append(clock() - begin)
+    return {name: (prefills[name], float(np.median(decodes[name])) if count else 0.0) for name in readers}
 
 
 def _ratio(ratios: np.ndarray) -> Ratio:

@@ -20,6 +20,7 @@ class World:
     def __init__(self) -> None:
         self.now = 0.0
         self.calls: list[str] = []
+        self.steps: list[str] = []
 
     def row(self, name: str, prefill: float, step: float, slowness: Iterator[float] | None = None) -> Callable:
         """What reads and makes tokens in so many seconds, times the next of `slowness` for each call."""
@@ -29,11 +30,12 @@ class World:
             self.calls.append(name)
             factor = next(slowness)
             self.now += prefill * factor
-            return lambda: self._pass(step * factor)
+            return lambda: self._step(name, step * factor)
 
         return read
 
-    def _pass(self, seconds: float) -> None:
+    def _step(self, name: str, seconds: float) -> None:
+        self.steps.append(name)
         self.now += seconds
 
     def measure(self, rows: dict[str, Callable], turns: int, workload: Workload = WORKLOAD) -> list[Figure]:
@@ -73,6 +75,24 @@ def test_every_row_runs_once_a_turn_and_the_baseline_twice_in_another_order_each
     assert len(orders) == turns + 1, "one turn warms up, and does not count"
     assert all(sorted(order) == ["base", "base", "one", "other"] for order in orders)
     assert len(set(orders)) > turns // 2
+
+
+def test_rows_make_their_tokens_side_by_side():
+    world = World()
+    world.measure({name: world.row(name, 1.0, 1.0) for name in ("base", "other")}, 3)
+    for start in range(0, len(world.steps), 3):
+        assert sorted(world.steps[start : start + 3]) == ["base", "base", "other"]
+    assert len(world.steps) == 3 * WORKLOAD.count * (3 + 1)
+
+
+def test_a_step_that_was_disturbed_is_not_in_the_time_of_a_step():
+    world, disturbed = World(), iter(range(1000))
+
+    def read(_prompts: object, _count: int) -> Callable[[], None]:
+        return lambda: world._step("other", 9.0 if next(disturbed) % WORKLOAD.count == 0 else 1.0)
+
+    figures = world.measure({"base": world.row("base", 1.0, 1.0), "other": read}, 3)
+    assert pick(figures, "other", DECODE).seconds == pytest.approx((1.0, 1.0, 1.0))
 
 
 def test_what_slows_a_whole_turn_is_in_no_ratio():
