@@ -40,11 +40,16 @@ def write_report(path: Path, content: str | bytes) -> None:
 
 
 def refuse_foreign_report(path: Path) -> None:
-    """Refuse to replace a file that is no report of ours.
+    """Refuse to replace a file that is no report of ours, and a place where none can be: before work is done for it.
 
     Raises:
-        ExportError: it is something else.
+        ExportError: it is something else, or there can be no file of that name.
     """
+    if str(path) == "-":
+        raise ExportError("-: a report is a file, and is not printed. Give it a name.")
+    parent = next(folder for folder in real_path(path).parents if os.path.lexists(folder))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ExportError(f"{path}: nothing can be written in {parent}. Choose another name.")
     if os.path.lexists(path) and not (path.is_file() and _is_report(path)):
         raise ExportError(f"{path}: exists and is not a report that teamlora-export wrote. Choose another name.")
 

@@ -28,6 +28,17 @@ def test_a_file_that_is_no_report_of_ours_is_left_alone(tmp_path):
             refuse_foreign_report(Path(tmp_path / name))
 
 
+def test_a_report_that_cannot_be_written_is_refused_before_work_is_done_for_it(tmp_path):
+    (tmp_path / "file").touch()
+    refuse_foreign_report(tmp_path / "new" / "deeper" / "report.html")
+    for path, message in (
+        (Path("-"), "-: a report is a file"),
+        (tmp_path / "file" / "report.html", "nothing can be written in .*file"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            refuse_foreign_report(path)
+
+
 def test_the_files_of_a_bundle_and_what_only_names_the_tool_are_no_reports(make_bundle, tmp_path):
     files = [path for path in make_bundle("llama").folder.iterdir() if path.is_file()]
     for name, content in (

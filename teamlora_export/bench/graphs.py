@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,13 +36,16 @@ class Graphs:
 
 @contextmanager
 def written_graphs(bundle: Bundle) -> Iterator[Graphs]:
-    """Both graphs in a folder beside the bundle, which is gone when the block ends. The weights are linked, or copied
-    where the disk has no links.
+    """Both graphs in a folder beside the bundle, or in that for temporary files where nothing can be written there; it is
+    gone when the block ends. The weights are linked, or copied where that is not possible.
 
     Raises:
         ExportError: as `read_graph`; or nothing can be written there; or the graph shows no experts.
     """
-    with scratch_folder(real_path(bundle.folder)) as folder:
+    place = real_path(bundle.folder)
+    if not os.access(place.parent, os.W_OK | os.X_OK):
+        place = Path(tempfile.gettempdir()) / place.name
+    with scratch_folder(place) as folder:
         model = read_graph(bundle)
         LastLogits()(model)
         adapted_work = _write(model, bundle, folder / "adapted")
