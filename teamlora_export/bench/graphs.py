@@ -36,7 +36,7 @@ class Graphs:
 
 @contextmanager
 def written_graphs(bundle: Bundle) -> Iterator[Graphs]:
-    """Both graphs in a folder beside the bundle, or in that for temporary files where nothing can be written there; it is
+    """Both graphs in a folder beside the bundle (where nothing can be written there, among temporary files), which is
     gone when the block ends. The weights are linked, or copied where that is not possible.
 
     Raises:
