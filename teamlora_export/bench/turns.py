@@ -1,9 +1,9 @@
 """Times several ways to run one model in strict turns, and says what can be told from it.
 
 In a turn every row reads the same prompts, and then all make their tokens side by side: each makes its first, then each
-its second, in an order of the turn. What else the machine does hits each alike, and a ratio within a turn is worth more
-than two times from different minutes. The baseline runs twice in a turn, as if it were another row. Its ratio to itself
-is 1 but for noise, so that the spread of this ratio says how much of every other one is noise.
+its second, every time in another order. What else the machine does hits each alike, and a ratio within a turn is worth
+more than two times from different minutes. The baseline runs twice in a turn, as if it were another row. Its ratio to
+itself is 1 but for noise, so that the spread of this ratio says how much of every other one is noise.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Reader = Callable[[Sequence[Sequence[int]], int], Callable[[], object]]
 PREFILL, DECODE = "prefill", "decode"
 AGAIN = "the baseline again"
 _WARM_UP = 1
-# Threads of the row before still spin for about a millisecond, on a core that the next one needs.
-_PAUSE = 0.002
+# Threads of the row before still spin for some milliseconds, on a core that the next one needs.
+_PAUSE = 0.005
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,7 @@ def take_turns(
     orders = np.random.default_rng(0)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in entrants}
     for turn in range(-_WARM_UP, turns):
-        order = orders.permutation(list(entrants)).tolist()
-        for name, taken in _time({name: entrants[name] for name in order}, prompts, workload.count, clock).items():
+        for name, taken in _time(entrants, orders, prompts, workload.count, clock).items():
             if turn >= 0:
                 times[name].append(taken)
     quantities = (PREFILL, DECODE) if workload.count else (PREFILL,)
@@ -114,22 +113,26 @@ def judge(times: Mapping[str, Sequence[float]], baseline: str, quantity: str, wo
 
 
 def _time(
-    readers: Mapping[str, Reader], prompts: Sequence[Sequence[int]], count: int, clock: Callable[[], float]
+    readers: Mapping[str, Reader],
+    orders: np.random.Generator,
+    prompts: Sequence[Sequence[int]],
+    count: int,
+    clock: Callable[[], float],
 ) -> dict[str, tuple[float, float]]:
     """Seconds of each row's prefill, and of its step of decoding in the median of `count`."""
     steps: dict[str, Callable[[], object]] = {}
     prefills: dict[str, float] = {}
-    for name, read in readers.items():
+    decodes: dict[str, list[float]] = {name: [] for name in readers}
+    for name in orders.permutation(list(readers)).tolist():
         time.sleep(_PAUSE)
         begin = clock()
-        steps[name] = read(prompts, count)
+        steps[name] = readers[name](prompts, count)
         prefills[name] = clock() - begin
-    decodes: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(count):
-        for name, step in steps.items():
+        for name in orders.permutation(list(readers)).tolist():
             time.sleep(_PAUSE)
             begin = clock()
-            step()
+            steps[name]()
             decodes[name].append(clock() - begin)
     return {name: (prefills[name], float(np.median(decodes[name])) if count else 0.0) for name in readers}
 
