@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import os
+import signal
 import subprocess
 import sysconfig
 import threading
@@ -39,6 +40,9 @@ class Pod:
         ports = dict(zip(("http", "grpc", "metrics"), _free_ports(3), strict=True))
         self.http, self.metrics = (f"127.0.0.1:{ports[name]}" for name in ("http", "metrics"))
         command = [triton / "bin" / "tritonserver", *_arguments(deployed), f"--backend-directory={triton / 'backends'}"]
+        # Shared memory that a killed server leaves is known by its name.
+        self._shared = f"pod_{ports['http']}_"
+        command.append(f"--backend-config=python,shm-region-prefix-name={self._shared}")
         for name, port in ports.items():
             command += [f"--{name}-address=127.0.0.1", f"--{name}-port={port}"]
         environment = {
@@ -49,7 +53,15 @@ class Pod:
         }
         self._log = scratch / f"{ports['http']}.log"
         with self._log.open("wb") as told:
-            self.process = subprocess.Popen(command, stdout=told, stderr=told, env=environment)
+            self.process = subprocess.Popen(command, stdout=told, stderr=told, env=environment, start_new_session=True)
+
+    def kill(self) -> None:
+        """As a container is killed: with the processes of its models and their memory, which would stay otherwise."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for region in Path("/dev/shm").glob(f"{self._shared}*"):
+            region.unlink()
 
     def is_ready(self) -> bool:
         with suppress(OSError), urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=5):

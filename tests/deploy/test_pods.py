@@ -87,8 +87,7 @@ def start(tmp_path) -> Iterator:
 
     yield start
     for pod in started:
-        pod.process.kill()
-        pod.process.wait()
+        pod.kill()
 
 
 def post(address: str, path: str, **fields: object) -> tuple[int, bytes]:
@@ -171,7 +170,7 @@ def test_a_server_that_is_killed_fails_its_own_requests_and_one_that_is_drained_
     pods = start(old, 3)
     with Balancer(pods) as balancer, Load(balancer.address, list(old.answers)) as load:
         load.wait_for(30)
-        pods[0].process.kill()
+        pods[0].kill()
         load.wait_for(30)
         killed = len(load.answered)
         assert pods[0] not in balancer.ready
