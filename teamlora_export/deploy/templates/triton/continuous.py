@@ -42,7 +42,7 @@ class TritonPythonModel:
             self._scheduler = Scheduler(model, numbers["waiting"]).__enter__()
         except ModelError as error:
             raise pb_utils.TritonModelException(str(error)) from None
-        self._waiting = _Waiting(args["model_name"], numbers["slots"])
+        self._waiting = _Waiting(parameters["model"], numbers["slots"])
 
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
