@@ -18,7 +18,9 @@ from teamlora_export.cli_output import (
     show,
 )
 
-deploy_app = typer.Typer(help="Write what a system loads: python, genai, cpp, triton.", no_args_is_help=True)
+deploy_app = typer.Typer(
+    help="Write what a system loads: python, genai, cpp, triton, kubernetes.", no_args_is_help=True
+)
 
 EngineOption = Annotated[str | None, typer.Option(help="Run this engine of the bundle on TensorRT, not its graph.")]
 ServerLibraryOption = Annotated[
@@ -35,6 +37,33 @@ PluginOption = Annotated[
         parser=given_path,
         metavar="FILE",
         help="The plugin that the engine was built with. Default: found among those built here.",
+    ),
+]
+
+NameOption = Annotated[str | None, typer.Option(help="Of the model. Default: the base's and the adapter's.")]
+GpuOption = Annotated[bool, typer.Option("--gpu", help="Run the graph on a GPU (engines do in any case).")]
+TextOption = Annotated[bool, typer.Option("--text/--no-text", help="Add the models that take words.")]
+BatchOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=65536, help="Requests that run together at most. Default: 8 for text, 32 elsewhere."),
+]
+SequencesOption = Annotated[
+    int, typer.Option(min=1, max=1 << 20, help="Texts at a time: at work, each with its cache, or waiting to be.")
+]
+CapacityOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        max=1 << 30,
+        help="Tokens that a cache in place holds. Default: all that the model takes; as a state, 2048 at most.",
+    ),
+]
+BatchingOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND",
+        help="Of text. continuous (default with a cache in place): one model, words in and out; sequence: a step "
+        "of the model, its cache as Triton's state.",
     ),
 ]
 
@@ -89,37 +118,18 @@ def deploy_cpp_command(
 def deploy_triton_command(
     output: OutputOption,
     bundle: BundleArgument = THIS_FOLDER,
-    name: Annotated[str | None, typer.Option(help="Of the model. Default: the base's and the adapter's.")] = None,
+    name: NameOption = None,
     engine: EngineOption = None,
     plugin: PluginOption = None,
     library: ServerLibraryOption = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Run the graph on a GPU (engines do in any case).")] = False,
-    text: Annotated[bool, typer.Option("--text/--no-text", help="Add the models that take words.")] = True,
+    gpu: GpuOption = False,
+    text: TextOption = True,
     check: Annotated[bool, typer.Option("--check/--no-check", help="They compare the files with their hashes.")] = True,
     instances: Annotated[int, typer.Option(min=1, max=1024, help="Copies of the model.")] = 1,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, max=65536, help="Requests that run together at most. Default: 8 for text, 32 elsewhere."),
-    ] = None,
-    sequences: Annotated[
-        int, typer.Option(min=1, max=1 << 20, help="Texts at a time: at work, each with its cache, or waiting to be.")
-    ] = 64,
-    capacity: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=1 << 30,
-            help="Tokens that a cache in place holds. Default: all that the model takes; as a state, 2048 at most.",
-        ),
-    ] = None,
-    batching: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KIND",
-            help="Of text. continuous (default with a cache in place): one model, words in and out; sequence: a step "
-            "of the model, its cache as Triton's state.",
-        ),
-    ] = None,
+    batch: BatchOption = None,
+    sequences: SequencesOption = 64,
+    capacity: CapacityOption = None,
+    batching: BatchingOption = None,
     logits: LogitsOption = "last",
     json: JsonOption = None,
 ) -> None:
@@ -145,6 +155,62 @@ def deploy_triton_command(
         batching=batching,
     )
     _show(written, "triton", json)
+
+
+@deploy_app.command("kubernetes")
+def deploy_kubernetes_command(
+    output: OutputOption,
+    bundle: BundleArgument = THIS_FOLDER,
+    name: NameOption = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="Where pods find the repository: pvc://CLAIM[/PATH] (default: NAME-models), s3://BUCKET[/PATH] or "
+            "oci://IMAGE@sha256:DIGEST.",
+        ),
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(help="Of the server. Default: Triton's, or what the Dockerfile makes of it.")
+    ] = None,
+    replicas: Annotated[str, typer.Option(metavar="N|MIN-MAX", help="Pods; between two numbers they scale.")] = "2-8",
+    cpus: Annotated[int, typer.Option(min=1, max=1024, help="For each pod, and threads of ONNX Runtime.")] = 4,
+    monitor: Annotated[bool, typer.Option("--monitor/--no-monitor", help="Add a PodMonitor for Prometheus.")] = True,
+    engine: EngineOption = None,
+    plugin: PluginOption = None,
+    library: ServerLibraryOption = None,
+    gpu: GpuOption = False,
+    text: TextOption = True,
+    batch: BatchOption = None,
+    sequences: SequencesOption = 64,
+    capacity: CapacityOption = None,
+    batching: BatchingOption = None,
+    json: JsonOption = None,
+) -> None:
+    """The repository for Triton with manifests that run it in a cluster, or by KServe."""
+    from teamlora_export.bundle import read_bundle
+    from teamlora_export.deploy.kubernetes import deploy_kubernetes
+
+    written = deploy_kubernetes(
+        read_bundle(bundle),
+        output,
+        name=name,
+        source=source,
+        image=image,
+        replicas=replicas,
+        cpus=cpus,
+        monitor=monitor,
+        engine=engine,
+        plugin=plugin,
+        library=library,
+        gpu=gpu,
+        text=text,
+        batch=batch,
+        sequences=sequences,
+        capacity=capacity,
+        batching=batching,
+    )
+    _show(written, "kubernetes", json)
 
 
 def _show(folder: Path, target: str, json: Path | None) -> None:

@@ -69,7 +69,9 @@ def staged(out: Path, listed: Listing, inputs: Sequence[Path] = ()) -> Iterator[
             with interrupt.held():
                 _replace_folder(staging, place)
                 sync_names(place.parent)
-                interrupt.note_written(out)
+                # A part of what is being written is not there yet.
+                if not any(map(_STAGED.match, place.parent.parts)):
+                    interrupt.note_written(out)
 
 
 @contextmanager

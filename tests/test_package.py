@@ -67,6 +67,7 @@ def test_it_exports_and_deploys_to_every_target(run, make_base, make_adapter, tm
         "genai": "genai_config.json",
         "cpp": "runner/tensorrt_backend.cpp",
         "triton": "client.py",
+        "kubernetes": "deployment.yaml",
     }.items():
         run("deploy", target, bundle, "-o", tmp_path / target)
         assert (tmp_path / target / program).is_file()

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import onnx_ir as ir
 
@@ -135,7 +136,7 @@ def deployment(
     check_files(bundle)
     described = Path(inside) / DEPLOY_NAME
     refuse_inside(real_path(out), bundle.folder)
-    with staged(out, lambda there: _our_files(there, described), [bundle.folder]) as staging:
+    with staged(out, lambda there: our_files(there, described, Description), [bundle.folder]) as staging:
         rewritten = _rewritten(bundle, logits, capacity) if graph else None
         made = Deployment(staging, staging / inside, bundle if rewritten is None else rewritten.bundle, target)
         if graph:
@@ -229,11 +230,28 @@ def _describe(made: Deployment) -> Description:
     )
 
 
-def _our_files(out: Path, described: Path) -> set[str]:
-    """What a deployment's folder holds that we wrote, whose program nobody has changed since."""
+class Listed(Protocol):
+    """A record of what we wrote into a folder; see `Description`."""
+
+    @property
+    def files(self) -> Mapping[str, Sha256]: ...
+
+    @property
+    def program(self) -> Mapping[str, Sha256]: ...
+
+
+def our_files(out: Path, described: Path, kind: type[Listed]) -> set[str]:
+    """What a deployment's folder holds that we wrote, whose program nobody has changed since.
+
+    Args:
+        described: the record, of class `kind`; its files are relative to its folder, its program to `out`.
+
+    Raises:
+        ExportError: there is no such record, or a file of the program was changed.
+    """
     refusal = f"{out}: exists and is not a deployment of this kind; it is left as it is. Choose another -o."
     try:
-        found = read_record(out / described, Description, "Choose another -o.", out, newest=FORMAT_VERSION)
+        found = read_record(out / described, kind, "Choose another -o.", out, newest=FORMAT_VERSION)
     except FileNotFoundError:
         raise ExportError(refusal) from None
     except ExportError as reason:

@@ -50,6 +50,7 @@ def deploy_triton(
     logits: str = "last",
     capacity: int | None = None,
     batching: str | None = None,
+    threads: int = 0,
 ) -> Path:
     """Write the repository into `out`.
 
@@ -66,6 +67,7 @@ def deploy_triton(
         batching: of a text generator: "continuous", one model that takes words, writes `batch` texts at a time, and
             lets others wait until there are `sequences`; or "sequence", a step of the model with its cache as Triton's
             state, and a model that takes words around it. Default: continuous where that can be.
+        threads: of ONNX Runtime on a CPU, for each instance; 0: every core that the machine has.
 
     Raises:
         ExportError: see `deployment` and `add_engine`; the engine does not run in Triton; a model in bfloat16 would
@@ -89,7 +91,7 @@ def deploy_triton(
         raise ExportError(f"{bundle.folder}: is in bfloat16, which ONNX Runtime runs on a GPU only: add --gpu.")
     text = text and (bundle.folder / "tokenizer.json").is_file()
     if _batching(bundle, batching, engine, gpu, text) == "continuous":
-        options = {"library": library, "check_files": check_files, "instances": instances}
+        options = {"library": library, "check_files": check_files, "instances": instances, "threads": threads}
         return _deploy_continuous(bundle, out, name, logits, batch or 8, sequences, capacity, options)
     capacity = choose_capacity(bundle, capacity)
     if engine is not None and capacity is not None:
@@ -114,6 +116,7 @@ def deploy_triton(
             instances=instances,
             batch=_batch(facts, batch, 8 if generates else 32),
             sequences=sequences,
+            threads=threads,
         )
         _write_config(made, model)
         if not generates:

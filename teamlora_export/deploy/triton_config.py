@@ -48,6 +48,7 @@ def model_config(
     instances: int,
     batch: int,
     sequences: int,
+    threads: int = 0,
 ) -> Any:
     """The model itself: the bundle's graph on ONNX Runtime, or its engine on TensorRT.
 
@@ -55,6 +56,7 @@ def model_config(
         engine_dtype: of the engine's inputs and outputs; None for the graph. profiles: how many the engine has.
         gpu: run the graph on a GPU. library: a native library with the op.
         instances: copies of the model. batch: requests that run together at most. sequences: texts at work at most.
+        threads: of ONNX Runtime on a CPU, for each copy; 0: every core.
     """
     pb = protobuf()
     config = pb.ModelConfig(name=name, max_batch_size=batch)
@@ -70,6 +72,8 @@ def model_config(
     group = config.instance_group.add(count=instances)
     on_gpu = gpu or engine_dtype is not None
     group.kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
+    if threads and not on_gpu:
+        _add_parameters(config, intra_op_thread_count=str(threads))
     if profiles > 1:
         group.profile.extend(str(index) for index in range(profiles))
     ports = [port_in(port, engine_dtype) for port in bundle.manifest.inputs]
@@ -120,12 +124,14 @@ def continuous_config(
     slots: int,
     waiting: int,
     capacity: int | None,
+    threads: int = 0,
 ) -> Any:
     """A text generator that batches continuously, with the model's files in its own folder.
 
     Args:
         slots: texts that are written at a time. waiting: requests that may wait for one of them to end.
         capacity: tokens of prompt and answer together, at most; None: what the model takes.
+        threads: of ONNX Runtime, for each copy; 0: every core.
     """
     pb = protobuf()
     config = pb.ModelConfig(name=f"{name}_text", backend="python", max_batch_size=0)
@@ -155,7 +161,7 @@ def continuous_config(
     ):
         config.output.add(name=key, data_type=kind, dims=[size])
     config.instance_group.add(count=instances, kind=pb.ModelInstanceGroup.KIND_CPU)
-    numbers = {"slots": slots, "waiting": waiting, "part": _PART, "threads": 0, "capacity": capacity or 0}
+    numbers = {"slots": slots, "waiting": waiting, "part": _PART, "threads": threads, "capacity": capacity or 0}
     given = {key: str(number) for key, number in numbers.items()} | ({"library": library} if library else {})
     _add_parameters(config, model=config.name, check_files=check_files, **given)
     return config

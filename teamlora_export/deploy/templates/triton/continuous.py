@@ -42,13 +42,14 @@ class TritonPythonModel:
             self._scheduler = Scheduler(model, numbers["waiting"]).__enter__()
         except ModelError as error:
             raise pb_utils.TritonModelException(str(error)) from None
+        self._waiting = _Waiting(parameters["model"], numbers["slots"])
 
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
             client = _Client(request.get_response_sender())
             try:
                 responses = self._submit(request, client)
-                Thread(target=_send, args=(responses, client), daemon=True).start()
+                Thread(target=_send, args=(responses, client, self._waiting), daemon=True).start()
             except Exception as error:
                 client.send(_refusal(error))
                 client.end()
@@ -160,10 +161,11 @@ class _Client:
             return self._ended or self._sender.is_cancelled()
 
 
-def _send(responses: Iterator[Any], client: _Client) -> None:
+def _send(responses: Iterator[Any], client: _Client, waiting: _Waiting) -> None:
     try:
-        for response in responses:
-            client.send(response)
+        with waiting:
+            for response in responses:
+                client.send(response)
     except Exception as error:
         client.send(_refusal(error))
     finally:
@@ -183,3 +185,35 @@ def _given(request: Any, name: str) -> Any:
 def _first(request: Any, name: str, default: Any) -> Any:
     values = _given(request, name)
     return default if values is None else values[0]
+
+
+class _Waiting:
+    """The server's metric of requests that wait for a slot; each is counted for as long as its block.
+
+    The server's own metrics do not tell: its queue is empty, since requests are taken as they come.
+    """
+
+    def __init__(self, model: str, slots: int) -> None:
+        self._slots, self._taken, self._lock = slots, 0, Lock()
+        # The server forgets a family that nobody holds.
+        self._family = pb_utils.MetricFamily(
+            name="teamlora_requests_waiting",
+            description="Requests that wait for a slot",
+            kind=pb_utils.MetricFamily.GAUGE,
+        )
+        self._metric = self._family.Metric(labels={"model": model})
+
+    def __enter__(self) -> None:
+        self._add(1)
+
+    def __exit__(self, *_: object) -> None:
+        self._add(-1)
+
+    def _add(self, requests: int) -> None:
+        with self._lock:
+            before = max(0, self._taken - self._slots)
+            self._taken += requests
+            change = max(0, self._taken - self._slots) - before
+            # Not set, since other instances of the model have the same metric.
+            if change:
+                self._metric.increment(change)

@@ -1,0 +1,233 @@
+"""Several servers behind a balancer, as Kubernetes runs them: killed, drained and rolled under load."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import random_adapter
+from get_triton_server import PACKAGE, get_triton_server
+
+sys.path.append(str(Path(__file__).parent))
+from pods import Balancer, Pod
+
+from teamlora_export.adapter import write_adapter
+from teamlora_export.deploy.kubernetes import deploy_kubernetes
+from teamlora_export.deploy.runner import Model
+from teamlora_export.export import export_onnx
+
+TOKENS = 100
+CLIENTS = 6
+SLOTS = 4
+# As Kubernetes' proxies need some time until they know that a pod is no endpoint any more; ours knows at once.
+PRE_STOP = 0.1
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Version:
+    """What runs an adapter, and what it answers to each of some prompts."""
+
+    deployed: Path
+    answers: dict[tuple[int, ...], list[int]]
+
+
+@pytest.fixture(scope="module")
+def versions(make_bundle, make_base, tmp_path_factory) -> tuple[Version, Version]:
+    """Two adapters of one base, by one name."""
+    folder, base = tmp_path_factory.mktemp("versions"), make_base("llama")
+    write_adapter(random_adapter(base, TARGETS, seed=5), folder / "adapter")
+    other = export_onnx(base.name, folder / "adapter", folder / "bundle", cache="in-place")
+    bundles = (make_bundle("llama", cache="in-place"), other)
+    models = [Model(bundle.folder, threads=1) for bundle in bundles]
+    prompts = [(number, 9, 10 + number) for number in range(3, 24)]
+    answers = [{prompt: model.generate([prompt], TOKENS)[0] for prompt in prompts} for model in models]
+    # Long, and the other adapter's are others.
+    told = [
+        one for one in prompts if answers[0][one] != answers[1][one] and min(len(a[one]) for a in answers) == TOKENS
+    ]
+    assert len(told) > 4
+    made = (
+        Version(
+            deploy_kubernetes(bundle, folder / str(number), name="m", cpus=1, batch=SLOTS),
+            {prompt: answers[number][prompt] for prompt in told},
+        )
+        for number, bundle in enumerate(bundles)
+    )
+    return next(made), next(made)
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator:
+    """Starts servers that do not outlive the test."""
+    try:
+        get_triton_server()
+    except subprocess.CalledProcessError:
+        pytest.skip(f"{PACKAGE}, which has the server, cannot be fetched")
+    started: list[Pod] = []
+
+    def start(version: Version, count: int = 1) -> list[Pod]:
+        pods = [Pod(version.deployed, tmp_path) for _ in range(count)]
+        started.extend(pods)
+        for pod in pods:
+            pod.wait_until_ready()
+        return pods
+
+    yield start
+    for pod in started:
+        pod.kill()
+
+
+def post(address: str, path: str, **fields: object) -> tuple[int, bytes]:
+    request = urllib.request.Request(f"http://{address}/v2/{path}", json.dumps(fields).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+@dataclass
+class Load:
+    """Clients that ask for answers to prompts, one after another, inside of its block.
+
+    Attributes:
+        answered: of every request its prompt, the status, and the tokens. sent: how many there were.
+    """
+
+    address: str
+    prompts: list[tuple[int, ...]]
+    answered: list[tuple[tuple[int, ...], int, list[int]]] = field(default_factory=list)
+    sent: int = 0
+
+    def __enter__(self) -> Load:
+        self._ended, self._lock = threading.Event(), threading.Lock()
+        self._clients = [threading.Thread(target=self._ask, args=(seed,)) for seed in range(CLIENTS)]
+        for client in self._clients:
+            client.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for client in self._clients:
+            client.join()
+
+    def wait_for(self, more: int) -> None:
+        """Until so many more requests are answered."""
+        wanted, end = len(self.answered) + more, time.monotonic() + 60
+        while len(self.answered) < wanted:
+            assert time.monotonic() < end, f"{len(self.answered)} of {wanted} answers"
+            time.sleep(0.02)
+
+    def _ask(self, seed: int) -> None:
+        drawn = random.Random(seed)
+        while not self._ended.is_set():
+            prompt = drawn.choice(self.prompts)
+            with self._lock:
+                self.sent += 1
+            status, body = post(self.address, "models/m_text/generate", input_ids=prompt, max_tokens=TOKENS)
+            with self._lock:
+                self.answered.append((prompt, status, json.loads(body)["token_ids"] if status == 200 else []))
+
+
+def stream(pod: Pod, prompt: tuple[int, ...]) -> Iterator[int]:
+    """The tokens of an answer, as they come."""
+    fields = {"input_ids": prompt, "max_tokens": TOKENS, "stream": True}
+    url = f"http://{pod.http}/v2/models/m_text/generate_stream"
+    with urllib.request.urlopen(urllib.request.Request(url, json.dumps(fields).encode()), timeout=60) as answer:
+        for line in answer:
+            # The last has none.
+            if line.startswith(b"data: ") and (token := json.loads(line.removeprefix(b"data: "))["token_ids"]) != []:
+                yield token
+
+
+def delete(pod: Pod, balancer: Balancer, version: Version) -> None:
+    """As a cluster deletes a pod: it ends when what it has taken is answered, a stream among it."""
+    prompt, answer = next(iter(version.answers.items()))
+    balancer.endpoints = [other for other in balancer.endpoints if other is not pod]
+    time.sleep(PRE_STOP)
+    tokens = stream(pod, prompt)
+    first = next(tokens)
+    pod.process.send_signal(signal.SIGTERM)
+    assert [first, *tokens] == answer
+    assert pod.process.wait(60) == 0
+
+
+def test_a_server_that_is_killed_fails_its_own_requests_and_one_that_is_drained_none(versions, start):
+    old, new = versions
+    pods = start(old, 3)
+    with Balancer(pods) as balancer, Load(balancer.address, list(old.answers)) as load:
+        load.wait_for(30)
+        pods[0].kill()
+        load.wait_for(30)
+        killed = len(load.answered)
+        assert pods[0] not in balancer.ready
+        delete(pods[1], balancer, old)
+        load.wait_for(30)
+        rolled = len(load.answered)
+        # A rolling update: a new one is ready before an old one goes.
+        balancer.endpoints = [*balancer.endpoints, *start(new)]
+        load.wait_for(30)
+        assert {status for _, status, _ in load.answered[rolled:]} == {200}
+        delete(pods[2], balancer, old)
+        updated = len(load.answered) + CLIENTS
+        load.wait_for(30)
+    # Everybody was answered.
+    assert len(load.answered) == load.sent
+    failed = [number for number, (_, status, _) in enumerate(load.answered) if status != 200]
+    assert len(failed) <= CLIENTS and all(number < killed for number in failed)
+    for number, (prompt, status, tokens) in enumerate(load.answered):
+        if status == 200:
+            expected = (old,) if number < rolled else (old, new) if number < updated else (new,)
+            assert tokens in [version.answers[prompt] for version in expected], (number, tokens)
+
+
+def test_a_server_that_stops_hangs_up_on_who_comes_anew(versions, start):
+    """Which is why a pod is told to stop when nobody is sent to it any more."""
+    (pod,) = start(versions[0])
+    tokens = stream(pod, next(iter(versions[0].answers)))
+    next(tokens)
+    pod.process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        post(pod.http, "models/m_text/generate", input_ids=[9])
+    assert len(list(tokens)) == TOKENS - 1
+
+
+def test_the_metric_that_scales_counts_who_waits_and_no_client_administers(versions, start):
+    (pod,) = start(versions[0])
+    rule = yaml.safe_load((versions[0].deployed / "adapter.yaml").read_text())["rules"]["custom"][0]
+    series = rule["seriesQuery"].partition("{")[0]
+
+    def waiting() -> float:
+        with urllib.request.urlopen(f"http://{pod.metrics}/metrics") as answer:
+            (line,) = (line for line in answer.read().decode().splitlines() if line.startswith(f"{series}{{"))
+        return float(line.split()[-1])
+
+    assert waiting() == 0
+    threads = [
+        threading.Thread(target=post, args=(pod.http, "models/m_text/generate"), kwargs=fields)
+        for fields in [{"input_ids": [3, 4], "max_tokens": TOKENS}] * (SLOTS + 8)
+    ]
+    for thread in threads:
+        thread.start()
+    most = 0.0
+    while any(thread.is_alive() for thread in threads):
+        most = max(most, waiting())
+    assert 0 < most <= 8
+    assert waiting() == 0
+    for path in ("repository/models/m_text/unload", "repository/index", "systemsharedmemory/region/x/register"):
+        assert post(pod.http, path)[0] == 403
+    assert post(pod.http, "models/m_text/generate", input_ids=[9], max_tokens=1)[0] == 200
