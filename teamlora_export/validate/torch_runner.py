@@ -110,7 +110,7 @@ class TorchRunner:
             return
         for path, module in self._model.named_modules():
             if isinstance(module, ExpertLinear):
-                _round_experts(module, op.fold(self._adapter.projections[path]), dtype)
+                round_experts(module, op.fold(self._adapter.projections[path]), dtype)
         if self._streamed is not None:
             self._streamed.rounding, self._streamed.kept = _NUMPY_DTYPES[dtype], kept
             return
@@ -254,7 +254,7 @@ def _jittered(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where((tensor != 0) & torch.isfinite(moved), moved, tensor)
 
 
-def _round_experts(layer: ExpertLinear, folded: op.OpWeights, dtype: torch.dtype) -> None:
+def round_experts(layer: ExpertLinear, folded: op.OpWeights, dtype: torch.dtype) -> None:
     """Give `layer` the numbers that the op's inputs hold in `dtype`, with the constants taken out of them again."""
     stacked = torch.from_numpy(folded.down).to(dtype).to(layer.down.dtype)
     rows = len(layer.down)

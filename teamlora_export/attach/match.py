@@ -1,0 +1,263 @@
+"""Which products of a foreign graph are the adapter's modules: by names, by place, by shapes, by weights.
+
+    names     say the layer and the projection; places say the same without them; where both speak they must agree
+    shapes    are those of the module, or the sum of several that are packed side by side
+    weights   where a base is given, are the module's own, and no other product's are closer
+
+Every module has exactly one product, or several that are side by side what it is, or nothing is attached.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
+from teamlora_export.attach.names import ROLES, Key, key_of, keys_of
+from teamlora_export.attach.place import find_places
+from teamlora_export.attach.products import Product, Span, find_products
+from teamlora_export.attach.weigh import Weigher
+from teamlora_export.errors import raise_findings
+
+NAME, PLACE, WEIGHTS = "name", "place", "weights"
+_MOST_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Found:
+    """A module's product: one span, or whole products side by side; and what says so."""
+
+    spans: tuple[Span, ...]
+    evidence: tuple[str, ...]
+
+
+@dataclass
+class _Claims:
+    """What products are said to be.
+
+    Attributes:
+        spans: of each single projection of a layer.
+        packed: of projections that are packed into one product.
+        evidence: what said so, for each product.
+        disputed: what is wrong with a product that is said to be two things.
+    """
+
+    spans: dict[Key, list[Span]] = field(default_factory=lambda: defaultdict(list))
+    packed: dict[Key, list[Span]] = field(default_factory=lambda: defaultdict(list))
+    evidence: dict[Product, tuple[str, ...]] = field(default_factory=dict)
+    disputed: dict[Key, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def match(graph: ir.Graph, adapter: AdapterSpec, subject: str, weigher: Weigher | None) -> dict[str, Found]:
+    """The product of each of the adapter's modules.
+
+    Args:
+        subject: what the graph is, for messages.
+        weigher: the base's weights, where they are given.
+
+    Raises:
+        ExportError: a module has no product, or several; names, places, shapes or weights contradict each other; all
+            are listed.
+    """
+    products = find_products(graph)
+    keys = {path: key_of(path) or Key(None, (path,)) for path in adapter.projections}
+    claims = _claims(products, set(keys.values()), {key: path for path, key in keys.items()}, adapter, weigher)
+    found: dict[str, Found] = {}
+    findings = []
+    for path, projection in adapter.projections.items():
+        answer = _find(keys[path], projection, claims, products, weigher)
+        if isinstance(answer, Found):
+            found[path] = answer
+        else:
+            findings.append(f"{path}: {answer}")
+    findings += _doubled(found, products)
+    if findings:
+        findings.append(_summary(found, adapter))
+        findings += fused_findings(graph, products)
+    raise_findings(f"{subject}: the adapter's modules are not all found in it, and nothing was attached", findings)
+    return found
+
+
+def _claims(
+    products: Sequence[Product],
+    wanted: set[Key],
+    paths: Mapping[Key, str],
+    adapter: AdapterSpec,
+    weigher: Weigher | None,
+) -> _Claims:
+    claims = _Claims()
+    places = find_places(products)
+    for product in products:
+        named = {key for key in keys_of(product.names) if key in wanted or set(key.roles) <= set(ROLES)}
+        placed = places.get(product)
+        if len(named) > 1 or (placed is not None and named and named != {placed}):
+            said = [f"its names say {_listed(named)}"] if named else []
+            said += [f"its place says {placed}"] if placed is not None else []
+            for key in {*named, *([placed] if placed else [])}:
+                for single in _singles(key):
+                    claims.disputed[single].append(f"{Span(product, 0, 0).product.node.name:.120}: {', '.join(said)}")
+            continue
+        key = next(iter(named), placed)
+        if key is None:
+            continue
+        claims.evidence[product] = (*([NAME] if named else []), *([PLACE] if placed else []))
+        whole = Span(product, 0, product.out_features)
+        (claims.packed if len(key.roles) > 1 else claims.spans)[key].append(whole)
+        if len(key.roles) > 1:
+            sizes = _sizes_of_parts(product, key, paths, adapter)
+            if sizes is None or (placed is None and weigher is None and len(set(sizes)) < len(sizes)):
+                why = "its parts are of equal sizes, and nothing proves their order: give the base with --base"
+                for single in _singles(key):
+                    claims.disputed[single].append(
+                        f"{product.node.name:.120} packs {key}, "
+                        + (why if sizes else "and does not show where each begins: give the base with --base")
+                    )
+                continue
+            start = 0
+            for single, size in zip(_singles(key), sizes, strict=True):
+                claims.spans[single].append(Span(product, start, start + size))
+                start += size
+    return claims
+
+
+def _sizes_of_parts(
+    product: Product, key: Key, paths: Mapping[Key, str], adapter: AdapterSpec
+) -> tuple[int, ...] | None:
+    """How many columns of a packed product each of its projections has."""
+    if len(product.parts) == len(key.roles):
+        return tuple(part.end - part.start for part in product.parts)
+    sizes = [adapter.projections[paths[key]].out_features for key in _singles(key) if key in paths]
+    return tuple(sizes) if len(sizes) == len(key.roles) and sum(sizes) == product.out_features else None
+
+
+def _find(
+    key: Key, projection: ExpertProjection, claims: _Claims, products: Sequence[Product], weigher: Weigher | None
+) -> Found | str:
+    """The module's product, or what is wrong."""
+    disputes = [text for single in _singles(key) for text in claims.disputed.get(single, [])]
+    if disputes:
+        return f"is contradicted by {disputes[0]}"
+    spans = claims.packed.get(key, []) if len(key.roles) > 1 else claims.spans.get(key, [])
+    if len(key.roles) > 1 and not spans:
+        parts = [claims.spans.get(single, []) for single in _singles(key)]
+        if all(len(each) == 1 and each[0].is_whole for each in parts):
+            spans = []
+            answer = _fitting(tuple(each[0] for each in parts), projection, claims)
+            return _weighed(answer, projection, products, weigher)
+    if len(spans) > 1:
+        return f"is doubled: {_listed(map(str, spans))}"
+    if not spans:
+        return _by_weights(projection, claims, products, weigher)
+    return _weighed(_fitting((spans[0],), projection, claims), projection, products, weigher)
+
+
+def _fitting(spans: tuple[Span, ...], projection: ExpertProjection, claims: _Claims) -> Found | str:
+    ins = {span.product.in_features for span in spans}
+    width = sum(span.end - span.start for span in spans)
+    if ins != {projection.in_features} or width != projection.out_features:
+        return (
+            f"maps {projection.in_features} to {projection.out_features} features, and {_listed(map(str, spans))} "
+            f"{_listed(map(str, sorted(ins)))} to {width}. Was it trained on another model?"
+        )
+    if len({span.product.x for span in spans}) > 1:
+        return f"is several products that read different values: {_listed(map(str, spans))}"
+    evidence = [claims.evidence[span.product] for span in spans]
+    return Found(spans, tuple(kind for kind in (NAME, PLACE) if all(kind in each for each in evidence)))
+
+
+def _by_weights(
+    projection: ExpertProjection, claims: _Claims, products: Sequence[Product], weigher: Weigher | None
+) -> Found | str:
+    """A module that names and places do not show: a product with its weights that is nothing else."""
+    if weigher is not None:
+        free = [
+            Span(product, 0, product.out_features)
+            for product in products
+            if product not in claims.evidence
+            and (product.in_features, product.out_features) == (projection.in_features, projection.out_features)
+        ]
+        alike = weigher.alike(projection.path, free)
+        if len(alike) > 1:
+            return f"is doubled: {_listed(map(str, alike))} have its weights"
+        if alike:
+            return Found((alike[0],), (WEIGHTS,))
+    return f"is missing: no product of [{projection.in_features}, {projection.out_features}] has its name or its place"
+
+
+def _weighed(
+    answer: Found | str, projection: ExpertProjection, products: Sequence[Product], weigher: Weigher | None
+) -> Found | str:
+    """The answer, if the base's weights do not speak against it."""
+    if weigher is None or isinstance(answer, str):
+        return answer
+    problem = weigher.problem(projection.path, answer.spans, products)
+    return problem or Found(answer.spans, (*answer.evidence, WEIGHTS))
+
+
+def _doubled(found: Mapping[str, Found], products: Sequence[Product]) -> list[str]:
+    """Modules whose weights another product multiplies by as well."""
+    owners = {span.product: path for path, answer in found.items() for span in answer.spans}
+    by_weight: dict[ir.Value, list[Product]] = defaultdict(list)
+    for product in products:
+        by_weight[product.weight].append(product)
+    findings = []
+    for product, path in owners.items():
+        others = [other for other in by_weight[product.weight] if other is not product]
+        if others:
+            findings.append(
+                f"{path}: is doubled: its weights are those of {_listed(o.node.name or '' for o in others)}"
+            )
+    return findings
+
+
+def _summary(found: Mapping[str, Found], adapter: AdapterSpec) -> str:
+    kinds: dict[str, int] = defaultdict(int)
+    for answer in found.values():
+        kinds[" and ".join(answer.evidence)] += 1
+    by = f" ({', '.join(f'{count} by {kind}' for kind, count in kinds.items())})" if kinds else ""
+    return f"found: {len(found)} of {len(adapter.projections)} modules{by}"
+
+
+# Operators that hold the weights of projections, and how to have these as products of their own.
+_SWALLOWING = {
+    **dict.fromkeys(
+        ("Attention", "QAttention", "PackedAttention", "DecoderMaskedSelfAttention", "LongformerAttention"),
+        "optimise without fusing attention (onnxruntime.transformers: FusionOptions.enable_attention = False; "
+        "--disable_attention), or build with GroupQueryAttention",
+    ),
+    **dict.fromkeys(
+        ("MoE", "QMoE"), "experts of a mixture are packed in it; adapt modules outside of the mixture alone"
+    ),
+    **dict.fromkeys(
+        ("MatMulNBitsMlp", "MatMulNBitsQkv"),
+        "switch the fusions of the execution provider off (save the model with optimisation level basic at most)",
+    ),
+    **dict.fromkeys(("FusedGemm", "GemmFastGelu", "FusedMatMulActivation"), "save the model unoptimised"),
+}
+
+
+def fused_findings(graph: ir.Graph, products: Sequence[Product]) -> list[str]:
+    """Operators of the graph that hold projections inside, with the option that avoids each."""
+    held: dict[str, list[str]] = defaultdict(list)
+    known = {product.node for product in products}
+    for node in graph:
+        if node.op_type in _SWALLOWING and node.domain == "com.microsoft" and node not in known:
+            held[node.op_type].append(node.name or "")
+    return [
+        f"com.microsoft.{kind} holds projections inside of it ({len(names)} nodes, the first is {names[0]:.120}): "
+        f"{_SWALLOWING[kind]}"
+        for kind, names in held.items()
+    ]
+
+
+def _singles(key: Key) -> list[Key]:
+    return [Key(key.layer, (role,)) for role in key.roles]
+
+
+def _listed(items: Iterable[object]) -> str:
+    shown = [str(item) for item in items]
+    rest = len(shown) - _MOST_SHOWN
+    return ", ".join(shown[:_MOST_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
