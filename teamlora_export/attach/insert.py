@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import onnx_ir as ir
 
@@ -155,7 +156,7 @@ class _Inserter:
             return self._op(base, adapted)
         pieces = sorted({0, width, *(c.start for c in adapted), *(c.end for c in adapted)})
         by_start = {columns.start: columns for columns in adapted}
-        parts = self._split(base, [end - start for start, end in zip(pieces, pieces[1:], strict=False)])
+        parts = self._split(base, [end - start for start, end in pairwise(pieces)])
         for index, part in enumerate(parts):
             part.name = f"{self._name}.base.{index}"
             if pieces[index] in by_start:

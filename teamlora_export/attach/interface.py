@@ -1,4 +1,4 @@
-"""What a foreign graph takes and gives, as a bundle's manifest says it: its task, its inputs and outputs, its tokens."""
+"""What a foreign graph takes and gives, as a manifest says it: its task, its inputs and outputs, its tokens."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -34,21 +34,65 @@ class Found:
     evidence: tuple[str, ...]
 
 
-@dataclass
 class _Claims:
     """What products are said to be.
 
     Attributes:
-        spans: of each single projection of a layer.
-        packed: of projections that are packed into one product.
-        evidence: what said so, for each product.
-        disputed: what is wrong with a product that is said to be two things.
+        spans: of each projection of a layer. packed: of several that are packed into one product.
+        evidence: what says so, of each product.
+        disputed: what is wrong with a product that is said to be two things, by each of these.
+        unsplit: why it is not known where in a packed product a projection is.
     """
 
-    spans: dict[Key, list[Span]] = field(default_factory=lambda: defaultdict(list))
-    packed: dict[Key, list[Span]] = field(default_factory=lambda: defaultdict(list))
-    evidence: dict[Product, tuple[str, ...]] = field(default_factory=dict)
-    disputed: dict[Key, list[str]] = field(default_factory=lambda: defaultdict(list))
+    def __init__(
+        self, products: Sequence[Product], adapter: AdapterSpec, keys: Mapping[str, Key], proven: bool
+    ) -> None:
+        self.spans: dict[Key, list[Span]] = defaultdict(list)
+        self.packed: dict[Key, list[Span]] = defaultdict(list)
+        self.evidence: dict[Product, tuple[str, ...]] = {}
+        self.disputed: dict[Key, str] = {}
+        self.unsplit: dict[Key, str] = {}
+        self._widths = {key: adapter.projections[path].out_features for path, key in keys.items()}
+        self._proven = proven
+        places = find_places(products)
+        for product in products:
+            self._add(product, places.get(product))
+
+    def _add(self, product: Product, placed: Key | None) -> None:
+        named = {key for key in keys_of(product.names) if key in self._widths or set(key.roles) <= set(ROLES)}
+        said = named | ({placed} if placed is not None else set())
+        if len(said) > 1:
+            text = f"its names say {_listed(named)}"
+            text += f" and its place {placed}" if placed is not None else ""
+            for key in said:
+                for single in (key, *_singles(key)):
+                    self.disputed[single] = f"{_title(product)}: {text}"
+        elif said:
+            key = said.pop()
+            self.evidence[product] = (*([NAME] if named else []), *([PLACE] if placed is not None else []))
+            if len(key.roles) > 1:
+                self.packed[key].append(Span(product, 0, product.out_features))
+                self._split(product, key, placed is not None)
+            else:
+                self.spans[key].append(Span(product, 0, product.out_features))
+
+    def _split(self, product: Product, key: Key, placed: bool) -> None:
+        """Where in a packed product each projection is."""
+        sizes = [part.end - part.start for part in product.parts]
+        if len(sizes) != len(key.roles):
+            sizes = [self._widths.get(single, 0) for single in _singles(key)]
+        problem = None
+        if sum(sizes) != product.out_features or 0 in sizes:
+            problem = "does not show where each begins"
+        elif not placed and not self._proven and len(set(sizes)) < len(sizes):
+            problem = "has parts of one size, whose order nothing proves: give the base with --base"
+        start = 0
+        for single, size in zip(_singles(key), sizes, strict=True):
+            if problem is not None:
+                self.unsplit[single] = f"{_title(product)} packs {key}, and {problem}"
+            else:
+                self.spans[single].append(Span(product, start, start + size))
+                start += size
 
 
 def match(graph: ir.Graph, adapter: AdapterSpec, subject: str, weigher: Weigher | None) -> dict[str, Found]:
@@ -64,7 +108,7 @@ def match(graph: ir.Graph, adapter: AdapterSpec, subject: str, weigher: Weigher 
     """
     products = find_products(graph)
     keys = {path: key_of(path) or Key(None, (path,)) for path in adapter.projections}
-    claims = _claims(products, set(keys.values()), {key: path for path, key in keys.items()}, adapter, weigher)
+    claims = _Claims(products, adapter, keys, weigher is not None)
     found: dict[str, Found] = {}
     findings = []
     for path, projection in adapter.projections.items():
@@ -81,77 +125,25 @@ def match(graph: ir.Graph, adapter: AdapterSpec, subject: str, weigher: Weigher 
     return found
 
 
-def _claims(
-    products: Sequence[Product],
-    wanted: set[Key],
-    paths: Mapping[Key, str],
-    adapter: AdapterSpec,
-    weigher: Weigher | None,
-) -> _Claims:
-    claims = _Claims()
-    places = find_places(products)
-    for product in products:
-        named = {key for key in keys_of(product.names) if key in wanted or set(key.roles) <= set(ROLES)}
-        placed = places.get(product)
-        if len(named) > 1 or (placed is not None and named and named != {placed}):
-            said = [f"its names say {_listed(named)}"] if named else []
-            said += [f"its place says {placed}"] if placed is not None else []
-            for key in {*named, *([placed] if placed else [])}:
-                for single in _singles(key):
-                    claims.disputed[single].append(f"{Span(product, 0, 0).product.node.name:.120}: {', '.join(said)}")
-            continue
-        key = next(iter(named), placed)
-        if key is None:
-            continue
-        claims.evidence[product] = (*([NAME] if named else []), *([PLACE] if placed else []))
-        whole = Span(product, 0, product.out_features)
-        (claims.packed if len(key.roles) > 1 else claims.spans)[key].append(whole)
-        if len(key.roles) > 1:
-            sizes = _sizes_of_parts(product, key, paths, adapter)
-            if sizes is None or (placed is None and weigher is None and len(set(sizes)) < len(sizes)):
-                why = "its parts are of equal sizes, and nothing proves their order: give the base with --base"
-                for single in _singles(key):
-                    claims.disputed[single].append(
-                        f"{product.node.name:.120} packs {key}, "
-                        + (why if sizes else "and does not show where each begins: give the base with --base")
-                    )
-                continue
-            start = 0
-            for single, size in zip(_singles(key), sizes, strict=True):
-                claims.spans[single].append(Span(product, start, start + size))
-                start += size
-    return claims
-
-
-def _sizes_of_parts(
-    product: Product, key: Key, paths: Mapping[Key, str], adapter: AdapterSpec
-) -> tuple[int, ...] | None:
-    """How many columns of a packed product each of its projections has."""
-    if len(product.parts) == len(key.roles):
-        return tuple(part.end - part.start for part in product.parts)
-    sizes = [adapter.projections[paths[key]].out_features for key in _singles(key) if key in paths]
-    return tuple(sizes) if len(sizes) == len(key.roles) and sum(sizes) == product.out_features else None
-
-
 def _find(
     key: Key, projection: ExpertProjection, claims: _Claims, products: Sequence[Product], weigher: Weigher | None
 ) -> Found | str:
     """The module's product, or what is wrong."""
-    disputes = [text for single in _singles(key) for text in claims.disputed.get(single, [])]
-    if disputes:
-        return f"is contradicted by {disputes[0]}"
+    dispute = next((claims.disputed[each] for each in (key, *_singles(key)) if each in claims.disputed), None)
+    if dispute is not None:
+        return f"is contradicted by {dispute}"
     spans = claims.packed.get(key, []) if len(key.roles) > 1 else claims.spans.get(key, [])
-    if len(key.roles) > 1 and not spans:
-        parts = [claims.spans.get(single, []) for single in _singles(key)]
-        if all(len(each) == 1 and each[0].is_whole for each in parts):
-            spans = []
-            answer = _fitting(tuple(each[0] for each in parts), projection, claims)
-            return _weighed(answer, projection, products, weigher)
     if len(spans) > 1:
-        return f"is doubled: {_listed(map(str, spans))}"
-    if not spans:
-        return _by_weights(projection, claims, products, weigher)
-    return _weighed(_fitting((spans[0],), projection, claims), projection, products, weigher)
+        return f"is doubled: {_listed(spans)}"
+    if not spans and len(key.roles) > 1:
+        # The graph has a product for each of what the model packs.
+        parts = [claims.spans.get(single, []) for single in _singles(key)]
+        spans = [part[0] for part in parts] if all(len(part) == 1 and part[0].is_whole for part in parts) else []
+    if spans:
+        return _weighed(_fitting(tuple(spans), projection, claims), projection, products, weigher)
+    if key in claims.unsplit:
+        return f"is not found: {claims.unsplit[key]}"
+    return _by_weights(projection, claims, products, weigher)
 
 
 def _fitting(spans: tuple[Span, ...], projection: ExpertProjection, claims: _Claims) -> Found | str:
@@ -159,11 +151,11 @@ def _fitting(spans: tuple[Span, ...], projection: ExpertProjection, claims: _Cla
     width = sum(span.end - span.start for span in spans)
     if ins != {projection.in_features} or width != projection.out_features:
         return (
-            f"maps {projection.in_features} to {projection.out_features} features, and {_listed(map(str, spans))} "
-            f"{_listed(map(str, sorted(ins)))} to {width}. Was it trained on another model?"
+            f"maps {projection.in_features} to {projection.out_features} features, and {_listed(spans)} "
+            f"{_listed(sorted(ins))} to {width}. Was it trained on another model?"
         )
     if len({span.product.x for span in spans}) > 1:
-        return f"is several products that read different values: {_listed(map(str, spans))}"
+        return f"is several products that read different values: {_listed(spans)}"
     evidence = [claims.evidence[span.product] for span in spans]
     return Found(spans, tuple(kind for kind in (NAME, PLACE) if all(kind in each for each in evidence)))
 
@@ -181,7 +173,7 @@ def _by_weights(
         ]
         alike = weigher.alike(projection.path, free)
         if len(alike) > 1:
-            return f"is doubled: {_listed(map(str, alike))} have its weights"
+            return f"is doubled: {_listed(alike)} have its weights"
         if alike:
             return Found((alike[0],), (WEIGHTS,))
     return f"is missing: no product of [{projection.in_features}, {projection.out_features}] has its name or its place"
@@ -207,9 +199,7 @@ def _doubled(found: Mapping[str, Found], products: Sequence[Product]) -> list[st
     for product, path in owners.items():
         others = [other for other in by_weight[product.weight] if other is not product]
         if others:
-            findings.append(
-                f"{path}: is doubled: its weights are those of {_listed(o.node.name or '' for o in others)}"
-            )
+            findings.append(f"{path}: is doubled: its weights are those of {_listed(map(_title, others))}")
     return findings
 
 
@@ -251,6 +241,10 @@ def fused_findings(graph: ir.Graph, products: Sequence[Product]) -> list[str]:
         f"{_SWALLOWING[kind]}"
         for kind, names in held.items()
     ]
+
+
+def _title(product: Product) -> str:
+    return f"{product.node.name or product.output.name:.120}"
 
 
 def _singles(key: Key) -> list[Key]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from teamlora_export.attach.names import Key
-from teamlora_export.attach.products import Product, constant_of
+from teamlora_export.attach.products import Product
 
 ATTENTIONS = ("GroupQueryAttention", "MultiHeadAttention", "Attention", "SparseAttention", "PagedAttention")
 _ACTIVATIONS = {
@@ -91,7 +91,7 @@ class _Finder:
                 scores = next((each for each in shares if self._is_of_values(each)), None)
                 if scores is None or not any(each.op_type == "Softmax" for each in shares):
                     return None
-                return self._joined([*scores.inputs[:2], node.inputs[1]], node)
+                return self._read_by([*scores.inputs[:2], node.inputs[1]], node)
         return None
 
     def _operator(self, node: ir.Node) -> _Attention | None:
@@ -100,14 +100,14 @@ class _Finder:
         if given[1] is None and given[2] is None and packed is not None and len(packed.product.parts) == 3:
             parts = [_Origin(packed.product, index) for index in range(3)]
             return _Attention(parts[0], parts[1], parts[2], _layer_of(node.inputs))
-        return self._joined(given, node)
+        return self._read_by(given, node)
 
-    def _joined(self, values: Sequence[ir.Value | None], node: ir.Node) -> _Attention | None:
-        origins = [self._single(value) for value in values]
-        if any(origin is None for origin in origins):
+    def _read_by(self, values: Sequence[ir.Value | None], node: ir.Node) -> _Attention | None:
+        queries, keys, numbers = (self._single(value) for value in values)
+        if queries is None or keys is None or numbers is None:
             return None
         read = [value for each in (node, *self._nodes_before(values[1])) for value in each.inputs]
-        return _Attention(*origins, _layer_of(read))  # type: ignore[arg-type]
+        return _Attention(queries, keys, numbers, _layer_of(read))
 
     def _block_before(self, product: Product) -> dict[Product, tuple[str, ...]] | None:
         """The feed-forward block whose last projection is `product`."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import onnx_ir as ir
 
@@ -349,7 +350,7 @@ def _packed_heads(node: ir.Node, output: ir.Value, width: int) -> Iterator[Part]
     size, rest = divmod(width, heads + 2 * shared)
     if rest == 0:
         ends = [0, heads * size, (heads + shared) * size, width]
-        for start, end in zip(ends, ends[1:], strict=False):
+        for start, end in pairwise(ends):
             yield Part(start, end, None)
 
 

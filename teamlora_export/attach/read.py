@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME
 from teamlora_export.errors import ExportError, first_line
-from teamlora_export.files import open_file, read_json, refuse_escape
+from teamlora_export.files import open_file, read_json
 from teamlora_export.graph import op
 from teamlora_export.graph.read import stored_in
 

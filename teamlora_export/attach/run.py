@@ -61,7 +61,7 @@ def attach(
     base_source: str | None = None,
     reporter: Reporter | None = None,
 ) -> Bundle:
-    """Attach the adapter in `adapter_folder` to the graph `base`, an ONNX file or a folder with one, as the bundle `out`.
+    """Attach the adapter in `adapter_folder` to the graph `base` (a file, or a folder with one), as the bundle `out`.
 
     Args:
         base_source: the model that the graph was made of (a Hugging Face folder, or a hub name), whose weights then
@@ -74,14 +74,15 @@ def attach(
     adapter = read_adapter(adapter_folder)
     if adapter.overrides:
         raise ExportError(
-            f"{adapter.source}: replaces {len(adapter.overrides)} weights of the base itself (modules_to_save or bias), "
+            f"{adapter.source}: replaces {len(adapter.overrides)} weights of the base (modules_to_save or bias), "
             "which an attached adapter cannot. Export the base with it: `teamlora-export onnx`."
         )
     foreign = open_foreign(Path(base))
     source = find_base(base_source) if base_source is not None else None
     given, out = Path(out), real_path(Path(out))
     inputs = [foreign.path, *(foreign.folder / name for name in foreign.data), Path(adapter_folder)]
-    inputs += [source.folder] if source is not None else []
+    if source is not None:
+        inputs.append(source.folder)
     refuse_foreign(out, listed_files, inputs)
     _refuse_old_opset(foreign)
     with reporter.step(f"Finding {len(adapter.projections)} modules in {foreign.path.name}"):
@@ -131,8 +132,8 @@ def _refuse_old_opset(foreign: Foreign) -> None:
     opset = foreign.graph.opset_imports.get("")
     if opset is None or opset < op.OLDEST_OPSET:
         raise ExportError(
-            f"{foreign.path}: is of opset {opset}; the op's definition needs {op.OLDEST_OPSET} at least. Export it with "
-            "a newer opset, or convert it with onnx.version_converter."
+            f"{foreign.path}: is of opset {opset}; the op's definition needs {op.OLDEST_OPSET} at least. Export it "
+            "with a newer opset, or convert it with onnx.version_converter."
         )
 
 

@@ -7,6 +7,7 @@ and a model of many GB is compared in seconds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -73,9 +74,9 @@ class Weigher:
             borders = [(0, product.out_features), *((each.start, each.end) for each in product.parts)]
             for start, end in borders:
                 other = Span(product, start, end)
-                if end - start == size and product.in_features == span.product.in_features and other != span:
-                    if _likeness(part, self._sample(other)) > _LEAST:
-                        return str(other)
+                fits = end - start == size and product.in_features == span.product.in_features and other != span
+                if fits and _likeness(part, self._sample(other)) > _LEAST:
+                    return str(other)
         return None
 
     def _module(self, path: str, width: int, rows: np.ndarray) -> np.ndarray | None:

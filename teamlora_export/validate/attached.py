@@ -18,7 +18,7 @@ from torch import nn
 
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.attach.products import find_products
-from teamlora_export.bundle import DATA_NAME, Bundle
+from teamlora_export.bundle import Bundle
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
@@ -43,7 +43,8 @@ def judge_attached(bundle: Bundle, adapter: AdapterSpec, library: Path | None, r
     manifest = bundle.manifest
     graph = OnnxRunner(bundle, adapter.projections, library)
     recipes = recipes_of(manifest)
-    departures = [*graph.departures(), *_origin(bundle, reporter), *_wiring(graph.written)]
+    _compare_origin(bundle, reporter)
+    departures = [*graph.departures(), *_wiring(graph.written)]
     with reporter.step(f"Comparing {len(recipes)} weights with the adapter"):
         live = live_values(graph.written)
         departures += judge_weights(graph.written, recipes, NoBase(), adapter, live, manifest.dtype)
@@ -104,15 +105,11 @@ def _local_judge(bundle: Bundle, graph: OnnxRunner, adapter: AdapterSpec) -> Loc
     return LocalJudge(manifest.dtype, reference, pytorch, graph, manifest.inputs, (), sums)  # type: ignore[arg-type]
 
 
-def _origin(bundle: Bundle, reporter: Reporter) -> Iterator[Departure]:
-    """The files that the adapter was attached to, as far as they are still there."""
+def _compare_origin(bundle: Bundle, reporter: Reporter) -> None:
+    """Say which of the files that the adapter was attached to are others by now, or gone."""
     attached = bundle.manifest.attached
     assert attached is not None
     folder = Path(attached["source"]).parent
-    data = {name: digest for name, digest in attached["sha256"].items() if name != Path(attached["source"]).name}
-    if len(data) == 1 and bundle.manifest.sha256[DATA_NAME] not in data.values():
-        # It may have been written anew, where the graph held weights itself.
-        reporter.say(f"{DATA_NAME} is not the file of weights that was attached to; it was put together of several.")
     for name, digest in attached["sha256"].items():
         if not (folder / name).is_file():
             reporter.warn(f"{folder / name}: is not there any more, and was not compared.")
