@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from teamlora_export.attach.place import ATTENTIONS
-from teamlora_export.attach.products import find_products
+from teamlora_export.attach.products import constant_of, find_products
 from teamlora_export.attach.read import Foreign
 from teamlora_export.bundle import Port
 from teamlora_export.dtypes import DTYPES
@@ -119,7 +119,8 @@ def _tokens(foreign: Foreign, base: Path | None, task: str, outputs: tuple[Port,
 def _genai_tokens(foreign: Foreign, outputs: tuple[Port, ...]) -> Tokens:
     model = foreign.genai.get("model", {}) if foreign.genai is not None else {}
     logits = next((port.shape[-1] for port in outputs if port.name == "logits" and port.shape), None)
-    vocabulary = _whole(model.get("vocab_size")) or (logits if isinstance(logits, int) else None)
+    known = (_whole(model.get("vocab_size")), logits if isinstance(logits, int) else None, _embedded(foreign))
+    vocabulary = next((size for size in known if size is not None), None)
     stops = tuple(_ids(model, "eos_token_id", vocabulary))
     paddings = [*_ids(model, "pad_token_id", vocabulary), *stops, 0]
     return Tokens(
@@ -131,6 +132,15 @@ def _genai_tokens(foreign: Foreign, outputs: tuple[Port, ...]) -> Tokens:
         cut=None,
         windowed=any(node.attributes.get_int("local_window_size", -1) > 0 for node in foreign.graph),
     )
+
+
+def _embedded(foreign: Foreign) -> int | None:
+    """Rows of the table that ids are looked up in."""
+    for node in foreign.graph:
+        if node.op_type == "Gather" and node.inputs[1] is not None and node.inputs[1].name == "input_ids":
+            table = constant_of(node.inputs[0])
+            return int(table.shape.numpy()[0]) if table is not None else None
+    return None
 
 
 def _whole(value: Any) -> int | None:

@@ -1,16 +1,16 @@
 """`teamlora-export attach`: a graph that somebody else made, and an adapter, in; a bundle out.
 
-    open both -> find each module's product -> put the op behind it -> link the graph's weights, write the adapter's
+    open both -> find each module's product -> put the op behind it -> copy the graph's weights, write the adapter's
 
 Nothing is written before every module is found. The graph's own nodes stay as they are, and its weights are never in
-memory: they are linked where they are in one file, and written tensor by tensor where they are not.
+memory: a file is copied block by block, and several are put together tensor by tensor.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from teamlora_export.bundle import (
     write_manifest,
 )
 from teamlora_export.errors import ExportError
-from teamlora_export.files import LARGEST_TEXT, copy_file, link_or_copy, read_json, sha256_of
+from teamlora_export.files import LARGEST_TEXT, copy_file, open_file, read_json, sha256_of
 from teamlora_export.graph import op, weights
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
 from teamlora_export.graph.read import StoredWeight
@@ -99,8 +99,8 @@ def attach(
     }
     named = {value.name or "": recipe for value, recipe in recipes.items()}
     with staged(out, listed_files, inputs) as folder:
-        origin = {name: sha256_of(foreign.folder / name, foreign.folder) for name in (foreign.path.name, *foreign.data)}
-        known = _place_weights(foreign, adapter, list(recipes), folder, origin, reporter)
+        data, origin = _place_weights(foreign, adapter, folder, reporter)
+        own = _write_adapter(list(recipes), adapter, folder, reporter)
         ir.save(foreign.model, folder / MODEL_NAME)
         _copy_text(foreign, folder)
         if source is not None:
@@ -115,12 +115,12 @@ def attach(
             inputs=interface.inputs,
             outputs=interface.outputs,
             tokens=interface.tokens,
-            sha256=hash_files(folder, known),
+            sha256=hash_files(folder, {DATA_NAME: data, ADAPTER_DATA_NAME: own}),
             refit=describe_refit(named, adapter, ""),
             recipes={},
             attached={
                 "source": str(foreign.path.resolve()),
-                "sha256": origin,
+                "sha256": {foreign.path.name: sha256_of(foreign.path, foreign.folder), **origin},
                 "projections": {path: list(answer.evidence) for path, answer in found.items()},
             },
         )
@@ -138,44 +138,43 @@ def _refuse_old_opset(foreign: Foreign) -> None:
 
 
 def _place_weights(
-    foreign: Foreign,
-    adapter: AdapterSpec,
-    own: list[ir.Value],
-    folder: Path,
-    origin: Mapping[str, str],
-    reporter: Reporter,
-) -> dict[str, str]:
-    """The graph's weights in one file and the adapter's in another; the SHA-256 of both."""
-    known = {}
-    inline = [
-        value
-        for value in foreign.graph.initializers.values()
-        if value not in own
-        and value.const_value is not None
-        and not isinstance(value.const_value, ir.ExternalTensor)
-        and value.const_value.nbytes >= _INLINE
-    ]
+    foreign: Foreign, adapter: AdapterSpec, folder: Path, reporter: Reporter
+) -> tuple[str, dict[str, str]]:
+    """The graph's weights in one file: its SHA-256, and that of each file that they came from, by name."""
     outside = list(external_values(foreign.model))
+    inline = [value for value in foreign.graph.initializers.values() if _is_large(value.const_value)]
     if len(foreign.data) == 1 and not inline:
-        with reporter.step(f"Linking {foreign.data[0]}"):
-            link_or_copy(foreign.folder / foreign.data[0], folder / DATA_NAME)
+        name = foreign.data[0]
+        # Not a link: onnx refuses to load a file that has two names, here and where it came from.
+        with open_file(foreign.folder / name, foreign.folder) as source:
+            size = source.seek(0, os.SEEK_END)
+            source.seek(0)
+            require_space(folder, size)
+            with reporter.bytes(f"Copying {name}", size) as progress:
+                digest = weights.copy_hashed(source, folder / DATA_NAME, progress)
         for value in outside:
             value.const_value = _moved(value.const_value, folder)
-        known[DATA_NAME] = origin[foreign.data[0]]
-    else:
-        moved = [*outside, *inline]
-        size = sum(value.const_value.nbytes for value in moved if value.const_value is not None)
-        require_space(folder, size)
-        with reporter.bytes("Writing the graph's weights", size) as progress:
-            known[DATA_NAME] = weights.write_external_data(
-                moved, weights.NoBase(), adapter, folder / DATA_NAME, progress
-            )
+        return digest, {name: digest}
+    moved = [*outside, *inline]
+    size = sum(value.const_value.nbytes for value in moved if value.const_value is not None)
+    require_space(folder, size)
+    with reporter.bytes("Writing the graph's weights", size) as progress:
+        digest = weights.write_external_data(moved, weights.NoBase(), adapter, folder / DATA_NAME, progress)
+    return digest, {name: sha256_of(foreign.folder / name, foreign.folder) for name in foreign.data}
+
+
+def _write_adapter(own: list[ir.Value], adapter: AdapterSpec, folder: Path, reporter: Reporter) -> str:
+    """The adapter's weights in a file of their own; its SHA-256."""
     size = weights.total_bytes(own)
     require_space(folder, size)
     with reporter.bytes("Writing the adapter's weights", size) as progress:
-        path = folder / ADAPTER_DATA_NAME
-        known[ADAPTER_DATA_NAME] = weights.write_external_data(own, weights.NoBase(), adapter, path, progress)
-    return known
+        return weights.write_external_data(own, weights.NoBase(), adapter, folder / ADAPTER_DATA_NAME, progress)
+
+
+def _is_large(tensor: ir.TensorProtocol | None) -> bool:
+    """Whether numbers that the graph itself holds are so many that they go into a file beside it."""
+    inside = not isinstance(tensor, (ir.ExternalTensor, weights.WeightTensor))
+    return tensor is not None and inside and tensor.nbytes >= _INLINE
 
 
 def _moved(tensor: Any, folder: Path) -> StoredWeight:

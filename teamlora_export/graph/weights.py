@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import BinaryIO, NoReturn, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -159,7 +159,8 @@ def write_external_data(
         pending: Future[int] | None = None
         for value in values:
             tensor = value.const_value
-            if not isinstance(tensor, WeightTensor) and (tensor is None or tensor.nbytes < _SMALL):
+            kept_inside = not isinstance(tensor, (WeightTensor, ir.ExternalTensor))
+            if tensor is None or (kept_inside and tensor.nbytes < _SMALL):
                 continue
             # Numbers of fewer than 8 bits stay packed.
             array = cook.cook(tensor) if isinstance(tensor, WeightTensor) else np.frombuffer(tensor.tobytes(), np.uint8)
@@ -175,6 +176,17 @@ def write_external_data(
             )
         if pending is not None:
             progress(pending.result())
+        return writer.finish()
+
+
+def copy_hashed(source: BinaryIO, path: Path, progress: Callable[[int], None]) -> str:
+    """Copy a file to the new file `path`, a block in memory at a time; its SHA-256."""
+    with _HashingWriter(path) as writer:
+        block = np.empty(_BLOCK, np.uint8)
+        offset = 0
+        while count := source.readinto(block.data):  # type: ignore[attr-defined]
+            progress(writer.write(offset, block[:count]))
+            offset += count
         return writer.finish()
 
 
