@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
 from teamlora_export.attach.match import Found
@@ -59,6 +60,29 @@ def insert(model: ir.Model, adapter: AdapterSpec, found: Mapping[str, Found]) ->
     if any(len(site.products) > 1 for site in sites):
         model.graph.sort()
     return sum(op.is_op(node) for node in model.graph)
+
+
+def detach(model: ir.Model) -> None:
+    """Take the nodes of the op out again, in place: what reads them reads the products behind them."""
+    for node in [node for node in model.graph if op.is_op(node)]:
+        base, y = node.inputs[1], node.outputs[0]
+        assert base is not None
+        ir.convenience.replace_all_uses_with(y, base, replace_graph_outputs=True)
+    common.RemoveUnusedNodesPass()(model)
+    for node in list(model.graph):
+        # What was put side by side for the op alone, or taken apart.
+        maker = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        if node.op_type == "Split" and maker is not None and maker.op_type == "Concat":
+            pairs = list(zip(node.outputs, maker.inputs, strict=False))
+        elif node.op_type == "Concat" and maker is not None and list(maker.outputs) == list(node.inputs):
+            pairs = [(node.outputs[0], maker.inputs[0])]
+        else:
+            continue
+        for made, source in pairs:
+            assert source is not None
+            ir.convenience.replace_all_uses_with(made, source, replace_graph_outputs=True)
+    model.functions.clear()
+    common.RemoveUnusedNodesPass()(model)
 
 
 def _sites(found: Mapping[str, Found], adapter: AdapterSpec, order: Mapping[ir.Node, int]) -> list[_Site]:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
+from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.attach.names import ROLES, Key, key_of, keys_of
-from teamlora_export.attach.place import find_places
+from teamlora_export.attach.place import UNSPLIT, find_places
 from teamlora_export.attach.products import Product, Span, find_products
 from teamlora_export.attach.weigh import Weigher
 from teamlora_export.errors import raise_findings
@@ -34,6 +34,13 @@ class Found:
     evidence: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Module:
+    path: str
+    in_features: int
+    out_features: int
+
+
 class _Claims:
     """What products are said to be.
 
@@ -44,22 +51,25 @@ class _Claims:
         unsplit: why it is not known where in a packed product a projection is.
     """
 
-    def __init__(
-        self, products: Sequence[Product], adapter: AdapterSpec, keys: Mapping[str, Key], proven: bool
-    ) -> None:
+    def __init__(self, products: Sequence[Product], widths: Mapping[Key, int], proven: bool) -> None:
         self.spans: dict[Key, list[Span]] = defaultdict(list)
         self.packed: dict[Key, list[Span]] = defaultdict(list)
         self.evidence: dict[Product, tuple[str, ...]] = {}
         self.disputed: dict[Key, str] = {}
         self.unsplit: dict[Key, str] = {}
-        self._widths = {key: adapter.projections[path].out_features for path, key in keys.items()}
-        self._proven = proven
+        self._widths, self._proven = widths, proven
         places = find_places(products)
         for product in products:
             self._add(product, places.get(product))
 
     def _add(self, product: Product, placed: Key | None) -> None:
-        named = {key for key in keys_of(product.names) if key in self._widths or set(key.roles) <= set(ROLES)}
+        named = {key for each in keys_of(product.names) if (key := self._known(each)) is not None}
+        if placed is not None and placed.layer is None and named:
+            # A head has a name of each architecture's own.
+            placed = None
+        if placed is not None and placed.roles == UNSPLIT:
+            self._add_unsplit(product, placed, named)
+            return
         said = named | ({placed} if placed is not None else set())
         if len(said) > 1:
             text = f"its names say {_listed(named)}"
@@ -75,6 +85,26 @@ class _Claims:
                 self._split(product, key, placed is not None)
             else:
                 self.spans[key].append(Span(product, 0, product.out_features))
+
+    def _add_unsplit(self, product: Product, placed: Key, named: set[Key]) -> None:
+        """Queries, keys and values in one: a module that has them in one as well may be it, whatever their order."""
+        kinds = [Key(placed.layer, UNSPLIT), Key(placed.layer, ("q", "k", "v"))]
+        if not named <= set(kinds):
+            for key in (*named, *kinds, *_singles(kinds[1])):
+                self.disputed[key] = f"{_title(product)}: its names say {_listed(named)} and its place {placed}"
+            return
+        self.evidence[product] = (*([NAME] if named else []), PLACE)
+        self.spans[kinds[0]].append(Span(product, 0, product.out_features))
+        self.packed[kinds[1]].append(Span(product, 0, product.out_features))
+        self._split(product, kinds[1], placed=False)
+
+    def _known(self, key: Key) -> Key | None:
+        """What a name says, if that is a projection; a module outside of the layers may have more words in front."""
+        if key in self._widths or set(key.roles) <= set(ROLES):
+            return key
+        words = key.roles[0].split(".")
+        shorter = (Key(None, (".".join(words[start:]),)) for start in range(1, len(words)))
+        return next((each for each in shorter if each in self._widths), None) if key.layer is None else None
 
     def _split(self, product: Product, key: Key, placed: bool) -> None:
         """Where in a packed product each projection is."""
@@ -106,27 +136,35 @@ def match(graph: ir.Graph, adapter: AdapterSpec, subject: str, weigher: Weigher 
         ExportError: a module has no product, or several; names, places, shapes or weights contradict each other; all
             are listed.
     """
-    products = find_products(graph)
-    keys = {path: key_of(path) or Key(None, (path,)) for path in adapter.projections}
-    claims = _Claims(products, adapter, keys, weigher is not None)
-    found: dict[str, Found] = {}
-    findings = []
-    for path, projection in adapter.projections.items():
-        answer = _find(keys[path], projection, claims, products, weigher)
-        if isinstance(answer, Found):
-            found[path] = answer
-        else:
-            findings.append(f"{path}: {answer}")
-    findings += _doubled(found, products)
+    sizes = {path: (p.in_features, p.out_features) for path, p in adapter.projections.items()}
+    found, findings = find_modules(graph, sizes, weigher)
     if findings:
-        findings.append(_summary(found, adapter))
-        findings += fused_findings(graph, products)
+        findings.append(_summary(found, len(sizes)))
+        findings += fused_findings(graph)
     raise_findings(f"{subject}: the adapter's modules are not all found in it, and nothing was attached", findings)
     return found
 
 
+def find_modules(
+    graph: ir.Graph, sizes: Mapping[str, tuple[int, int]], weigher: Weigher | None = None
+) -> tuple[dict[str, Found], list[str]]:
+    """The products of modules of sizes (in, out), as far as they are found; and what is wrong with the rest."""
+    products = find_products(graph)
+    keys = {path: key_of(path) or Key(None, (path,)) for path in sizes}
+    claims = _Claims(products, {keys[path]: out for path, (_, out) in sizes.items()}, weigher is not None)
+    found: dict[str, Found] = {}
+    findings = []
+    for path, (ins, outs) in sizes.items():
+        answer = _find(keys[path], _Module(path, ins, outs), claims, products, weigher)
+        if isinstance(answer, Found):
+            found[path] = answer
+        else:
+            findings.append(f"{path}: {answer}")
+    return found, findings + _doubled(found, products)
+
+
 def _find(
-    key: Key, projection: ExpertProjection, claims: _Claims, products: Sequence[Product], weigher: Weigher | None
+    key: Key, module: _Module, claims: _Claims, products: Sequence[Product], weigher: Weigher | None
 ) -> Found | str:
     """The module's product, or what is wrong."""
     dispute = next((claims.disputed[each] for each in (key, *_singles(key)) if each in claims.disputed), None)
@@ -140,18 +178,18 @@ def _find(
         parts = [claims.spans.get(single, []) for single in _singles(key)]
         spans = [part[0] for part in parts] if all(len(part) == 1 and part[0].is_whole for part in parts) else []
     if spans:
-        return _weighed(_fitting(tuple(spans), projection, claims), projection, products, weigher)
+        return _weighed(_fitting(tuple(spans), module, claims), module, products, weigher)
     if key in claims.unsplit:
         return f"is not found: {claims.unsplit[key]}"
-    return _by_weights(projection, claims, products, weigher)
+    return _by_weights(module, claims, products, weigher)
 
 
-def _fitting(spans: tuple[Span, ...], projection: ExpertProjection, claims: _Claims) -> Found | str:
+def _fitting(spans: tuple[Span, ...], module: _Module, claims: _Claims) -> Found | str:
     ins = {span.product.in_features for span in spans}
     width = sum(span.end - span.start for span in spans)
-    if ins != {projection.in_features} or width != projection.out_features:
+    if ins != {module.in_features} or width != module.out_features:
         return (
-            f"maps {projection.in_features} to {projection.out_features} features, and {_listed(spans)} "
+            f"maps {module.in_features} to {module.out_features} features, and {_listed(spans)} "
             f"{_listed(sorted(ins))} to {width}. Was it trained on another model?"
         )
     if len({span.product.x for span in spans}) > 1:
@@ -160,32 +198,28 @@ def _fitting(spans: tuple[Span, ...], projection: ExpertProjection, claims: _Cla
     return Found(spans, tuple(kind for kind in (NAME, PLACE) if all(kind in each for each in evidence)))
 
 
-def _by_weights(
-    projection: ExpertProjection, claims: _Claims, products: Sequence[Product], weigher: Weigher | None
-) -> Found | str:
+def _by_weights(module: _Module, claims: _Claims, products: Sequence[Product], weigher: Weigher | None) -> Found | str:
     """A module that names and places do not show: a product with its weights that is nothing else."""
     if weigher is not None:
         free = [
             Span(product, 0, product.out_features)
             for product in products
             if product not in claims.evidence
-            and (product.in_features, product.out_features) == (projection.in_features, projection.out_features)
+            and (product.in_features, product.out_features) == (module.in_features, module.out_features)
         ]
-        alike = weigher.alike(projection.path, free)
+        alike = weigher.alike(module.path, free)
         if len(alike) > 1:
             return f"is doubled: {_listed(alike)} have its weights"
         if alike:
             return Found((alike[0],), (WEIGHTS,))
-    return f"is missing: no product of [{projection.in_features}, {projection.out_features}] has its name or its place"
+    return f"is missing: no product of [{module.in_features}, {module.out_features}] has its name or its place"
 
 
-def _weighed(
-    answer: Found | str, projection: ExpertProjection, products: Sequence[Product], weigher: Weigher | None
-) -> Found | str:
+def _weighed(answer: Found | str, module: _Module, products: Sequence[Product], weigher: Weigher | None) -> Found | str:
     """The answer, if the base's weights do not speak against it."""
     if weigher is None or isinstance(answer, str):
         return answer
-    problem = weigher.problem(projection.path, answer.spans, products)
+    problem = weigher.problem(module.path, answer.spans, products)
     return problem or Found(answer.spans, (*answer.evidence, WEIGHTS))
 
 
@@ -203,12 +237,12 @@ def _doubled(found: Mapping[str, Found], products: Sequence[Product]) -> list[st
     return findings
 
 
-def _summary(found: Mapping[str, Found], adapter: AdapterSpec) -> str:
+def _summary(found: Mapping[str, Found], wanted: int) -> str:
     kinds: dict[str, int] = defaultdict(int)
     for answer in found.values():
         kinds[" and ".join(answer.evidence)] += 1
     by = f" ({', '.join(f'{count} by {kind}' for kind, count in kinds.items())})" if kinds else ""
-    return f"found: {len(found)} of {len(adapter.projections)} modules{by}"
+    return f"found: {len(found)} of {wanted} modules{by}"
 
 
 # Operators that hold the weights of projections, and how to have these as products of their own.
@@ -229,12 +263,11 @@ _SWALLOWING = {
 }
 
 
-def fused_findings(graph: ir.Graph, products: Sequence[Product]) -> list[str]:
+def fused_findings(graph: ir.Graph) -> list[str]:
     """Operators of the graph that hold projections inside, with the option that avoids each."""
     held: dict[str, list[str]] = defaultdict(list)
-    known = {product.node for product in products}
     for node in graph:
-        if node.op_type in _SWALLOWING and node.domain == "com.microsoft" and node not in known:
+        if node.op_type in _SWALLOWING and node.domain == "com.microsoft":
             held[node.op_type].append(node.name or "")
     return [
         f"com.microsoft.{kind} holds projections inside of it ({len(names)} nodes, the first is {names[0]:.120}): "

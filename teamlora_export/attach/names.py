@@ -20,13 +20,15 @@ _IGNORED = {"base_layer", "base_model", "default"}
 _ATTENTION = {"attn", "self_attn", "attention", "self_attention", "self", "selfattention"}
 _MIXTURES = {"experts", "block_sparse_moe", "moe", "shared_expert", "shared_experts"}
 # What the words of `Key` may be, but for those of modules of other kinds.
-ROLES = ("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2")
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2", "qkv")
 # What a module's last word stands for; a word that stands for two depends on whether it belongs to the attention.
 _ROLES = {
     **dict.fromkeys(("q_proj", "query", "q", "wq", "q_lin", "query_proj"), ("q",)),
     **dict.fromkeys(("k_proj", "key", "k", "wk", "k_lin", "key_proj"), ("k",)),
     **dict.fromkeys(("v_proj", "value", "v", "wv", "v_lin", "value_proj"), ("v",)),
     **dict.fromkeys(("qkv_proj", "c_attn", "qkv", "wqkv"), ("q", "k", "v")),
+    # Head by head, or as some models of these names have it: nothing to be taken apart.
+    "query_key_value": ("qkv",),
     **dict.fromkeys(("o_proj", "out_proj", "wo", "out_lin", "o"), ("o",)),
     **dict.fromkeys(("gate_proj", "w1"), ("gate",)),
     **dict.fromkeys(("up_proj", "w3"), ("up",)),
@@ -45,7 +47,7 @@ class Key:
 
     Attributes:
         layer: its number; None for what belongs to none (the head).
-        roles: what it does: q, k, v, o, gate, up, down, fc1, fc2; several where they are packed side by side in this
+        roles: what it does, one of `ROLES`; several where they are packed side by side in this
             order; or the words of its own name, in one.
     """
 

@@ -25,6 +25,9 @@ _ACTIVATIONS = {
 # What changes no number of what it reads.
 _MOVING = ("Cast", "Reshape", "Transpose", "Identity", "Unsqueeze", "Squeeze", "Split", "Slice", "Flatten")
 _QUANTISING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
+# Queries, keys and values in one product, without their order.
+UNSPLIT = ("qkv",)
+HEAD = Key(None, ("lm_head",))
 _CACHE = re.compile(r"past\D*(\d+)")
 
 
@@ -47,7 +50,8 @@ class _Attention:
 
 
 def find_places(products: Sequence[Product]) -> dict[Product, Key]:
-    """What each of a graph's `products` is, as far as its place is known; layers are counted from 0."""
+    """What each of a graph's `products` is, as far as its place is known; layers are counted from 0. What gives the
+    logits is `HEAD`."""
     return _Finder(products).find()
 
 
@@ -77,6 +81,9 @@ class _Finder:
         if len(blocks) == len(attentions):
             for layer, block in enumerate(blocks):
                 places += [(product, Key(layer, roles)) for product, roles in block.items()]
+        for product in self._products:
+            if any(value.name == "logits" and value.is_graph_output() for value in self._moved_from(product.output)):
+                places.append((product, HEAD))
         # What stands at two places is known by neither.
         times = Counter(product for product, _ in places)
         return {product: key for product, key in places if times[product] == 1}
@@ -118,7 +125,7 @@ class _Finder:
         if inner.part is not None or not between & _ACTIVATIONS or "Softmax" in between:
             return None
         # A classifier behind a pooler has the same form, but gives another width than it began with.
-        fits = inner.product.in_features == product.out_features
+        fits = (inner.product.in_features, inner.product.out_features) == (product.out_features, product.in_features)
         return {inner.product: ("fc1",), product: ("fc2",)} if fits else None
 
     def _gated(self, product: Product) -> dict[Product, tuple[str, ...]] | None:
@@ -142,6 +149,13 @@ class _Finder:
         if len(up.product.parts) != 2 or set(roles) != {0, 1}:
             return None
         return {up.product: (roles[0], roles[1]), product: ("down",)}
+
+    def _moved_from(self, value: ir.Value) -> Iterator[ir.Value]:
+        """A value, and what it is moved to at most."""
+        yield value
+        for node in value.consumers():
+            if node.op_type in _MOVING and node.inputs[0] is value:
+                yield from (each for made in node.outputs for each in self._moved_from(made))
 
     def _maker(self, value: ir.Value) -> ir.Node | None:
         """The node that made the numbers of a value."""
@@ -203,6 +217,10 @@ def _counted(found: Sequence[tuple[Product, _Attention]]) -> list[tuple[Product,
 
 def _roles_of_inputs(attention: _Attention) -> Iterator[tuple[Product, tuple[str, ...]]]:
     origins: Mapping[str, _Origin] = {"q": attention.queries, "k": attention.keys, "v": attention.values}
+    if len(set(origins.values())) == 1:
+        # Taken apart head by head, in an order that the graph does not show.
+        yield attention.queries.product, UNSPLIT
+        return
     if all(origin.part is None for origin in origins.values()):
         for role, origin in origins.items():
             yield origin.product, (role,)

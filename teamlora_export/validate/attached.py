@@ -1,4 +1,4 @@
-"""Judges what `attach` made of another's graph, where nothing says what the whole should give.
+"""Judges what `attach` made of another's graph.
 
 graph     the graph's own weights are those that the adapter was attached to; each node of the op reads what the
           product behind it reads, and is all that reads what the product gives
@@ -8,62 +8,163 @@ modules   what each node adds, on the x and the base that the graph itself compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 import torch
 from torch import nn
 
 from teamlora_export.adapter.spec import AdapterSpec
+from teamlora_export.attach.insert import detach
+from teamlora_export.attach.match import find_modules
 from teamlora_export.attach.products import find_products
 from teamlora_export.bundle import Bundle
 from teamlora_export.dtypes import DTYPES
+from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
+from teamlora_export.graph.quantized import dequantised
+from teamlora_export.graph.read import read_graph
 from teamlora_export.graph.weights import NoBase
+from teamlora_export.model.base import BaseModel
 from teamlora_export.model.layer import ExpertLinear
 from teamlora_export.progress import Reporter
-from teamlora_export.validate.cases import Feeds, cases_without_padding
-from teamlora_export.validate.local import LocalJudge
-from teamlora_export.validate.onnx_runner import OnnxRunner
+from teamlora_export.validate.cases import Feeds, cases_without_padding, make_cases
+from teamlora_export.validate.judge import Judge
+from teamlora_export.validate.local import Follower, LocalJudge
+from teamlora_export.validate.onnx_runner import OnnxRunner, open_model, run_session
 from teamlora_export.validate.stored import judge_weights, recipes_of
 from teamlora_export.validate.taps import EXPERTS, INPUT, live_values, module_of, whole_of
-from teamlora_export.validate.torch_runner import round_experts
+from teamlora_export.validate.torch_runner import TorchRunner, round_experts
 from teamlora_export.validate.verdict import CaseResult, Departure, Judgement, LocalCheck, Verdict
 
 
-def judge_attached(bundle: Bundle, adapter: AdapterSpec, library: Path | None, reporter: Reporter) -> Verdict:
+def judge_attached(
+    bundle: Bundle, adapter: AdapterSpec, base: BaseModel | None, library: Path | None, reporter: Reporter
+) -> Verdict:
     """The verdict on an attached bundle, whose files are those that its manifest lists.
+
+    Args:
+        base: the model that the graph was made of: it then computes with the graph's own weights, whatever they were
+            quantised to, and says what the whole should give.
 
     Raises:
         ExportError: the graph cannot be read or run.
     """
     manifest = bundle.manifest
-    graph = OnnxRunner(bundle, adapter.projections, library)
-    recipes = recipes_of(manifest)
     _compare_origin(bundle, reporter)
+    graph = _ExactRunner(bundle, adapter.projections, library)
+    recipes = recipes_of(manifest)
     departures = [*graph.departures(), *_wiring(graph.written)]
     with reporter.step(f"Comparing {len(recipes)} weights with the adapter"):
         live = live_values(graph.written)
         departures += judge_weights(graph.written, recipes, NoBase(), adapter, live, manifest.dtype)
-    judge = _local_judge(bundle, graph, adapter)
+    dtypes = (torch.float64, getattr(torch, DTYPES[manifest.dtype].torch))
+    results: list[CaseResult] = []
+    reference: Follower
+    pytorch: Follower
+    if base is None:
+        reference, pytorch = (ExpertRunner(adapter, dtype, dtypes[1]) for dtype in dtypes)
+    else:
+        with reporter.step("Preparing PyTorch with the graph's weights"):
+            exact, rounded = holding_weights(bundle, base, adapter, dtypes)
+        reference, pytorch = exact, rounded
+        judge = Judge(manifest.dtype, exact, rounded, graph, manifest.inputs)
+        for case in [case for case in make_cases(base.config, base.task) if case.mask.all()]:
+            with reporter.step(f"Case: {case.name}"):
+                judge.add_case(case)
+        results += judge.results()
+        graph.forget()
+    sums = {name: whole_of(name) for name, tap in graph.taps.items() if tap.base is not None}
+    local = LocalJudge(manifest.dtype, reference, pytorch, graph, manifest.inputs, (), sums)
     checks: list[LocalCheck] = []
     for case in cases_without_padding(manifest.tokens, manifest.task):
-        with reporter.step(f"Case: {case.name}"):
-            checks += judge.check(case)
+        with reporter.step(f"Module by module: {case.name}"):
+            checks += local.check(case)
     for check in checks:
         departures += [_departure(check, judgement, graph) for judgement in check.judgements if not judgement.passed]
+    if base is None:
+        results += [CaseResult(check.case, check.judgements) for check in checks]
     return Verdict(
         dtype=manifest.dtype,
-        cases=tuple(CaseResult(check.case, check.judgements) for check in checks),
+        cases=tuple(results),
         departures=tuple(departures),
         local=tuple(checks),
         weights=len(recipes),
-        candidate=f"{graph.label}, expert by expert",
+        candidate=graph.label + ("" if base is not None else ", experts by themselves"),
         library=sha256_of(library) if library is not None else None,
     )
+
+
+class _ExactRunner(OnnxRunner):
+    """An attached bundle's model whose quantised products read what they are given, not 8 bits of it (MatMulNBits with
+    an accuracy level of 4): that is the runtime's, and would hide faults of the graph."""
+
+    @cached_property
+    def _model_and_inputs(self) -> tuple[ir.Model, dict[str, str]]:
+        model, inputs = super()._model_and_inputs
+        for node in model.graph:
+            if node.op_type == "MatMulNBits":
+                node.attributes.add(ir.AttrInt64("accuracy_level", 1))
+        return model, inputs
+
+    def _run(self, feeds: Feeds) -> Feeds:
+        if self._session is None:
+            self._session = self._open(self.choices.values())
+        return super()._run(feeds)
+
+
+def holding_weights(
+    bundle: Bundle, base: BaseModel, adapter: AdapterSpec, dtypes: Sequence[torch.dtype]
+) -> list[TorchRunner]:
+    """The adapted model in PyTorch, in each of `dtypes`, with the weights that the graph's products and its embedding
+    stand for; the rest is the base's.
+
+    Raises:
+        ExportError: not all of the base's linear layers are found in the graph.
+    """
+    model = read_graph(bundle)
+    detach(model)
+    linears = base.signature.linears
+    sizes = {path: (linear.in_features, linear.out_features) for path, linear in linears.items()}
+    found, findings = find_modules(model.graph, sizes)
+    raise_findings(f"{bundle.folder}: not all of the base's layers are found in the graph", findings)
+    runners = [TorchRunner(base, adapter, dtype) for dtype in dtypes]
+    for path, answer in found.items():
+        parts = [dequantised(span.product.node) for span in answer.spans]
+        if any(part is None for part in parts):
+            raise ExportError(f"{path}: its weights are in a form that is not read ({answer.spans[0].product.form}).")
+        columns = [part[:, s.start : s.end] for part, s in zip(parts, answer.spans, strict=True) if part is not None]
+        weight = np.concatenate(columns, axis=1)
+        for runner in runners:
+            runner.hold(f"{path}.weight", weight if linears[path].transposed else weight.T)
+    table = _embeddings(bundle, model)
+    if table is not None:
+        for runner in runners:
+            runner.hold_embeddings(table)
+    return runners
+
+
+def _embeddings(bundle: Bundle, model: ir.Model) -> np.ndarray | None:
+    """What the graph looks its ids up in, [vocabulary, hidden], as it computes it; None where there is no such node."""
+    ids = next((value for value in model.graph.inputs if value.name == "input_ids"), None)
+    readers = [node for node in ids.consumers() if node.op_type.startswith("Gather")] if ids is not None else []
+    if len(readers) != 1:
+        return None
+    value = readers[0].outputs[0]
+    model.graph.outputs.clear()
+    model.graph.outputs.append(value)
+    common.RemoveUnusedNodesPass()(model)
+    kept = [each for each in model.graph.inputs if each is ids]
+    model.graph.inputs.clear()
+    model.graph.inputs.extend(kept)
+    session = open_model(model, bundle)
+    every = np.arange(bundle.manifest.tokens.vocabulary or 0)[None]
+    return run_session(session, {"input_ids": every})[str(value.name)][0]
 
 
 class ExpertRunner:
@@ -85,7 +186,7 @@ class ExpertRunner:
                 round_experts(self._layers[path], op.fold(projection), stored)
         self._dtype = dtype
 
-    def run_forced(self, _feeds: Feeds, taps: Mapping[str, np.ndarray], jitter: bool = False) -> Feeds:
+    def run_forced(self, feeds: Feeds, taps: Mapping[str, np.ndarray], jitter: bool = False) -> Feeds:
         """What the experts add to what the candidate read, by tap."""
         own = {}
         with torch.no_grad():
@@ -95,14 +196,6 @@ class ExpertRunner:
                     experts = sum(layer.contributions(x), start=torch.zeros((), dtype=x.dtype))
                     own[f"{path}/{EXPERTS}"] = experts.double().numpy()
         return own
-
-
-def _local_judge(bundle: Bundle, graph: OnnxRunner, adapter: AdapterSpec) -> LocalJudge:
-    manifest = bundle.manifest
-    dtype = getattr(torch, DTYPES[manifest.dtype].torch)
-    reference, pytorch = (ExpertRunner(adapter, kind, dtype) for kind in (torch.float64, dtype))
-    sums = {name: whole_of(name) for name, tap in graph.taps.items() if tap.base is not None}
-    return LocalJudge(manifest.dtype, reference, pytorch, graph, manifest.inputs, (), sums)  # type: ignore[arg-type]
 
 
 def _compare_origin(bundle: Bundle, reporter: Reporter) -> None:

@@ -72,8 +72,14 @@ def validate_bundle(
     if manifest.attached is not None:
         if engine_name:
             raise ExportError(f"{bundle.folder}: its graph is another tool's, of which no engines are built.")
+        of_base = base_source or manifest.base["source"] or None
+        if of_base is not None and base_source is None and not Path(of_base).exists():
+            reporter.warn(f"{of_base}: is not there any more; the model as a whole is not judged. Give --base.")
+            of_base = None
         adapter = open_adapter(bundle, adapter_folder, manifest.adapter["sha256"])
-        return _keep(judge_attached(bundle, adapter, library, reporter), bundle, None)
+        base = open_base(of_base, manifest.task) if of_base else None
+        aligned = align_with_base(adapter, base.signature) if base is not None else adapter
+        return _keep(judge_attached(bundle, aligned, base, library, reporter), bundle, None)
     engine = _open_engine(bundle, engine_name, plugin, reporter) if engine_name else None
     dtype = engine.facts.dtype if engine else manifest.dtype
     adapter_sha256 = engine.facts.adapter_sha256 if engine else manifest.adapter["sha256"]
@@ -243,6 +249,8 @@ def open_sources(
         ExportError: they are not there, or are others: another adapter than that of `adapter_sha256`.
     """
     manifest = bundle.manifest
+    if not (base_source or manifest.base["source"]):
+        raise ExportError(f"{bundle.folder}: does not say which model its graph was made of. Give it with --base.")
     adapter = open_adapter(bundle, adapter_folder, adapter_sha256)
     base = open_base(base_source or manifest.base["source"], manifest.task)
     if weights_sha256(base.source) != manifest.base["sha256"]:

@@ -104,6 +104,18 @@ class TorchRunner:
         path, _, leaf = name.rpartition(".")
         return getattr(self._model.get_submodule(path), leaf).detach().numpy()
 
+    def hold(self, name: str, array: np.ndarray) -> None:
+        """From now on, compute with another parameter `name`; what it was tied to keeps its own."""
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        weight = torch.from_numpy(np.ascontiguousarray(array)).to(self._dtype)
+        setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+
+    def hold_embeddings(self, table: np.ndarray) -> None:
+        """From now on, look ids up in `table` [vocabulary, hidden]."""
+        embeddings: nn.Embedding = self._model.get_input_embeddings()  # type: ignore[operator]
+        embeddings.weight = nn.Parameter(torch.from_numpy(table).to(self._dtype), requires_grad=False)
+
     def round_weights(self, dtype: torch.dtype, kept: Collection[str]) -> None:
         """From now on, compute with the weights that a file in `dtype` holds; those of the base in `kept` stay."""
         if dtype not in _NUMPY_DTYPES:
