@@ -210,12 +210,12 @@ def inspect(
         typer.Argument(
             parser=given_path,
             metavar="PATH",
-            help="Folder of an adapter or of a bundle, or an engine. Default: this folder.",
+            help="Folder of an adapter or of a bundle, an engine, or any ONNX graph. Default: this folder.",
         ),
     ] = THIS_FOLDER,
     json: JsonOption = None,
 ) -> None:
-    """Say what an adapter, a bundle or an engine is."""
+    """Say what an adapter, a bundle, an engine or a graph is."""
     from teamlora_export.inspect import inspect_path
 
     show_description(inspect_path(path), json)

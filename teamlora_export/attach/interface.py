@@ -21,7 +21,7 @@ from teamlora_export.model.source import CONFIG_NAME
 from teamlora_export.tokens import Tokens, read_tokens
 
 # They count a row's tokens, so that padding in front of them is taken for a text.
-_COUNTING = ("GroupQueryAttention", "SparseAttention", "PagedAttention")
+COUNTING = ("GroupQueryAttention", "SparseAttention", "PagedAttention")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _tokens(foreign: Foreign, base: Path | None, task: str, outputs: tuple[Port,
     """From config.json beside the graph or in the base's folder, else from what onnxruntime-genai is told."""
     folder = next((each for each in (foreign.folder, base) if each and (each / CONFIG_NAME).is_file()), None)
     tokens = read_tokens(folder, task) if folder is not None else _genai_tokens(foreign, outputs)
-    counts = any(node.op_type in _COUNTING for node in foreign.graph)
+    counts = any(node.op_type in COUNTING for node in foreign.graph)
     places = any(value.name == "position_ids" for value in foreign.graph.inputs)
     return dataclasses.replace(tokens, padded=task != "text-generation" or (places and not counts))
 

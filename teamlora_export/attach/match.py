@@ -67,7 +67,7 @@ class _Claims:
         if placed is not None and placed.layer is None and named:
             # A head has a name of each architecture's own.
             placed = None
-        if placed is not None and placed.roles == UNSPLIT:
+        if placed is not None and placed.roles in UNSPLIT:
             self._add_unsplit(product, placed, named)
             return
         said = named | ({placed} if placed is not None else set())
@@ -87,8 +87,8 @@ class _Claims:
                 self.spans[key].append(Span(product, 0, product.out_features))
 
     def _add_unsplit(self, product: Product, placed: Key, named: set[Key]) -> None:
-        """Queries, keys and values in one: a module that has them in one as well may be it, whatever their order."""
-        kinds = [Key(placed.layer, UNSPLIT), Key(placed.layer, ("q", "k", "v"))]
+        """Several in one: a module that has them in one as well may be it, whatever their order."""
+        kinds = [placed, Key(placed.layer, UNSPLIT[placed.roles])]
         if not named <= set(kinds):
             for key in (*named, *kinds, *_singles(kinds[1])):
                 self.disputed[key] = f"{_title(product)}: its names say {_listed(named)} and its place {placed}"

@@ -20,7 +20,7 @@ _IGNORED = {"base_layer", "base_model", "default"}
 _ATTENTION = {"attn", "self_attn", "attention", "self_attention", "self", "selfattention"}
 _MIXTURES = {"experts", "block_sparse_moe", "moe", "shared_expert", "shared_experts"}
 # What the words of `Key` may be, but for those of modules of other kinds.
-ROLES = ("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2", "qkv")
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2", "qkv", "gate_up")
 # What a module's last word stands for; a word that stands for two depends on whether it belongs to the attention.
 _ROLES = {
     **dict.fromkeys(("q_proj", "query", "q", "wq", "q_lin", "query_proj"), ("q",)),

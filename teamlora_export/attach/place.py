@@ -25,8 +25,8 @@ _ACTIVATIONS = {
 # What changes no number of what it reads.
 _MOVING = ("Cast", "Reshape", "Transpose", "Identity", "Unsqueeze", "Squeeze", "Split", "Slice", "Flatten")
 _QUANTISING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
-# Queries, keys and values in one product, without their order.
-UNSPLIT = ("qkv",)
+# Several projections in one product, in an order that the graph does not show -> what they are.
+UNSPLIT = {("qkv",): ("q", "k", "v"), ("gate_up",): ("gate", "up")}
 HEAD = Key(None, ("lm_head",))
 _CACHE = re.compile(r"past\D*(\d+)")
 
@@ -125,7 +125,11 @@ class _Finder:
         if inner.part is not None or not between & _ACTIVATIONS or "Softmax" in between:
             return None
         # A classifier behind a pooler has the same form, but gives another width than it began with.
-        fits = (inner.product.in_features, inner.product.out_features) == (product.out_features, product.in_features)
+        if inner.product.in_features != product.out_features:
+            return None
+        if inner.product.out_features == 2 * product.in_features:
+            return {inner.product: ("gate_up",), product: ("down",)}
+        fits = inner.product.out_features == product.in_features
         return {inner.product: ("fc1",), product: ("fc2",)} if fits else None
 
     def _gated(self, product: Product) -> dict[Product, tuple[str, ...]] | None:
@@ -219,7 +223,7 @@ def _roles_of_inputs(attention: _Attention) -> Iterator[tuple[Product, tuple[str
     origins: Mapping[str, _Origin] = {"q": attention.queries, "k": attention.keys, "v": attention.values}
     if len(set(origins.values())) == 1:
         # Taken apart head by head, in an order that the graph does not show.
-        yield attention.queries.product, UNSPLIT
+        yield attention.queries.product, ("qkv",)
         return
     if all(origin.part is None for origin in origins.values()):
         for role, origin in origins.items():

@@ -14,6 +14,7 @@ channel that AWQ took out of the weights. Its output has the bias, where nothing
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -26,7 +27,10 @@ _OF_BLOCKS = ("MatMulNBits", "MatMulBnb4")
 _QUANTISING = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat")
 # What leaves the numbers of a weight in their places, or moves all of them alike.
 _MOVING = ("Transpose", "Cast", "Identity", "DequantizeLinear")
-_ROOTS = ("Rsqrt", "Sqrt", "Reciprocal", "Pow")
+_ROOTS = ("Rsqrt", "Sqrt", "Reciprocal", "Pow", "ReduceL2")
+_NORMS = ("LpNormalization",)
+# How exporters call AWQ's scale.
+_SCALE = re.compile(r"(?i)pre_quant|awq|smooth")
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Product:
         form: what kind it is, for people.
         x: [.., in_features]. output: [.., out_features], of `dtype`.
         names: of the nodes, weights and values that belong to it.
-        weight: where W is stored.
+        weight: where W is stored. scale: what AWQ took out of its rows and multiplies x with; the projection's weight
+            in the model is the product of both.
         parts: where its columns are read in parts, in their order; nothing where it is read as one.
     """
 
@@ -60,6 +65,7 @@ class Product:
     dtype: ir.DataType
     names: tuple[str, ...]
     weight: ir.Value
+    scale: ir.TensorProtocol | None = None
     parts: tuple[Part, ...] = field(default=())
 
 
@@ -187,6 +193,7 @@ def _product(
     if x is None or dtype not in FLOATS:
         return None
     nodes = [node, *stored.nodes, *behind]
+    read, scale = _before_scale(_unquantised(x), sizes[0])
     total, bias = _with_bias(output, sizes[1])
     values = [*node.inputs[1:], stored.value, output, total, bias]
     if total is not output:
@@ -195,13 +202,14 @@ def _product(
     return Product(
         node=node,
         form=form,
-        x=_before_scale(_unquantised(x), sizes[0]),
+        x=read,
         output=total,
         in_features=sizes[0],
         out_features=sizes[1],
         dtype=dtype,
         names=tuple(dict.fromkeys(names)),
         weight=stored.value,
+        scale=scale,
         parts=tuple(_parts(total, sizes[1])),
     )
 
@@ -256,23 +264,25 @@ def _unquantised(x: ir.Value) -> ir.Value:
     return _before_quantising(node.inputs[0]) or x
 
 
-def _before_scale(x: ir.Value, width: int) -> ir.Value:
-    """What AWQ's scale for each channel is applied to, where there is one in front of the product.
+def _before_scale(x: ir.Value, width: int) -> tuple[ir.Value, ir.TensorProtocol | None]:
+    """What AWQ's scale for each channel is applied to, and the scale, where there is one in front of the product.
 
-    The weight of a norm that is written out in pieces has the same form, and stays.
+    The weight of a norm that is written out in pieces has the same form, and stays; so does any factor in front of
+    weights that nobody quantised, unless its name says what it is.
     """
     node = x.producer()
     if node is None or node.op_type != "Mul" or node.domain != "":
-        return x
+        return x, None
     tensors = [constant_of(value) for value in node.inputs]
-    scale = next((tensor for tensor in tensors if tensor is not None and _is_row(tensor, width)), None)
-    rest = next((value for value, tensor in zip(node.inputs, tensors, strict=True) if tensor is not scale), None)
-    if scale is None or rest is None or width == 1 or _is_normalised(rest):
-        return x
-    readers = [_past_quantising(reader) for reader in readers_of(x)]
-    if x.is_graph_output() or not all(_reads_as_x(reader, width) for each in readers for reader in each):
-        return x
-    return rest
+    index = next((i for i, tensor in enumerate(tensors) if tensor is not None and _is_row(tensor, width)), None)
+    if index is None or width == 1 or x.is_graph_output():
+        return x, None
+    rest, scale = node.inputs[1 - index], node.inputs[index]
+    readers = [far for reader in readers_of(x) for far in _past_quantising(reader)]
+    if rest is None or scale is None or _is_normalised(rest) or not all(_reads_as_x(each, width) for each in readers):
+        return x, None
+    is_named = any(_SCALE.search(name) for name in (scale.name, node.name, x.name) if name)
+    return (rest, tensors[index]) if is_named or all(map(_is_quantised, readers)) else (x, None)
 
 
 def _past_quantising(node: ir.Node) -> list[ir.Node]:
@@ -291,16 +301,28 @@ def _reads_as_x(node: ir.Node, width: int) -> bool:
     return stored is not None and width in stored.shape
 
 
+def _is_quantised(node: ir.Node) -> bool:
+    stored = _stored(node.inputs[1])
+    return node.op_type not in ("MatMul", "Gemm", "FusedMatMul") or (stored is not None and bool(stored.nodes))
+
+
 def _is_normalised(value: ir.Value) -> bool:
     """Whether a value was just divided by its own size (a norm in pieces, before its weight)."""
     node = value.producer()
-    while node is not None and node.op_type in ("Cast", "Identity"):
-        value = node.inputs[0]  # type: ignore[assignment]
-        node = value.producer() if value is not None else None
+    while node is not None and node.op_type in ("Cast", "Identity") and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
     if node is None or node.op_type not in ("Mul", "Div"):
-        return node is not None and node.op_type == "LpNormalization"
+        return node is not None and node.op_type in _NORMS
+    # 1 / sqrt(size) is one node or two.
     makers = [each.producer() for each in node.inputs if each is not None]
-    return any(maker is not None and maker.op_type in _ROOTS for maker in makers)
+    inner = [
+        each.producer()
+        for maker in makers
+        if maker is not None and maker.op_type in ("Div", "Cast")
+        for each in maker.inputs
+        if each is not None
+    ]
+    return any(maker is not None and maker.op_type in _ROOTS for maker in (*makers, *inner))
 
 
 def _parts(output: ir.Value, width: int) -> Iterator[Part]:

@@ -112,6 +112,8 @@ def _chosen(width: int) -> np.ndarray:
 def _columns(product: Product, columns: np.ndarray) -> np.ndarray | None:
     """Columns of a product's weight as it is multiplied by, float32 [columns, in]."""
     weight = _read_columns(product.node, columns)
+    if weight is not None and product.scale is not None:
+        weight *= product.scale.numpy().reshape(-1)
     for value in (product.weight, *product.node.inputs):
         # A mapped file counts as memory in use.
         held = value.const_value if value is not None else None

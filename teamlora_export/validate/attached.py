@@ -21,7 +21,7 @@ from torch import nn
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.attach.insert import detach
 from teamlora_export.attach.match import find_modules
-from teamlora_export.attach.products import find_products
+from teamlora_export.attach.products import Product, find_products
 from teamlora_export.bundle import Bundle
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError, raise_findings
@@ -135,7 +135,7 @@ def holding_weights(
     raise_findings(f"{bundle.folder}: not all of the base's layers are found in the graph", findings)
     runners = [TorchRunner(base, adapter, dtype) for dtype in dtypes]
     for path, answer in found.items():
-        parts = [dequantised(span.product.node) for span in answer.spans]
+        parts = [_weight_of(span.product) for span in answer.spans]
         if any(part is None for part in parts):
             raise ExportError(f"{path}: its weights are in a form that is not read ({answer.spans[0].product.form}).")
         columns = [part[:, s.start : s.end] for part, s in zip(parts, answer.spans, strict=True) if part is not None]
@@ -147,6 +147,12 @@ def holding_weights(
         for runner in runners:
             runner.hold_embeddings(table)
     return runners
+
+
+def _weight_of(product: Product) -> np.ndarray | None:
+    """The projection's weight, float32 [in, out]."""
+    weight = dequantised(product.node)
+    return weight if weight is None or product.scale is None else weight * product.scale.numpy().reshape(-1, 1)
 
 
 def _embeddings(bundle: Bundle, model: ir.Model) -> np.ndarray | None:

@@ -212,16 +212,16 @@ def test_a_scaled_product_is_no_projection(rng, tmp_path):
     assert "is missing" in refusal(foreign, tmp_path)
 
 
-def test_the_weight_of_a_norm_is_no_scale(rng, tmp_path):
+@pytest.mark.parametrize("inverse", ["Reciprocal", "Div"])
+def test_the_weight_of_a_norm_is_no_scale(inverse, rng, tmp_path):
     """It has AWQ's form where the norm is written out in pieces; the op reads what comes after it."""
     graph = Graph()
     x = graph.embed(rng)
-    size = graph.node(
-        "Reciprocal", [graph.node("ReduceL2", [x, graph.weight("axes", np.array([-1]))], "l2")], "inverse"
-    )
-    normal = graph.node("Mul", [x, size], "normal")
+    size = graph.node("Sqrt", [graph.node("ReduceL2", [x, graph.weight("axes", np.array([-1]))], "l2")], "size")
+    one = [graph.weight("one", np.float32(1))] if inverse == "Div" else []
+    normal = graph.node("Mul", [x, graph.node(inverse, [*one, size], "inverse")], "normal")
     read = graph.node("Mul", [normal, graph.weight("norm", np.linspace(0.5, 2, IN, dtype=np.float32))], "normed")
-    foreign = graph.save(tmp_path / "foreign", matmul(graph, read, weight(rng)))
+    foreign = graph.save(tmp_path / "foreign", nbits(graph, read, weight(rng)))
     spec = adapter_of(rng, tmp_path / "adapter", {PATH: (IN, OUT)})
     bundle = attach(foreign, tmp_path / "adapter", tmp_path / "out")
     assert_adds_experts(spec, foreign, bundle.folder, "normed")
