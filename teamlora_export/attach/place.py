@@ -26,7 +26,7 @@ _ACTIVATIONS = {
 _MOVING = ("Cast", "Reshape", "Transpose", "Identity", "Unsqueeze", "Squeeze", "Split", "Slice", "Flatten")
 _QUANTISING = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 # Several projections in one product, in an order that the graph does not show -> what they are.
-UNSPLIT = {("qkv",): ("q", "k", "v"), ("gate_up",): ("gate", "up")}
+UNSPLIT: dict[tuple[str, ...], tuple[str, ...]] = {("qkv",): ("q", "k", "v"), ("gate_up",): ("gate", "up")}
 HEAD = Key(None, ("lm_head",))
 _CACHE = re.compile(r"past\D*(\d+)")
 
