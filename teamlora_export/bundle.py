@@ -1,6 +1,7 @@
 """The output folder: what `onnx` writes and every later command reads.
 
     model.onnx  model.onnx.data  manifest.json  config.json  generation_config.json  tokenizer files
+    adapter.onnx.data  genai_config.json        what `attach` adds, where there is one
     engines/NAME.engine  engines/NAME.json      what `trt` adds
 
 `manifest.json` says what made the bundle, and lists every file of it with its SHA-256: a reader refuses a list with a
@@ -27,6 +28,8 @@ from teamlora_export.tokens import Tokens
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
+# Weights of an adapter that was attached to another's graph, whose own are in the file above.
+ADAPTER_DATA_NAME = "adapter.onnx.data"
 MANIFEST_NAME = "manifest.json"
 ENGINES_NAME = "engines"
 # 1 listed the hashes of the model and its weights alone.
@@ -170,6 +173,17 @@ class Refit(TypedDict):
     body_prefix: str
 
 
+class Attached(TypedDict):
+    """The graph that an adapter was attached to: what finds it again, and the SHA-256 of each of its files.
+
+    projections: how each module was found: "name", "place", "weights".
+    """
+
+    source: str
+    sha256: dict[str, Sha256]
+    projections: dict[str, list[str]]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What made a bundle, and what it is.
@@ -179,6 +193,7 @@ class Manifest:
         sha256: every file of the bundle, but this one and engines, relative to its folder.
         recipes: how each weight of the base is made, by its name in the graph; the adapter's are in `refit`.
         validation: None before the first.
+        attached: the graph that the adapter was attached to; None where the whole was exported.
     """
 
     tool: Mapping[str, str]
@@ -195,6 +210,7 @@ class Manifest:
     recipes: Mapping[str, str]
     validation: Validation | None = None
     format_version: int = FORMAT_VERSION
+    attached: Attached | None = None
 
 
 @dataclass(frozen=True)
@@ -212,6 +228,11 @@ class Bundle:
     def data(self) -> Path:
         return self.folder / DATA_NAME
 
+    @property
+    def data_names(self) -> tuple[str, ...]:
+        """The files with weights."""
+        return (DATA_NAME,) if self.manifest.attached is None else (DATA_NAME, ADAPTER_DATA_NAME)
+
 
 def read_bundle(folder: str | Path) -> Bundle:
     """Open the bundle in `folder`.
@@ -225,9 +246,10 @@ def read_bundle(folder: str | Path) -> Bundle:
     if not (folder / MANIFEST_NAME).exists():
         raise ExportError(f"{folder}: is not a bundle (no {MANIFEST_NAME}). Make one with `teamlora-export onnx`.")
     manifest = _read_manifest(folder)
-    _check_list(folder, manifest.sha256)
+    bundle = Bundle(folder, manifest)
+    _check_list(bundle)
     _check_ports(folder, manifest)
-    return Bundle(folder, manifest)
+    return bundle
 
 
 def check_files(bundle: Bundle) -> None:
@@ -301,10 +323,11 @@ def _read_manifest(folder: Path) -> Manifest:
     )
 
 
-def _check_list(folder: Path, listed: Mapping[str, str]) -> None:
+def _check_list(bundle: Bundle) -> None:
     """Every file that somebody reads from a bundle is listed, and every file that is listed is there."""
+    folder, listed = bundle.folder, bundle.manifest.sha256
     read = [name for name in COMPANIONS if (folder / name).exists()]
-    for name in (MODEL_NAME, DATA_NAME, *read):
+    for name in (MODEL_NAME, *bundle.data_names, *read):
         if name not in listed:
             raise ExportError(f"{folder / MANIFEST_NAME}: does not list {name}. Export the model again.")
     for name in listed:

@@ -112,6 +112,43 @@ def onnx(
 
 
 @app.command()
+def attach(
+    base: Annotated[
+        Path,
+        typer.Argument(
+            parser=given_path,
+            metavar="ONNX|FOLDER",
+            help="A graph that another tool made, or the folder that it is in.",
+        ),
+    ],
+    adapter: AdapterOption,
+    output: OutputOption,
+    source: Annotated[
+        str | None,
+        typer.Option("--base", help="The model that the graph was made of: its weights then prove each module."),
+    ] = None,
+    json: JsonOption = None,
+) -> None:
+    """Attach an adapter to a graph that was exported or quantised elsewhere."""
+    from teamlora_export.attach.run import attach as attach_adapter
+
+    bundle = attach_adapter(base, adapter, output, base_source=source)
+    made = bundle.manifest
+    show(
+        f"{bundle.folder}: {made.task}, {made.dtype}, {made.op['nodes']} expert nodes",
+        {
+            "bundle": bundle.folder,
+            "task": made.task,
+            "dtype": made.dtype,
+            "op": made.op,
+            "sha256": made.sha256,
+            "attached": made.attached,
+        },
+        json,
+    )
+
+
+@app.command()
 def validate(
     bundle: BundleArgument = THIS_FOLDER,
     base: Annotated[str | None, typer.Option(help="The base model, should it have moved since the export.")] = None,
@@ -173,12 +210,12 @@ def inspect(
         typer.Argument(
             parser=given_path,
             metavar="PATH",
-            help="Folder of an adapter or of a bundle, or an engine. Default: this folder.",
+            help="Folder of an adapter or of a bundle, an engine, or any ONNX graph. Default: this folder.",
         ),
     ] = THIS_FOLDER,
     json: JsonOption = None,
 ) -> None:
-    """Say what an adapter, a bundle or an engine is."""
+    """Say what an adapter, a bundle, an engine or a graph is."""
     from teamlora_export.inspect import inspect_path
 
     show_description(inspect_path(path), json)

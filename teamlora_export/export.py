@@ -10,22 +10,20 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
 
 from teamlora_export import __version__
-from teamlora_export.adapter import AdapterSpec, BaseSignature, align_with_base, read_adapter
+from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
 from teamlora_export.bundle import (
     DATA_NAME,
     ENGINES_NAME,
     MODEL_NAME,
-    AdapterOrigin,
     Bundle,
     Manifest,
-    Refit,
     copy_companions,
     hash_files,
     listed_files,
@@ -41,13 +39,13 @@ from teamlora_export.graph.read import port_of
 from teamlora_export.graph.traced import LIBRARIES, TracedGraph, graph_key, keep_graph, load_graph
 from teamlora_export.model.checkpoint import open_safetensors_weights
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
+from teamlora_export.origin import MOST_WARNINGS, describe_adapter, describe_refit, warn_of_normalizers
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import real_path, refuse_foreign, require_space, staged
 from teamlora_export.tokens import read_tokens
 
 OP_FORMS = ("function", "standard")
 CACHE_FORMS = ("growing", "in-place")
-_MOST_WARNINGS = 5
 
 
 def export_onnx(
@@ -93,7 +91,7 @@ def export_onnx(
         traced = _find_graph(source, adapter, task, dtype, cache == "in-place", retrace, reporter)
         adapter = align_with_base(adapter, traced.signature)
         model = traced.model
-        _warn_of_normalizers(adapter, reporter)
+        warn_of_normalizers(adapter, reporter)
         _warn_of_unused(model, adapter, reporter)
         nodes = sum(op.is_op(node) for node in model.graph)
         recipes = {
@@ -101,7 +99,7 @@ def export_onnx(
             for value in model.graph.initializers.values()
             if (recipe := weights.recipe_of(value))
         }
-        refit = _describe_refit(recipes, adapter, traced.signature)
+        refit = describe_refit(recipes, adapter, traced.signature.body_prefix)
         if op_form == "standard":
             inline_bodies(model)
         model.producer_name, model.producer_version = "teamlora-export", __version__
@@ -114,7 +112,7 @@ def export_onnx(
             manifest = Manifest(
                 tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
                 base={"source": source.origin, "model_type": traced.model_type, "sha256": finish_hashing()},
-                adapter=_describe_adapter(adapter),
+                adapter=describe_adapter(adapter),
                 op={"domain": op.DOMAIN, "name": op.NAME, "version": op.VERSION, "nodes": nodes, "form": op_form},
                 task=traced.task,
                 dtype=dtype,
@@ -186,10 +184,12 @@ def _write_weights(
 
         with reporter.step("Loading the base's weights through transformers"):
             base_weights = LoadedWeights(_open_base(source, traced.task), needed)
-    size = weights.total_bytes(model)
+    size = weights.total_bytes(model.graph.initializers.values())
     require_space(folder, size)
     with reporter.bytes("Writing weights", size) as progress:
-        return weights.write_external_data(model, base_weights, adapter, folder / DATA_NAME, progress)
+        return weights.write_external_data(
+            model.graph.initializers.values(), base_weights, adapter, folder / DATA_NAME, progress
+        )
 
 
 def _open_base(source: BaseSource, task: str):  # type: ignore[no-untyped-def]
@@ -197,47 +197,6 @@ def _open_base(source: BaseSource, task: str):  # type: ignore[no-untyped-def]
     from teamlora_export.model.base import open_base
 
     return open_base(source, task)
-
-
-def _describe_adapter(adapter: AdapterSpec) -> AdapterOrigin:
-    return {
-        "source": adapter.source,
-        "sha256": adapter.sha256,
-        "family": adapter.family,
-        "r": adapter.config.r,
-        "num_experts": max(p.num_experts for p in adapter.projections.values()),
-        "modules": len(adapter.projections),
-        "parameters": adapter.num_parameters,
-    }
-
-
-def _describe_refit(recipes: Mapping[str, weights.Recipe], adapter: AdapterSpec, signature: BaseSignature) -> Refit:
-    """What exchanging the adapter needs: the recipes of its weights, and what another adapter is checked against."""
-    own = {
-        name: recipe.to_json()
-        for name, recipe in recipes.items()
-        if any(part.source in weights.OP_SOURCES or part.key in adapter.overrides for part in recipe.parts)
-    }
-    return {
-        "weights": own,
-        "projections": {
-            path: (p.in_features, p.out_features, p.down_rank, p.num_experts, p.expert_rank)
-            for path, p in adapter.projections.items()
-        },
-        "overrides": {name: list(value.shape) for name, value in adapter.overrides.items()},
-        "body_prefix": signature.body_prefix,
-    }
-
-
-def _warn_of_normalizers(adapter: AdapterSpec, reporter: Reporter) -> None:
-    unsafe = list(adapter.unsafe_normalizers().items())
-    for path, floor in unsafe[:_MOST_WARNINGS]:
-        reporter.warn(
-            f"{path}: its routing normaliser can fall to {floor:.3g}; a token there divides by zero or flips sign."
-        )
-    if len(unsafe) > _MOST_WARNINGS:
-        rest = len(unsafe) - _MOST_WARNINGS
-        reporter.warn(f"{rest} more modules have such a normaliser; `teamlora-export inspect` lists them.")
 
 
 def _warn_of_unused(model: ir.Model, adapter: AdapterSpec, reporter: Reporter) -> None:
@@ -249,4 +208,4 @@ def _warn_of_unused(model: ir.Model, adapter: AdapterSpec, reporter: Reporter) -
         raise ExportError("None of the adapted modules is part of this task's graph. Choose another --task.")
     if unused:
         count = "1 adapted module is" if len(unused) == 1 else f"{len(unused)} adapted modules are"
-        reporter.warn(f"{count} not part of this task's graph: {', '.join(unused[:_MOST_WARNINGS])}.")
+        reporter.warn(f"{count} not part of this task's graph: {', '.join(unused[:MOST_WARNINGS])}.")

@@ -10,7 +10,9 @@ from typing import Any
 
 from teamlora_export.adapter import AdapterSpec, read_adapter
 from teamlora_export.adapter.config import CONFIG_NAME
-from teamlora_export.bundle import MANIFEST_NAME, Bundle, Port, read_bundle
+from teamlora_export.attach.describe import Contents, describe
+from teamlora_export.attach.read import GENAI_NAME, Foreign, open_foreign
+from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME, Bundle, Port, read_bundle
 from teamlora_export.cli_output import Description
 from teamlora_export.engine.facts import EngineFacts, read_facts
 from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, is_library, read_library
@@ -19,9 +21,11 @@ from teamlora_export.errors import ExportError
 from teamlora_export.graph.lifted import Lifted, find_lifted
 from teamlora_export.graph.read import read_graph
 
+_MOST_OPERATORS = 12
+
 
 def inspect_path(path: Path) -> Description:
-    """What the adapter or the bundle in the folder `path` is, or the engine of that name.
+    """What the adapter, the bundle or the graph in the folder `path` is, or the engine or graph of that name.
 
     Raises:
         ExportError: it is neither, or it is damaged.
@@ -37,7 +41,13 @@ def inspect_path(path: Path) -> Description:
     if path.suffix == ".engine":
         facts = read_facts(path)
         return _describe("engine", path, _engine_rows(facts), dataclasses.asdict(facts))
-    raise ExportError(f"{path}: neither an adapter ({CONFIG_NAME}) nor a bundle ({MANIFEST_NAME}) nor NAME.engine.")
+    if path.suffix == ".onnx" or (path / GENAI_NAME).is_file() or any(path.glob("*.onnx")):
+        foreign = open_foreign(path)
+        contents = describe(foreign)
+        return _describe("graph", foreign.path, _graph_rows(foreign, contents), dataclasses.asdict(contents))
+    raise ExportError(
+        f"{path}: neither an adapter ({CONFIG_NAME}) nor a bundle ({MANIFEST_NAME}) nor an ONNX graph nor NAME.engine."
+    )
 
 
 def inspect_plugin(path: Path | None) -> Description:
@@ -111,7 +121,9 @@ def _bundle_rows(bundle: Bundle, lifted: Lifted) -> Iterable[tuple[str, str]]:
     adapter = manifest.adapter
     yield "task", manifest.task
     yield "dtype", manifest.dtype
-    yield "base", f"{manifest.base['model_type']}, {manifest.base['source']}"
+    yield "base", f"{manifest.base['model_type']}, {manifest.base['source'] or 'not given'}"
+    if manifest.attached is not None:
+        yield "attached to", manifest.attached["source"]
     yield (
         "adapter",
         (
@@ -123,7 +135,10 @@ def _bundle_rows(bundle: Bundle, lifted: Lifted) -> Iterable[tuple[str, str]]:
     form = "kept, with its body" if op["form"] == "function" else "inlined"
     yield "op", f"{op['domain']}::{op['name']} version {op['version']}, {op['nodes']} nodes, {form}"
     yield "standard operators", str(lifted)
-    yield "size", f"{(bundle.model.stat().st_size + bundle.data.stat().st_size) / 1e6:,.1f} MB"
+    yield (
+        "size",
+        f"{sum((bundle.folder / name).stat().st_size for name in (MODEL_NAME, *bundle.data_names)) / 1e6:,.1f} MB",
+    )
     yield "inputs", _ports(manifest.inputs)
     yield "outputs", _ports(manifest.outputs)
     yield "made with", ", ".join(f"{name} {version}" for name, version in manifest.tool.items())
@@ -140,6 +155,29 @@ def _bundle_rows(bundle: Bundle, lifted: Lifted) -> Iterable[tuple[str, str]]:
                 f"{validation['worst_times_pytorch']:.2g} times PyTorch's own error"
             ),
         )
+
+
+def _graph_rows(foreign: Foreign, contents: Contents) -> Iterable[tuple[str, str]]:
+    yield "made by", contents.producer
+    yield "opset", str(contents.opset)
+    yield "weights", ", ".join(foreign.data) or "in the graph"
+    counts = contents.operators.items()
+    yield "operators", ", ".join(f"{name} {count}" for name, count in list(counts)[:_MOST_OPERATORS])
+    yield (
+        "attention",
+        ", ".join(f"{name} {count}" for name, count in contents.attention.items()) or "in pieces, or none",
+    )
+    yield "cache", contents.cache
+    for form, count in contents.products.items():
+        yield "products", f"{count} x {form}"
+    for kind, layers in contents.modules.items():
+        yield f"projection {kind}", layers
+    if contents.unknown:
+        yield "other products", str(contents.unknown)
+    for obstacle in contents.obstacles:
+        yield "OBSTACLE", obstacle
+    found = bool(contents.modules) and not contents.obstacles
+    yield "an adapter", "can be attached to these projections" if found else "can be attached in part at most"
 
 
 def _engine_rows(facts: EngineFacts) -> Iterable[tuple[str, str]]:

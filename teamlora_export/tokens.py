@@ -52,6 +52,8 @@ class Tokens:
             input is refused instead.
         windowed: some layer counts the rows of the cache between two tokens (a window of the last tokens, a bias by
             distance), so that none may be left out or stand empty.
+        padded: rows of one batch may be of different lengths, the shorter ones with padding in front; where not, they
+            are run one by one.
     """
 
     vocabulary: int | None
@@ -61,6 +63,7 @@ class Tokens:
     most: int | None
     cut: int | None
     windowed: bool
+    padded: bool = True
 
 
 def read_tokens(folder: Path, task: str) -> Tokens:

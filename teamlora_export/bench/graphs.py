@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from teamlora_export.bench.floor import Work, work_of
-from teamlora_export.bundle import DATA_NAME, MANIFEST_NAME, MODEL_NAME, Bundle
+from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME, Bundle
 from teamlora_export.errors import ExportError
 from teamlora_export.files import link_or_copy
 from teamlora_export.graph import op
@@ -91,7 +91,8 @@ def _expert_nodes(model: ir.Model, bundle: Bundle) -> Iterator[ir.Node]:
 
 def _write(model: ir.Model, bundle: Bundle, folder: Path) -> Work:
     folder.mkdir()
-    link_or_copy(bundle.data, folder / DATA_NAME)
+    for name in bundle.data_names:
+        link_or_copy(bundle.folder / name, folder / name)
     shutil.copyfile(bundle.folder / MANIFEST_NAME, folder / MANIFEST_NAME)
     (folder / MODEL_NAME).write_bytes(ir.to_proto(model).SerializeToString())
     return work_of(model)

@@ -15,7 +15,6 @@ import onnx_ir as ir
 from teamlora_export import __version__
 from teamlora_export.bundle import (
     COMPANIONS,
-    DATA_NAME,
     MODEL_NAME,
     Bundle,
     Dtype,
@@ -140,9 +139,12 @@ def deployment(
         rewritten = _rewritten(bundle, logits, capacity) if graph else None
         made = Deployment(staging, staging / inside, bundle if rewritten is None else rewritten.bundle, target)
         if graph:
-            require_space(staging, bundle.model.stat().st_size + bundle.data.stat().st_size)
+            require_space(
+                staging, sum((bundle.folder / name).stat().st_size for name in (MODEL_NAME, *bundle.data_names))
+            )
             made.add(MODEL_NAME, bundle.model if rewritten is None else rewritten.graph)
-            made.add(DATA_NAME, bundle.data)
+            for name in bundle.data_names:
+                made.add(name, bundle.folder / name)
         for name in COMPANIONS:
             if name in bundle.manifest.sha256:
                 made.add(name, _without_origin(bundle.folder / name, bundle.folder))

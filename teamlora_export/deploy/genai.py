@@ -12,6 +12,7 @@ from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, adds_t
 from teamlora_export.deploy.library import add_library
 from teamlora_export.deploy.render import render
 from teamlora_export.errors import ExportError
+from teamlora_export.files import read_json
 
 CONFIG_NAME = "genai_config.json"
 _DEFAULT_LENGTH = 2048
@@ -29,7 +30,7 @@ def deploy_genai(bundle: Bundle, out: Path, library: Path | None = None, logits:
     """
     if bundle.manifest.task != "text-generation":
         raise ExportError(f"{bundle.folder}: is for {bundle.manifest.task}; onnxruntime-genai generates text only.")
-    problem = why_unreadable(bundle)
+    problem = None if _given_config(bundle) is not None else why_unreadable(bundle)
     if problem is None and not bundle.manifest.tokens.stops:
         problem = "no token ends a text (eos_token_id in config.json), and onnxruntime-genai insists on one"
     if problem is not None:
@@ -51,9 +52,23 @@ def deploy_genai(bundle: Bundle, out: Path, library: Path | None = None, logits:
 
 
 def add_genai_files(made: Deployment, library: str | None = None) -> None:
-    """Add what onnxruntime-genai reads beside the graph."""
+    """Add what onnxruntime-genai reads beside the graph; what its own builder wrote stays, but for the library."""
+    given = _given_config(made.bundle)
+    if given is not None:
+        if library:
+            given["model"]["decoder"].setdefault("session_options", {})["custom_ops_library"] = library
+        made.add(CONFIG_NAME, json.dumps(given, indent=4) + "\n")
+        return
     made.add(CONFIG_NAME, json.dumps(genai_config(made.bundle, library), indent=4) + "\n")
     made.add(TOKENIZER_CONFIG_NAME, tokenizer_config(made.bundle))
+
+
+def _given_config(bundle: Bundle) -> dict[str, Any] | None:
+    """The configuration that an attached graph came with."""
+    if CONFIG_NAME not in bundle.manifest.sha256:
+        return None
+    fields: dict[str, Any] = read_json(bundle.folder / CONFIG_NAME, "Attach the adapter again.", bundle.folder)
+    return fields
 
 
 def genai_config(bundle: Bundle, library: str | None = None) -> dict[str, Any]:

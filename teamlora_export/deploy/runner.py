@@ -36,7 +36,7 @@ _RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
 _DESCRIPTIONS = {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)}
 # What is opened here or by a server, so that a list of hashes without one of them is not whole.
 _OPENED = (
-    *("model.onnx", "model.onnx.data", "model.plan"),
+    *("model.onnx", "model.onnx.data", "adapter.onnx.data", "model.plan"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 )
 _LIBRARY_NAME = "libteamlora_onnxruntime.so"
@@ -117,6 +117,8 @@ class Model:
             ModelError: a prompt is empty, too long, or holds what is no token's id; or the model cannot run it.
         """
         count = self.require_room(prompts, count)
+        if not self._settings.padded and len(set(map(len, prompts))) > 1:
+            return [self._alone(row, prompt, count, on_token) for row, prompt in enumerate(prompts)]
         answers: list[list[int]] = [[] for _ in prompts]
         going = [True] * len(prompts)
         for tokens in self.likeliest(prompts, count, going):
@@ -129,6 +131,12 @@ class Model:
             if not any(going):
                 break
         return answers
+
+    def _alone(
+        self, row: int, prompt: Sequence[int], count: int, on_token: Callable[[int, int], object] | None
+    ) -> list[int]:
+        """A row of a batch by itself: in the model's rows nothing may stand in front of a text."""
+        return self.generate([prompt], count, on_token and (lambda _, token: on_token(row, token)))[0]
 
     def stream(self, prompt: Sequence[int], count: int = 64) -> Iterator[int]:
         """The likeliest `count` tokens after a prompt, one by one; its end-of-text token is one like any other.
@@ -300,6 +308,7 @@ class Settings:
         stops: the ids that end a text.
         most: tokens that the model takes at most, prompt and answer together; None where there is no limit.
         cut: words are cut to so many tokens; None where a longer input is refused.
+        padded: rows of one batch may have padding in front.
     """
 
     hashes: Mapping[str, str]
@@ -308,6 +317,7 @@ class Settings:
     stops: tuple[int, ...]
     most: int | None
     cut: int | None
+    padded: bool = True
 
     def require_ids(self, ids: Sequence[int]) -> list[int]:
         """The ids of one input, all of which must exist."""
@@ -371,7 +381,13 @@ def read_settings(folder: Path) -> Settings:
     ):
         raise ModelError(f"{path}: format_version, {entry} or tokens are not as they should be. Copy it again.")
     return Settings(
-        hashes, tokens["vocabulary"], tokens["padding"], tuple(tokens["stops"]), tokens["most"], tokens["cut"]
+        hashes,
+        tokens["vocabulary"],
+        tokens["padding"],
+        tuple(tokens["stops"]),
+        tokens["most"],
+        tokens["cut"],
+        tokens.get("padded") is not False,
     )
 
 

@@ -104,6 +104,11 @@ def _write_model(
     capacity: int | None,
 ) -> None:
     """Write model and weights into `folder`; weights in the dtype that the bundle has come there by `share`."""
+    if bundle.manifest.attached is not None:
+        raise ExportError(
+            f"{bundle.folder}: its graph is another tool's, for ONNX Runtime; engines are built of bundles that "
+            "`teamlora-export onnx` wrote."
+        )
     model = read_graph(bundle)
     if for_plugin and bundle.manifest.op["form"] != "function":
         raise ExportError(

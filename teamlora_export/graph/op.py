@@ -35,6 +35,7 @@ in the weights of all; they read the same x.)
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,8 +52,9 @@ VERSION = 1
 MARKER = "ModuleOutput"
 INPUTS = ("x", "base", "down", "mix", "up")
 ATTRIBUTES = ("num_experts", "shared_down", "out_splits")
-# Of ONNX's own operators: what the body needs, and what graphs are traced in (the first with TensorScatter).
-BODY_OPSET, OPSET = 20, 24
+# Of ONNX's own operators: what the body is written in unless a graph is older, what it can be written in at least, and
+# what graphs are traced in (the first with TensorScatter).
+BODY_OPSET, OLDEST_OPSET, OPSET = 20, 13, 24
 
 
 @dataclass(frozen=True)
@@ -105,23 +107,37 @@ def weight_shapes(projection: ExpertProjection) -> dict[str, tuple[int, ...]]:
     }
 
 
-def function(form: OpForm, opset: int = BODY_OPSET) -> ir.Function:
-    """The function body for `form`, in standard ops of `opset`: the model's own, `BODY_OPSET` or newer, since a body
-    that is put in place of its node becomes part of the model."""
-    proto = onnx.parser.parse_function(_body_text(form, opset))
+def function(form: OpForm, opset: int = BODY_OPSET, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Function:
+    """The function body for `form`, in standard ops of `opset`: the model's own, `OLDEST_OPSET` or newer, since a body
+    that is put in place of its node becomes part of the model. Below 15 it is for T = `dtype` alone."""
+    proto = onnx.parser.parse_function(_body_text(form, opset, dtype))
     proto.overload = form.overload
     for index, node in enumerate(proto.node):
         node.name = f"{NAME}_{form.overload}_{index}_{node.op_type}"
     return ir.serde.deserialize_function(proto)
 
 
-def _body_text(form: OpForm, opset: int) -> str:
+def _body_text(form: OpForm, opset: int, dtype: ir.DataType) -> str:
     lines = [*_sizes(form), *_skinny_product(form), *_routing(form), *_experts(form)]
-    body = "\n".join(f"    {line}" for line in lines)
+    body = "\n".join(f"    {older}" for line in lines for older in _as_in(opset, line, dtype))
     return (
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
         f"{NAME} <{', '.join(ATTRIBUTES)}> ({', '.join(INPUTS)}) => (y)\n{{\n{body}\n}}"
     )
+
+
+def _as_in(opset: int, line: str, dtype: ir.DataType) -> list[str]:
+    """A line of the body as an older opset has it."""
+    if opset < 18:
+        # Equal parts, as many as there are outputs.
+        line = re.sub(r", num_outputs = \d+", "", line)
+    if opset < 15:
+        line = re.sub(r"CastLike \((\w+), x\)", rf"Cast <to = {dtype.value}> (\1)", line)
+        if part := re.fullmatch(r"(\w+) = Shape <start = (\d), end = \d> \((\w+)\)", line):
+            name, axis, value = part.groups()
+            index = ("zero", "one")[int(axis)]
+            return [f"{name}_of = Shape ({value})", f"{name} = Gather ({name}_of, {index})"]
+    return [line]
 
 
 def _each(name: str, form: OpForm) -> list[str]:

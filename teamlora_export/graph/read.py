@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx_ir as ir
 
-from teamlora_export.bundle import DATA_NAME, Bundle, Port
+from teamlora_export.bundle import Bundle, Port
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.files import open_file, refuse_escape
 
 # Bytes. A graph without its weights has a few million, whatever the model.
 _LARGEST = 1 << 29
+_ADVICE = "Export the model again."
 
 
-class _Weight(ir.ExternalTensor):
-    """A weight in the bundle's file.
+class StoredWeight(ir.ExternalTensor):
+    """A weight in a file whose path was looked at.
 
     Backups, snapshots and `trt` give that file more than one name; onnx_ir would take this for an attack.
     """
 
     def _check_path_containment(self) -> None:
-        """`read_graph` has looked at the path."""
+        """`stored_in` has looked at the path."""
+
+    def tobytes(self) -> bytes:
+        """Its bytes, read and not mapped: they are no longer memory in use when they have been written."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset or 0)
+            return file.read(self.nbytes)
 
 
 def read_graph(bundle: Bundle) -> ir.Model:
@@ -46,11 +55,19 @@ def read_graph(bundle: Bundle) -> ir.Model:
         raise ExportError(
             f"{bundle.model}: has not the inputs and outputs that its manifest lists. Export the model again."
         )
-    refuse_escape(bundle.data, bundle.folder)
-    held = bundle.data.stat().st_size
+    sizes = {}
+    for name in bundle.data_names:
+        refuse_escape(bundle.folder / name, bundle.folder)
+        sizes[name] = (bundle.folder / name).stat().st_size
     for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = _in_its_file(value.const_value, bundle, held)
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            if tensor.location not in sizes:
+                raise ExportError(
+                    f"{bundle.model}: has a weight in {tensor.location!r:.80}, expected {' or '.join(sizes)}. {_ADVICE}"
+                )
+            name = str(tensor.location)
+            value.const_value = stored_in(tensor, bundle.folder / name, sizes[name], _ADVICE)
     return model
 
 
@@ -61,18 +78,18 @@ def port_of(value: ir.Value) -> Port:
     return Port(value.name or "", dtype, sizes)
 
 
-def _in_its_file(tensor: ir.ExternalTensor, bundle: Bundle, held: int) -> _Weight:
-    if tensor.location != DATA_NAME:
-        raise ExportError(
-            f"{bundle.model}: has a weight in {tensor.location!r:.80}, expected {DATA_NAME}. Export the model again."
-        )
+def stored_in(tensor: ir.ExternalTensor, path: Path, held: int, advice: str) -> StoredWeight:
+    """A weight in the file `path` of `held` bytes, which was looked at.
+
+    Raises:
+        ExportError: it goes beyond the file's end.
+    """
     start, size = tensor.offset or 0, tensor.nbytes
     if start < 0 or tensor.length not in (None, size) or start + size > held:
         raise ExportError(
-            f"{bundle.data}: has {held:,} bytes, which do not hold {tensor.name!r:.80} of {size:,} from {start:,} on. "
-            "Export the model again."
+            f"{path}: has {held:,} bytes, which do not hold {tensor.name!r:.80} of {size:,} from {start:,} on. {advice}"
         )
-    return _Weight(
+    return StoredWeight(
         tensor.location,
         tensor.offset,
         tensor.length,

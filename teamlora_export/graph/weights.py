@@ -14,12 +14,12 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import BinaryIO, NoReturn, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -137,9 +137,13 @@ def joined(name: str, values: list[ir.Value], axis: int) -> ir.Value | None:
 
 
 def write_external_data(
-    model: ir.Model, base: BaseWeights, adapter: AdapterSpec, path: Path, progress: Callable[[int], None]
+    values: Iterable[ir.Value],
+    base: BaseWeights,
+    adapter: AdapterSpec,
+    path: Path,
+    progress: Callable[[int], None],
 ) -> str:
-    """Write every weight of `model` to `path` and point its initializers there.
+    """Write the weights of `values`, initializers of a model, to `path` and point them there.
 
     Args:
         progress: called with the number of bytes after each tensor.
@@ -153,11 +157,13 @@ def write_external_data(
     cook = _Cook(base, adapter)
     with _HashingWriter(path) as writer, ThreadPoolExecutor(1) as pool:
         pending: Future[int] | None = None
-        for value in model.graph.initializers.values():
+        for value in values:
             tensor = value.const_value
-            if not isinstance(tensor, WeightTensor) and (tensor is None or tensor.nbytes < _SMALL):
+            kept_inside = not isinstance(tensor, (WeightTensor, ir.ExternalTensor))
+            if tensor is None or (kept_inside and tensor.nbytes < _SMALL):
                 continue
-            array = cook.cook(tensor) if isinstance(tensor, WeightTensor) else tensor.numpy()
+            # Numbers of fewer than 8 bits stay packed.
+            array = cook.cook(tensor) if isinstance(tensor, WeightTensor) else np.frombuffer(tensor.tobytes(), np.uint8)
             # The next tensor is made while this one is written: two in memory, both cores at work.
             if pending is not None:
                 progress(pending.result())
@@ -173,6 +179,17 @@ def write_external_data(
         return writer.finish()
 
 
+def copy_hashed(source: BinaryIO, path: Path, progress: Callable[[int], None]) -> str:
+    """Copy a file to the new file `path`, a block in memory at a time; its SHA-256."""
+    with _HashingWriter(path) as writer:
+        block = np.empty(_BLOCK, np.uint8)
+        offset = 0
+        while count := source.readinto(block.data):  # type: ignore[attr-defined]
+            progress(writer.write(offset, block[:count]))
+            offset += count
+        return writer.finish()
+
+
 def adapter_weights(
     recipes: Mapping[str, Recipe], adapter: AdapterSpec, dtype: ir.DataType
 ) -> Iterator[tuple[str, np.ndarray]]:
@@ -182,7 +199,7 @@ def adapter_weights(
         ExportError: a recipe needs a weight of the base.
     """
     kinds = {name: ir.DataType.FLOAT if recipe.parts[0].source == "mix" else dtype for name, recipe in recipes.items()}
-    return make_weights(recipes, _NoBase(), adapter, kinds)
+    return make_weights(recipes, NoBase(), adapter, kinds)
 
 
 def make_weights(
@@ -194,7 +211,7 @@ def make_weights(
         yield name, cook.make(recipe, dtypes[name])
 
 
-class _NoBase:
+class NoBase:
     def read(self, name: str) -> np.ndarray:
         raise ExportError(f"{name}: is the base's, and the adapter does not replace it. Export and build again.")
 
@@ -288,11 +305,11 @@ def _write_all(file: int, data: memoryview) -> None:
                 fcntl.fcntl(file, fcntl.F_SETFL, flags & ~_DIRECT)
 
 
-def total_bytes(model: ir.Model) -> int:
-    """Bytes of all weights that `write_external_data` will write."""
+def total_bytes(values: Iterable[ir.Value]) -> int:
+    """Bytes of all weights among `values` that are recipes."""
     return sum(
         math.ceil(math.prod(t.shape.numpy()) * t.dtype.itemsize)
-        for t in (value.const_value for value in model.graph.initializers.values())
+        for t in (value.const_value for value in values)
         if isinstance(t, WeightTensor)
     )
 

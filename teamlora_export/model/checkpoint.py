@@ -62,6 +62,23 @@ class SafetensorsWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._extents
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._extents[name].shape
+
+    def read_rows(self, name: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Some rows of a matrix, in the dtype that it is stored in; the others are not read.
+
+        Raises:
+            ExportError: the file ends before them.
+        """
+        extent = self._extents[name]
+        width = math.prod(extent.shape[1:])
+        offsets = [extent.offset + int(row) * width * extent.dtype.itemsize for row in rows]
+        found = [np.fromfile(extent.path, extent.dtype, width, offset=offset) for offset in offsets]
+        if any(row.size != width for row in found):
+            raise ExportError(f"{extent.path}: ends before {name} does. It may be truncated: copy it again.")
+        return np.stack(found)
+
     def read(self, name: str) -> np.ndarray:
         """The tensor in the dtype that it is stored in.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from teamlora_export.bundle import Port
 from teamlora_export.errors import ExportError
-from teamlora_export.tokens import longest_input
+from teamlora_export.tokens import Tokens, longest_input
 from teamlora_export.validate.metrics import attended
 
 Feeds = dict[str, np.ndarray]
@@ -114,6 +114,19 @@ def make_cases(config: Any, task: str, seed: int = 0, brief: bool = False, many:
         case(f"one sentence of {long}", [long], "right"),
         *([largest()] if many else []),
     ]
+
+
+def cases_without_padding(tokens: Tokens, task: str, seed: int = 0) -> list[Case]:
+    """Cases for a model that is known by its tokens alone: rows of one length."""
+    rng = np.random.default_rng(seed)
+    vocabulary, limit = tokens.vocabulary or 256, tokens.most or 512
+    steps = 2 if task == "text-generation" else 0
+
+    def case(name: str, rows: int, length: int) -> Case:
+        shape = (rows, min(length, limit // 2 or 1))
+        return Case(name, rng.integers(0, vocabulary, shape), np.ones(shape, np.int64), steps)
+
+    return [case("one text of 17", 1, 17), case("batch of 3, all of 9", 3, 9), case("one token", 1, 1)]
 
 
 def first_step(inputs: Sequence[Port], case: Case) -> Step:

@@ -23,7 +23,6 @@ from teamlora_export.dtypes import DTYPES
 from teamlora_export.graph.choices import chosen_scores
 from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
 from teamlora_export.validate.metrics import ErrorStats
-from teamlora_export.validate.torch_runner import TorchRunner
 from teamlora_export.validate.verdict import Judgement, LocalCheck
 
 # Kernels in 16 bits round at other places than PyTorch's (attention's scores and shares, for one): good models stay
@@ -44,6 +43,12 @@ class Tappable(Protocol):
         ...
 
 
+class Follower(Protocol):
+    """What computes a module on what a candidate had before it: a `TorchRunner`, or a part of the model."""
+
+    def run_forced(self, feeds: Feeds, taps: Mapping[str, np.ndarray], jitter: bool = False) -> Feeds: ...
+
+
 class LocalJudge:
     """Judges `candidate` by `reference` (float64, weights rounded as the file's) and `pytorch` (its own dtype).
 
@@ -57,8 +62,8 @@ class LocalJudge:
     def __init__(
         self,
         dtype: str,
-        reference: TorchRunner,
-        pytorch: TorchRunner | None,
+        reference: Follower,
+        pytorch: Follower | None,
         candidate: Tappable,
         inputs: Sequence[Port],
         inexact: Collection[str],

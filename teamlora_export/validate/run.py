@@ -27,6 +27,7 @@ from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights
 from teamlora_export.model.source import weights_sha256
 from teamlora_export.progress import Reporter
+from teamlora_export.validate.attached import judge_attached
 from teamlora_export.validate.cases import Case, Step, make_cases
 from teamlora_export.validate.engine_runner import EngineRunner, cases_within
 from teamlora_export.validate.judge import Judge
@@ -68,6 +69,17 @@ def validate_bundle(
         raise ExportError("--library and --engine: an engine does not run the native op. Give one of the two.")
     native = library_for(bundle, library, reporter) if library is not None else None
     check_files(bundle)
+    if manifest.attached is not None:
+        if engine_name:
+            raise ExportError(f"{bundle.folder}: its graph is another tool's, of which no engines are built.")
+        of_base = base_source or manifest.base["source"] or None
+        if of_base is not None and base_source is None and not Path(of_base).exists():
+            reporter.warn(f"{of_base}: is not there any more; the model as a whole is not judged. Give --base.")
+            of_base = None
+        adapter = open_adapter(bundle, adapter_folder, manifest.adapter["sha256"])
+        base = open_base(of_base, manifest.task) if of_base else None
+        aligned = align_with_base(adapter, base.signature) if base is not None else adapter
+        return _keep(judge_attached(bundle, aligned, base, library, reporter), bundle, None)
     engine = _open_engine(bundle, engine_name, plugin, reporter) if engine_name else None
     dtype = engine.facts.dtype if engine else manifest.dtype
     adapter_sha256 = engine.facts.adapter_sha256 if engine else manifest.adapter["sha256"]
@@ -237,17 +249,29 @@ def open_sources(
         ExportError: they are not there, or are others: another adapter than that of `adapter_sha256`.
     """
     manifest = bundle.manifest
-    adapter = read_adapter(adapter_folder or manifest.adapter["source"])
-    if adapter.sha256 != adapter_sha256:
-        raise ExportError(
-            f"{adapter.source}: is not the adapter that is judged here. Give that one with --adapter, or export again."
-        )
+    if not (base_source or manifest.base["source"]):
+        raise ExportError(f"{bundle.folder}: does not say which model its graph was made of. Give it with --base.")
+    adapter = open_adapter(bundle, adapter_folder, adapter_sha256)
     base = open_base(base_source or manifest.base["source"], manifest.task)
     if weights_sha256(base.source) != manifest.base["sha256"]:
         raise ExportError(
             f"{base.name}: is not the base that {bundle.folder} was made of. Export again, or give --base."
         )
     return base, align_with_base(adapter, base.signature)
+
+
+def open_adapter(bundle: Bundle, folder: str | Path | None, sha256: str) -> AdapterSpec:
+    """The adapter that `bundle` was made of, found by its manifest, or given if it moved.
+
+    Raises:
+        ExportError: it is not there, or is another than that of `sha256`.
+    """
+    adapter = read_adapter(folder or bundle.manifest.adapter["source"])
+    if adapter.sha256 != sha256:
+        raise ExportError(
+            f"{adapter.source}: is not the adapter that is judged here. Give that one with --adapter, or export again."
+        )
+    return adapter
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -103,7 +103,7 @@ def _parts(module: str, value: ir.Value, columns: tuple[int, int] | None, inputs
     form."""
     node = value.producer()
     if node is not None and node.op_type == "Split":
-        widths = [int(str(output.shape[-1])) for output in node.outputs]  # type: ignore[index]
+        widths = _widths(node)
         start = sum(widths[: value.index()])  # type: ignore[arg-type,misc]
         columns = start, start + widths[value.index()]  # type: ignore[index]
         value = node.inputs[0]  # type: ignore[assignment]
@@ -123,6 +123,13 @@ def _parts(module: str, value: ir.Value, columns: tuple[int, int] | None, inputs
     parts = {f"{module}/{BASE}": Tap(str(base.name), columns), f"{module}/{EXPERTS}": Tap(str(experts.name), columns)}  # type: ignore[union-attr]
     read = inputs.get(str(value.name)) or _read_by(experts)  # type: ignore[arg-type]
     return ({f"{module}/{INPUT}": Tap(read)} if read else {}) | parts
+
+
+def _widths(split: ir.Node) -> list[int]:
+    """How many columns each output has; a graph of another tool may not say its values' shapes."""
+    if len(split.inputs) > 1 and split.inputs[1] is not None and split.inputs[1].const_value is not None:
+        return [int(size) for size in split.inputs[1].const_value.numpy()]
+    return [int(str(output.shape[-1])) for output in split.outputs]  # type: ignore[index]
 
 
 def _read_by(experts: ir.Value) -> str | None:

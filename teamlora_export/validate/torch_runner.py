@@ -104,13 +104,25 @@ class TorchRunner:
         path, _, leaf = name.rpartition(".")
         return getattr(self._model.get_submodule(path), leaf).detach().numpy()
 
+    def hold(self, name: str, array: np.ndarray) -> None:
+        """From now on, compute with another parameter `name`; what it was tied to keeps its own."""
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        weight = torch.from_numpy(np.ascontiguousarray(array)).to(self._dtype)
+        setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
+
+    def hold_embeddings(self, table: np.ndarray) -> None:
+        """From now on, look ids up in `table` [vocabulary, hidden]."""
+        embeddings: nn.Embedding = self._model.get_input_embeddings()  # type: ignore[operator]
+        embeddings.weight = nn.Parameter(torch.from_numpy(table).to(self._dtype), requires_grad=False)
+
     def round_weights(self, dtype: torch.dtype, kept: Collection[str]) -> None:
         """From now on, compute with the weights that a file in `dtype` holds; those of the base in `kept` stay."""
         if dtype not in _NUMPY_DTYPES:
             return
         for path, module in self._model.named_modules():
             if isinstance(module, ExpertLinear):
-                _round_experts(module, op.fold(self._adapter.projections[path]), dtype)
+                round_experts(module, op.fold(self._adapter.projections[path]), dtype)
         if self._streamed is not None:
             self._streamed.rounding, self._streamed.kept = _NUMPY_DTYPES[dtype], kept
             return
@@ -254,7 +266,7 @@ def _jittered(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where((tensor != 0) & torch.isfinite(moved), moved, tensor)
 
 
-def _round_experts(layer: ExpertLinear, folded: op.OpWeights, dtype: torch.dtype) -> None:
+def round_experts(layer: ExpertLinear, folded: op.OpWeights, dtype: torch.dtype) -> None:
     """Give `layer` the numbers that the op's inputs hold in `dtype`, with the constants taken out of them again."""
     stacked = torch.from_numpy(folded.down).to(dtype).to(layer.down.dtype)
     rows = len(layer.down)

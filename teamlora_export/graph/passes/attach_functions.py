@@ -14,14 +14,14 @@ class AttachFunctions(ir.passes.InPlacePass):
     """Points every node of the op at the overload for its form, and adds the body of each form that occurs."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        forms = set()
+        forms: dict[op.OpForm, ir.DataType] = {}
         for node in model.graph:
             if op.is_op(node):
                 form = op.form_of(node)
                 node.overload = form.overload
-                forms.add(form)
+                forms[form] = node.inputs[-1].dtype  # type: ignore[union-attr,assignment]
         for form in sorted(forms, key=lambda form: form.overload):
-            function = op.function(form, model.graph.opset_imports[""])
+            function = op.function(form, model.graph.opset_imports[""], forms[form])
             model.functions[function.identifier()] = function
         model.ir_version = max(model.ir_version or _IR_VERSION, _IR_VERSION)
         model.graph.opset_imports[op.DOMAIN] = op.VERSION

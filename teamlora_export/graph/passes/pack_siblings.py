@@ -60,7 +60,7 @@ def _compatibility(node: ir.Node) -> tuple[object, ...]:
 
 def _pack(graph: ir.Graph, siblings: Sequence[ir.Node]) -> None:
     first = siblings[0]
-    name = _joint_name([node.outputs[0].name or "" for node in siblings])
+    name = joint_name([node.outputs[0].name or "" for node in siblings])
     weights = [_join_inputs(graph, siblings, index, f"{name}.{op.INPUTS[index]}", axis) for index, axis in _JOIN_AXES]
     base = _pack_bases(graph, siblings, name) or _concat_bases(graph, siblings, name)
     out_splits = [width for node in siblings for width in node.attributes["out_splits"].as_ints()]
@@ -164,7 +164,7 @@ def _describe(value: ir.Value, name: str, like: ir.Value | None) -> None:
     value.type = like.type
 
 
-def _joint_name(paths: Sequence[str]) -> str:
+def joint_name(paths: Sequence[str]) -> str:
     """`a.b.q_proj`, `a.b.k_proj` -> `a.b.q_proj+k_proj`."""
     parents = {path.rpartition(".")[0] for path in paths}
     if len(parents) > 1:

@@ -21,8 +21,8 @@ constexpr std::int64_t kFormatVersion = 1;
 constexpr std::int64_t kLargestId = std::int64_t{1} << 31;
 constexpr std::uintmax_t kLargestJson = 64u << 20;
 // What is opened in a model's folder: a list of hashes without one of them is not whole.
-constexpr const char* kOpened[] = {"model.onnx", "model.onnx.data", "tokenizer.json", "tokenizer_config.json",
-                                   "genai_config.json"};
+constexpr const char* kOpened[] = {"model.onnx",     "model.onnx.data",       "adapter.onnx.data",
+                                   "tokenizer.json", "tokenizer_config.json", "genai_config.json"};
 
 bool is_file(const fs::path& path) {
     std::error_code error;
@@ -113,6 +113,7 @@ void read_tokens(const json& tokens, Folder& folder) {
     folder.padding = whole(tokens.at("padding"), 0);
     folder.most_tokens = whole(tokens.at("most"), 1);
     folder.has_window = tokens.at("windowed").get<bool>();
+    folder.takes_padding = tokens.value("padded", true);
     for (const json& stop : tokens.at("stops").get<std::vector<json>>()) {
         folder.stop_tokens.push_back(whole(stop, 0));
     }

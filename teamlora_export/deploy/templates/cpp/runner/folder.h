@@ -19,6 +19,8 @@ struct Folder {
     std::int64_t most_tokens = 0;
     // Some layer sees a window of the last tokens only, so that the order within the cache matters.
     bool has_window = false;
+    // Rows of one batch may have padding in front.
+    bool takes_padding = true;
     // Names of the engines in `engines/`.
     std::vector<std::string> engines;
 

@@ -126,6 +126,10 @@ std::vector<Tokens> Runner::generate(const std::vector<Tokens>& prompts, std::si
     check(prompts);
     const std::size_t batch = prompts.size(), width = longest(prompts);
     count = room(width, count);
+    const auto differs = [width](const Tokens& prompt) { return prompt.size() != width; };
+    if (!folder_->takes_padding && std::any_of(prompts.begin(), prompts.end(), differs)) {
+        return generate_apart(prompts, count, on_token);
+    }
     Tokens ids = pad(prompts, width, folder_->padding, true);
     Tokens mask = pad(ones_like(prompts), width, 0, true);
     Tokens positions = positions_of(mask, batch);
@@ -152,6 +156,17 @@ std::vector<Tokens> Runner::generate(const std::vector<Tokens>& prompts, std::si
         const Tokens all = positions_of(mask, batch);
         positions.resize(batch);
         for (std::size_t row = 0; row < batch; ++row) positions[row] = all[(row + 1) * (all.size() / batch) - 1];
+    }
+    return answers;
+}
+
+std::vector<Tokens> Runner::generate_apart(const std::vector<Tokens>& prompts, std::size_t count,
+                                           const OnToken& on_token) const {
+    std::vector<Tokens> answers;
+    for (std::size_t row = 0; row < prompts.size(); ++row) {
+        OnToken of_row;
+        if (on_token) of_row = [&on_token, row](std::size_t, std::int64_t token) { return on_token(row, token); };
+        answers.push_back(generate({prompts[row]}, count, of_row).front());
     }
     return answers;
 }

@@ -56,7 +56,7 @@ public:
     std::string description() const;
 
     // Up to `count` tokens after each prompt, greedily, until a stop token, which is left out. Prompts of different
-    // length make one batch. An answer also ends where the model has no room for more. Throws an Error for an empty
+    // length make one batch, unless the model takes no padding. An answer also ends where the model has no room for more. Throws an Error for an empty
     // prompt, an unknown token, or a prompt that the model is too short for.
     std::vector<Tokens> generate(const std::vector<Tokens>& prompts, std::size_t count = 64,
                                  const OnToken& on_token = {}) const;
@@ -66,6 +66,9 @@ public:
     std::vector<std::vector<float>> encode(const std::vector<Tokens>& inputs) const;
 
 private:
+    // One prompt after the other.
+    std::vector<Tokens> generate_apart(const std::vector<Tokens>& prompts, std::size_t count,
+                                       const OnToken& on_token) const;
     void check(const std::vector<Tokens>& rows) const;
     std::size_t room(std::size_t width, std::size_t count) const;
 

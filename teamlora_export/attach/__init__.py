@@ -1,0 +1,11 @@
+"""Attaches an adapter to a graph that somebody else exported or quantised.
+
+read.py      opens the graph; its weights stay where they are
+products.py  every product with a stored weight, whatever its form: what it reads, what it gives, what it is called
+names.py     what a name says: the layer, and the projection in it
+place.py     the same from the graph alone: who reads what
+weights.py   the same from a base's weights
+match.py     adapter's modules -> products, by all of these; refuses what is missing, doubled or contradicted
+insert.py    puts the op's nodes behind the products
+run.py       all of it: a foreign graph and an adapter in, a bundle out
+"""

@@ -1,0 +1,246 @@
+"""Puts the op behind products of a foreign graph.
+
+`y = MixedExpertProjection(x, base, down, mix, up)`, where base is what the product gave. y takes over the name of that,
+so that no node that reads it changes; the product's own output is renamed. Modules that read the same x share a node:
+
+    packed in one product      op with `out_splits`                       q, k, v of one MatMul
+    products of their own      Concat -> op -> Split                      gate and up
+    packed, adapted in part    Split -> op for each that is -> Concat     q and v alone, or ranks that differ
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
+from teamlora_export.attach.match import Found
+from teamlora_export.attach.products import Product
+from teamlora_export.errors import ExportError
+from teamlora_export.graph import op
+from teamlora_export.graph.passes.module_outputs import COLUMNS_KEY, MODULES_KEY
+from teamlora_export.graph.passes.pack_siblings import MOST_SIBLINGS, joint_name
+from teamlora_export.graph.weights import Part, Recipe, new_weight
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of a site that a module adapts."""
+
+    path: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Products that read the same x, seen as one: their outputs side by side."""
+
+    products: tuple[Product, ...]
+    adapted: tuple[_Columns, ...]
+
+    @property
+    def width(self) -> int:
+        return sum(product.out_features for product in self.products)
+
+
+def insert(model: ir.Model, adapter: AdapterSpec, found: Mapping[str, Found]) -> int:
+    """Put nodes of the op, without their bodies, behind the products in `found`; return how many. Their weights are
+    recipes."""
+    order = {node: index for index, node in enumerate(model.graph)}
+    sites = _sites(found, adapter, order)
+    replaced: dict[ir.Value, ir.Value] = {}
+    for site in sites:
+        _Inserter(model.graph, site, adapter, order, replaced).insert()
+    if any(len(site.products) > 1 for site in sites):
+        model.graph.sort()
+    return sum(op.is_op(node) for node in model.graph)
+
+
+def detach(model: ir.Model) -> None:
+    """Take the nodes of the op out again, in place: what reads them reads the products behind them."""
+    for node in [node for node in model.graph if op.is_op(node)]:
+        base, y = node.inputs[1], node.outputs[0]
+        assert base is not None
+        ir.convenience.replace_all_uses_with(y, base, replace_graph_outputs=True)
+    common.RemoveUnusedNodesPass()(model)
+    for node in list(model.graph):
+        # What was put side by side for the op alone, or taken apart.
+        maker = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
+        if node.op_type == "Split" and maker is not None and maker.op_type == "Concat":
+            pairs = list(zip(node.outputs, maker.inputs, strict=False))
+        elif node.op_type == "Concat" and maker is not None and list(maker.outputs) == list(node.inputs):
+            pairs = [(node.outputs[0], maker.inputs[0])]
+        else:
+            continue
+        for made, source in pairs:
+            assert source is not None
+            ir.convenience.replace_all_uses_with(made, source, replace_graph_outputs=True)
+    model.functions.clear()
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _sites(found: Mapping[str, Found], adapter: AdapterSpec, order: Mapping[ir.Node, int]) -> list[_Site]:
+    """Modules of one product, modules of several products, and modules of a product each that are alike."""
+    by_product: dict[Product, list[_Columns]] = defaultdict(list)
+    sites = []
+    for path, answer in found.items():
+        if len(answer.spans) > 1:
+            products = tuple(span.product for span in answer.spans)
+            sites.append(_Site(products, (_Columns(path, 0, sum(p.out_features for p in products)),)))
+        else:
+            span = answer.spans[0]
+            by_product[span.product].append(_Columns(path, span.start, span.end))
+    alone: dict[tuple[object, ...], list[tuple[Product, _Columns]]] = defaultdict(list)
+    for product, columns in by_product.items():
+        columns.sort(key=lambda each: each.start)
+        if len(columns) == 1 and columns[0].end - columns[0].start == product.out_features:
+            likeness = (product.x, product.dtype, *_sizes(adapter.projections[columns[0].path]))
+            alone[likeness].append((product, columns[0]))
+        else:
+            sites.append(_Site((product,), tuple(columns)))
+    for pairs in alone.values():
+        pairs.sort(key=lambda pair: order[pair[0].node])
+        for start in range(0, len(pairs), MOST_SIBLINGS):
+            sites.append(_joined(pairs[start : start + MOST_SIBLINGS]))
+    return sites
+
+
+def _joined(pairs: Sequence[tuple[Product, _Columns]]) -> _Site:
+    adapted, start = [], 0
+    for product, columns in pairs:
+        adapted.append(_Columns(columns.path, start, start + product.out_features))
+        start += product.out_features
+    return _Site(tuple(product for product, _ in pairs), tuple(adapted))
+
+
+def _sizes(projection: ExpertProjection) -> tuple[int, int, bool]:
+    """Modules that agree in this may share a node."""
+    return projection.num_experts, projection.down_rank, projection.shared_down
+
+
+class _Inserter:
+    """Inserts one site.
+
+    Args:
+        replaced: outputs of products -> what the nodes behind them read; grows.
+    """
+
+    def __init__(
+        self,
+        graph: ir.Graph,
+        site: _Site,
+        adapter: AdapterSpec,
+        order: Mapping[ir.Node, int],
+        replaced: dict[ir.Value, ir.Value],
+    ) -> None:
+        self._graph, self._site, self._adapter, self._replaced = graph, site, adapter, replaced
+        self._dtype = site.products[0].dtype
+        self._name = joint_name([columns.path for columns in site.adapted])
+        makers = [product.output.producer() for product in site.products]
+        self._last: ir.Node = max((node for node in makers if node is not None), key=lambda node: order[node])
+
+    def insert(self) -> None:
+        outputs = [product.output for product in self._site.products]
+        readers = [list(output.uses()) for output in outputs]
+        names = [output.name or "" for output in outputs]
+        for output, name in zip(outputs, names, strict=True):
+            output.name = f"{name}/base"
+        base = outputs[0] if len(outputs) == 1 else self._node("Concat", outputs, f"{self._name}.base")[0]
+        whole = self._whole(base)
+        results = [whole] if len(outputs) == 1 else self._split(whole, [p.out_features for p in self._site.products])
+        for output, result, uses, name in zip(outputs, results, readers, names, strict=True):
+            result.name, result.shape = name, output.shape
+            self._replaced[output] = result
+            for node, index in uses:
+                node.replace_input_with(index, result)
+            for index, value in enumerate(self._graph.outputs):
+                if value is output:
+                    self._graph.outputs[index] = result
+        if len(outputs) > 1 and len(self._site.adapted) == len(outputs):
+            for columns, result in zip(self._site.adapted, results, strict=True):
+                result.metadata_props[MODULES_KEY] = columns.path
+
+    def _whole(self, base: ir.Value) -> ir.Value:
+        """The site's columns with what the experts add."""
+        adapted, width = self._site.adapted, self._site.width
+        borders = [0, *(columns.end for columns in adapted)]
+        alike = len({_sizes(self._adapter.projections[columns.path]) for columns in adapted}) == 1
+        if (
+            alike
+            and [c.start for c in adapted] == borders[:-1]
+            and borders[-1] == width
+            and len(adapted) <= MOST_SIBLINGS
+        ):
+            return self._op(base, adapted)
+        pieces = sorted({0, width, *(c.start for c in adapted), *(c.end for c in adapted)})
+        by_start = {columns.start: columns for columns in adapted}
+        parts = self._split(base, [end - start for start, end in pairwise(pieces)])
+        for index, part in enumerate(parts):
+            part.name = f"{self._name}.base.{index}"
+            if pieces[index] in by_start:
+                parts[index] = self._op(part, [by_start[pieces[index]]])
+        return self._node("Concat", parts, f"{self._name}.whole")[0]
+
+    def _op(self, base: ir.Value, adapted: Sequence[_Columns]) -> ir.Value:
+        """A node of the op for modules side by side."""
+        paths = [columns.path for columns in adapted]
+        first = self._adapter.projections[paths[0]]
+        name = joint_name(paths)
+        attributes: dict[str, int | list[int]] = {
+            "num_experts": first.num_experts,
+            "shared_down": int(first.shared_down),
+            "out_splits": [columns.end - columns.start for columns in adapted],
+        }
+        x = self._site.products[0].x
+        inputs = [self._replaced.get(x, x), base, *self._weights(name, paths)]
+        node = ir.node(op.NAME, inputs, attributes, domain=op.DOMAIN, name=f"{name}/{op.NAME}")
+        y = node.outputs[0]
+        self._add(node, name)
+        y.metadata_props[MODULES_KEY] = ",".join(paths)
+        if len(paths) > 1:
+            start = adapted[0].start
+            y.metadata_props[COLUMNS_KEY] = ",".join(f"{c.start - start}:{c.end - start}" for c in adapted)
+        return y
+
+    def _weights(self, name: str, paths: Sequence[str]) -> list[ir.Value]:
+        """down, mix and up of all, joined as the op takes them."""
+        shapes = [op.weight_shapes(self._adapter.projections[path]) for path in paths]
+        made = []
+        for kind, axis in (("down", 0), ("mix", 0), ("up", 1)):
+            first = shapes[0][kind]
+            shape = (*first[:axis], sum(each[kind][axis] for each in shapes), *first[axis + 1 :])
+            dtype = ir.DataType.FLOAT if kind == "mix" else self._dtype
+            value = new_weight(
+                f"{name}.teamlora_{kind}", dtype, shape, Recipe(tuple(Part(kind, path) for path in paths), axis)
+            )
+            if value.name in self._graph.initializers:
+                raise ExportError(f"{value.name}: the graph has a weight of that name already.")
+            self._graph.initializers.add(value)
+            made.append(value)
+        return made
+
+    def _split(self, value: ir.Value, widths: Sequence[int]) -> list[ir.Value]:
+        sizes = ir.Value(
+            name=f"{value.name}.sizes", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(widths)])
+        )
+        sizes.const_value = ir.tensor(list(widths), dtype=ir.DataType.INT64, name=sizes.name)
+        self._graph.initializers.add(sizes)
+        return self._node("Split", [value, sizes], f"{value.name}.part", outputs=len(widths))
+
+    def _node(self, op_type: str, inputs: Sequence[ir.Value], name: str, outputs: int = 1) -> list[ir.Value]:
+        node = ir.node(op_type, inputs, {"axis": -1}, num_outputs=outputs, name=f"{name}/{op_type}")
+        self._add(node, name)
+        return list(node.outputs)
+
+    def _add(self, node: ir.Node, name: str) -> None:
+        for index, value in enumerate(node.outputs):
+            value.name = name if len(node.outputs) == 1 else f"{name}.{index}"
+            value.type = ir.TensorType(self._dtype)
+        self._graph.insert_after(self._last, node)
+        self._last = node

@@ -1,0 +1,262 @@
+"""Judges what `attach` made of another's graph.
+
+graph     the graph's own weights are those that the adapter was attached to; each node of the op reads what the
+          product behind it reads, and is all that reads what the product gives
+weights   the op's are the adapter's
+modules   what each node adds, on the x and the base that the graph itself computed, against float64
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+import torch
+from torch import nn
+
+from teamlora_export.adapter.spec import AdapterSpec
+from teamlora_export.attach.insert import detach
+from teamlora_export.attach.match import find_modules
+from teamlora_export.attach.products import Product, find_products
+from teamlora_export.bundle import Bundle
+from teamlora_export.dtypes import DTYPES
+from teamlora_export.errors import ExportError, raise_findings
+from teamlora_export.files import sha256_of
+from teamlora_export.graph import op
+from teamlora_export.graph.quantized import dequantised
+from teamlora_export.graph.read import read_graph
+from teamlora_export.graph.weights import NoBase
+from teamlora_export.model.base import BaseModel
+from teamlora_export.model.layer import ExpertLinear
+from teamlora_export.progress import Reporter
+from teamlora_export.validate.cases import Feeds, cases_without_padding, make_cases
+from teamlora_export.validate.judge import Judge
+from teamlora_export.validate.local import Follower, LocalJudge
+from teamlora_export.validate.onnx_runner import OnnxRunner, open_model, run_session
+from teamlora_export.validate.stored import judge_weights, recipes_of
+from teamlora_export.validate.taps import EXPERTS, INPUT, live_values, module_of, whole_of
+from teamlora_export.validate.torch_runner import TorchRunner, round_experts
+from teamlora_export.validate.verdict import CaseResult, Departure, Judgement, LocalCheck, Verdict
+
+
+def judge_attached(
+    bundle: Bundle, adapter: AdapterSpec, base: BaseModel | None, library: Path | None, reporter: Reporter
+) -> Verdict:
+    """The verdict on an attached bundle, whose files are those that its manifest lists.
+
+    Args:
+        base: the model that the graph was made of: it then computes with the graph's own weights, whatever they were
+            quantised to, and says what the whole should give.
+
+    Raises:
+        ExportError: the graph cannot be read or run.
+    """
+    manifest = bundle.manifest
+    _compare_origin(bundle, reporter)
+    graph = _ExactRunner(bundle, adapter.projections, library)
+    recipes = recipes_of(manifest)
+    departures = [*graph.departures(), *_wiring(graph.written)]
+    with reporter.step(f"Comparing {len(recipes)} weights with the adapter"):
+        live = live_values(graph.written)
+        departures += judge_weights(graph.written, recipes, NoBase(), adapter, live, manifest.dtype)
+    dtypes = (torch.float64, getattr(torch, DTYPES[manifest.dtype].torch))
+    results: list[CaseResult] = []
+    reference: Follower
+    pytorch: Follower
+    if base is None:
+        reference, pytorch = (ExpertRunner(adapter, dtype, dtypes[1]) for dtype in dtypes)
+    else:
+        with reporter.step("Preparing PyTorch with the graph's weights"):
+            exact, rounded = holding_weights(bundle, base, adapter, dtypes)
+        reference, pytorch = exact, rounded
+        judge = Judge(manifest.dtype, exact, rounded, graph, manifest.inputs)
+        for case in [case for case in make_cases(base.config, base.task) if case.mask.all()]:
+            with reporter.step(f"Case: {case.name}"):
+                judge.add_case(case)
+        results += judge.results()
+        graph.forget()
+    sums = {name: whole_of(name) for name, tap in graph.taps.items() if tap.base is not None}
+    local = LocalJudge(manifest.dtype, reference, pytorch, graph, manifest.inputs, (), sums)
+    checks: list[LocalCheck] = []
+    for case in cases_without_padding(manifest.tokens, manifest.task):
+        with reporter.step(f"Module by module: {case.name}"):
+            checks += local.check(case)
+    for check in checks:
+        departures += [_departure(check, judgement, graph) for judgement in check.judgements if not judgement.passed]
+    if base is None:
+        results += [CaseResult(check.case, check.judgements) for check in checks]
+    return Verdict(
+        dtype=manifest.dtype,
+        cases=tuple(results),
+        departures=tuple(departures),
+        local=tuple(checks),
+        weights=len(recipes),
+        candidate=graph.label + ("" if base is not None else ", experts by themselves"),
+        library=sha256_of(library) if library is not None else None,
+    )
+
+
+class _ExactRunner(OnnxRunner):
+    """An attached bundle's model whose quantised products read what they are given, not 8 bits of it (MatMulNBits with
+    an accuracy level of 4): that is the runtime's, and would hide faults of the graph."""
+
+    @cached_property
+    def _model_and_inputs(self) -> tuple[ir.Model, dict[str, str]]:
+        model, inputs = super()._model_and_inputs
+        for node in model.graph:
+            if node.op_type == "MatMulNBits":
+                node.attributes.add(ir.AttrInt64("accuracy_level", 1))
+        return model, inputs
+
+    def _run(self, feeds: Feeds) -> Feeds:
+        if self._session is None:
+            self._session = self._open(self.choices.values())
+        return super()._run(feeds)
+
+
+def holding_weights(
+    bundle: Bundle, base: BaseModel, adapter: AdapterSpec, dtypes: Sequence[torch.dtype]
+) -> list[TorchRunner]:
+    """The adapted model in PyTorch, in each of `dtypes`, with the weights that the graph's products and its embedding
+    stand for; the rest is the base's.
+
+    Raises:
+        ExportError: not all of the base's linear layers are found in the graph.
+    """
+    model = read_graph(bundle)
+    detach(model)
+    linears = base.signature.linears
+    sizes = {path: (linear.in_features, linear.out_features) for path, linear in linears.items()}
+    found, findings = find_modules(model.graph, sizes)
+    raise_findings(f"{bundle.folder}: not all of the base's layers are found in the graph", findings)
+    runners = [TorchRunner(base, adapter, dtype) for dtype in dtypes]
+    for path, answer in found.items():
+        parts = [_weight_of(span.product) for span in answer.spans]
+        if any(part is None for part in parts):
+            raise ExportError(f"{path}: its weights are in a form that is not read ({answer.spans[0].product.form}).")
+        columns = [part[:, s.start : s.end] for part, s in zip(parts, answer.spans, strict=True) if part is not None]
+        weight = np.concatenate(columns, axis=1)
+        for runner in runners:
+            runner.hold(f"{path}.weight", weight if linears[path].transposed else weight.T)
+    table = _embeddings(bundle, model)
+    if table is not None:
+        for runner in runners:
+            runner.hold_embeddings(table)
+    return runners
+
+
+def _weight_of(product: Product) -> np.ndarray | None:
+    """The projection's weight, float32 [in, out]."""
+    weight = dequantised(product.node)
+    return weight if weight is None or product.scale is None else weight * product.scale.numpy().reshape(-1, 1)
+
+
+def _embeddings(bundle: Bundle, model: ir.Model) -> np.ndarray | None:
+    """What the graph looks its ids up in, [vocabulary, hidden], as it computes it; None where there is no such node."""
+    ids = next((value for value in model.graph.inputs if value.name == "input_ids"), None)
+    readers = [node for node in ids.consumers() if node.op_type.startswith("Gather")] if ids is not None else []
+    if len(readers) != 1:
+        return None
+    value = readers[0].outputs[0]
+    model.graph.outputs.clear()
+    model.graph.outputs.append(value)
+    common.RemoveUnusedNodesPass()(model)
+    kept = [each for each in model.graph.inputs if each is ids]
+    model.graph.inputs.clear()
+    model.graph.inputs.extend(kept)
+    session = open_model(model, bundle)
+    every = np.arange(bundle.manifest.tokens.vocabulary or 0)[None]
+    return run_session(session, {"input_ids": every})[str(value.name)][0]
+
+
+class ExpertRunner:
+    """The experts of each adapted module by themselves, in `dtype`: in a `LocalJudge`, what a `TorchRunner` is.
+
+    Args:
+        stored: the type that the graph holds their weights in.
+    """
+
+    def __init__(self, adapter: AdapterSpec, dtype: torch.dtype, stored: torch.dtype) -> None:
+        self._layers = {}
+        for path, projection in adapter.projections.items():
+            linear = nn.Linear(1, 1, bias=False)
+            # Of the base's size, and none of its memory.
+            base = torch.zeros(1, 1, dtype=dtype).expand(projection.out_features, projection.in_features)
+            linear.weight = nn.Parameter(base, requires_grad=False)
+            self._layers[path] = ExpertLinear(linear, projection)
+            if stored != torch.float32:
+                round_experts(self._layers[path], op.fold(projection), stored)
+        self._dtype = dtype
+
+    def run_forced(self, feeds: Feeds, taps: Mapping[str, np.ndarray], jitter: bool = False) -> Feeds:
+        """What the experts add to what the candidate read, by tap."""
+        own = {}
+        with torch.no_grad():
+            for path, layer in self._layers.items():
+                if f"{path}/{INPUT}" in taps:
+                    x = torch.from_numpy(np.ascontiguousarray(taps[f"{path}/{INPUT}"])).to(self._dtype)
+                    experts = sum(layer.contributions(x), start=torch.zeros((), dtype=x.dtype))
+                    own[f"{path}/{EXPERTS}"] = experts.double().numpy()
+        return own
+
+
+def _compare_origin(bundle: Bundle, reporter: Reporter) -> None:
+    """Say which of the files that the adapter was attached to are others by now, or gone."""
+    attached = bundle.manifest.attached
+    assert attached is not None
+    folder = Path(attached["source"]).parent
+    for name, digest in attached["sha256"].items():
+        if not (folder / name).is_file():
+            reporter.warn(f"{folder / name}: is not there any more, and was not compared.")
+        elif sha256_of(folder / name, folder) != digest:
+            reporter.warn(f"{folder / name}: is another file by now than the adapter was attached to.")
+
+
+def _wiring(model: ir.Model) -> Iterator[Departure]:
+    """Nodes of the op that do not sit behind a product as `attach` puts them."""
+    products = {product.output: product for product in find_products(model.graph)}
+    for node in model.graph:
+        x, base = node.inputs[:2] if op.is_op(node) else (None, None)
+        if x is None or base is None:
+            continue
+        name = node.name or node.op_type
+        path = module_of(name)
+        for value in _joined(base):
+            product = products.get(value)
+            if product is None:
+                yield Departure("graph", path, name, f"{value.name}, its base, is no product with a stored weight")
+            elif product.x is not x:
+                yield Departure("graph", path, name, f"reads {x.name}, and the product behind it {product.x.name}")
+            others = [each.name or each.op_type for each in value.consumers() if not _leads_to_op(each)]
+            if others:
+                yield Departure("graph", path, name, f"{others[0]} reads {value.name} without what the experts add")
+
+
+def _joined(base: ir.Value) -> list[ir.Value]:
+    """The outputs of the products that a base is put together of."""
+    maker = base.producer()
+    if maker is not None and maker.op_type == "Concat":
+        return [value for value in maker.inputs if value is not None]
+    if maker is not None and maker.op_type == "Split" and maker.inputs[0] is not None:
+        return [maker.inputs[0]]
+    return [base]
+
+
+def _leads_to_op(node: ir.Node) -> bool:
+    """The op, or what takes bases together or apart for it."""
+    if op.is_op(node):
+        return True
+    readers = [each for value in node.outputs for each in value.consumers()]
+    return node.op_type in ("Concat", "Split") and any(op.is_op(each) for each in readers)
+
+
+def _departure(check: LocalCheck, judgement: Judgement, graph: OnnxRunner) -> Departure:
+    reason = (
+        f"{judgement.name} errs by {judgement.error.rms:.2e} in one column, allowed is {judgement.allowed:.2e} "
+        f"(case: {check.case})"
+    )
+    return Departure("modules", module_of(judgement.name), graph.producer_of(judgement.name), reason)
