@@ -56,8 +56,8 @@ public:
     std::string description() const;
 
     // Up to `count` tokens after each prompt, greedily, until a stop token, which is left out. Prompts of different
-    // length make one batch, unless the model takes no padding. An answer also ends where the model has no room for more. Throws an Error for an empty
-    // prompt, an unknown token, or a prompt that the model is too short for.
+    // length make one batch, unless the model takes no padding. An answer also ends where the model has no room for
+    // more. Throws an Error for an empty prompt, an unknown token, or a prompt that the model is too short for.
     std::vector<Tokens> generate(const std::vector<Tokens>& prompts, std::size_t count = 64,
                                  const OnToken& on_token = {}) const;
 
