@@ -63,7 +63,8 @@ class GraphRow:
                 if not model.generates:
                     model.encode(prompts)
                     return _nothing
-                scheduler, answers = model.ask(prompts, count + 1, stops=())
+                # None of the tokens that are timed is a text's last, after which its row is cleared.
+                scheduler, answers = model.ask(prompts, count + 2, stops=())
 
             def step() -> object:
                 with told():

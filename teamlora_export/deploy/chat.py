@@ -1,8 +1,8 @@
 """A conversation as the text that a model was trained to go on from, by the template that came with the model.
 
 A template is a program of whoever made the model. It runs in jinja2's sandbox, as in transformers: it sees the messages
-and a few names, changes nothing, and reaches no attribute that leads out. The sandbox limits neither time nor memory, so
-it runs in a process of its own that does: `Chat` starts this file as one, and sends it conversations.
+and a few names, changes nothing, and reaches no attribute that leads out. The sandbox limits neither time nor memory.
+So it runs in a process of its own, which does: `Chat` starts this file as one, and sends it conversations.
 """
 
 from __future__ import annotations
@@ -75,8 +75,9 @@ class Chat:
             if self._process is None:
                 self._process = self._start()
                 self._answer(self._process, _SECONDS_TO_START)
-            self._process.stdin.write(line + b"\n")  # type: ignore[union-attr]
-            self._process.stdin.flush()  # type: ignore[union-attr]
+            assert self._process.stdin is not None
+            self._process.stdin.write(line + b"\n")
+            self._process.stdin.flush()
             return self._answer(self._process, self._seconds)
         except (OSError, ValueError):
             self.close()
@@ -87,13 +88,14 @@ class Chat:
         # Each thread of a library takes memory of its own.
         environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, __file__, self._folder]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen(command, env=environment, **pipes)
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, env=environment)
 
     def _answer(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, str]:
+        assert process.stdout is not None
         if not select.select([process.stdout], [], [], seconds)[0]:
             raise TimeoutError
-        return json.loads(process.stdout.readline(_MOST_BYTES))  # type: ignore[union-attr]
+        return json.loads(process.stdout.readline(_MOST_BYTES))
 
 
 def _serve(folder: Path) -> None:

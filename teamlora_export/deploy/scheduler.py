@@ -260,8 +260,8 @@ class Scheduler:
         with self._changed:
             while free and self._waiting:
                 request = self._waiting.popleft()
-                # Rows from the first on are for texts that are written.
-                request.row = max(free)
+                # The next to be written, most often.
+                request.row = min(free)
                 free.remove(request.row)
                 self._reading.append(request)
 

@@ -289,4 +289,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ModelError(f"{path}: does not hold a JSON object. Copy it again.")
     return fields
-

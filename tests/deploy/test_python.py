@@ -252,7 +252,9 @@ def test_characters_of_several_tokens_are_streamed_whole(deployed):
 
 def test_a_long_text_is_streamed_in_pieces_that_take_no_longer_at_its_end(deployed):
     tokenizer, rng = Model(deployed, check=False).tokenizer, random.Random(3)
-    text = "".join(rng.choice(["word", " Word", "\n", ".", " ", "é", "日本", "👩‍👩‍👧", "  x", "<", "don't"]) for _ in range(2000))
+    text = "".join(
+        rng.choice(["word", " Word", "\n", ".", " ", "é", "日本", "👩‍👩‍👧", "  x", "<", "don't"]) for _ in range(2000)
+    )
     ids, read = tokenizer.encode(text).ids, []
 
     class Watched:

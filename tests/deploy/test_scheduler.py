@@ -152,7 +152,7 @@ def test_an_infinite_key_that_no_one_saw_reaches_no_later_text(open_slots):
 
 def test_a_prompt_that_is_read_moves_for_one_that_is_read_before_it(open_slots):
     model = open_slots(slots=2, part=4)
-    prompts = [[9, 10], list(range(30, 50))]
+    prompts = [list(range(30, 50)), [9, 10]]
     scheduler = Scheduler(model)
     answers = [scheduler.submit(prompt, 10) for prompt in prompts]
     finish(scheduler)

@@ -211,7 +211,7 @@ def test_a_time_limit_ends_a_request_and_frees_its_slot(server, model):
 
 
 def test_requests_are_taken_in_the_form_of_tritons_openai_front_end(server, model):
-    """Names, types and shapes are those of `_create_trtllm_generate_request` in python/openai, the same from 2.59 on."""
+    """Names, types and shapes as in `_create_trtllm_generate_request` of the server's python/openai, 2.63 to 2.71."""
     prompt = "Unless required by law"
     ids = encode_text(model.tokenizer, prompt)
     text = TextStream(model.tokenizer, ids)
