@@ -87,7 +87,7 @@ class Chat:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         # Each thread of a library takes memory of its own.
         environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, __file__, self._folder]
+        command = [sys.executable, __file__, str(self._folder)]
         pipe, null = subprocess.PIPE, subprocess.DEVNULL
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, env=environment)
 

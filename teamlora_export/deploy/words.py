@@ -87,7 +87,8 @@ class TextStream:
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         # The last piece's tokens, and those that are no whole character yet.
-        self._before, self._tokens = list(prompt[-_BEFORE:]), []
+        self._before = list(prompt[-_BEFORE:])
+        self._tokens: list[int] = []
         # A prompt of ids may end within a character, which the answer completes.
         self._shown = tokenizer.decode(self._before).rstrip("\ufffd")
 
