@@ -273,7 +273,8 @@ def _open(path: Path) -> Any:
 def read_bytes(path: Path) -> bytes:
     try:
         with _open(path) as file:
-            data = file.read(_LARGEST_TEXT + 1)
+            # Python makes room for all that is asked for.
+            data = file.read(min(os.fstat(file.fileno()).st_size, _LARGEST_TEXT) + 1)
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({error}).") from None
     if len(data) > _LARGEST_TEXT:

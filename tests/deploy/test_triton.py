@@ -185,7 +185,8 @@ def test_a_request_that_cannot_be_batched_is_refused_in_words(continuous):
         "INVALID_ARG: temperature nan: give": {"input_ids": ids, "temperature": np.array([np.nan], np.float32)},
         "INVALID_ARG: stop: give 16 strings": {"input_ids": ids, "stop": words("")},
         "INVALID_ARG: .*invalid start byte": {"text_input": np.array([b"\xff"], np.object_)},
-        "INVALID_ARG: The model has no chat template": {"messages": words("[]")},
+        "INVALID_ARG: messages: give JSON": {"messages": words("[]")},
+        "INVALID_ARG: The model has no chat template": {"messages": words('[{"role": "user", "content": "a"}]')},
         "INVALID_ARG: A time limit of -1.0": {"input_ids": ids, "time_limit": np.array([-1], np.float32)},
         "UNAVAILABLE: The request took longer": {"input_ids": ids, "time_limit": np.array([1e-9], np.float32)},
     }.items():

@@ -152,7 +152,8 @@ def test_a_conversation_is_gone_on_with_by_the_models_own_template(server, model
     text = TextStream(model.tokenizer, ids)
     expected = "".join(map(text.add, model.generate([ids], 10)[0]))
     messages = json.dumps([{"role": "user", "content": "Who may copy"}])
-    assert generate(server, messages=messages, max_tokens=10)[1]["text_output"] == expected
+    status, answer = generate(server, messages=messages, max_tokens=10)
+    assert (status, answer.get("text_output")) == (200, expected), answer
     status, refused = generate(server, messages="Who may copy")
     assert (status, refused["error"].startswith("messages: give JSON")) == (400, True), refused
 
