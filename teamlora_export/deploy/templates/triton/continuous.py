@@ -180,10 +180,12 @@ class _Client:
         """No more responses come; the last one says what failed."""
         with self._lock:
             self._ended = True
-            if failure is not None:
-                busy = isinstance(failure, (Overloaded, Late))
-                self._sender.send(refusal(failure, pb_utils.TritonError.UNAVAILABLE if busy else None))
-            self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            last = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            if failure is None:
+                self._sender.send(flags=last)
+                return
+            busy = isinstance(failure, (Overloaded, Late))
+            self._sender.send(refusal(failure, pb_utils.TritonError.UNAVAILABLE if busy else None), flags=last)
 
     def is_gone(self) -> bool:
         with self._lock:
