@@ -1,0 +1,182 @@
+"""Quantised weights: how a matrix becomes codes of a few bits, and what codes mean.
+
+A matrix [in, out] is cut along `in` into blocks. Each block of a column has a scale of its own, and a zero point where
+the scheme has some; a code q stands for (q - zero point) * scale. They are laid out as `com.microsoft.MatMulNBits`
+reads them. The rounding is ONNX Runtime's own, so that a model says the same whoever quantised it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+OP_TYPE, DOMAIN = "MatMulNBits", "com.microsoft"
+# Columns that are quantised at a time: few enough to be little beside any model.
+_STRIP = 256
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How weights are quantised.
+
+    Attributes:
+        bits: of a code, 4 or 8.
+        zero_points: each block has one, so that its range need not be symmetric around zero.
+        block: weights that share a scale.
+    """
+
+    bits: int
+    zero_points: bool = False
+    block: int = 32
+
+    def blocks(self, inputs: int) -> int:
+        """Blocks of a column of so many weights; the last may be filled up."""
+        return -(-inputs // self.block)
+
+    def codes_shape(self, inputs: int, outputs: int) -> tuple[int, int, int]:
+        return outputs, self.blocks(inputs), self.block * self.bits // 8
+
+    def scales_shape(self, inputs: int, outputs: int) -> tuple[int, int]:
+        return outputs, self.blocks(inputs)
+
+    def zeros_shape(self, inputs: int, outputs: int) -> tuple[int, int]:
+        return outputs, -(-self.blocks(inputs) * self.bits // 8)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantised matrix [in, out].
+
+    Attributes:
+        codes: uint8 [out, blocks, block * bits / 8], the lowest bits first.
+        scales: [out, blocks], floating-point.
+        zeros: uint8 [out, ceil(blocks * bits / 8)], packed as the codes are, or floating-point [out, blocks]; None: all
+            are half of the range.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None
+
+    def dequantised(self, inputs: int, bits: int) -> np.ndarray:
+        """The matrix that the codes mean, float32 [in, out]."""
+        outputs, blocks = self.scales.shape
+        codes = _unpacked(self.codes, bits).astype(np.float32)
+        zeros: np.ndarray | int = 1 << (bits - 1)
+        if self.zeros is not None:
+            packed = self.zeros.dtype == np.uint8
+            zeros = (_unpacked(self.zeros, bits)[:, :blocks] if packed else self.zeros).astype(np.float32)[..., None]
+        codes -= zeros
+        codes *= self.scales.astype(np.float32)[..., None]
+        return codes.reshape(outputs, -1)[:, :inputs].T
+
+
+def quantised(matrix: np.ndarray, scheme: Scheme) -> Codes:
+    """`matrix` [in, out], floating-point, rounded to codes by ONNX Runtime; scales are float32."""
+    from onnxruntime.capi._pybind_state import quantize_matmul_4bits, quantize_matmul_8bits
+
+    quantise = {4: quantize_matmul_4bits, 8: quantize_matmul_8bits}[scheme.bits]
+    inputs, outputs = matrix.shape
+    codes = np.zeros(scheme.codes_shape(inputs, outputs), np.uint8)
+    scales = np.zeros(scheme.scales_shape(inputs, outputs), np.float32)
+    zeros = np.zeros(scheme.zeros_shape(inputs, outputs), np.uint8)
+    for start in range(0, outputs, _STRIP):
+        strip = np.ascontiguousarray(matrix[:, start : start + _STRIP], np.float32)
+        ends = (array[start : start + _STRIP] for array in (codes, scales, zeros))
+        part, scale, zero = (array.reshape(-1) for array in ends)
+        quantise(part, strip, scale, zero, scheme.block, strip.shape[1], inputs, not scheme.zero_points)
+    return Codes(codes, scales, zeros if scheme.zero_points else None)
+
+
+def dequantised(node: ir.Node) -> np.ndarray | None:
+    """The weight that a product multiplies by, float32 [in, out]; None where the node is no product with a stored 2-D
+    weight in a known form.
+
+    Known are MatMul, Gemm (of a first input that is not transposed; its alpha is part of the weight) and
+    `com.microsoft.MatMulNBits` of 2, 4 or 8 bits without `g_idx`. The weight of the former two may come through
+    DequantizeLinear (for a tensor, an axis, or in blocks), Transpose and Cast.
+    """
+    if (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
+        return _of_blocks(node)
+    is_turned = node.attributes.get_int("transA", 0) != 0
+    if node.domain != "" or node.op_type not in ("MatMul", "Gemm") or is_turned:
+        return None
+    weight = _constant(node.inputs[1])
+    if weight is None or weight.ndim != 2:
+        return None
+    if node.attributes.get_int("transB", 0):
+        weight = weight.T
+    return weight.astype(np.float32) * np.float32(node.attributes.get_float("alpha", 1.0))
+
+
+def _of_blocks(node: ir.Node) -> np.ndarray | None:
+    given = [*node.inputs, None, None, None][1:5]
+    codes, scales, zeros = map(_constant, given[:3])
+    if codes is None or scales is None or given[3] is not None or (zeros is None and given[2] is not None):
+        return None
+    inputs, outputs, block = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
+    scheme = Scheme(node.attributes.get_int("bits", 4), zeros is not None, block)
+    if zeros is not None:
+        is_packed = zeros.dtype == np.uint8
+        zeros = zeros.reshape(
+            scheme.zeros_shape(inputs, outputs) if is_packed else scheme.scales_shape(inputs, outputs)
+        )
+    codes, scales = (
+        codes.reshape(scheme.codes_shape(inputs, outputs)),
+        scales.reshape(scheme.scales_shape(inputs, outputs)),
+    )
+    return Codes(codes, scales, zeros).dequantised(inputs, scheme.bits)
+
+
+def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Numbers of `bits` from the bytes along the last axis."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    numbers = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return numbers.reshape(*packed.shape[:-1], -1)
+
+
+def _constant(value: ir.Value | None) -> np.ndarray | None:
+    """The numbers of a value that is stored, or computed of stored ones in a way that is known."""
+    if value is None:
+        return None
+    if value.is_initializer() or value.const_value is not None:
+        return value.const_value.numpy() if value.const_value is not None else None
+    node = value.producer()
+    if node is None or node.domain != "":
+        return None
+    if node.op_type == "Constant":
+        tensor = node.attributes.get("value")
+        return tensor.as_tensor().numpy() if tensor is not None else None
+    inputs = [_constant(each) for each in node.inputs]
+    if not inputs or inputs[0] is None:
+        return None
+    if node.op_type in ("Identity", "Cast"):
+        # To another floating-point type: what that rounds, the runtime rounds as well.
+        return inputs[0]
+    if node.op_type == "Transpose":
+        return inputs[0].transpose(node.attributes.get_ints("perm", range(inputs[0].ndim)[::-1]))
+    return _dequantise_linear(node, inputs) if node.op_type == "DequantizeLinear" else None
+
+
+def _dequantise_linear(node: ir.Node, inputs: list[np.ndarray | None]) -> np.ndarray | None:
+    """(x - zero point) * scale in float32, both for the whole tensor, along an axis, or in blocks of an axis."""
+    codes, scales = inputs[:2]
+    zeros = inputs[2] if len(inputs) > 2 else None
+    if codes is None or scales is None or (len(node.inputs) > 2 and node.inputs[2] is not None and zeros is None):
+        return None
+    axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    numbers = codes.astype(np.float32)
+    if zeros is not None:
+        numbers -= _spread(zeros.astype(np.float32), codes.shape, axis, block)
+    return numbers * _spread(scales.astype(np.float32), codes.shape, axis, block)
+
+
+def _spread(array: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
+    """Scales or zero points in a form that fits beside codes of `shape`."""
+    if array.size == 1:
+        return array.reshape(())
+    if block:
+        return np.repeat(array, block, axis).take(range(shape[axis]), axis)
+    return array.reshape([-1 if index == axis % len(shape) else 1 for index in range(len(shape))])
