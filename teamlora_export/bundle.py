@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated, TypedDict
+from typing import Annotated, NotRequired, TypedDict
 
 import msgspec
 
@@ -140,6 +140,26 @@ class OpForm(TypedDict):
     form: Annotated[str, msgspec.Meta(pattern="^(function|standard)$")]
 
 
+class Quantisation(TypedDict):
+    """How the base's linear weights are quantised, and by which version of ONNX Runtime they were rounded.
+
+    head: bits of the codes of the last product ahead of `logits`; 0: it is in the bundle's dtype.
+    """
+
+    bits: int
+    head: int
+    zero_points: bool
+    block: int
+    onnxruntime: str
+
+
+class QualitySummary(TypedDict):
+    """What a quantised bundle lost, and what its adapter is worth; see `validate/quality.py`."""
+
+    passed: bool
+    figures: dict[str, dict[str, float | None]]
+
+
 class Validation(TypedDict):
     """Figures of the last `validate`."""
 
@@ -155,6 +175,7 @@ class Validation(TypedDict):
     weights: int
     module_values: int
     first_departure: str | None
+    quality: NotRequired[QualitySummary | None]
 
 
 class Refit(TypedDict):
@@ -179,6 +200,7 @@ class Manifest:
         sha256: every file of the bundle, but this one and engines, relative to its folder.
         recipes: how each weight of the base is made, by its name in the graph; the adapter's are in `refit`.
         validation: None before the first.
+        quantisation: None where all weights are in the bundle's dtype.
     """
 
     tool: Mapping[str, str]
@@ -194,6 +216,7 @@ class Manifest:
     refit: Refit
     recipes: Mapping[str, str]
     validation: Validation | None = None
+    quantisation: Quantisation | None = None
     format_version: int = FORMAT_VERSION
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from teamlora_export.adapter import AdapterSpec, read_adapter
 from teamlora_export.adapter.config import CONFIG_NAME
-from teamlora_export.bundle import MANIFEST_NAME, Bundle, Port, read_bundle
+from teamlora_export.bundle import MANIFEST_NAME, Bundle, Port, Quantisation, read_bundle
 from teamlora_export.cli_output import Description
 from teamlora_export.engine.facts import EngineFacts, read_facts
 from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, is_library, read_library
@@ -122,6 +122,8 @@ def _bundle_rows(bundle: Bundle, lifted: Lifted) -> Iterable[tuple[str, str]]:
     op = manifest.op
     form = "kept, with its body" if op["form"] == "function" else "inlined"
     yield "op", f"{op['domain']}::{op['name']} version {op['version']}, {op['nodes']} nodes, {form}"
+    if manifest.quantisation is not None:
+        yield "quantised", _quantisation(manifest.quantisation)
     yield "standard operators", str(lifted)
     yield "size", f"{(bundle.model.stat().st_size + bundle.data.stat().st_size) / 1e6:,.1f} MB"
     yield "inputs", _ports(manifest.inputs)
@@ -140,6 +142,15 @@ def _bundle_rows(bundle: Bundle, lifted: Lifted) -> Iterable[tuple[str, str]]:
                 f"{validation['worst_times_pytorch']:.2g} times PyTorch's own error"
             ),
         )
+
+
+def _quantisation(how: Quantisation) -> str:
+    head = f"the head in {how['head']} bits" if how["head"] else "the head is not"
+    zeros = "with zero points" if how["zero_points"] else "symmetric"
+    return (
+        f"the base's linear weights in {how['bits']} bits, blocks of {how['block']}, {zeros}; {head} "
+        f"(rounded by ONNX Runtime {how['onnxruntime']})"
+    )
 
 
 def _engine_rows(facts: EngineFacts) -> Iterable[tuple[str, str]]:
