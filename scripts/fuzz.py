@@ -160,6 +160,8 @@ def _be_child(case: Case, folder: Path, files: list[Path]) -> None:
         if case.program == "cli":
             cli.main()
         else:
+            # It imports the files beside it.
+            sys.path.insert(0, str(folder / case.program))
             program = compile((folder / case.program / "runner.py").read_text(), "runner.py", "exec")
             exec(program, {"__name__": "__main__", "__file__": str(folder / case.program / "runner.py")})
         code = 0

@@ -226,17 +226,27 @@ def generate(
     bundle: Annotated[Path, typer.Argument(parser=given_path, metavar="BUNDLE", help="Folder of the bundle.")],
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One is streamed; several make a batch.")],
     tokens: Annotated[int, typer.Option(min=1, help="Generate at most so many.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token, always; above: drawn.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many of the likeliest; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest that are so likely together.")] = 1.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Of tokens that are there already; 1: none.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same one draws the same tokens.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this; may be given again.")
+    ] = None,
     library: NativeLibraryOption = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
-    """Try a bundle: greedy text in ONNX Runtime, with the tokens a second at the end."""
-    from teamlora_export.deploy.runner import Model, ModelError, answer
+    """Try a bundle: text in ONNX Runtime, greedy by default, with the tokens a second at the end."""
+    from teamlora_export.deploy.runner import Model, Sampling, answer
+    from teamlora_export.deploy.session import ModelError
 
     native = native_library(library)
     try:
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed=seed)
         model = Model(bundle, native, check)
         written = [prompt.replace("\\n", "\n") for prompt in prompts]
-        count, seconds = answer(model, written, tokens, say_answer)
+        count, seconds = answer(model, written, tokens, say_answer, sampling, stop or ())
     except ModelError as error:
         raise ExportError(str(error)) from None
     print(f"({count} tokens, {count / seconds:.1f} a second)", file=sys.stderr)
@@ -250,7 +260,8 @@ def embed(
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
     """Try a bundle that does not generate text: a line of JSON for each text, with its vector or scores."""
-    from teamlora_export.deploy.runner import Model, ModelError, encode_text
+    from teamlora_export.deploy.runner import Model, encode_text
+    from teamlora_export.deploy.session import ModelError
 
     native = native_library(library)
     try:

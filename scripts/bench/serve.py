@@ -1,26 +1,38 @@
-"""Many clients at once: continuous batching, in process and in a Triton server, beside the runner without it.
+"""Many clients at once: continuous batching, in process and in a Triton server, beside what there is without it.
 
-    scripts/bench/serve.py                      SmolLM2-135M, random adapter, 8 clients with 8 requests each
-    scripts/bench/serve.py --clients 16 --requests 4 --json figures.json
+    scripts/bench/serve.py                              SmolLM2-135M, random adapter; 1, 4, 16 and 64 clients
+    scripts/bench/serve.py --quick --json figures.json  fewer and shorter requests
+    scripts/bench/serve.py --clients 8 --rows scheduler triton --no-targets
 
 Every client sends a request as soon as the one before it is answered: a random prompt of 8 to 128 tokens, 8 to 48
-tokens to follow, the same for every row. The rows: `runner.py` with one request at a time, and with a thread for each
-client; the scheduler that `deploy triton` writes, and that in a real server, over gRPC. Printed are tokens a second of
-all clients together, and the milliseconds to a request's first token and between two: median, 95 and 99 per cent.
+tokens to follow, the same for every row. Printed are tokens a second of all clients together, and the milliseconds to a
+request's first token and between two: median, 95 and 99 per cent.
+
+runner          `Model.stream` of the deployed program, a thread for each client: their steps are not shared
+scheduler       the scheduler that `deploy triton` writes, in this process
+triton          the same in a real Triton server, over gRPC
+implicit        `deploy triton --batching sequence`: a step of the model, its cache as Triton's state. The real server
+                comes without an ONNX Runtime back end, so the tests' stand-in for that runs it, in this process: one
+                request after another, as most are in the server, since steps of different lengths hardly ever meet
+genai           onnxruntime-genai's own engine on the un-adapted base, where its package has one
+
+After the table come issue 13's targets, each beside what was measured; they have a load of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +41,6 @@ from teamlora_export.adapter import AdapterConfig, write_adapter
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.scheduler import Scheduler
-from teamlora_export.deploy.slots import SlotModel
 from teamlora_export.deploy.triton import deploy_triton
 from teamlora_export.export import export_onnx
 from teamlora_export.model.base import open_base
@@ -37,79 +48,172 @@ from teamlora_export.model.initialize import new_adapter
 
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "scripts"), str(ROOT / "tests" / "deploy")]
+from genai_engine import GenaiEngine  # noqa: E402
 from get_model import get_model  # noqa: E402
-from real_triton import Stream, running  # noqa: E402
+from other_rows import genai_graph  # noqa: E402
+from real_triton import Addresses, Connection, running  # noqa: E402
+from triton_server import Server  # noqa: E402
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Of a cache as Triton's state.
+_CAPACITY = 256
 # Gives the tokens after a prompt, as they come.
 Ask = Callable[[list[int], int], Iterable[object]]
+Request = tuple[list[int], int]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a row did with a load.
+
+    Attributes:
+        first, between: seconds to a request's first token and between two: median, 95 and 99 per cent.
+    """
+
+    row: str
+    clients: int
+    tokens: int
+    seconds: float
+    first: tuple[float, ...]
+    between: tuple[float, ...]
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+    def __str__(self) -> str:
+        first, between = (
+            " / ".join(f"{1e3 * value:6.0f}" for value in values) for values in (self.first, self.between)
+        )
+        return f"{self.row:10} {self.clients:3} clients {self.rate:7.1f} tokens/s   {first} ms   {between} ms"
+
+
+class Rows:
+    """What opens each way to ask."""
+
+    def __init__(self, folder: Path, rank: int, threads: int) -> None:
+        self._folder, self._threads = folder, threads
+        self._base = get_model("smollm2")
+        base = open_base(str(self._base))
+        config = AdapterConfig(r=rank, lora_alpha=16.0, lora_nums=4, target_modules=_TARGETS)
+        write_adapter(new_adapter(base.signature, config, seed=0, spread=0.02), folder / "adapter")
+        self._bundle: Bundle = export_onnx(base.name, folder / "adapter", folder / "bundle", cache="in-place")
+
+    def model(self) -> Model:
+        return Model(self._bundle.folder, check=False, threads=self._threads)
+
+    def runner(self, _stack: ExitStack, _clients: int) -> Ask:
+        return self.model().stream
+
+    def scheduler(self, stack: ExitStack, clients: int) -> Ask:
+        return stack.enter_context(Scheduler(self.model().slots(clients))).submit
+
+    def triton(self, stack: ExitStack, clients: int) -> Ask:
+        return self.served(stack, clients)[1]
+
+    def served(self, stack: ExitStack, clients: int) -> tuple[Addresses, Ask]:
+        out = deploy_triton(
+            self._bundle, self._folder / f"triton{clients}", name="m", batch=clients, sequences=2 * clients
+        )
+        config = out / "models" / "m_text" / "config.pbtxt"
+        text = config.read_text()
+        given = 'key: "threads"\n  value {\n    string_value: "0"'
+        assert given in text
+        config.write_text(text.replace(given, given.replace('"0"', f'"{self._threads}"')))
+        server = stack.enter_context(running(out / "models", self._folder / f"log{clients}"))
+        held = threading.local()
+
+        def ask(prompt: list[int], count: int) -> Iterator[object]:
+            if not hasattr(held, "connection"):
+                held.connection = Connection(server)
+                stack.callback(held.connection.close)
+            for tokens in held.connection.tokens("m_text", prompt, count):
+                yield from tokens
+
+        return server, ask
+
+    def implicit(self, _stack: ExitStack, clients: int) -> Ask:
+        out = deploy_triton(
+            self._bundle,
+            self._folder / f"implicit{clients}",
+            name="m",
+            batching="sequence",
+            capacity=_CAPACITY,
+            text=False,
+        )
+        server, turn, numbers = Server(out / "models"), threading.Lock(), itertools.count(1)
+        takes = {value.name for value in server.models["m"].config.input}
+
+        def ask(prompt: list[int], count: int) -> Iterator[object]:
+            sequence, step, read = next(numbers), prompt, 0
+            for left in reversed(range(count)):
+                end = read + len(step)
+                given = {
+                    "input_ids": np.array([step]),
+                    "attention_mask": (np.arange(_CAPACITY) < end)[None].astype(np.int64),
+                    "position_ids": np.arange(read, end)[None],
+                }
+                with turn:
+                    found = server.infer(
+                        "m", {name: given[name] for name in given if name in takes}, sequence, read == 0, left == 0
+                    )
+                step, read = [int(found["logits"][0, -1].argmax())], end
+                yield step[0]
+
+        return ask
+
+    def genai(self, stack: ExitStack, clients: int) -> Ask:
+        return stack.enter_context(GenaiEngine(genai_graph(self._base), clients, self._threads)).ask
+
+
+NAMES = ("runner", "scheduler", "triton", "implicit", "genai")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--requests", type=int, default=8, help="of each client")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--requests", type=int, help="of all clients together, at least (default: 64; --quick: 8)")
+    parser.add_argument("--rows", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--threads", type=int, default=0, help="of ONNX Runtime; 0: every core")
+    parser.add_argument("--quick", action="store_true", help="too little of everything, to see that it runs")
+    parser.add_argument("--targets", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", type=Path, help="write every figure here")
     given = parser.parse_args()
-    drawn = np.random.default_rng(0)
-    requests = [
-        (drawn.integers(100, 40_000, drawn.integers(8, 129)).tolist(), int(drawn.integers(8, 49)))
-        for _ in range(given.clients * given.requests)
-    ]
     results = []
     with tempfile.TemporaryDirectory() as folder:
-        bundle = _bundle(Path(folder), given.rank)
-        for name, row in _rows(bundle, Path(folder), given.clients, given.threads).items():
-            with ExitStack() as stack:
-                results.append({"row": name, **_measure(row(stack), requests, given.clients)})
-            _print(results[-1])
+        rows = Rows(Path(folder), given.rank, given.threads)
+        print(f"{'':42}first token: 50, 95, 99 %   between: 50, 95, 99 %")
+        for clients in given.clients:
+            requests = _requests(max(clients, given.requests or (8 if given.quick else 64)))
+            for name in given.rows:
+                results.append(_measure(rows, name, requests, clients))
+                print(results[-1], flush=True)
+        targets = _targets(rows, given.quick) if given.targets else []
     if given.json is not None:
-        given.json.write_text(json.dumps(results, indent=2) + "\n")
+        fields = {"results": [asdict(result) for result in results], "targets": targets}
+        given.json.write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def _bundle(folder: Path, rank: int) -> Bundle:
-    base = open_base(str(get_model("smollm2")))
-    config = AdapterConfig(r=rank, lora_alpha=16.0, lora_nums=4, target_modules=TARGETS)
-    write_adapter(new_adapter(base.signature, config, seed=0, spread=0.02), folder / "adapter")
-    return export_onnx(base.name, folder / "adapter", folder / "bundle", cache="in-place")
+def _requests(count: int, prompts: tuple[int, int] = (8, 128), answers: tuple[int, int] = (8, 48)) -> list[Request]:
+    """The same ones each time; `prompts` and `answers` are the fewest and the most tokens."""
+    drawn = np.random.default_rng(0)
+    return [
+        (
+            drawn.integers(100, 40_000, drawn.integers(*prompts, endpoint=True)).tolist(),
+            int(drawn.integers(*answers, endpoint=True)),
+        )
+        for _ in range(count)
+    ]
 
 
-def _rows(bundle: Bundle, folder: Path, clients: int, threads: int) -> dict[str, Callable[[ExitStack], Ask]]:
-    """What opens each way to ask, by the name of its row."""
-
-    def one_at_a_time(_: ExitStack) -> Ask:
-        model, turn = Model(bundle.folder, check=False, threads=threads), threading.Lock()
-
-        def ask(prompt: list[int], count: int) -> Iterator[object]:
-            with turn:
-                yield from model.stream(prompt, count)
-
-        return ask
-
-    def threaded(_: ExitStack) -> Ask:
-        return Model(bundle.folder, check=False, threads=threads).stream
-
-    def scheduled(stack: ExitStack) -> Ask:
-        model = SlotModel(bundle.folder, check=False, threads=threads, slots=clients)
-        return stack.enter_context(Scheduler(model)).submit
-
-    def served(stack: ExitStack) -> Ask:
-        out = deploy_triton(bundle, folder / "triton", name="m", batch=clients, sequences=2 * clients)
-        server = stack.enter_context(running(out / "models", folder / "log"))
-        return lambda prompt, count: Stream(server, "m", prompt, count).tokens()
-
-    return {
-        "runner, one at a time": one_at_a_time,
-        "runner, a thread each": threaded,
-        "scheduler": scheduled,
-        "scheduler in Triton": served,
-    }
+def _measure(rows: Rows, name: str, requests: Sequence[Request], clients: int) -> Result:
+    with ExitStack() as stack:
+        return _load(name, getattr(rows, name)(stack, clients), requests, clients)
 
 
-def _measure(ask: Ask, requests: list[tuple[list[int], int]], clients: int) -> dict[str, object]:
-    def client(share: list[tuple[list[int], int]]) -> list[list[float]]:
+def _load(name: str, ask: Ask, requests: Sequence[Request], clients: int) -> Result:
+    def client(share: Sequence[Request]) -> list[list[float]]:
         """When each request was sent, and when each of its tokens came."""
         return [[time.perf_counter(), *(time.perf_counter() for _ in ask(*request))] for request in share]
 
@@ -119,24 +223,46 @@ def _measure(ask: Ask, requests: list[tuple[list[int], int]], clients: int) -> d
     with ThreadPoolExecutor(clients) as pool:
         times = [t for share in pool.map(client, [requests[n::clients] for n in range(clients)]) for t in share]
     seconds = time.perf_counter() - began
-    tokens = sum(len(one) - 1 for one in times)
     first = [one[1] - one[0] for one in times if len(one) > 1]
     between = np.concatenate([np.diff(one[1:]) for one in times])
-    return {
-        "tokens": tokens,
-        "seconds": seconds,
-        "first": np.percentile(first, (50, 95, 99)).tolist(),
-        "between": np.percentile(between, (50, 95, 99)).tolist(),
-    }
-
-
-def _print(result: dict[str, object]) -> None:
-    first, between = (
-        " / ".join(f"{1e3 * value:.0f}" for value in result[key])  # type: ignore[attr-defined]
-        for key in ("first", "between")
+    return Result(
+        name,
+        clients,
+        sum(len(one) - 1 for one in times),
+        seconds,
+        tuple(np.percentile(first, (50, 95, 99)).tolist()),
+        tuple(np.percentile(between, (50, 95, 99)).tolist()),
     )
-    rate = result["tokens"] / result["seconds"]  # type: ignore[operator]
-    print(f"{result['row']:22} {rate:7.1f} tokens/s   first {first} ms   between {between} ms", flush=True)
+
+
+def _targets(rows: Rows, quick: bool) -> list[dict[str, object]]:
+    """Issue 13's, in the order in which it has them; ratios are of one run."""
+    told: list[dict[str, object]] = []
+
+    def tell(what: str, sense: str, target: float, measured: float) -> None:
+        met = measured <= target if sense == "at most" else measured >= target
+        told.append({"what": what, "target": f"{sense} {target:.3g}", "measured": measured, "met": met})
+        print(f"{what}: {measured:.2f}; target {sense} {target:.3g}: {'met' if met else 'MISSED'}", flush=True)
+
+    short = _requests(16 if quick else 800, (4, 16), (4, 16))
+    few = short[: len(short) // 4]
+    with ExitStack() as stack:
+        server, ask = rows.served(stack, 8)
+        loaded, alone = _load("triton", ask, short, 8), _load("triton", ask, few, 1)
+        prefill = float(np.median(_load("triton", ask, [(short[0][0], 1)] * (3 if quick else 20), 1).first))
+        held = []
+        # All that it will ever hold is there after the first thousand.
+        for count in (40, 80) if quick else (1_000, 10_000):
+            asked = [(prompt, 1) for prompt, _ in itertools.islice(itertools.cycle(short), count)]
+            _load("triton", ask, asked, 8)
+            held.append(server.memory() / 1e6)
+    runner, implicit = _load("runner", rows.model().stream, few, 1), _measure(rows, "implicit", short, 8)
+    tell("8 clients' short requests: time over implicit state's", "at most", 1 / 3, loaded.seconds / implicit.seconds)
+    tell("tokens a second of 8 clients over 1's", "at least", 2.5, loaded.rate / alone.rate)
+    tell("first token of 8 clients, 99 %, in prefills", "at most", 4, loaded.first[2] / prefill)
+    tell("MB more after 10,000 requests", "at most", 10, held[1] - held[0])
+    tell("time of one client over the runner's", "at most", 1.1, runner.rate / alone.rate)
+    return told
 
 
 if __name__ == "__main__":

@@ -54,27 +54,31 @@ class GraphRow:
     libraries: tuple[str, ...] = ("onnxruntime", "teamlora_export.deploy.runner")
 
     def open(self) -> Reader:
-        from teamlora_export.deploy.runner import Model, ModelError
+        from teamlora_export.deploy.runner import Model
+        from teamlora_export.deploy.scheduler import Failed
+        from teamlora_export.deploy.session import ModelError
 
         def read(prompts: Sequence[Sequence[int]], count: int) -> Callable[[], object]:
             with told():
                 if not model.generates:
                     model.encode(prompts)
                     return _nothing
-                tokens = model.likeliest(prompts, count + 1, [True] * len(prompts))
-                next(tokens)
+                # None of the tokens that are timed is a text's last, after which its row is cleared.
+                scheduler, answers = model.ask(prompts, count + 2, stops=())
 
             def step() -> object:
                 with told():
-                    return next(tokens)
+                    scheduler.turn()
+                    return [list(answer.arrived()) for answer in answers]
 
+            step()
             return step
 
         @contextmanager
         def told() -> Iterator[None]:
             try:
                 yield
-            except ModelError as error:
+            except (ModelError, Failed) as error:
                 raise ExportError(f"{self.name}: {error}") from None
 
         with told():

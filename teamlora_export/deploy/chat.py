@@ -1,23 +1,30 @@
 """A conversation as the text that a model was trained to go on from, by the template that came with the model.
 
 A template is a program of whoever made the model. It runs in jinja2's sandbox, as in transformers: it sees the messages
-and a few names, changes nothing, and reaches no attribute that leads out.
+and a few names, changes nothing, and reaches no attribute that leads out. The sandbox limits neither time nor memory.
+So it runs in a process of its own, which does: `Chat` starts this file as one, and sends it conversations.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import resource
+import select
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.runner import ModelError, brief, read_bytes, read_json
+    from teamlora_export.deploy.session import ModelError, brief, read_bytes, read_json
 else:
     # Deployed: the files lie beside one another.
-    from runner import ModelError, brief, read_bytes, read_json
+    from session import ModelError, brief, read_bytes, read_json
 
 # Tokens that templates name, as tokenizer_config.json has them.
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -25,9 +32,93 @@ _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 _GIVEN = {"add_generation_prompt": True, "tools": None, "documents": None}
 # Templates reach out of the sandbox of older ones.
 _OLDEST_JINJA = (3, 1, 6)
+# Of the process, beyond what it has when it starts; and of its answers.
+_MOST_MEMORY = 512 << 20
+_MOST_BYTES = 16 << 20
+# A busy machine may take a while to start it. A conversation takes milliseconds.
+_SECONDS_TO_START = 60.0
+_SECONDS = 5.0
 
 
 class Chat:
+    """The template of the model in a folder, rendered in a process that is limited; many threads may ask it.
+
+    The process is started when it is first asked, and kept until it fails.
+    """
+
+    def __init__(self, folder: Path, seconds: float = _SECONDS) -> None:
+        self._folder, self._seconds = folder, seconds
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+
+    def text(self, messages: str) -> str:
+        """See `Template.text`.
+
+        Raises:
+            ModelError: as `Template` does, or the template takes too much time or memory.
+        """
+        turns = _read_messages(messages)
+        with self._lock:
+            answer = self._ask(json.dumps(turns).encode())
+        if "error" in answer:
+            raise ModelError(answer["error"])
+        return answer["text"]
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _ask(self, line: bytes) -> dict[str, str]:
+        try:
+            if self._process is None:
+                self._process = self._start()
+                self._answer(self._process, _SECONDS_TO_START)
+            assert self._process.stdin is not None
+            self._process.stdin.write(line + b"\n")
+            self._process.stdin.flush()
+            return self._answer(self._process, self._seconds)
+        except (OSError, ValueError):
+            self.close()
+            return {"error": "The model's chat template takes more time or memory than it may."}
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # Each thread of a library takes memory of its own.
+        environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, str(self._folder)]
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, env=environment)
+
+    def _answer(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, str]:
+        assert process.stdout is not None
+        if not select.select([process.stdout], [], [], seconds)[0]:
+            raise TimeoutError
+        return json.loads(process.stdout.readline(_MOST_BYTES))
+
+
+def _serve(folder: Path) -> None:
+    """The process: a conversation in JSON on each line in, its text or what is wrong on each line out."""
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + _MOST_MEMORY,) * 2)
+    template: Template | ModelError
+    try:
+        template = Template(folder)
+    except ModelError as error:
+        template = error
+    print("{}", flush=True)
+    for line in sys.stdin:
+        try:
+            if isinstance(template, ModelError):
+                raise template
+            answer = {"text": template.render(json.loads(line))}
+        except ModelError as error:
+            answer = {"error": str(error)}
+        print(json.dumps(answer), flush=True)
+
+
+class Template:
     """The template of the model in a folder.
 
     Raises:
@@ -45,9 +136,13 @@ class Chat:
         Args:
             messages: JSON, [{"role": ..., "content": ...}, ...].
         """
-        turns = _read_messages(messages)
+        return self.render(_read_messages(messages))
+
+    def render(self, turns: Sequence[Mapping[str, str]]) -> str:
         try:
             return self._render({**_GIVEN, "messages": turns, **self._names})
+        except MemoryError:
+            raise
         except Exception as error:
             raise ModelError(f"The model's chat template cannot take these messages ({brief(error)}).") from None
 
@@ -156,3 +251,7 @@ def _content(token: object) -> str | None:
     """A token's text; files have it alone, or with what else they know of it."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
+
+
+if __name__ == "__main__":
+    _serve(Path(sys.argv[1]))

@@ -1,26 +1,26 @@
-"""How a text generator's next token is chosen, and where its text stops: greedily by default, or drawn.
+"""How a text generator's next token is chosen: greedily by default, or drawn.
 
-The order is the one that transformers keeps: the penalty of tokens that are there already, the temperature, the
+The order is the one that transformers keeps: the penalties of tokens that are there already, the temperature, the
 likeliest `top_k`, of these the likeliest that make up `top_p`, and a draw from what is left.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.runner import ModelError
+    from teamlora_export.deploy.session import ModelError
 else:
     # Deployed: the files lie beside one another.
-    from runner import ModelError
+    from session import ModelError
 
-_MOST_STOPS = 16
-_LONGEST_STOP = 1024
+_LARGEST_PENALTY = 100.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Sampling:
         top_p: the draw is from the fewest of the likeliest tokens that are so likely together; 1: from all.
         repetition_penalty: logits of the prompt's and the answer's tokens are divided by it where they are positive,
             and multiplied elsewhere (Keskar et al. 2019, section 4.1).
+        presence_penalty, frequency_penalty: are taken from the logits of the answer's tokens: once, and as often as a
+            token was written.
         seed: the same one draws the same tokens; None: another one each time.
     """
 
@@ -40,6 +42,8 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -48,10 +52,15 @@ class Sampling:
             ("top_k", self.top_k >= 0, "a whole number from 0 on"),
             ("top_p", 0 < self.top_p <= 1, "a number above 0, up to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "a number above 0"),
+            ("presence_penalty", abs(self.presence_penalty) <= _LARGEST_PENALTY, f"at most {_LARGEST_PENALTY:.0f}"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= _LARGEST_PENALTY, f"at most {_LARGEST_PENALTY:.0f}"),
             ("seed", self.seed is None or self.seed >= 0, "a whole number from 0 on"),
         ):
             if not holds:
                 raise ModelError(f"{name} {getattr(self, name)}: give {range_}.")
+
+
+GREEDY = Sampling()
 
 
 class Sampler:
@@ -61,6 +70,7 @@ class Sampler:
         self._sampling = sampling
         self._generator = np.random.default_rng(sampling.seed)
         self._seen = set(prompt)
+        self._written: Counter[int] = Counter()
 
     def choose(self, logits: np.ndarray) -> int:
         """The next token, of logits float [vocabulary]."""
@@ -71,6 +81,7 @@ class Sampler:
             shares = self.shares(logits)
             token = int(self._generator.choice(len(shares), p=shares))
         self._seen.add(token)
+        self._written[token] += 1
         return token
 
     def shares(self, logits: np.ndarray) -> np.ndarray:
@@ -93,13 +104,15 @@ class Sampler:
         return shares
 
     def _penalised(self, logits: np.ndarray) -> np.ndarray:
-        penalty = self._sampling.repetition_penalty
-        if penalty == 1:
+        asked = self._sampling
+        if (asked.repetition_penalty, asked.presence_penalty, asked.frequency_penalty) == (1, 0, 0):
             return logits
         # No penalty that a request can name makes them infinite there.
         logits = logits.astype(np.float64)
-        seen = np.fromiter(self._seen, np.int64)
+        seen, penalty = np.fromiter(self._seen, np.int64), asked.repetition_penalty
         logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        written, times = (np.fromiter(values, np.int64) for values in (self._written, self._written.values()))
+        logits[written] -= asked.presence_penalty + asked.frequency_penalty * times
         return logits
 
 
@@ -108,43 +121,3 @@ def log_probability(logits: np.ndarray, token: int) -> float:
     logits = logits.astype(np.float64)
     highest = logits.max()
     return float(logits[token] - highest - np.log(np.exp(logits - highest).sum()))
-
-
-class StoppedText:
-    """Text that comes in pieces, up to the first of some strings, which is left out.
-
-    What could be the beginning of such a string is held back until it is known.
-
-    Args:
-        decode: what a further token adds to the text (`TextStream.add`).
-    """
-
-    def __init__(self, decode: Callable[[int], str], stops: Sequence[str]) -> None:
-        if len(stops) > _MOST_STOPS or not all(0 < len(stop) <= _LONGEST_STOP for stop in stops):
-            raise ModelError(f"stop: give {_MOST_STOPS} strings at most, each of 1 to {_LONGEST_STOP} characters.")
-        self._decode, self._stops = decode, stops
-        self._held = ""
-        self.stopped = False
-
-    def add(self, token: int) -> str:
-        """What can be shown after a further token."""
-        self._held += self._decode(token)
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            self._held = self._held[: min(found)]
-            return self.rest()
-        kept = max((self._begun(stop) for stop in self._stops), default=0)
-        end = len(self._held) - kept
-        piece, self._held = self._held[:end], self._held[end:]
-        return piece
-
-    def rest(self) -> str:
-        """What was held back, once no more tokens come."""
-        piece, self._held = self._held, ""
-        return piece
-
-    def _begun(self, stop: str) -> int:
-        """How much of a stop string the text ends with."""
-        lengths = range(min(len(stop) - 1, len(self._held)), 0, -1)
-        return next((length for length in lengths if self._held.endswith(stop[:length])), 0)

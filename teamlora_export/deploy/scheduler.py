@@ -1,14 +1,15 @@
 """Many texts from one model at once, batched continuously: a request joins when it comes and leaves when it is done.
 
-    with Scheduler(SlotModel(folder, slots=8)) as scheduler:
+    with Scheduler(open_slots(Session(folder), 8)) as scheduler:
         for token in scheduler.submit(prompt_ids, count=64, sampling=Sampling(temperature=0.7)):
             print(token.id)
 
-The model's cache is in place, with a row for each text at work. A turn of the scheduler
+The model's cache has a row for each text at work. A turn of the scheduler
 
-1. ends what was cancelled or is late, and gives free rows to those that wait,
-2. reads prompts, so many tokens of them that no text waits long for its next token,
-3. runs one step for all texts that are being written, whatever their lengths.
+1. ends what was cancelled or is late,
+2. runs one step for all texts that are being written, whatever their lengths,
+3. gives free rows to those that wait, and reads prompts, so many tokens of them that no text waits long for its next
+   token.
 
 A request fails alone: rows of a batch do not see one another, a step that fails is tried again for each row by itself,
 and a row that is left is cleared.
@@ -20,23 +21,21 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.runner import ModelError, brief
-    from teamlora_export.deploy.sampling import Sampler, Sampling, log_probability
-    from teamlora_export.deploy.slots import SlotModel
+    from teamlora_export.deploy.sampling import GREEDY, Sampler, Sampling, log_probability
+    from teamlora_export.deploy.session import ModelError, brief
+    from teamlora_export.deploy.slots import Slots
 else:
     # Deployed: the files lie beside one another.
-    from runner import ModelError, brief
-    from sampling import Sampler, Sampling, log_probability
-    from slots import SlotModel
-
-_GREEDY = Sampling()
+    from sampling import GREEDY, Sampler, Sampling, log_probability
+    from session import ModelError, brief
+    from slots import Slots
 
 
 class Overloaded(Exception):
@@ -78,12 +77,23 @@ class Answer:
         self._events: queue.SimpleQueue[Token | Exception | str] = queue.SimpleQueue()
 
     def __iter__(self) -> Iterator[Token]:
-        while isinstance(event := self._events.get(), Token):
-            yield event
-        # Whoever iterates again meets the same end.
-        self._events.put(event)
-        if isinstance(event, Exception):
-            raise event
+        return self._tokens(wait=True)
+
+    def arrived(self) -> Iterator[Token]:
+        """Those that are there already."""
+        return self._tokens(wait=False)
+
+    def _tokens(self, wait: bool) -> Iterator[Token]:
+        while wait or not self._events.empty():
+            event = self._events.get()
+            if isinstance(event, Token):
+                yield event
+                continue
+            # Whoever iterates again meets the same end.
+            self._events.put(event)
+            if isinstance(event, Exception):
+                raise event
+            return
 
     def cancel(self) -> None:
         """No more tokens are wanted; the request's row is free at the next turn."""
@@ -104,12 +114,13 @@ class _Request:
 
     Attributes:
         unread: of the prompt; when all is read, the one token that the next step reads.
-        left: tokens that may follow. deadline: of the clock.
+        left: tokens that may follow. stops: ids that end the text. deadline: of the clock.
         row: of the cache.
     """
 
     unread: list[int]
     left: int
+    stops: Collection[int]
     sampler: Sampler
     log_probabilities: bool
     deadline: float
@@ -123,13 +134,21 @@ class Scheduler:
 
     Args:
         waiting: requests that may wait for a row; more are refused.
+        reading: tokens of prompts that are read in a turn; None: as many as one row reads in a call.
         clock: in seconds.
     """
 
-    def __init__(self, model: SlotModel, waiting: int = 64, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        model: Slots,
+        waiting: int = 64,
+        reading: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         if waiting < 1:
             raise ModelError(f"{waiting} waiting requests: give at least 1.")
         self._model, self._clock, self._most_waiting = model, clock, waiting
+        self._most_read = reading or model.part
         self._waiting: deque[_Request] = deque()
         # In a row from the last down, in turns.
         self._reading: deque[_Request] = deque()
@@ -157,8 +176,9 @@ class Scheduler:
         self,
         prompt: Sequence[int],
         count: int = 64,
-        sampling: Sampling = _GREEDY,
+        sampling: Sampling = GREEDY,
         *,
+        stops: Collection[int] | None = None,
         log_probabilities: bool = False,
         seconds: float = float("inf"),
         abandoned: Callable[[], bool] | None = None,
@@ -166,6 +186,7 @@ class Scheduler:
         """Up to `count` tokens after a prompt (token ids), until an end-of-text token, or until there is no more room.
 
         Args:
+            stops: the ids that end a text; None: the model's.
             seconds: the answer fails when it is not complete by then.
             abandoned: whether nobody wants the answer any more; asked at every turn, by the scheduler's thread.
 
@@ -178,7 +199,8 @@ class Scheduler:
         if not seconds > 0:
             raise ModelError(f"A time limit of {seconds} seconds: give a number above 0.")
         sampler, deadline = Sampler(sampling, prompt), self._clock() + seconds
-        request = _Request(prompt, count, sampler, log_probabilities, deadline, abandoned)
+        stops = self._model.settings.stops if stops is None else stops
+        request = _Request(prompt, count, stops, sampler, log_probabilities, deadline, abandoned)
         with self._changed:
             if self._closing:
                 raise Overloaded("The server is closing.")
@@ -197,9 +219,9 @@ class Scheduler:
     def turn(self) -> None:
         """See the module's own words. Called by the scheduler's own thread, unless that was never started."""
         self._drop()
+        self._write()
         self._admit()
         self._read_prompts()
-        self._write()
 
     def _run(self) -> None:
         while True:
@@ -238,17 +260,17 @@ class Scheduler:
         with self._changed:
             while free and self._waiting:
                 request = self._waiting.popleft()
-                # Rows from the first on are for texts that are written.
-                request.row = max(free)
+                # The next to be written, most often.
+                request.row = min(free)
                 free.remove(request.row)
                 self._reading.append(request)
 
     def _read_prompts(self) -> None:
         """A part of a prompt or several short prompts, in turns."""
-        budget = self._model.part
+        budget = self._most_read
         while budget > 0 and self._reading:
-            request = self._reading[0]
-            part, request.unread = request.unread[:budget], request.unread[budget:]
+            request, most = self._reading[0], min(budget, self._model.part)
+            part, request.unread = request.unread[:most], request.unread[most:]
             budget -= len(part)
             logits = self._read(request, part)
             if logits is None:
@@ -307,7 +329,7 @@ class Scheduler:
             failure = error if isinstance(error, Failed) else Failed(f"No token can be chosen ({brief(error)}).")
             self._retire(request, failure)
             return
-        if token in self._model.settings.stops:
+        if token in request.stops:
             self._retire(request, "stop")
             return
         request.answer.put(Token(token, likely))

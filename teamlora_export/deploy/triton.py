@@ -19,7 +19,7 @@ from teamlora_export.bundle import Bundle, Port, keeps_in_place
 from teamlora_export.deploy import triton_config
 from teamlora_export.deploy.engine import add_engine, refuse_stray_plugin
 from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment
-from teamlora_export.deploy.python import RUNNER_NAME, SCHEDULER_NAMES
+from teamlora_export.deploy.python import OPENING, SCHEDULING
 from teamlora_export.deploy.render import render
 from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.engine.onnxruntime_library import LIBRARY_NAME
@@ -152,7 +152,7 @@ def _deploy_continuous(
     waiting = max(1, sequences - slots)
     config = triton_config.continuous_config(name, slots=slots, waiting=waiting, capacity=capacity, **options)
     with deployment(bundle, out, "triton", f"{REPOSITORY}/{config.name}/1", logits=logits) as made:
-        _write_python_model(made, config, "continuous.py", *SCHEDULER_NAMES, "chat.py")
+        _write_python_model(made, config, "continuous.py", *SCHEDULING, "chat.py")
         facts = {**options, "engine": None, "gpu": False, "capacity": capacity}
         _write_program(made, name, True, continuous=True, slots=slots, sequences=slots + waiting, **facts)
     return out
@@ -215,7 +215,7 @@ def _write_python_model(made: Deployment, config: object, source: str, *parts: s
     _write_config(made, config)
     made.write(f"{folder}/model.py", SOURCES / source)
     made.write(f"{folder}/opened.py", SOURCES / "opened.py")
-    for part in (RUNNER_NAME, *parts):
+    for part in (*OPENING, *parts):
         made.write(f"{folder}/{part}", Path(__file__).parent / part)
 
 

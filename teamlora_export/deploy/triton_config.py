@@ -134,7 +134,8 @@ def continuous_config(
         threads: of ONNX Runtime, for each copy; 0: every core.
     """
     pb = protobuf()
-    config = pb.ModelConfig(name=f"{name}_text", backend="python", max_batch_size=0)
+    # Not that it takes batches: the requests of Triton's OpenAI front end have an axis for them.
+    config = pb.ModelConfig(name=f"{name}_text", backend="python", max_batch_size=1)
     config.version_policy.latest.num_versions = 1
     config.model_transaction_policy.decoupled = True
     for key, kind, size in (
@@ -147,9 +148,14 @@ def continuous_config(
         ("top_k", pb.TYPE_INT32, 1),
         ("top_p", pb.TYPE_FP32, 1),
         ("repetition_penalty", pb.TYPE_FP32, 1),
-        ("seed", pb.TYPE_INT64, 1),
+        ("presence_penalty", pb.TYPE_FP32, 1),
+        ("frequency_penalty", pb.TYPE_FP32, 1),
+        ("seed", pb.TYPE_UINT64, 1),
         ("stop", pb.TYPE_STRING, -1),
+        ("stop_words", pb.TYPE_STRING, -1),
         ("log_probs", pb.TYPE_BOOL, 1),
+        ("return_num_input_tokens", pb.TYPE_BOOL, 1),
+        ("return_num_output_tokens", pb.TYPE_BOOL, 1),
         ("time_limit", pb.TYPE_FP32, 1),
     ):
         config.input.add(name=key, data_type=kind, dims=[size], optional=True)
@@ -158,12 +164,14 @@ def continuous_config(
         ("finish_reason", pb.TYPE_STRING, 1),
         ("token_ids", pb.TYPE_INT64, -1),
         ("log_probs", pb.TYPE_FP32, -1),
+        ("num_input_tokens", pb.TYPE_INT32, 1),
+        ("num_output_tokens", pb.TYPE_INT32, 1),
     ):
         config.output.add(name=key, data_type=kind, dims=[size])
     config.instance_group.add(count=instances, kind=pb.ModelInstanceGroup.KIND_CPU)
     numbers = {"slots": slots, "waiting": waiting, "part": _PART, "threads": threads, "capacity": capacity or 0}
     given = {key: str(number) for key, number in numbers.items()} | ({"library": library} if library else {})
-    _add_parameters(config, model=config.name, check_files=check_files, **given)
+    _add_parameters(config, model=config.name, check_files=check_files, spinning=True, **given)
     return config
 
 

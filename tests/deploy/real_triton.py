@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import tritonclient.grpc as grpc
 from get_triton_server import get_triton_server
-from tritonclient.utils import InferenceServerException
+from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 _SECONDS_TO_START = 60
 # It waits for an answer to an idle connection, and for models to be unloaded.
@@ -29,10 +30,23 @@ _SECONDS_TO_STOP = 30
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where a server listens, as HOST:PORT."""
+    """Where a server listens, as HOST:PORT, and its process id."""
 
     http: str
     grpc: str
+    metrics: str
+    process: int
+
+    def counted(self, metric: str, model: str) -> int:
+        """What the server's metrics count of a model's requests."""
+        with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=60) as answer:
+            lines = [line for line in answer.read().decode().splitlines() if line.startswith(f"{metric}{{")]
+        return sum(int(float(line.split()[-1])) for line in lines if f'model="{model}"' in line)
+
+    def memory(self) -> int:
+        """Bytes that the server and its models' processes hold."""
+        server = psutil.Process(self.process)
+        return sum(process.memory_info().rss for process in (server, *server.children(recursive=True)))
 
 
 @contextlib.contextmanager
@@ -45,7 +59,7 @@ def running(repository: Path, log: Path) -> Iterator[Addresses]:
         RuntimeError: it is not ready in time, or does not stop in time.
     """
     home = get_triton_server()
-    http, grpc, metrics = _free_ports(3)
+    ports = _free_ports(3)
     triton = home / "server" / "pytriton" / "tritonserver"
     options = {
         "model-repository": repository,
@@ -55,9 +69,9 @@ def running(repository: Path, log: Path) -> Iterator[Addresses]:
         "http-address": "127.0.0.1",
         "grpc-address": "127.0.0.1",
         "metrics-address": "127.0.0.1",
-        "http-port": http,
-        "grpc-port": grpc,
-        "metrics-port": metrics,
+        "http-port": ports[0],
+        "grpc-port": ports[1],
+        "metrics-port": ports[2],
         "exit-timeout-secs": 20,
     }
     environment = {
@@ -70,45 +84,45 @@ def running(repository: Path, log: Path) -> Iterator[Addresses]:
     with log.open("wb") as told:
         process = subprocess.Popen(command, stdout=told, stderr=told, env=environment)
     try:
-        _wait_until_ready(process, f"127.0.0.1:{http}", log)
-        yield Addresses(f"127.0.0.1:{http}", f"127.0.0.1:{grpc}")
+        addresses = Addresses(*(f"127.0.0.1:{port}" for port in ports), process.pid)
+        _wait_until_ready(process, addresses.http, log)
+        yield addresses
     finally:
         _stop(process, log)
 
 
-class Stream:
-    """A request over gRPC whose answer is read as it comes."""
+class Connection:
+    """A client over gRPC, for one request after another."""
 
-    def __init__(self, server: Addresses, name: str, ids: list[int], count: int) -> None:
+    def __init__(self, server: Addresses) -> None:
         self._client = grpc.InferenceServerClient(server.grpc)
         self._answers: queue.Queue[Any] = queue.Queue()
-        inputs = []
-        for key, values, kind in (
-            ("input_ids", np.array(ids, np.int64), "INT64"),
-            ("max_tokens", np.array([count], np.int32), "INT32"),
-            ("stream", np.array([True]), "BOOL"),
-        ):
-            inputs.append(grpc.InferInput(key, list(values.shape), kind).set_data_from_numpy(values))
         self._client.start_stream(lambda result, error: self._answers.put(error or result))
-        self._client.async_stream_infer(f"{name}_text", inputs, enable_empty_final_response=True)
 
-    def tokens(self) -> Iterator[int]:
-        for response in self.responses():
-            yield from response
-
-    def responses(self) -> Iterator[list[int]]:
-        """The tokens of each."""
+    def ask(self, model: str, **inputs: np.ndarray) -> Iterator[Any]:
+        """The responses to a request, as they come; the last has nothing but the end."""
+        given = [
+            grpc.InferInput(name, list(values.shape), np_to_triton_dtype(values.dtype)).set_data_from_numpy(values)
+            for name, values in inputs.items()
+        ]
+        self._client.async_stream_infer(model, given, enable_empty_final_response=True)
         while True:
             answer = self._answers.get(timeout=60)
             if isinstance(answer, InferenceServerException):
                 raise answer
             if answer.get_response().parameters["triton_final_response"].bool_param:
-                self._client.stop_stream()
                 return
-            yield answer.as_numpy("token_ids").tolist()
+            yield answer
 
-    def cancel(self) -> None:
-        self._client.stop_stream(cancel_requests=True)
+    def tokens(self, model: str, ids: list[int], count: int, stream: bool = True) -> Iterator[list[int]]:
+        """Those of each response."""
+        asked = {"max_tokens": np.array([[count]], np.int32), "stream": np.array([[stream]])}
+        for answer in self.ask(model, input_ids=np.array([ids], np.int64), **asked):
+            yield answer.as_numpy("token_ids")[0].tolist()
+
+    def close(self, cancel: bool = False) -> None:
+        self._client.stop_stream(cancel_requests=cancel)
+        self._client.close()
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:

@@ -32,7 +32,8 @@ from conftest import (
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.cpp import deploy_cpp
-from teamlora_export.deploy.runner import Model, _cores
+from teamlora_export.deploy.runner import Model
+from teamlora_export.deploy.session import _cores
 from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.engine.toolchain import find_toolchain

@@ -28,13 +28,19 @@ from conftest import (
     readme_block,
     save_tokenizer,
 )
+from typer.testing import CliRunner
 
 from teamlora_export.bundle import FORMAT_VERSION, MANIFEST_NAME, Bundle, window_of, write_manifest
-from teamlora_export.deploy import runner
+from teamlora_export.cli import app
+from teamlora_export.deploy import runner, session, slots
 from teamlora_export.deploy.folder import DEPLOY_NAME
 from teamlora_export.deploy.folder import FORMAT_VERSION as DEPLOY_VERSION
 from teamlora_export.deploy.python import deploy_python
-from teamlora_export.deploy.runner import _DESCRIPTIONS, InPlaceCache, Model, ModelError, TextStream, encode_text
+from teamlora_export.deploy.runner import Model
+from teamlora_export.deploy.sampling import Sampling
+from teamlora_export.deploy.session import _DESCRIPTIONS, ModelError
+from teamlora_export.deploy.slots import InPlaceSlots
+from teamlora_export.deploy.words import TextStream, encode_text
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
 
@@ -89,7 +95,7 @@ def test_greedy_text_equals_pytorchs_alone_and_in_batches(deployed, smollm2_gree
 def test_a_cache_in_place_gives_the_tokens_of_one_that_grows(part, make_bundle, monkeypatch):
     """Buffers are made longer several times, and long prompts are read in parts."""
     monkeypatch.setattr(runner, "_PART", part)
-    monkeypatch.setattr(runner, "_LEAST_CAPACITY", 4)
+    monkeypatch.setattr(slots, "_LEAST_CAPACITY", 4)
     prompts = [[7, 5, 300, 9, 14, 21, 3, 8], [11], [4, 4, 200]]
     growing, in_place = (Model(make_bundle("llama", cache=form).folder) for form in ("growing", "in-place"))
     expected = growing.generate(prompts, 40)
@@ -104,21 +110,26 @@ def test_text_of_many_windows_equals_pytorchs_and_a_window_is_kept_no_longer(
 ):
     """A window has six tokens; a ring has room for it and a part, or for the text where that is shorter."""
     monkeypatch.setattr(runner, "_PART", part)
-    monkeypatch.setattr(runner, "_LEAST_CAPACITY", 4)
+    monkeypatch.setattr(slots, "_LEAST_CAPACITY", 4)
     made = []
-    monkeypatch.setattr(runner, "InPlaceCache", lambda *given: made.append(InPlaceCache(*given)) or made[-1])
+    monkeypatch.setattr(slots, "InPlaceSlots", lambda *given: made.append(InPlaceSlots(*given)) or made[-1])
     bundle = make_bundle(name, cache="in-place")
     model = Model(bundle.folder)
     prompts = [rng.integers(3, 384, length).tolist() for length in (37, 2, 21)]
     expected = [pytorch_greedy(make_base(name), make_adapter(name), prompt, 60) for prompt in prompts]
-    for prompt, answer in zip(prompts, expected, strict=True):
-        assert list(model.stream(prompt, 60)) == answer
     stops = bundle.manifest.tokens.stops
     until_stop = [list(itertools.takewhile(lambda token: token not in stops, answer)) for answer in expected]
+    for prompt, answer in zip(prompts, until_stop, strict=True):
+        assert list(model.stream(prompt, 60)) == answer
     assert model.generate(prompts, 60) == until_stop
+    # An end-of-text token may be one like any other.
+    scheduler, answers = model.ask(prompts, 60, stops=())
+    while scheduler.busy:
+        scheduler.turn()
+    assert [[token.id for token in answer] for answer in answers] == expected
     for port in bundle.manifest.inputs:
         if port.name.startswith("past_"):
-            rows = made[0]._buffers[port.name].shape[2]
+            rows = made[-1]._buffers[port.name].shape[2]
             # The last token is not read.
             assert rows in ((10,) if window_of(port.shape[2]) and part == 5 else (37 + 59, 37 + 60))
 
@@ -227,7 +238,7 @@ def test_there_is_a_thread_for_each_core_that_may_be_used(siblings, cores, monke
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(siblings))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.setattr(Path, "read_text", read)
-    assert runner._cores() == cores
+    assert session._cores() == cores
 
 
 def test_characters_of_several_tokens_are_streamed_whole(deployed):
@@ -237,6 +248,51 @@ def test_characters_of_several_tokens_are_streamed_whole(deployed):
     pieces = [stream.add(token) for token in tokenizer.encode(text).ids]
     assert "".join(pieces) == text
     assert "\ufffd" not in "".join(pieces)
+
+
+def test_a_long_text_is_streamed_in_pieces_that_take_no_longer_at_its_end(deployed):
+    tokenizer, rng = Model(deployed, check=False).tokenizer, random.Random(3)
+    text = "".join(
+        rng.choice(["word", " Word", "\n", ".", " ", "é", "日本", "👩‍👩‍👧", "  x", "<", "don't"]) for _ in range(2000)
+    )
+    ids, read = tokenizer.encode(text).ids, []
+
+    class Watched:
+        def decode(self, ids: list[int]) -> str:
+            read.append(len(ids))
+            return tokenizer.decode(ids)
+
+    stream = TextStream(Watched(), [])
+    assert "".join(map(stream.add, ids)) == tokenizer.decode(ids)
+    assert max(read) <= 32 < len(ids)
+    # What is no text at all is shown as such, and what follows it as it is.
+    broken = [token for token in range(tokenizer.get_vocab_size()) if tokenizer.decode([token]) == "\ufffd"][:1]
+    shown = "".join(map(stream.add, [*broken * 40, *tokenizer.encode(" And then.").ids]))
+    assert shown.startswith("\ufffd") and shown.endswith(" And then.")
+    assert max(read) <= 32
+
+
+def test_text_is_drawn_and_stopped_as_asked(make_bundle, tmp_path):
+    bundle = make_bundle("llama")
+    folder = deploy_python(bundle, tmp_path / "out")
+    ids = encode_text(Model(folder).tokenizer, "a b")
+    greedy = "".join(map(TextStream(Model(folder).tokenizer, ids).add, Model(folder).generate([ids], 20)[0]))
+    stop = greedy[len(greedy) // 2 :][:3]
+    stopped = run(folder, "a b", "--tokens", 20, "--stop=~~~", f"--stop={stop}")
+    assert stopped.stdout == f"a b{runner._printable(greedy[: greedy.index(stop)])}\n", stopped.stderr
+    drawn = ("--tokens", "8", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.9", "--repetition-penalty", "1.2")
+    sampling = Sampling(1.5, 50, 0.9, 1.2, seed=4)
+    expected = Model(folder).generate([[5, 6]], 8, sampling=sampling)[0]
+    found = run(folder, "--ids", 5, 6, *drawn, "--seed", 4)
+    assert [int(token) for token in found.stdout.split()] == expected != Model(folder).generate([[5, 6]], 8)[0]
+    assert list(Model(folder).stream([5, 6], 8, sampling)) == expected
+    of_cli = CliRunner().invoke(app, ["generate", str(bundle.folder), "a b", *drawn, "--seed", "4", "--stop", "~~~"])
+    assert of_cli.stdout == run(folder, "a b", *drawn, "--seed", 4).stdout
+    # A batch is drawn from as one of its texts alone.
+    assert Model(folder).generate([[5, 6], [7]], 8, sampling=sampling)[0] == expected
+    for wrong, message in (("--top-p=2", "top_p 2.0: give"), ("--temperature=nan", "nan: give"), ("--stop=a", "TEXT")):
+        refused = run(folder, "--ids", 5, wrong)
+        assert refused.returncode == 2 and message in refused.stderr, refused.stderr
 
 
 def test_generate_and_embed_try_a_bundle_from_the_shell(smollm2, minilm):

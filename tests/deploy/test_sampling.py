@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from teamlora_export.deploy.runner import ModelError
-from teamlora_export.deploy.sampling import Sampler, Sampling, StoppedText, log_probability
+from teamlora_export.deploy.sampling import Sampler, Sampling, log_probability
+from teamlora_export.deploy.session import ModelError
+from teamlora_export.deploy.words import StoppedText
 
 # Shares 0.4, 0.3, 0.2, 0.1, in an order of their own.
 SHARES = np.array([0.2, 0.4, 0.1, 0.3])
@@ -56,6 +57,16 @@ def test_a_penalty_falls_on_tokens_of_the_prompt_and_of_the_answer():
     assert negative.choose(np.array([-1.0, -1.5], np.float32)) == 1
 
 
+def test_presence_and_frequency_fall_on_tokens_of_the_answer_alone():
+    logits = np.array([3.0, 2.5, 0.0], np.float32)
+    present = Sampler(Sampling(presence_penalty=1.0), [0])
+    # 3, 2.5; then 2, 2.5; then 2, 1.5; and on.
+    assert [present.choose(logits) for _ in range(4)] == [0, 1, 0, 0]
+    frequent = Sampler(Sampling(frequency_penalty=1.0), [0])
+    # 3, 2.5; 2, 2.5; 2, 1.5; 1, 1.5; 1, 0.5; 0, 0.5.
+    assert [frequent.choose(logits) for _ in range(6)] == [0, 1, 0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("penalty", [float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)])
 def test_the_largest_and_the_smallest_penalty_leave_something_to_draw(penalty, sign):
@@ -70,6 +81,7 @@ def test_what_is_no_way_to_sample_is_refused():
         *(("temperature", value) for value in (-1.0, math.inf, math.nan)),
         *(("top_p", value) for value in (0.0, 1.1, math.nan)),
         *(("repetition_penalty", value) for value in (0.0, math.nan, math.inf)),
+        *((name, value) for name in ("presence_penalty", "frequency_penalty") for value in (-101.0, math.nan)),
         ("top_k", -1),
         ("seed", -1),
     ):

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,25 +18,28 @@ from conftest import poison_token, readme_block
 
 from teamlora_export.deploy import slots
 from teamlora_export.deploy.python import deploy_python
-from teamlora_export.deploy.runner import Model, ModelError
+from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.sampling import Sampling
 from teamlora_export.deploy.scheduler import Answer, Failed, Late, Overloaded, Scheduler
-from teamlora_export.deploy.slots import SlotModel
+from teamlora_export.deploy.session import ModelError, Session
+from teamlora_export.deploy.slots import Slots
 
 
 @pytest.fixture
-def open_slots(make_bundle, monkeypatch) -> Callable[..., SlotModel]:
+def open_slots(make_bundle, monkeypatch) -> Callable[..., Any]:
     """Buffers that are short at first, so that they grow again and again."""
     monkeypatch.setattr(slots, "_LEAST_CAPACITY", 4)
 
-    def make(name: str = "llama", **options: int) -> SlotModel:
-        return SlotModel(make_bundle(name, cache="in-place").folder, threads=1, **options)
+    def make(name: str = "llama", cache: str = "in-place", **options: int) -> Slots:
+        return slots.open_slots(Session(make_bundle(name, cache=cache).folder, threads=1), **options)
 
     return make
 
 
-def greedy(model: Model, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
-    return [model.generate([prompt], count)[0] for prompt in prompts]
+def greedy(model: Slots, prompts: Sequence[list[int]], count: int) -> list[list[int]]:
+    """What each text is alone."""
+    alone = Model(model._session.folder, threads=1)
+    return [alone.generate([prompt], count)[0] for prompt in prompts]
 
 
 def tokens(answer: Answer) -> list[int]:
@@ -48,16 +51,18 @@ def finish(scheduler: Scheduler) -> None:
         scheduler.turn()
 
 
-def at_work(model: SlotModel) -> int:
+def at_work(model: Slots) -> int:
     return sum(length > 0 for length in model.lengths)
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
-def test_texts_are_the_runners_in_whatever_order_they_come_and_go(name, seed, open_slots):
+@pytest.mark.parametrize(
+    ("name", "cache"), [("llama", "in-place"), ("mistral", "in-place"), ("gemma3", "in-place"), ("mistral", "growing")]
+)
+def test_texts_are_the_runners_in_whatever_order_they_come_and_go(name, cache, seed, open_slots):
     """Prompts are read in parts, some texts are cancelled, buffers grow, shrink and, with windows, wrap."""
     drawn = random.Random(seed)
-    model = open_slots(name, slots=drawn.choice([1, 2, 5]), part=drawn.choice([3, 8, 64]))
+    model = open_slots(name, cache, slots=drawn.choice([1, 2, 5]), part=drawn.choice([3, 8, 64]))
     requests = [
         ([drawn.randrange(3, 384) for _ in range(drawn.randrange(1, 60))], drawn.randrange(1, 60)) for _ in range(12)
     ]
@@ -70,7 +75,7 @@ def test_texts_are_the_runners_in_whatever_order_they_come_and_go(name, seed, op
             drawn.choice(answers).cancel()
     finish(scheduler)
     for (prompt, count), answer in zip(requests, answers, strict=True):
-        expected = model.generate([prompt], count)[0]
+        (expected,) = greedy(model, [prompt], count)
         found = tokens(answer)
         if answer.finish == "cancelled":
             assert found == expected[: len(found)]
@@ -111,12 +116,13 @@ def test_a_row_whose_numbers_are_none_fails_alone_and_leaves_nothing(open_slots)
     assert not any(buffer.any() for buffer in model._buffers.values()), "nothing is left of any text"
 
 
-def test_a_token_that_overflows_fails_alone(make_bundle, tmp_path):
-    folder = deploy_python(make_bundle("mistral", cache="in-place"), tmp_path / "out")
+@pytest.mark.parametrize("cache", ["growing", "in-place"])
+def test_a_token_that_overflows_fails_alone(cache, make_bundle, tmp_path):
+    folder = deploy_python(make_bundle("mistral", cache=cache), tmp_path / "out")
     prompts = [[9, 10, 11, 12, 13], [14, 15], [7, 9]]
-    expected = greedy(Model(folder), prompts[:2], 8)
+    expected = Model(folder).generate(prompts[:2], 8)
     poison_token(folder, 7)
-    with Scheduler(SlotModel(folder, check=False, slots=2)) as scheduler:
+    with Scheduler(Model(folder, check=False).slots(2)) as scheduler:
         answers = [scheduler.submit(prompt, 8) for prompt in (prompts[2], *prompts[:2], prompts[2], *prompts[:2])]
         for answer, right in zip(answers, [None, *expected] * 2, strict=True):
             if right is None:
@@ -146,7 +152,7 @@ def test_an_infinite_key_that_no_one_saw_reaches_no_later_text(open_slots):
 
 def test_a_prompt_that_is_read_moves_for_one_that_is_read_before_it(open_slots):
     model = open_slots(slots=2, part=4)
-    prompts = [[9, 10], list(range(30, 50))]
+    prompts = [list(range(30, 50)), [9, 10]]
     scheduler = Scheduler(model)
     answers = [scheduler.submit(prompt, 10) for prompt in prompts]
     finish(scheduler)
@@ -167,7 +173,7 @@ def test_a_long_prompt_holds_up_neither_texts_nor_short_prompts(open_slots):
     # Between two steps no more than a part of prompts is read, and the two prompts take turns.
     between = [list(run) for is_step, run in itertools.groupby(steps, lambda call: call[1] == 1) if not is_step]
     assert max(sum(length for _, length in run) for run in between) == 8
-    assert steps[:4] == [(1, 8), (1, 1), (1, 6), (1, 2)]
+    assert steps[:5] == [(1, 1), (1, 8), (1, 1), (1, 6), (1, 2)]
     assert sum(length for run in between for _, length in run) == 106
     assert sum(call[1] == 1 for call in steps) == 30
     assert not written.finish
@@ -374,9 +380,8 @@ def test_requests_and_models_that_cannot_be_are_refused(open_slots, make_bundle)
         with pytest.raises(ModelError, match=message):
             scheduler.submit(prompt, count)
     assert not scheduler.busy
-    growing: Path = make_bundle("llama").folder
-    with pytest.raises(ModelError, match="--cache in-place"):
-        SlotModel(growing)
+    with pytest.raises(ModelError, match="does not generate text"):
+        slots.open_slots(Session(make_bundle("bert").folder))
     with pytest.raises(ModelError, match="0 slots"):
         open_slots(slots=0)
     with pytest.raises(ModelError, match="0 waiting"):
@@ -391,4 +396,3 @@ def test_deployed_with_the_runner_it_works_as_its_readme_says(make_bundle, tmp_p
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 2
-    assert not (deploy_python(make_bundle("llama"), tmp_path / "growing") / "scheduler.py").exists()

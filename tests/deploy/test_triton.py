@@ -24,8 +24,9 @@ from triton_server import LoadError, RequestError, Server
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.cli import app
-from teamlora_export.deploy.runner import Model, TextStream, encode_text
+from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.triton import default_name, deploy_triton
+from teamlora_export.deploy.words import TextStream, encode_text
 from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.engine.profiles import make_profiles
 from teamlora_export.errors import ExportError
@@ -33,6 +34,11 @@ from teamlora_export.errors import ExportError
 
 def words(*texts: str) -> np.ndarray:
     return np.array([text.encode() for text in texts], np.object_)
+
+
+def rows(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inputs of one request, with the axis that Triton has for a batch."""
+    return {name: values[None] for name, values in given.items()}
 
 
 def generate(server: Server, name: str, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -149,7 +155,7 @@ def test_texts_of_a_cache_in_place_are_batched_continuously(continuous, make_bun
 
     def ask(prompt: np.ndarray, **options: np.ndarray) -> list[dict[str, np.ndarray]]:
         given = {"input_ids": prompt.astype(np.int64), "max_tokens": np.array([8], np.int32), **options}
-        return list(server.stream("m_text", given))
+        return [{name: row[0] for name, row in answer.items()} for answer in server.stream("m_text", rows(given))]
 
     with ThreadPoolExecutor(8) as pool:
         answers = [answer["token_ids"].tolist() for (answer,) in pool.map(ask, prompts)]
@@ -179,15 +185,16 @@ def test_a_request_that_cannot_be_batched_is_refused_in_words(continuous):
         "INVALID_ARG: temperature nan: give": {"input_ids": ids, "temperature": np.array([np.nan], np.float32)},
         "INVALID_ARG: stop: give 16 strings": {"input_ids": ids, "stop": words("")},
         "INVALID_ARG: .*invalid start byte": {"text_input": np.array([b"\xff"], np.object_)},
-        "INVALID_ARG: The model has no chat template": {"messages": words("[]")},
+        "INVALID_ARG: messages: give JSON": {"messages": words("[]")},
+        "INVALID_ARG: The model has no chat template": {"messages": words('[{"role": "user", "content": "a"}]')},
         "INVALID_ARG: A time limit of -1.0": {"input_ids": ids, "time_limit": np.array([-1], np.float32)},
         "UNAVAILABLE: The request took longer": {"input_ids": ids, "time_limit": np.array([1e-9], np.float32)},
     }.items():
         with pytest.raises(RequestError, match=message):
-            list(server.stream("m_text", given))
+            list(server.stream("m_text", rows(given)))
     server.models["m_text"].unload()
     with pytest.raises(RequestError, match="UNAVAILABLE: The server is closing"):
-        list(server.stream("m_text", {"input_ids": ids}))
+        list(server.stream("m_text", rows({"input_ids": ids})))
 
 
 def test_a_refusal_that_no_utf8_can_hold_is_sent_all_the_same(make_bundle, tmp_path):
@@ -195,7 +202,7 @@ def test_a_refusal_that_no_utf8_can_hold_is_sent_all_the_same(make_bundle, tmp_p
     (out / "models" / "m_text" / "1" / "chat_template.jinja").write_text("{{ raise_exception(messages[0].role) }}")
     server = Server(out / "models")
     with pytest.raises(RequestError, match=r"INVALID_ARG: .*\(\\ud800\)"):
-        list(server.stream("m_text", {"messages": words('[{"role": "\\ud800", "content": ""}]')}))
+        list(server.stream("m_text", rows({"messages": words('[{"role": "\\ud800", "content": ""}]')})))
     server.models["m_text"].unload()
 
 
@@ -395,7 +402,7 @@ def test_a_cache_that_starts_with_a_masked_row_changes_nothing(architecture, mak
     bundle = make_bundle(architecture)
     server = Server(deploy_triton(bundle, tmp_path / "out", name="model") / "models")
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [13, 14]]
-    stops = Model(bundle.folder)._settings.stops
+    stops = Model(bundle.folder).settings.stops
     expected = Model(bundle.folder).generate(prompts, 20)
     found = generate(server, "model", prompts, 20)
     for row, answer in zip(found, expected, strict=True):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
+import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -18,18 +22,22 @@ import numpy as np
 import pytest
 from conftest import list_again, poison_token, pytorch_greedy
 from get_triton_server import PACKAGE, get_triton_server
+from tritonclient.utils import InferenceServerException
 
 sys.path.append(str(Path(__file__).parent))
-from real_triton import Addresses, Stream, running
+from real_triton import Addresses, Connection, running
 
 from teamlora_export.bundle import Bundle
-from teamlora_export.deploy.runner import Model, TextStream, encode_text
+from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.deploy.words import TextStream, encode_text
 
 # A token whose embedding is no number.
 NAN = 7
 # A model with one slot takes so long for a step, so that there is time to do something meanwhile.
 STEP = 0.05
+# A text that begins so takes so long to be read.
+LONG, READING = "Long", 2.0
 
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
@@ -49,6 +57,12 @@ def deployed(make_bundle, tmp_path_factory) -> Path:
     assert "        self._drop()\n" in text
     program.write_text(text.replace("        self._drop()\n", f"        time.sleep({STEP})\n        self._drop()\n"))
     (slow / "models" / "slow_text").rename(out / "models" / "slow_text")
+    # Words that take long to be read.
+    program = out / "models" / "m_text" / "1" / "words.py"
+    text = program.read_text()
+    assert "        text.encode()\n" in text
+    text = text.replace("        text.encode()\n", f"        time.sleep({READING} * text.startswith({LONG!r}))\n")
+    program.write_text(text.replace("from typing", "import time\nfrom typing", 1))
     return out
 
 
@@ -117,9 +131,20 @@ def test_words_come_whole_and_as_a_stream_from_its_own_clients(server, deployed,
     assert told.stdout == f"{prompt}{expected}\n", told.stderr
     told = subprocess.run([*command, "--ids", "9", "10"], capture_output=True, text=True, timeout=60)
     assert [int(token) for token in told.stdout.split()] == model.generate([[9, 10]], 20)[0], told.stderr
-    pieces = list(Stream(server, "m", [9, 10], 20).responses())
+    connection = Connection(server)
+    pieces = list(connection.tokens("m_text", [9, 10], 20))
+    connection.close()
     assert [token for piece in pieces for token in piece] == model.generate([[9, 10]], 20)[0]
     assert max(map(len, pieces)) == 1
+
+
+def test_curl_is_answered_as_its_script_says(server, deployed, model):
+    environment = {**os.environ, "SERVER": server.http}
+    told = subprocess.run(["sh", deployed / "client.sh"], env=environment, capture_output=True, text=True, timeout=60)
+    whole, *events = [json.loads(line.removeprefix("data: ")) for line in told.stdout.splitlines() if line.strip()]
+    assert events[-1]["finish_reason"] == whole["finish_reason"] == "length", told
+    assert "".join(event["text_output"] for event in events) == whole["text_output"]
+    assert whole["text_output"]
 
 
 def test_a_conversation_is_gone_on_with_by_the_models_own_template(server, model):
@@ -127,7 +152,8 @@ def test_a_conversation_is_gone_on_with_by_the_models_own_template(server, model
     text = TextStream(model.tokenizer, ids)
     expected = "".join(map(text.add, model.generate([ids], 10)[0]))
     messages = json.dumps([{"role": "user", "content": "Who may copy"}])
-    assert generate(server, messages=messages, max_tokens=10)[1]["text_output"] == expected
+    status, answer = generate(server, messages=messages, max_tokens=10)
+    assert (status, answer.get("text_output")) == (200, expected), answer
     status, refused = generate(server, messages="Who may copy")
     assert (status, refused["error"].startswith("messages: give JSON")) == (400, True), refused
 
@@ -150,15 +176,15 @@ def test_a_seed_draws_the_same_and_log_probabilities_come_along(server):
 
 
 def test_a_request_too_many_is_refused_and_one_that_is_cancelled_makes_room(server, model):
-    first = Stream(server, "slow", [9], 100)
-    assert next(first.responses())
+    first = Connection(server)
+    assert next(first.tokens("slow_text", [9], 100))
     with ThreadPoolExecutor(2) as pool:
         # There is room for one of them to wait.
         asked = {pool.submit(generate, server, "slow", input_ids=[id_], max_tokens=4): id_ for id_ in (10, 11)}
         (refused,), (waiting,) = wait(asked, return_when=FIRST_COMPLETED)
         assert refused.result() == (400, {"error": "1 requests wait already. Try again later."})
         started = time.monotonic()
-        first.cancel()
+        first.close(cancel=True)
         assert waiting.result()[1]["token_ids"] == model.generate([[asked[waiting]]], 4)[0]
     # The first would have kept its slot for 100 steps.
     assert time.monotonic() - started < 60 * STEP
@@ -185,14 +211,129 @@ def test_a_time_limit_ends_a_request_and_frees_its_slot(server, model):
     assert time.monotonic() - started < 60 * STEP
 
 
-def test_a_model_is_unloaded_and_loaded_again(server, model):
-    assert post(server, "repository/models/m_text/unload")[0] == 200
-    end = time.monotonic() + 20
-    while generate(server, input_ids=[9])[0] == 200 and time.monotonic() < end:
-        time.sleep(0.1)
-    assert generate(server, input_ids=[9])[0] >= 400
-    assert post(server, "repository/models/m_text/load")[0] == 200
-    assert generate(server, input_ids=[9, 10], max_tokens=6)[1]["token_ids"] == model.generate([[9, 10]], 6)[0]
+def test_requests_are_taken_in_the_form_of_tritons_openai_front_end(server, model):
+    """Names, types and shapes as in `_create_trtllm_generate_request` of the server's python/openai, 2.63 to 2.71."""
+    prompt = "Unless required by law"
+    ids = encode_text(model.tokenizer, prompt)
+    text = TextStream(model.tokenizer, ids)
+    tokens = model.generate([ids], 20)[0]
+    expected = "".join(map(text.add, tokens))
+
+    def ask(stream: bool, **inputs: np.ndarray) -> list[Any]:
+        connection = Connection(server)
+        answers = connection.ask(
+            "m_text",
+            text_input=np.array([[prompt.encode()]], np.object_),
+            stream=np.array([[stream]]),
+            max_tokens=np.array([[20]], np.int32),
+            top_p=np.array([[1.0]], np.float32),
+            frequency_penalty=np.array([[0.0]], np.float32),
+            presence_penalty=np.array([[0.0]], np.float32),
+            return_num_input_tokens=np.array([[True]]),
+            return_num_output_tokens=np.array([[True]]),
+            **inputs,
+        )
+        found = list(answers)
+        connection.close()
+        return found
+
+    def words(answers: list[Any]) -> str:
+        # It takes a string as it is in memory, so there must be one.
+        assert all(answer.as_numpy("text_output").size == 1 for answer in answers)
+        return "".join(answer.as_numpy("text_output").item().decode() for answer in answers)
+
+    greedy = {"temperature": np.array([[0.0]], np.float32)}
+    (whole,) = ask(False, **greedy)
+    pieces = ask(True, **greedy)
+    assert words([whole]) == words(pieces) == expected
+    for answers in ([whole], pieces):
+        assert {int(answer.as_numpy("num_input_tokens").item()) for answer in answers} == {len(ids)}
+        assert sum(int(answer.as_numpy("num_output_tokens").item()) for answer in answers) == len(tokens)
+    stops = np.array([[b"\0", expected[8:11].encode()]], np.object_)
+    assert words(ask(True, **greedy, stop_words=stops)) == expected[: expected.index(expected[8:11])]
+    drawn = {"temperature": np.array([[1.0]], np.float32), "seed": np.array([[1 << 63]], np.uint64)}
+    assert words(ask(False, **drawn)) == words(ask(True, **drawn)) != expected
+
+
+def test_words_that_take_long_to_be_read_hold_up_nobody(server):
+    with ThreadPoolExecutor(2) as pool:
+        long = [pool.submit(generate, server, text_input=f"{LONG} {n}", max_tokens=1) for n in range(2)]
+        started = time.monotonic()
+        assert generate(server, input_ids=[9, 10], max_tokens=4)[0] == 200
+        assert time.monotonic() - started < READING
+        assert not any(answer.done() for answer in long)
+        assert [answer.result()[0] for answer in long] == [200, 200]
+
+
+def test_a_thousand_requests_over_http_and_grpc_are_right_counted_and_leave_nothing(server, model, rng):
+    drawn = [rng.integers(8, 384, length).tolist() for length in rng.integers(1, 30, 24)]
+    expected = {tuple(prompt): model.generate([prompt], 3)[0] for prompt in drawn}
+    right = [prompt for prompt in drawn if NAN not in expected[tuple(prompt)]]
+    before = server.counted("nv_inference_request_success", "m_text")
+    held: list[int] = []
+
+    def client(number: int) -> None:
+        asked, connection = random.Random(number), Connection(server)
+        address, port = server.http.split(":")
+        http_client = http.client.HTTPConnection(address, int(port), timeout=60)
+        for turn in range(126):
+            prompt = asked.choice(right)
+            if turn % 25 == 24:
+                # One that fails, for each way in.
+                with pytest.raises(InferenceServerException, match="not in the model's vocabulary"):
+                    list(connection.tokens("m_text", [384], 3))
+            elif turn % 2:
+                body = json.dumps({"input_ids": prompt, "max_tokens": 3})
+                http_client.request("POST", "/v2/models/m_text/generate", body)
+                answer = json.loads(http_client.getresponse().read())
+                assert np.atleast_1d(answer.get("token_ids")).tolist() == expected[tuple(prompt)], answer
+            else:
+                (tokens,) = connection.tokens("m_text", prompt, 3, stream=False)
+                assert tokens == expected[tuple(prompt)]
+            if number == 0 and turn in (30, 125):
+                held.append(server.memory())
+        http_client.close()
+        connection.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(client, range(8)))
+    # It counts those that failed as well: a model that answers later is done with a request when it has taken it.
+    assert server.counted("nv_inference_request_success", "m_text") - before == 8 * 126
+    # Of threads that come and go, and of the metrics; the caches of these requests alone would be 60 MB.
+    assert held[1] - held[0] < 12e6, held
+
+
+def test_a_model_is_unloaded_under_load_and_loaded_again(server, model):
+    expected, stop = model.generate([[9, 10]], 6)[0], threading.Event()
+
+    def client(_: int) -> list[int]:
+        """Statuses of its requests, one after another."""
+        statuses = []
+        while not stop.is_set():
+            status, answer = generate(server, input_ids=[9, 10], max_tokens=6)
+            assert status != 200 or answer["token_ids"] == expected
+            statuses.append(status)
+            if status != 200:
+                time.sleep(0.02)
+        return statuses
+
+    with ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(client, number) for number in range(8)]
+        time.sleep(0.5)
+        assert post(server, "repository/models/m_text/unload")[0] == 200
+        end = time.monotonic() + 20
+        while generate(server, input_ids=[9])[0] == 200 and time.monotonic() < end:
+            time.sleep(0.1)
+        refused = generate(server, input_ids=[9])[0]
+        loaded = post(server, "repository/models/m_text/load")[0]
+        time.sleep(0.5)
+        stop.set()
+        statuses = [one.result() for one in clients]
+    assert (refused >= 400, loaded) == (True, 200)
+    # All were answered before and after; between the two they were told that there is no such model, unless their
+    # connection shared one of the server's threads with the one that loads.
+    assert all(told[0] == told[-1] == 200 and {*told} <= {200, refused} for told in statuses)
+    assert any(refused in told for told in statuses)
 
 
 def test_its_tokens_are_pytorchs(server, make_base, make_adapter):

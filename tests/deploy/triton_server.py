@@ -281,7 +281,7 @@ class PythonModel(Model):
         sys.modules["triton_python_backend_utils"] = _backend_utils(self.server)
         path = self.folder / "1" / "model.py"
         # As the back end does: the version's folder is where it imports from.
-        for name in ("runner", "opened", "sampling", "slots", "scheduler", "chat"):
+        for name in ("opened", "session", "words", "sampling", "slots", "scheduler", "chat"):
             sys.modules.pop(name, None)
         sys.path.append(str(path.parent))
         try:
@@ -347,6 +347,9 @@ class _Request:
     def __init__(self, utils: Any, inputs: Tensors) -> None:
         self.inputs_by_name = {name: utils.Tensor(name, array) for name, array in inputs.items()}
         self.sender = _Sender()
+
+    def inputs(self) -> list[Any]:
+        return list(self.inputs_by_name.values())
 
     def get_response_sender(self) -> _Sender:
         return self.sender

@@ -18,7 +18,8 @@ from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.deploy.cpp import deploy_cpp
 from teamlora_export.deploy.genai import deploy_genai
 from teamlora_export.deploy.python import deploy_python
-from teamlora_export.deploy.runner import Model, encode_text
+from teamlora_export.deploy.runner import Model
+from teamlora_export.deploy.words import encode_text
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 from teamlora_export.graph.build import build_graph

@@ -1,45 +1,61 @@
 """Words in, words out: a Triton model that runs the text generator beside it, for many requests at once.
 
-Each request is a text of the scheduler's, whose steps they share. A thread for each sends what the scheduler gives.
+Each request is a text of the scheduler's, whose steps they share. A thread for each reads its words, and sends what the
+scheduler gives; there are no more of them than requests that are taken at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock, Semaphore, Thread
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from chat import Chat
 from opened import open_beside, refusal
-from runner import ModelError, TextStream, encode_text
-from sampling import Sampling, StoppedText
+from sampling import Sampling
 from scheduler import Answer, Late, Overloaded, Scheduler, Token
-from slots import SlotModel
+from session import ModelError, Session
+from slots import open_slots
+from words import StoppedText, TextStream, encode_prompt, encode_text
 
 _DEFAULT_TOKENS = 64
+# Inputs that are fields of `Sampling` as they are.
+_SAMPLING = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "seed": int,
+}
+# A request's inputs, each as a row.
+Given = Mapping[str, np.ndarray]
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         # The files are compared with their hashes there.
         parameters, self._settings, self._tokenizer = open_beside(args)
-        # Opened when a conversation comes.
-        self._chat: Chat | None = None
+        folder = Path(__file__).resolve().parent
+        self._chat = Chat(folder)
         numbers = {name: int(parameters[name]) for name in ("slots", "waiting", "part", "threads", "capacity")}
+        self._most_waiting = numbers["waiting"]
+        self._places = Semaphore(numbers["slots"] + numbers["waiting"])
         try:
-            model = SlotModel(
-                Path(__file__).resolve().parent,
+            session = Session(
+                folder,
                 Path(parameters["library"]) if "library" in parameters else None,
                 check=False,
                 threads=numbers["threads"],
-                slots=numbers["slots"],
-                part=numbers["part"],
-                most=numbers["capacity"] or None,
+                spinning=parameters["spinning"] == "true",
             )
-            self._scheduler = Scheduler(model, numbers["waiting"]).__enter__()
+            slots = open_slots(session, numbers["slots"], numbers["part"], numbers["capacity"] or None)
+            # There is room for all that have a place.
+            self._scheduler = Scheduler(slots, numbers["slots"] + numbers["waiting"]).__enter__()
         except ModelError as error:
             raise pb_utils.TritonModelException(str(error)) from None
         self._waiting = _Waiting(parameters["model"], numbers["slots"])
@@ -47,54 +63,54 @@ class TritonPythonModel:
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
             client = _Client(request.get_response_sender())
-            try:
-                responses = self._submit(request, client)
-                Thread(target=_send, args=(responses, client, self._waiting), daemon=True).start()
-            except Exception as error:
-                client.send(_refusal(error))
-                client.end()
+            if not self._places.acquire(blocking=False):
+                client.end(Overloaded(f"{self._most_waiting} requests wait already. Try again later."))
+                continue
+            # A copy: Triton's own is there for as long as this call.
+            given = {tensor.name(): tensor.as_numpy().flatten() for tensor in request.inputs()}
+            Thread(target=self._answer, args=(given, client), daemon=True).start()
 
     def finalize(self) -> None:
         self._scheduler.__exit__()
+        self._chat.close()
 
-    def _submit(self, request: Any, client: _Client) -> Iterator[Any]:
-        """The responses to a request that was taken."""
-        prompt, ids = self._settings.require_ids(self._prompt(request)), _given(request, "input_ids")
-        log_probabilities = bool(_first(request, "log_probs", False))
-        stops = _given(request, "stop")
-        text = StoppedText(
-            TextStream(self._tokenizer, prompt).add, [] if stops is None else [stop.decode() for stop in stops]
-        )
-        seed = _first(request, "seed", None)
+    def _answer(self, given: Given, client: _Client) -> None:
+        failure = None
+        try:
+            with self._waiting:
+                for response in self._responses(given, client):
+                    client.send(response)
+        except Exception as error:
+            failure = error
+        # Before the client knows: it may ask again at once.
+        self._places.release()
+        client.end(failure)
+
+    def _responses(self, given: Given, client: _Client) -> Iterator[Any]:
+        shown, stops = _Shown(given), [*given.get("stop", ()), *given.get("stop_words", ())]
+        prompt = self._settings.require_ids(self._prompt(given))
+        text = StoppedText(TextStream(self._tokenizer, prompt).add, [stop.decode() for stop in stops])
         answer = self._scheduler.submit(
             prompt,
-            int(_first(request, "max_tokens", _DEFAULT_TOKENS)),
-            Sampling(
-                temperature=float(_first(request, "temperature", 0)),
-                top_k=int(_first(request, "top_k", 0)),
-                top_p=float(_first(request, "top_p", 1)),
-                repetition_penalty=float(_first(request, "repetition_penalty", 1)),
-                seed=None if seed is None else int(seed),
-            ),
-            log_probabilities=log_probabilities,
-            seconds=float(_first(request, "time_limit", float("inf"))),
+            int(_first(given, "max_tokens", _DEFAULT_TOKENS)),
+            Sampling(**{name: kind(given[name][0]) for name, kind in _SAMPLING.items() if name in given}),
+            log_probabilities=shown.log_probabilities,
+            seconds=float(_first(given, "time_limit", float("inf"))),
             abandoned=client.is_gone,
         )
-        shown = _Shown(ids is None, ids is not None or log_probabilities, log_probabilities)
-        whole = not _first(request, "stream", False)
-        return map(shown.response, _joined(_pieces(answer, text)) if whole else _pieces(answer, text))
+        pieces = _pieces(answer, text)
+        for piece in pieces if _first(given, "stream", False) else _joined(pieces):
+            yield shown.response(piece, len(prompt))
 
-    def _prompt(self, request: Any) -> list[int]:
-        given = {name: _given(request, name) for name in ("text_input", "messages", "input_ids")}
-        (name, values), *more = [(name, values) for name, values in given.items() if values is not None] or [("", None)]
-        if values is None or more:
+    def _prompt(self, given: Given) -> list[int]:
+        names = [name for name in ("text_input", "messages", "input_ids") if name in given]
+        if len(names) != 1:
             raise ModelError("Give one of text_input, messages and input_ids.")
-        if name == "input_ids":
+        values = given[names[0]]
+        if names == ["input_ids"]:
             return values.tolist()
-        if name == "text_input":
-            return encode_text(self._tokenizer, values[0].decode())
-        if self._chat is None:
-            self._chat = Chat(Path(__file__).resolve().parent)
+        if names == ["text_input"]:
+            return encode_prompt(self._tokenizer, values[0].decode())
         # The template writes the special tokens itself.
         return encode_text(self._tokenizer, self._chat.text(values[0].decode()), specials=False)
 
@@ -102,18 +118,29 @@ class TritonPythonModel:
 class _Shown:
     """Which outputs a request gets."""
 
-    def __init__(self, words: bool, ids: bool, log_probabilities: bool) -> None:
-        self._words, self._ids, self._log_probabilities = words, ids, log_probabilities
+    def __init__(self, given: Given) -> None:
+        self.log_probabilities = bool(_first(given, "log_probs", False))
+        self._words, self._ids = "input_ids" not in given, "input_ids" in given or self.log_probabilities
+        self._read, self._written = (
+            bool(_first(given, f"return_num_{which}_tokens", False)) for which in ("input", "output")
+        )
 
-    def response(self, piece: tuple[str, list[Token], str]) -> Any:
+    def response(self, piece: tuple[str, list[Token], str], read: int) -> Any:
+        """Args:
+        read: tokens of the prompt.
+        """
         words, tokens, finish = piece
-        outputs = {"finish_reason": np.array([finish.encode()], np.object_)}
+        outputs = {"finish_reason": np.array([[finish.encode()]], np.object_)}
         if self._words:
-            outputs["text_output"] = np.array([words.encode()], np.object_)
+            outputs["text_output"] = np.array([[words.encode()]], np.object_)
         if self._ids:
-            outputs["token_ids"] = np.array([token.id for token in tokens], np.int64)
-        if self._log_probabilities:
-            outputs["log_probs"] = np.array([token.log_probability for token in tokens], np.float32)
+            outputs["token_ids"] = np.array([[token.id for token in tokens]], np.int64)
+        if self.log_probabilities:
+            outputs["log_probs"] = np.array([[token.log_probability for token in tokens]], np.float32)
+        if self._read:
+            outputs["num_input_tokens"] = np.array([[read]], np.int32)
+        if self._written:
+            outputs["num_output_tokens"] = np.array([[len(tokens)]], np.int32)
         return pb_utils.InferenceResponse(
             output_tensors=[pb_utils.Tensor(name, values) for name, values in outputs.items()]
         )
@@ -151,40 +178,24 @@ class _Client:
     def send(self, response: Any) -> None:
         self._sender.send(response)
 
-    def end(self) -> None:
+    def end(self, failure: Exception | None) -> None:
+        """No more responses come; the last one says what failed."""
         with self._lock:
             self._ended = True
-            self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            last = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            if failure is None:
+                self._sender.send(flags=last)
+                return
+            busy = isinstance(failure, (Overloaded, Late))
+            self._sender.send(refusal(failure, pb_utils.TritonError.UNAVAILABLE if busy else None), flags=last)
 
     def is_gone(self) -> bool:
         with self._lock:
             return self._ended or self._sender.is_cancelled()
 
 
-def _send(responses: Iterator[Any], client: _Client, waiting: _Waiting) -> None:
-    try:
-        with waiting:
-            for response in responses:
-                client.send(response)
-    except Exception as error:
-        client.send(_refusal(error))
-    finally:
-        client.end()
-
-
-def _refusal(error: Exception) -> Any:
-    return refusal(error, pb_utils.TritonError.UNAVAILABLE if isinstance(error, (Overloaded, Late)) else None)
-
-
-def _given(request: Any, name: str) -> Any:
-    """An input as a row; None where it is not there."""
-    tensor = pb_utils.get_input_tensor_by_name(request, name)
-    return None if tensor is None else tensor.as_numpy().flatten()
-
-
-def _first(request: Any, name: str, default: Any) -> Any:
-    values = _given(request, name)
-    return default if values is None else values[0]
+def _first(given: Given, name: str, default: Any) -> Any:
+    return given[name][0] if name in given else default
 
 
 class _Waiting:

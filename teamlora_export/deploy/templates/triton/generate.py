@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from opened import open_beside, refusal
-from runner import TextStream, encode_text
+from words import TextStream, encode_text
 
 _DEFAULT_TOKENS = 64
 # Where the cache is in place, a longer prompt is read in parts of so many tokens.

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
-from runner import ModelError, Settings, check_files, open_tokenizer, read_settings
+from session import ModelError, Settings, check_files, read_settings
+from words import open_tokenizer
 
 
 def open_beside(args: dict[str, str]) -> tuple[dict[str, str], Settings, Any]:

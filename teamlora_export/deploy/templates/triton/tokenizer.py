@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from opened import open_beside, refusal
-from runner import encode_text
+from words import encode_text
 
 # Rows are padded to a multiple, so that requests of about the same length can share a batch.
 _MULTIPLE = 16

@@ -1,0 +1,300 @@
+"""A model in a folder, opened in ONNX Runtime: what describes it, its files' hashes, its inputs and outputs.
+
+It needs onnxruntime and numpy alone; so do the files beside it, which are deployed with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
+_NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+# What describes a folder: which of its fields has the hashes, and the newest format that is known.
+_DESCRIPTIONS = {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)}
+# What is opened here or by a server, so that a list of hashes without one of them is not whole.
+_OPENED = (
+    *("model.onnx", "model.onnx.data", "adapter.onnx.data", "model.plan"),
+    *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+)
+_LARGEST_TEXT = 512 << 20
+_MOST_THREADS = 1024
+_SPIN_MICROSECONDS = "20"
+# The names of the axis that holds the tokens of a cache in place, and of one whose layer sees so many tokens only.
+CAPACITY = re.compile(r"capacity|window_([1-9]\d{0,8})")
+
+
+class ModelError(Exception):
+    """The model's folder is not what it should be, or the request is not; the message says what and where."""
+
+
+class Session:
+    """The model, which holds no state of a request: many threads may run it at once.
+
+    Args:
+        library: a native library with the op, to be used in place of the definition inside the model.
+        check: compare the files with their hashes first.
+        threads: of ONNX Runtime; 0 takes every core.
+        spinning: threads that wait for work keep their cores for a moment, which is faster where nothing else runs.
+
+    Attributes:
+        onnx: ONNX Runtime's own session.
+        inputs: by their names, as ONNX Runtime describes them; caches: those that are keys and values.
+        outputs: their names.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        library: Path | None = None,
+        check: bool = True,
+        threads: int = 0,
+        spinning: bool = True,
+    ) -> None:
+        import onnxruntime as ort
+
+        if not 0 <= threads <= _MOST_THREADS:
+            raise ModelError(f"{threads} threads: give 0 to {_MOST_THREADS}.")
+        self.folder = Path(folder)
+        self.settings = read_settings(self.folder)
+        if check:
+            check_files(self.folder, self.settings.hashes)
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        # A number of its own: left to itself, ONNX Runtime binds each thread to a core, busy or not. Threads that spin
+        # for as long as it lets them take the core from those that they wait for, as soon as anything else runs on the
+        # machine; threads that do not spin at all wake too late for the next kernel.
+        options.intra_op_num_threads = threads or _cores()
+        if spinning:
+            options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
+        else:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            if library is not None:
+                # A bare name would be looked for in the system's folders.
+                options.register_custom_ops_library(str(Path(library).resolve()))
+        except Exception as error:
+            raise ModelError(f"{library}: cannot be loaded as a library of ops ({brief(error)}).") from None
+        try:
+            self.onnx = ort.InferenceSession(self.folder / "model.onnx", options, ["CPUExecutionProvider"])
+        except Exception as error:
+            raise ModelError(
+                f"{self.folder}: ONNX Runtime {ort.__version__} cannot load the model ({brief(error)})."
+            ) from None
+        self.inputs = {value.name: value for value in self.onnx.get_inputs()}
+        self.outputs = [value.name for value in self.onnx.get_outputs()]
+        self.caches = [value for name, value in self.inputs.items() if name.startswith("past_key_values.")]
+        self._check_interface()
+
+    def taken(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the model has inputs for."""
+        return {name: value for name, value in feeds.items() if name in self.inputs}
+
+    def _check_interface(self) -> None:
+        """Refuse a model that is not one of ours before anything is asked of it."""
+        for name, value in self.inputs.items():
+            if name not in _NUMBERS and value not in self.caches:
+                raise ModelError(f"{self.folder}: its model has an input {name!r:.80}, which is unknown here.")
+        for cache in self.caches:
+            if cache.type not in NUMPY:
+                raise ModelError(f"{self.folder}: has inputs of {cache.type}, which run on a GPU only.")
+            sizes = [cache.shape[axis] for axis in (1, 3)] if len(cache.shape) == 4 else [None]
+            if not all(isinstance(size, int) for size in sizes) or present_of(cache.name) not in self.outputs:
+                raise ModelError(f"{self.folder}: its model's cache {cache.name!r:.80} is not one that is known here.")
+        if not any(name in self.outputs for name in (("logits",) if self.caches else RESULTS)):
+            raise ModelError(f"{self.folder}: its model gives no {' or '.join(RESULTS)}.")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What describes the model.
+
+    Attributes:
+        hashes: SHA-256 of its files.
+        vocabulary: ids are below it; None where that is not known. padding: the id that fills a row.
+        stops: the ids that end a text.
+        most: tokens that the model takes at most, prompt and answer together; None where there is no limit.
+        cut: words are cut to so many tokens; None where a longer input is refused.
+        padded: rows of one batch may have padding in front.
+    """
+
+    hashes: Mapping[str, str]
+    vocabulary: int | None
+    padding: int
+    stops: tuple[int, ...]
+    most: int | None
+    cut: int | None
+    padded: bool = True
+
+    def require_ids(self, ids: Sequence[int]) -> list[int]:
+        """The ids of one input, all of which must exist."""
+        ids = list(ids)
+        if not ids:
+            raise ModelError("An empty prompt has nothing to go on from.")
+        for id_ in ids:
+            if not isinstance(id_, (int, np.integer)) or not 0 <= id_ < (self.vocabulary or 1 << 31):
+                known = f"vocabulary of {self.vocabulary}" if self.vocabulary else "vocabulary"
+                raise ModelError(f"Token {id_!r:.40} is not in the model's {known}.")
+        return ids
+
+    def require_room(self, inputs: Sequence[Sequence[int]]) -> None:
+        """Refuse inputs that are longer than the model takes."""
+        if not inputs:
+            raise ModelError("There is no prompt.")
+        longest = max(map(len, inputs))
+        if self.most is not None and longest > self.most:
+            raise ModelError(f"{longest} tokens; the model takes {self.most}.")
+
+    def room(self, prompts: Sequence[Sequence[int]], count: int) -> int:
+        """How many tokens can follow the prompts, `count` at most."""
+        if count < 1:
+            raise ModelError(f"{count} tokens: give at least 1.")
+        self.require_room(prompts)
+        longest = max(map(len, prompts))
+        if longest == self.most:
+            raise ModelError(f"{longest} tokens; the model takes {self.most}, its answer included.")
+        return count if self.most is None else min(count, self.most - longest)
+
+
+def read_settings(folder: Path) -> Settings:
+    """From the deploy.json in the model's folder, or from a bundle's manifest.json.
+
+    Raises:
+        ModelError: there is none, a newer tool wrote it, or a field is missing or of another type.
+    """
+    name = next((name for name in _DESCRIPTIONS if os.path.lexists(folder / name)), None)
+    if name is None:
+        raise ModelError(f"{folder}: holds neither deploy.json nor manifest.json. Is it a model's folder?")
+    path, (entry, newest) = folder / name, _DESCRIPTIONS[name]
+    fields = read_json(path)
+    version = fields.get("format_version")
+    if type(version) is int and version > newest:
+        raise ModelError(f"{path}: was written by a newer teamlora-export. Use that version's program.")
+    hashes: Any = fields.get(entry)
+    tokens: Any = fields.get("tokens")
+
+    def fits(name: str, least: int) -> bool:
+        return name in tokens and (tokens[name] is None or _is_whole(tokens[name], least))
+
+    if not (
+        _is_whole(version, 1)
+        and isinstance(hashes, dict)
+        and all(isinstance(value, str) for value in hashes.values())
+        and isinstance(tokens, dict)
+        and all(fits(name, 1) for name in ("vocabulary", "most", "cut"))
+        and _is_whole(tokens.get("padding"), 0)
+        and isinstance(tokens.get("stops"), list)
+        and all(_is_whole(stop, 0) for stop in tokens["stops"])
+    ):
+        raise ModelError(f"{path}: format_version, {entry} or tokens are not as they should be. Copy it again.")
+    return Settings(
+        hashes,
+        tokens["vocabulary"],
+        tokens["padding"],
+        tuple(tokens["stops"]),
+        tokens["most"],
+        tokens["cut"],
+        tokens.get("padded") is not False,
+    )
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return type(value) is int and least <= value < 1 << 31
+
+
+def check_files(folder: Path, hashes: Mapping[str, str]) -> None:
+    """Compare every file of the model with its hash.
+
+    Raises:
+        ModelError: the list of hashes is not whole, a file is missing, or it is another one.
+    """
+    listed = {"model.onnx", "model.onnx.data"} <= set(hashes) or any(_is_engine(name) for name in hashes)
+    unlisted = [name for name in _OPENED if (folder / name).is_file() and name not in hashes]
+    if not listed or unlisted:
+        missing = unlisted[0] if unlisted else "the model"
+        raise ModelError(f"{folder}: its list of hashes lacks {missing}. Copy the folder again.")
+    for file, expected in hashes.items():
+        if Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ModelError(f"{folder}: its list of hashes names {file!r:.80}, which is not in its folder.")
+        if _sha256(folder / file) != expected:
+            raise ModelError(
+                f"{folder / file}: is not the file that belongs here (its SHA-256 differs). Copy it again."
+            )
+
+
+def _is_engine(name: str) -> bool:
+    return name == "model.plan" or (name.startswith("engines/") and name.endswith(".engine"))
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with _open(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}). Copy the folder again.") from None
+
+
+def _cores() -> int:
+    """Processor cores that this process may use; two threads of one core count once."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return len({_core_of(processor) for processor in os.sched_getaffinity(0)})
+
+
+def _core_of(processor: int) -> str:
+    """The processors of one core, as the system writes them; the processor alone where it does not say."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(processor)
+
+
+def present_of(past: str) -> str:
+    return past.replace("past_key_values", "present", 1)
+
+
+def brief(error: BaseException) -> str:
+    """The first line of what another library says."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:300]}..."
+
+
+def _open(path: Path) -> Any:
+    """A regular file for reading; opening a FIFO would wait for a writer."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        with _open(path) as file:
+            # Python makes room for all that is asked for.
+            data = file.read(min(os.fstat(file.fileno()).st_size, _LARGEST_TEXT) + 1)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}).") from None
+    if len(data) > _LARGEST_TEXT:
+        raise ModelError(f"{path}: is larger than such a file can be.")
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(read_bytes(path).decode())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read ({brief(error)}). Copy it again.") from None
+    if not isinstance(fields, dict):
+        raise ModelError(f"{path}: does not hold a JSON object. Copy it again.")
+    return fields
