@@ -206,14 +206,22 @@ class GrowingSlots(Slots):
         super().clear(row)
 
     def _run(self, rows: range, ids: np.ndarray) -> np.ndarray:
-        alike = self.settings.padded or len({self.lengths[row] for row in rows}) == 1
-        batches = [self._together(some) for some in ([list(rows)] if alike else [[row] for row in rows])]
+        batches = [self._together(some) for some in self._sharing(rows)]
         # All of them before the first has read: the same call may be made again.
         found = [self._step(batch, ids[[row - rows.start for row in batch.rows]]) for batch in batches]
         logits = np.empty((len(rows), *found[0][0].shape[1:]), found[0][0].dtype)
         for batch, (given, past) in zip(batches, found, strict=True):
             logits[[row - rows.start for row in batch.rows]], batch.past = given, past
         return logits
+
+    def _sharing(self, rows: range) -> list[list[int]]:
+        """Which of them can be one batch."""
+        if self.settings.padded:
+            return [list(rows)]
+        by_length: dict[int, list[int]] = {}
+        for row in rows:
+            by_length.setdefault(self.lengths[row], []).append(row)
+        return list(by_length.values())
 
     def _step(self, batch: _Batch, ids: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The logits of more tokens, [rows, tokens, vocabulary], and the past with them."""

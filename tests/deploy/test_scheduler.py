@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,22 @@ def test_a_row_whose_numbers_are_none_fails_alone_and_leaves_nothing(open_slots)
         tokens(answers[1])
     assert [tokens(answers[0]), tokens(answers[2]), tokens(late)] == [expected[0], expected[2], expected[1]]
     assert not any(buffer.any() for buffer in model._buffers.values()), "nothing is left of any text"
+
+
+def test_a_model_that_takes_no_padding_reads_none(open_slots, monkeypatch):
+    """As graphs of others: only rows of one length share a call."""
+    model, drawn, masks = open_slots("mistral", "growing", slots=4), random.Random(0), []
+    model.settings = replace(model.settings, padded=False)
+    taken = model._session.taken
+    monkeypatch.setattr(model._session, "taken", lambda given: masks.append(given["attention_mask"]) or taken(given))
+    prompts = [[drawn.randrange(3, 384) for _ in range(length)] for length in (9, 4, 9, 1, 9, 4, 17)]
+    expected = greedy(model, prompts, 12)
+    scheduler = Scheduler(model, reading=100)
+    answers = [scheduler.submit(prompt, 12) for prompt in prompts]
+    finish(scheduler)
+    assert [tokens(answer) for answer in answers] == expected
+    assert all(mask.all() for mask in masks)
+    assert max(map(len, masks)) > 1, "rows that are of one length do"
 
 
 @pytest.mark.parametrize("cache", ["growing", "in-place"])
