@@ -204,6 +204,18 @@ def kept_library() -> OnnxRuntimeLibrary | None:
     return None
 
 
+def library_here() -> OnnxRuntimeLibrary:
+    """As `kept_library`.
+
+    Raises:
+        ExportError: there is none; or why the one that the package carries does not fit.
+    """
+    if (kept := kept_library()) is not None:
+        return kept
+    _carried(library_sources_sha256())
+    raise ExportError("No native op was built here for this version: teamlora-export plugins build --onnxruntime")
+
+
 def check_library(library: OnnxRuntimeLibrary) -> None:
     """Refuse a library that does not know the op as this version writes it, or that this ONNX Runtime cannot load."""
     wanted = (f"{op.DOMAIN}::{op.NAME}", op.VERSION, op.ATTRIBUTES)
