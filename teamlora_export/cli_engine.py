@@ -211,11 +211,14 @@ def plugins_build(
 def plugins_info(
     library: Annotated[
         Path | None,
-        typer.Argument(parser=given_path, metavar="LIBRARY", help="A library. Default: the one built here."),
+        typer.Argument(parser=given_path, metavar="LIBRARY", help="A library. Default: the plugin built here."),
     ] = None,
+    onnxruntime: Annotated[
+        bool, typer.Option("--onnxruntime", help="Default: the native op for ONNX Runtime, carried or built here.")
+    ] = False,
     json: JsonOption = None,
 ) -> None:
-    """Say what a plugin library holds."""
+    """Say what a native library holds."""
     from teamlora_export.inspect import inspect_plugin
 
-    show_description(inspect_plugin(library), json)
+    show_description(inspect_plugin(library, onnxruntime), json)

@@ -15,7 +15,7 @@ from teamlora_export.attach.read import GENAI_NAME, Foreign, open_foreign
 from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME, Bundle, Port, read_bundle
 from teamlora_export.cli_output import Description
 from teamlora_export.engine.facts import EngineFacts, read_facts
-from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, is_library, read_library
+from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, is_library, library_here, read_library
 from teamlora_export.engine.plugin import PluginLibrary, latest_plugin, read_plugin
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.lifted import Lifted, find_lifted
@@ -50,14 +50,17 @@ def inspect_path(path: Path) -> Description:
     )
 
 
-def inspect_plugin(path: Path | None) -> Description:
+def inspect_plugin(path: Path | None, onnxruntime: bool = False) -> Description:
     """What the library at `path` is, a plugin or the native op for ONNX Runtime; or the plugin that was built here.
+
+    Args:
+        onnxruntime: it is the native op; without a path the one that commands take, carried or built here.
 
     Raises:
         ExportError: there is none, or it is none of ours.
     """
-    if path is not None and is_library(path):
-        native = read_library(path)
+    if onnxruntime or (path is not None and is_library(path)):
+        native = library_here() if path is None else read_library(path)
         return _describe("native op", native.path, _library_rows(native), dataclasses.asdict(native))
     library = read_plugin(path or latest_plugin())
     return _describe("plugin", library.path, _plugin_rows(library), dataclasses.asdict(library))

@@ -23,7 +23,9 @@ from conftest import ROOT
 from formula import FAMILIES, by_formula, make_projection, random_projection
 from get_libraries import get_libraries
 from graph.test_op import feeds_of, one_node_model
+from typer.testing import CliRunner
 
+from teamlora_export.cli import app
 from teamlora_export.deploy.runner import Model
 from teamlora_export.engine import onnxruntime_library
 from teamlora_export.engine.onnxruntime_library import (
@@ -33,11 +35,13 @@ from teamlora_export.engine.onnxruntime_library import (
     check_library,
     find_include,
     kept_library,
+    library_here,
     read_library,
 )
 from teamlora_export.engine.toolchain import find_toolchain
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
+from teamlora_export.inspect import inspect_plugin
 
 # One rounding of y, and of z and v before it; sums of some ten products.
 TOLERANCE = {ir.DataType.FLOAT: 8 * 2.0**-24, ir.DataType.FLOAT16: 3 * 2.0**-11, ir.DataType.BFLOAT16: 3 * 2.0**-8}
@@ -263,6 +267,20 @@ def test_the_library_says_what_it_is_and_what_does_not_fit_is_refused(library, t
     monkeypatch.setattr(onnxruntime_library, "_onnxruntime_version", lambda: (1, 20))
     with pytest.raises(ExportError, match=r"needs ONNX Runtime 1\.21 or newer, 1\.20 is installed"):
         check_library(library)
+
+
+def test_the_library_that_commands_take_is_described_without_being_named(library, tmp_path, monkeypatch):
+    assert inspect_plugin(None, onnxruntime=True).fields["path"] == str(library.path)
+    monkeypatch.setenv("TEAMLORA_EXPORT_CACHE", str(tmp_path))
+    done = CliRunner().invoke(app, ["plugins", "info", "--onnxruntime"])
+    assert str(done.exception).endswith("plugins build --onnxruntime")
+    # A carried one that does not fit is the reason, and `bench` gives it.
+    carried = tmp_path / "carried.so"
+    shutil.copyfile(library.path, carried)
+    monkeypatch.setattr(onnxruntime_library, "carried_path", lambda: carried)
+    monkeypatch.setattr(onnxruntime_library, "library_sources_sha256", lambda: "0" * 16)
+    with pytest.raises(ExportError, match="was built from other sources"):
+        library_here()
 
 
 def test_a_kept_library_that_cannot_be_loaded_is_built_again(library, tmp_path, monkeypatch):
