@@ -73,7 +73,7 @@ def bench_command(
     from teamlora_export.bench.report import benchmark_fields, print_benchmark, write_html
     from teamlora_export.bench.run import BenchOptions, bench_bundle
     from teamlora_export.bundle import read_bundle
-    from teamlora_export.errors import printable
+    from teamlora_export.errors import ExportError, printable
     from teamlora_export.page import refuse_foreign_report, refuse_same_file
 
     opened = read_bundle(bundle)
@@ -98,11 +98,18 @@ def bench_command(
     )
     benchmark = bench_bundle(opened, options)
     name = printable(opened.folder.resolve().name)
+    untold: ExportError | None = None
     if json != STANDARD_OUTPUT:
-        with writing_to_standard_output():
-            print_benchmark(benchmark, name, wide_console())
+        try:
+            with writing_to_standard_output():
+                print_benchmark(benchmark, name, wide_console())
+        except ExportError as error:
+            # What took minutes to measure is still to be kept in files.
+            untold = error
     if report is not None:
         write_html(benchmark, name, report)
     if plot is not None:
         write_plot(benchmark, name, plot)
     write_json(benchmark_fields(benchmark, name), json)
+    if untold is not None:
+        raise untold

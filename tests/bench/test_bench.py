@@ -70,6 +70,19 @@ def test_every_figure_is_in_the_json_the_page_and_the_plot(make_bundle, tmp_path
     refuse_foreign_report(plot)
 
 
+def test_what_cannot_be_printed_is_kept_in_files_all_the_same(make_bundle, tmp_path):
+    """A reader that is gone, or a full disk, costs no measurement."""
+    places = {name: tmp_path / f"bench.{name}" for name in ("html", "png", "json")}
+    options = ("--report", places["html"], "--plot", places["png"], "--json", places["json"], "--no-memory")
+    command = [sys.executable, "-m", "teamlora_export.cli", "bench", make_bundle("llama").folder, *BRIEF, *options]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*map(str, command), "--length", "5"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith("Error: The result cannot be printed (No space left on device).\n")
+    assert all(place.stat().st_size > 1000 for place in places.values())
+    assert json.loads(places["json"].read_text())["figures"]
+
+
 def test_a_text_generator_is_measured_beside_pytorch(make_bundle):
     options = BenchOptions(lengths=(6,), batches=(2,), count=2, turns=1, pytorch=True, memory=False)
     benchmark = bench_bundle(make_bundle("llama"), options)
