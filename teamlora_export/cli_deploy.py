@@ -104,6 +104,7 @@ def deploy_cpp_command(
     bundle: BundleArgument = THIS_FOLDER,
     engine: EngineOption = None,
     plugin: PluginOption = None,
+    library: NativeLibraryOption = None,
     logits: LogitsOption = "last",
     json: JsonOption = None,
 ) -> None:
@@ -111,7 +112,8 @@ def deploy_cpp_command(
     from teamlora_export.bundle import read_bundle
     from teamlora_export.deploy.cpp import deploy_cpp
 
-    _show(deploy_cpp(read_bundle(bundle), output, engine, plugin, logits), "cpp", json)
+    made = deploy_cpp(read_bundle(bundle), output, engine, plugin, logits, native_library(library))
+    _show(made, "cpp", json)
 
 
 @deploy_app.command("triton")

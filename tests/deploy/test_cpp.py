@@ -30,8 +30,10 @@ from conftest import (
     readme_block,
 )
 from systems import SYSTEMS, write_system
+from typer.testing import CliRunner
 
 from teamlora_export.bundle import Bundle
+from teamlora_export.cli import app
 from teamlora_export.deploy.cores import cores_of_quota, usable_cores
 from teamlora_export.deploy.cpp import deploy_cpp
 from teamlora_export.deploy.runner import Model
@@ -138,6 +140,21 @@ def test_the_native_op_runs_in_the_program_by_a_bare_name_too(runner, make_bundl
     found = run(runner, *words, "--library", library.name, cwd=library.parent, input="5 6 7\n8\n")
     assert [[int(token) for token in line.split()] for line in found.stdout.splitlines()] == expected, found.stderr
     assert "cannot load it" in run(runner, *words, input="5 6 7\n8\n").stderr
+
+
+def test_the_native_op_is_copied_beside_the_model_and_named_in_the_readme(make_bundle, tmp_path):
+    bundle, library = make_bundle("llama"), build_library().path
+    options = ["deploy", "cpp", str(bundle.folder), "-o", str(tmp_path / "out"), "--library", "auto"]
+    assert CliRunner().invoke(app, options, catch_exceptions=False).exit_code == 0
+    copied = tmp_path / "out" / "model" / library.name
+    assert copied.read_bytes() == library.read_bytes()
+    hashes = json.loads((copied.parent / "deploy.json").read_text())["files"]
+    assert hashes[library.name] == sha256_of(library)
+    assert f"build/runner --library model/{library.name}" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ExportError, match="--library is for ONNX Runtime"):
+        deploy_cpp(bundle, tmp_path / "other", engine="fp16", library=library)
+    deploy_cpp(bundle, tmp_path / "plain")
+    assert "libteamlora" not in (tmp_path / "plain" / "README.md").read_text()
 
 
 def endless(bundle: Bundle, folder: Path) -> Path:
