@@ -39,7 +39,9 @@ def bench_command(
     ] = None,
     count: Annotated[int, typer.Option(min=1, max=1 << 16, help="Tokens that are timed after each prompt.")] = 32,
     turns: Annotated[int, typer.Option(min=1, max=10_000, help="How often each row runs.")] = 9,
-    threads: Annotated[int, typer.Option(min=0, max=1024, help="Of each row; 0: every core.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, max=1024, help="Of each row; 0: one for each core that may be used.")
+    ] = 0,
     library: NativeLibraryOption = None,
     pytorch: Annotated[bool, typer.Option("--pytorch", help="PyTorch with the published layer, too.")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="PyTorch by torch.compile, too.")] = False,

@@ -39,6 +39,7 @@ from teamlora_export.bench.rows import GraphRow, Row, TorchRow
 from teamlora_export.bench.turns import Workload
 from teamlora_export.bundle import MANIFEST_NAME
 from teamlora_export.cli_output import write_json
+from teamlora_export.deploy.cores import usable_cores
 from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.export import export_onnx
 from teamlora_export.model.base import BaseModel, open_base
@@ -73,6 +74,7 @@ def main() -> None:
                 workloads,
                 given.turns,
                 vocabulary=VOCABULARY,
+                threads=given.threads,
                 works={name: entries[name].work for name in chosen},
                 memory=given.memory,
                 reporter=Reporter(),
@@ -95,7 +97,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--count", type=int, default=32, help="tokens that are timed after each prompt")
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of every row")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of every row")
     parser.add_argument("--rows", nargs="+", help="only rows whose names hold one of these")
     parser.add_argument("--skip", nargs="+", default=[], help="no rows whose names hold one of these")
     parser.add_argument("--baseline", default=BYPASSED, help="the row that ratios are over")

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 from teamlora_export.bench.alone import Alone, measure_alone
 from teamlora_export.bench.floor import Floor, Work, floor
 from teamlora_export.bench.rows import Row
 from teamlora_export.bench.turns import DECODE, Figure, Workload, take_turns
+from teamlora_export.deploy.cores import usable_cores
 from teamlora_export.progress import Reporter
 
 # Quartiles of fewer say nothing, and where the baseline's ratio to itself is farther from 1, the machine is too noisy.
@@ -30,6 +30,7 @@ class Machine:
     """What the figures are from.
 
     Attributes:
+        cores: that this process may use.
         load: how many processes wanted to run in the last minute, before the first turn; None where that is not known.
         versions: of the packages that are installed.
     """
@@ -46,12 +47,14 @@ class Benchmark:
 
     Attributes:
         baseline: the row that ratios are over.
+        threads: of each row.
         floors: of rows whose work is known, over the baseline's: by row, quantity and workload.
         alone: empty where it was not asked for.
     """
 
     baseline: str
     turns: int
+    threads: int
     machine: Machine
     figures: tuple[Figure, ...]
     floors: Mapping[tuple[str, str, Workload], Floor]
@@ -74,6 +77,7 @@ def measure(
     turns: int,
     *,
     vocabulary: int | None,
+    threads: int,
     works: Mapping[str, Work],
     memory: bool,
     reporter: Reporter,
@@ -82,6 +86,7 @@ def measure(
 
     Args:
         vocabulary: prompts are random ids below it.
+        threads: that the rows were asked for, 0 for one on each core.
         works: by row, where they are known.
         memory: measure load time and memory as well, with the longest prompts of the smallest batch.
 
@@ -101,7 +106,8 @@ def measure(
     for workload in workloads:
         with reporter.step(f"Batch {workload.batch}, {workload.length} tokens, turns of all rows"):
             figures += take_turns(readers, baseline, workload, make_prompts(workload, vocabulary), turns)
-    return Benchmark(baseline, turns, machine, tuple(figures), _floors(figures, works, baseline), tuple(alone))
+    floors = _floors(figures, works, baseline)
+    return Benchmark(baseline, turns, threads or machine.cores, machine, tuple(figures), floors, tuple(alone))
 
 
 def make_prompts(workload: Workload, vocabulary: int | None) -> list[list[int]]:
@@ -133,7 +139,7 @@ def _this_machine() -> Machine:
         except importlib.metadata.PackageNotFoundError:
             continue
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return Machine(_processor(), psutil.cpu_count(logical=False) or os.cpu_count() or 1, load, versions)
+    return Machine(_processor(), usable_cores(), load, versions)
 
 
 def _processor() -> str:

@@ -33,6 +33,7 @@ def benchmark_fields(benchmark: Benchmark, name: str) -> dict[str, Any]:
         "name": name,
         "baseline": benchmark.baseline,
         "turns": benchmark.turns,
+        "threads": benchmark.threads,
         "quiet": benchmark.quiet,
         "conclusion": conclusion(benchmark),
         "machine": dataclasses.asdict(benchmark.machine),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from teamlora_export.bench.turns import Reader
+from teamlora_export.deploy.cores import usable_cores
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError, first_line
 
@@ -44,7 +45,7 @@ class GraphRow:
     Attributes:
         folder: with the graph, and the manifest of its bundle.
         library: a native library that runs the op in place of its body.
-        threads: 0 takes every core.
+        threads: 0: one for each core that may be used.
     """
 
     name: str
@@ -93,7 +94,7 @@ class TorchRow:
     Attributes:
         base, adapter: folders, of a base for `task`.
         dtype: "fp32" or "fp16".
-        threads: 0 takes as many as PyTorch does.
+        threads: 0: one for each core that may be used, as a graph has. PyTorch takes as many as OpenMP's variables say.
         compiled: by `torch.compile`, in place of eager mode.
     """
 
@@ -113,8 +114,7 @@ class TorchRow:
         from teamlora_export.model.base import open_base
         from teamlora_export.model.inject import inject
 
-        if self.threads:
-            torch.set_num_threads(self.threads)
+        torch.set_num_threads(self.threads or usable_cores())
         base = open_base(self.base, self.task)
         model = base.load(getattr(torch, DTYPES[self.dtype].torch))
         inject(model, align_with_base(read_adapter(self.adapter), base.signature))

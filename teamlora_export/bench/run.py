@@ -11,7 +11,7 @@ from teamlora_export.bench.measure import Benchmark, measure
 from teamlora_export.bench.rows import GraphRow, Row, TorchRow
 from teamlora_export.bench.turns import Workload
 from teamlora_export.bundle import Bundle, check_files
-from teamlora_export.engine.onnxruntime_library import kept_library, library_for
+from teamlora_export.engine.onnxruntime_library import library_for, library_here
 from teamlora_export.errors import ExportError
 from teamlora_export.progress import Reporter
 
@@ -28,8 +28,8 @@ class BenchOptions:
         lengths: tokens of a prompt; none: 64 and 256, as far as the model takes them.
         batches: how many prompts at once.
         count: tokens that are timed after each prompt.
-        threads: 0 takes every core.
-        library: the native library. Default: the one that was built here, if any.
+        threads: 0: one for each core that may be used.
+        library: the native library. Default: the one that is carried or was built here, if any.
         pytorch, compiled: measure PyTorch in eager mode, and compiled.
         base, adapter: what the bundle was made of, should it have moved; for PyTorch.
         memory: measure load time and memory.
@@ -53,9 +53,15 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, reporter: Reporter | Non
 
     Raises:
         ExportError: the bundle is not what was exported, cannot run on a CPU, or takes no such lengths; the library
-            does not fit; base or adapter are not those of the bundle; a row cannot run.
+            does not fit; base or adapter are not those of the bundle, or for no row; a row cannot run.
+        ModuleNotFoundError: onnxruntime is not installed.
     """
     reporter = reporter or Reporter()
+    # Rows import it in processes of their own, whose errors are those of a row.
+    import onnxruntime  # noqa: F401
+
+    if (options.base is not None or options.adapter is not None) and not (options.pytorch or options.compiled):
+        raise ExportError("--base and --adapter are for PyTorch. Add --pytorch or --compile, or leave them out.")
     if bundle.manifest.dtype == "bf16":
         raise ExportError(
             f"{bundle.folder}: is in bfloat16, which ONNX Runtime has no kernels for on a CPU. "
@@ -73,6 +79,7 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, reporter: Reporter | Non
             workloads,
             options.turns,
             vocabulary=bundle.manifest.tokens.vocabulary,
+            threads=options.threads,
             works={BYPASSED: graphs.bypassed_work, **{row.name: graphs.adapted_work for row in rows[1:]}},
             memory=options.memory,
             reporter=reporter,
@@ -107,11 +114,11 @@ def _find_library(bundle: Bundle, given: Path | None, reporter: Reporter) -> Pat
         return library_for(bundle, given, reporter).path
     if bundle.manifest.op["form"] == "standard":
         return None
-    kept = kept_library()
-    if kept is None:
-        reporter.say("Native op: none was built here (teamlora-export plugins build --onnxruntime), left out")
+    try:
+        return library_here().path
+    except ExportError as error:
+        reporter.say(f"Native op: left out. {error}")
         return None
-    return kept.path
 
 
 def _graph_rows(graphs: Graphs, library: Path | None, threads: int) -> list[Row]:

@@ -13,9 +13,15 @@ import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING or __package__:
+    from teamlora_export.deploy.cores import usable_cores
+else:
+    # Deployed: the files lie beside one another.
+    from cores import usable_cores
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
@@ -44,7 +50,7 @@ class Session:
     Args:
         library: a native library with the op, to be used in place of the definition inside the model.
         check: compare the files with their hashes first.
-        threads: of ONNX Runtime; 0 takes every core.
+        threads: of ONNX Runtime; 0: one for each core that may be used.
         spinning: threads that wait for work keep their cores for a moment, which is faster where nothing else runs.
 
     Attributes:
@@ -74,7 +80,7 @@ class Session:
         # A number of its own: left to itself, ONNX Runtime binds each thread to a core, busy or not. Threads that spin
         # for as long as it lets them take the core from those that they wait for, as soon as anything else runs on the
         # machine; threads that do not spin at all wake too late for the next kernel.
-        options.intra_op_num_threads = threads or _cores()
+        options.intra_op_num_threads = threads or usable_cores()
         if spinning:
             options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
         else:
@@ -242,21 +248,6 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({error}). Copy the folder again.") from None
-
-
-def _cores() -> int:
-    """Processor cores that this process may use; two threads of one core count once."""
-    if not hasattr(os, "sched_getaffinity"):
-        return os.cpu_count() or 1
-    return len({_core_of(processor) for processor in os.sched_getaffinity(0)})
-
-
-def _core_of(processor: int) -> str:
-    """The processors of one core, as the system writes them; the processor alone where it does not say."""
-    try:
-        return Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list").read_text()
-    except OSError:
-        return str(processor)
 
 
 def present_of(past: str) -> str:

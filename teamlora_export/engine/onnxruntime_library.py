@@ -32,6 +32,7 @@ from teamlora_export.engine.plugin import (
     cuda_options,
     read_architectures,
     sources_folder,
+    why_unreadable,
 )
 from teamlora_export.engine.toolchain import CudaToolkit, find_cuda, missing_compilers
 from teamlora_export.errors import ExportError, raise_findings
@@ -203,6 +204,18 @@ def kept_library() -> OnnxRuntimeLibrary | None:
     return None
 
 
+def library_here() -> OnnxRuntimeLibrary:
+    """As `kept_library`.
+
+    Raises:
+        ExportError: there is none; or why the one that the package carries does not fit.
+    """
+    if (kept := kept_library()) is not None:
+        return kept
+    _carried(library_sources_sha256())
+    raise ExportError("No native op was built here for this version: teamlora-export plugins build --onnxruntime")
+
+
 def check_library(library: OnnxRuntimeLibrary) -> None:
     """Refuse a library that does not know the op as this version writes it, or that this ONNX Runtime cannot load."""
     wanted = (f"{op.DOMAIN}::{op.NAME}", op.VERSION, op.ATTRIBUTES)
@@ -234,9 +247,8 @@ def read_library(path: Path) -> OnnxRuntimeLibrary:
         raise ExportError(
             f"{path}: no such file. Build the native op with `teamlora-export plugins build --onnxruntime`."
         ) from None
-    result = subprocess.run(
-        [sys.executable, "-P", "-c", _DESCRIBE, str(path.resolve())], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-P", "-c", _DESCRIBE, str(path.resolve())]
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     try:
         fields = json.loads(result.stdout)
         if fields.pop("registers"):
@@ -244,9 +256,12 @@ def read_library(path: Path) -> OnnxRuntimeLibrary:
             lists["architectures"] = read_architectures(fields["architectures"])
             return OnnxRuntimeLibrary(**{**fields, **lists}, path=path, sha256=sha256_of(path))
         reason = "it lacks RegisterCustomOps"
-    except (ValueError, TypeError, KeyError):
-        reason = (result.stderr.strip().splitlines() or [f"it ended with code {result.returncode}"])[-1]
-    raise ExportError(f"{path}: not a library of teamlora-export's op for ONNX Runtime ({reason}).")
+    except (ValueError, TypeError, KeyError, AttributeError):
+        reason = why_unreadable(result)
+    raise ExportError(
+        f"{path}: not a library of teamlora-export's op for ONNX Runtime ({reason}). "
+        "Build one: teamlora-export plugins build --onnxruntime"
+    )
 
 
 def is_library(path: Path) -> bool:

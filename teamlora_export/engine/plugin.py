@@ -14,7 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,7 @@ def build_plugin(architectures: Sequence[str] | None = None, reporter: Reporter 
     chosen = choose_architectures(architectures, toolchain, reporter)
     build = sources_sha256()
     kept = _folder() / _key(build, chosen, toolchain) / LIBRARY_NAME
-    if kept.is_file():
-        library = read_plugin(kept)
+    for library in _loadable([kept]):
         # The one that was asked for last is the one that other commands take.
         os.utime(kept)
         reporter.say(f"Plugin: taken from {library}")
@@ -126,7 +126,8 @@ def find_plugin(
     elif architectures is not None:
         library = build_plugin(architectures, reporter)
     else:
-        fitting = (library for library in map(read_plugin, _kept(f"{sources_sha256()}-*")) if _fits(library, runtime))
+        there = _loadable(_kept(f"{sources_sha256()}-*"))
+        fitting = (library for library in there if _fits(library, runtime))
         library = next(fitting, None) or build_plugin(reporter=reporter)
     check_plugin(library)
     check_version(library, runtime.version)
@@ -137,7 +138,7 @@ def plugin_of_engine(engine: Path, described: Mapping[str, Any], path: Path | No
     """The plugin that `engine` was built with, which its facts describe: at `path`, or among the builds that are kept.
 
     Raises:
-        ExportError: it is not there, or `path` is another.
+        ExportError: it is not there, cannot be loaded on this machine, or `path` is another.
     """
     wanted = described["sha256"]
     if path is not None:
@@ -155,7 +156,13 @@ def plugin_of_engine(engine: Path, described: Mapping[str, Any], path: Path | No
                 f"{described['tensorrt']}), which is not among those in {_folder()}. Name it with --plugin, or build "
                 "the engine again."
             )
-        library = read_plugin(kept)
+        loaded = next(_loadable([kept]), None)
+        if loaded is None:
+            raise ExportError(
+                f"{engine}: was built with {kept}, which cannot be loaded on this machine. Build both again: "
+                "teamlora-export plugins build, then the engine."
+            )
+        library = loaded
     check_plugin(library)
     return library
 
@@ -211,19 +218,28 @@ def read_plugin(path: Path) -> PluginLibrary:
     if not path.is_file():
         raise ExportError(f"{path}: no such file. Build the plugin with `teamlora-export plugins build`.")
     command = [sys.executable, "-P", "-c", _DESCRIBE, str(path.resolve())]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     try:
         fields = json.loads(result.stdout)
-    except ValueError:
-        reason = (result.stderr.strip().splitlines() or [f"it ended with code {result.returncode}"])[-1]
-        raise ExportError(f"{path}: not a plugin library of teamlora-export ({reason}).") from None
-    for symbol in fields.pop("missing"):
-        raise ExportError(f"{path}: lacks {symbol}, which TensorRT looks for. Build it again.")
-    architectures = read_architectures(fields["architectures"])
-    return PluginLibrary(
-        **{**fields, "path": path, "architectures": architectures, "attributes": tuple(fields["attributes"])},
-        sha256=sha256_of(path),
-    )
+        for symbol in fields.pop("missing"):
+            raise ExportError(f"{path}: lacks {symbol}, which TensorRT looks for. Build it again.")
+        lists = {
+            "attributes": tuple(fields["attributes"]),
+            "architectures": read_architectures(fields["architectures"]),
+        }
+        return PluginLibrary(**{**fields, **lists}, path=path, sha256=sha256_of(path))
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ExportError(
+            f"{path}: not a plugin library of teamlora-export ({why_unreadable(result)}). "
+            "Build one: teamlora-export plugins build"
+        ) from None
+
+
+def why_unreadable(described: subprocess.CompletedProcess[str]) -> str:
+    """Why the process that opened a library gave no description of it."""
+    if described.returncode == 0:
+        return "it does not say what it is"
+    return (described.stderr.strip().splitlines() or [f"it ended with code {described.returncode}"])[-1]
 
 
 def read_architectures(targets: str) -> tuple[str, ...]:
@@ -263,6 +279,14 @@ def _folder() -> Path:
 def _kept(pattern: str) -> list[Path]:
     """Libraries that are kept under keys of this pattern, the one that was asked for last first."""
     return sorted(_folder().glob(f"{pattern}/{LIBRARY_NAME}"), key=lambda path: path.stat().st_mtime, reverse=True)
+
+
+def _loadable(paths: Iterable[Path]) -> Iterator[PluginLibrary]:
+    """The libraries of `paths`, without those that cannot be loaded: damaged ones, and in a home that machines share
+    those for a newer C library. They are built again."""
+    for path in paths:
+        with suppress(ExportError):
+            yield read_plugin(path)
 
 
 def _fits(library: PluginLibrary, runtime: TensorRT) -> bool:

@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
 import teamlora_export
+from teamlora_export.bench import rows
 from teamlora_export.bench.alone import measure_alone
 from teamlora_export.bench.run import BODY, BYPASSED, EAGER, BenchOptions, bench_bundle, choose_workloads
 from teamlora_export.bench.turns import AGAIN, Workload
 from teamlora_export.bundle import read_bundle
 from teamlora_export.cli import _WrongUsage as WRONG_USAGE
 from teamlora_export.cli import app
+from teamlora_export.deploy.cores import usable_cores
 from teamlora_export.errors import ExportError
 from teamlora_export.page import refuse_foreign_report
 
@@ -36,10 +42,11 @@ def test_every_figure_is_in_the_json_the_page_and_the_plot(make_bundle, tmp_path
     lengths = ("--length", 5, "--lengths", 9, "--batch", 1, "--batch", 2)
     done = run(make_bundle("llama").folder, *BRIEF, *lengths, *places, TEAMLORA_EXPORT_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
-    assert "none was built here" in done.stderr
+    assert "Native op: left out. No native op was built here" in done.stderr
     assert "Too few turns to tell" in done.stdout
     found = json.loads(figures.read_text())
     assert (found["baseline"], found["turns"], found["quiet"]) == (BYPASSED, 2, False)
+    assert found["threads"] == found["machine"]["cores"] == usable_cores()
     assert {alone["row"] for alone in found["alone"]} == {BYPASSED, BODY}
     assert all(alone["load_seconds"] > 0 and alone["bytes"] > 1 << 20 for alone in found["alone"])
     places = {(f["row"], f["quantity"], f["batch"], f["length"]) for f in found["figures"]}
@@ -98,6 +105,7 @@ def test_lengths_are_those_that_the_model_takes(make_bundle):
         (["BUNDLE", "--report", "NEW", "--plot", "NEW"], "is to take two results"),
         (["BUNDLE", "--plot", "NEW", "--json", "NEW"], "is to take two results"),
         (["BUNDLE", "--pytorch", "--adapter", "nowhere"], "nowhere"),
+        (["BUNDLE", "--adapter", "nowhere"], "are for PyTorch"),
         (["nowhere"], "is not a bundle"),
     ],
 )
@@ -124,14 +132,47 @@ def test_a_bundle_in_bfloat16_or_a_changed_one_is_refused(make_bundle, tmp_path)
         bench_bundle(read_bundle(folder), BenchOptions())
 
 
-def test_without_matplotlib_a_plot_is_refused_first(make_bundle, tmp_path):
-    (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('no', name='matplotlib')")
+@pytest.mark.parametrize(("package", "extra"), [("matplotlib", "bench"), ("onnxruntime", "cpu")])
+def test_without_a_package_the_command_says_first_how_to_get_it(package, extra, make_bundle, tmp_path):
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('no', name='{package}')")
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = run(make_bundle("llama").folder, *BRIEF, "--plot", tmp_path / "plot.png", PYTHONPATH=path)
     assert done.returncode == 2
     assert done.stderr == (
-        "Error: matplotlib is not installed, and this command needs it: pip install 'teamlora-export[bench]'\n"
+        f"Error: {package} is not installed, and this command needs it: pip install 'teamlora-export[{extra}]'\n"
     )
+
+
+def test_an_interruption_ends_every_process_and_leaves_nothing(make_bundle, tmp_path):
+    """Ctrl-C goes to all processes of the terminal, a polite kill to one: while a row runs in a process of its own."""
+    folder = Path(shutil.copytree(make_bundle("llama").folder, tmp_path / "bundle"))
+    for stop in (lambda process: os.killpg(process.pid, signal.SIGINT), lambda process: process.terminate()):
+        command = [sys.executable, "-m", "teamlora_export.cli", "bench", folder, "--report", tmp_path / "page.html"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        started, deadline = psutil.Process(process.pid), time.monotonic() + 60
+        # The graphs lie beside the bundle before the first row runs.
+        while len(list(tmp_path.iterdir())) < 2 or not (apart := started.children()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        stop(process)
+        assert process.communicate(timeout=60)[1].endswith("Error: Interrupted; nothing was written.\n")
+        assert process.returncode == 2
+        assert not psutil.wait_procs(apart, timeout=10)[1]
+        assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_pytorch_has_as_many_threads_as_a_graph(make_bundle, monkeypatch):
+    """It would take as many as OpenMP's variables say."""
+    monkeypatch.setattr(rows, "usable_cores", lambda: 3)
+    before = torch.get_num_threads()
+    bundle = make_bundle("llama")
+    sources = (str(bundle.manifest.base["source"]), str(bundle.manifest.adapter["source"]))
+    try:
+        for threads, expected in ((0, 3), (1, 1)):
+            rows.TorchRow("row", *sources, "text-generation", "fp32", threads).open()
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 class Broken:

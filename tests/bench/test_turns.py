@@ -48,7 +48,7 @@ def pick(figures: list[Figure], row: str, quantity: str) -> Figure:
 
 
 def as_benchmark(figures: list[Figure], turns: int) -> Benchmark:
-    return Benchmark("base", turns, Machine("none", 1, None, {}), tuple(figures), {}, ())
+    return Benchmark("base", turns, 1, Machine("none", 1, None, {}), tuple(figures), {}, ())
 
 
 def test_times_and_ratios_are_those_of_the_rows():

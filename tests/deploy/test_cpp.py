@@ -29,11 +29,12 @@ from conftest import (
     pytorch_greedy,
     readme_block,
 )
+from systems import SYSTEMS, write_system
 
 from teamlora_export.bundle import Bundle
+from teamlora_export.deploy.cores import cores_of_quota, usable_cores
 from teamlora_export.deploy.cpp import deploy_cpp
 from teamlora_export.deploy.runner import Model
-from teamlora_export.deploy.session import _cores
 from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.engine.toolchain import find_toolchain
@@ -192,8 +193,16 @@ def test_a_thousand_requests_share_no_buffer(requests, in_place):
 
 
 def test_there_is_a_thread_for_each_core_that_may_be_used(requests):
-    assert run(Path("taskset"), "-c", min(os.sched_getaffinity(0)), requests / "cores").stdout == "1\n"
-    assert run(requests / "cores").stdout == f"{_cores()}\n"
+    one = run(Path("taskset"), "-c", min(os.sched_getaffinity(0)), requests / "cores").stdout
+    assert one.split()[0] == "1"
+    assert run(requests / "cores").stdout.split() == [str(usable_cores()), str(cores_of_quota() or 0)]
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_there_are_no_more_threads_than_the_time_of_a_container_fills(name, requests, tmp_path):
+    cores = write_system(name, tmp_path) or 0
+    expected = min(len(os.sched_getaffinity(0)), cores or 64)
+    assert run(requests / "cores", tmp_path).stdout.split() == [str(expected), str(cores)]
 
 
 def test_words_are_streamed_and_batches_printed(runner, project, smollm2_greedy):

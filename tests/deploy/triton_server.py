@@ -281,7 +281,7 @@ class PythonModel(Model):
         sys.modules["triton_python_backend_utils"] = _backend_utils(self.server)
         path = self.folder / "1" / "model.py"
         # As the back end does: the version's folder is where it imports from.
-        for name in ("opened", "session", "words", "sampling", "slots", "scheduler", "chat"):
+        for name in ("opened", "cores", "session", "words", "sampling", "slots", "scheduler", "chat"):
             sys.modules.pop(name, None)
         sys.path.append(str(path.parent))
         try:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import subprocess
 from importlib.metadata import files
 from pathlib import Path
 
 import pytest
 
+from teamlora_export.engine import plugin as plugins
 from teamlora_export.engine import toolchain
 from teamlora_export.engine.gpu import Gpu
-from teamlora_export.engine.plugin import build_plugin, find_plugin, plugin_of_engine
+from teamlora_export.engine.plugin import build_plugin, find_plugin, plugin_of_engine, read_plugin
 from teamlora_export.engine.runtime import TensorRT
 from teamlora_export.engine.toolchain import TENSORRT_HEADER, find_tensorrt_include, find_toolchain, tensorrt_version
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 from teamlora_export.progress import Reporter
 
 
@@ -115,6 +118,49 @@ def test_an_older_compiler_builds_what_it_knows_and_says_what_it_leaves_out(monk
     assert plugin_of_engine(Path("a.engine"), described, None) == library
     with pytest.raises(ExportError, match=r"built with the plugin 0000.*not among those in.*--plugin"):
         plugin_of_engine(Path("a.engine"), {**described, "sha256": "0" * 64}, None)
+
+
+_SAYS = (
+    '"op": "teamlora::MixedExpertProjection", "op_version": 1, "build": "b", "cuda": "13.0", "architectures": "80", '
+    '"attributes": ["num_experts", "shared_down", "out_splits"], "tensorrt": "10.14.1"'
+)
+
+
+def compile_library(path: Path, says: str = _SAYS) -> Path:
+    """A library that is none but says that it is a plugin."""
+    text = f"{{{says}}}".replace('"', '\\"')
+    source = f'const char* teamlora_plugin_info(void) {{ return "{text}"; }} void getCreators(void) {{}}\n'
+    command = ["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", path]
+    subprocess.run(command, input=f"{source}void setLoggerFinder(void) {{}}", text=True, check=True)
+    return path
+
+
+def test_a_kept_plugin_that_cannot_be_loaded_is_built_again(monkeypatch, tmp_path):
+    """One for a newer C library, or a damaged one, would otherwise stand in the way of every build, and of engines."""
+    monkeypatch.setenv("TEAMLORA_EXPORT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(plugins, "_compile", lambda folder, *_: compile_library(folder / plugins.LIBRARY_NAME))
+    kept = build_plugin(("80",))
+    whole = kept.path.read_bytes()
+    assert find_plugin(None, TensorRT("tensorrt", None, "10.14.1", None), Reporter(quiet=True)) == kept
+    described = {"sha256": kept.sha256, "build": kept.path.parent.name.partition("-")[0], "tensorrt": kept.tensorrt}
+    assert plugin_of_engine(Path("a.engine"), described, None) == kept
+    kept.path.write_bytes(whole[:4096])
+    with pytest.raises(ExportError, match=r"not a plugin library.*\(.+\)\. Build one: teamlora-export plugins build"):
+        read_plugin(kept.path)
+    damaged = {**described, "sha256": sha256_of(kept.path)}
+    with pytest.raises(ExportError, match=r"cannot be loaded on this machine\. Build both again"):
+        plugin_of_engine(Path("a.engine"), damaged, None)
+    assert build_plugin(("80",)) == kept
+    assert kept.path.read_bytes() == whole
+    kept.path.write_bytes(whole[:4096])
+    found = find_plugin(None, TensorRT("tensorrt", None, "10.14.1", None), Reporter(quiet=True))
+    assert found.sha256 == kept.sha256
+
+
+@pytest.mark.parametrize("says", ['"op": "teamlora::MixedExpertProjection"', _SAYS.replace('["num', '[1], "x": ["num')])
+def test_a_library_that_says_half_of_what_it_is_is_refused(says, tmp_path):
+    with pytest.raises(ExportError, match=r"not a plugin library.*it does not say what it is"):
+        read_plugin(compile_library(tmp_path / "half.so", says))
 
 
 @pytest.mark.parametrize(

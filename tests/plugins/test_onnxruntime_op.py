@@ -7,6 +7,7 @@ bounds that follow from the definition; here they run inside ONNX Runtime.
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import subprocess
 from collections import Counter
@@ -18,18 +19,23 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from conftest import ROOT
 from formula import FAMILIES, by_formula, make_projection, random_projection
+from get_libraries import get_libraries
 from graph.test_op import feeds_of, one_node_model
 
 from teamlora_export.deploy.runner import Model
 from teamlora_export.engine import onnxruntime_library
 from teamlora_export.engine.onnxruntime_library import (
+    LIBRARY_NAME,
     OnnxRuntimeLibrary,
     build_library,
     check_library,
+    find_include,
     kept_library,
     read_library,
 )
+from teamlora_export.engine.toolchain import find_toolchain
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 
@@ -83,6 +89,31 @@ def test_kernels_of_every_instruction_set_compute_the_definition(programs, build
     command = [programs / "onnxruntime" / f"cpu_sweep_{build}", "--cases", str(cases)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+ARM_COMPILER = shutil.which("aarch64-linux-gnu-g++")
+QEMU = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+
+
+@pytest.mark.skipif(
+    platform.machine() == "aarch64" or None in (ARM_COMPILER, QEMU),
+    reason="needs apt-get install g++-aarch64-linux-gnu qemu-user-static",
+)
+def test_kernels_for_arm_compute_the_definition_in_an_emulator(tmp_path):
+    """The library is linked as well, and refused on this processor."""
+    configure = [
+        *("cmake", "-S", ROOT / "plugins" / "onnxruntime", "-B", tmp_path, f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}"),
+        *("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_EXE_LINKER_FLAGS=-static"),
+        *("-DTEAMLORA_TESTS=ON", f"-DCUDA_INCLUDE_DIR={find_toolchain().cuda_include}"),
+        f"-DONNXRUNTIME_INCLUDE_DIR={find_include() or get_libraries() / 'include' / 'onnxruntime'}",
+    ]
+    build = ["cmake", "--build", tmp_path, "--target", "teamlora_onnxruntime", "cpu_sweep_plain"]
+    for command in (configure, build, [QEMU, tmp_path / "cpu_sweep_plain", "--cases", "60"]):
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+    assert "60 cases, 0 failures; neon portable" in result.stdout
+    with pytest.raises(ExportError, match=r"is built for aarch64, this machine is \w+"):
+        read_library(tmp_path / LIBRARY_NAME)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
