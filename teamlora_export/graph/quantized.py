@@ -60,16 +60,16 @@ class Codes:
     scales: np.ndarray
     zeros: np.ndarray | None
 
-    def dequantised(self, inputs: int, bits: int) -> np.ndarray:
-        """The matrix that the codes mean, float32 [in, out]."""
+    def dequantised(self, inputs: int, bits: int, dtype: type[np.floating] = np.float32) -> np.ndarray:
+        """The matrix that the codes mean, [in, out]; exact in float64, in float32 as a runtime computes it."""
         outputs, blocks = self.scales.shape
-        codes = _unpacked(self.codes, bits).astype(np.float32)
+        codes = unpacked(self.codes, bits).astype(dtype)
         zeros: np.ndarray | int = 1 << (bits - 1)
         if self.zeros is not None:
             packed = self.zeros.dtype == np.uint8
-            zeros = (_unpacked(self.zeros, bits)[:, :blocks] if packed else self.zeros).astype(np.float32)[..., None]
+            zeros = (unpacked(self.zeros, bits)[:, :blocks] if packed else self.zeros).astype(dtype)[..., None]
         codes -= zeros
-        codes *= self.scales.astype(np.float32)[..., None]
+        codes *= self.scales.astype(dtype)[..., None]
         return codes.reshape(outputs, -1)[:, :inputs].T
 
 
@@ -90,6 +90,24 @@ def quantised(matrix: np.ndarray, scheme: Scheme) -> Codes:
     return Codes(codes, scales, zeros if scheme.zero_points else None)
 
 
+def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Numbers of `bits` from the bytes along the last axis."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    numbers = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return numbers.reshape(*packed.shape[:-1], -1)
+
+
+def is_quantised(node: ir.Node) -> bool:
+    """Whether a node is a product with codes."""
+    return (node.domain, node.op_type) == (DOMAIN, OP_TYPE)
+
+
+def keep_activations(model: ir.Model) -> None:
+    """Let products with codes take their activations as they are, not rounded to 8 bits, in place."""
+    for node in filter(is_quantised, model.graph):
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+
+
 def dequantised(node: ir.Node) -> np.ndarray | None:
     """The weight that a product multiplies by, float32 [in, out]; None where the node is no product with a stored 2-D
     weight in a known form.
@@ -98,7 +116,7 @@ def dequantised(node: ir.Node) -> np.ndarray | None:
     `com.microsoft.MatMulNBits` of 2, 4 or 8 bits without `g_idx`. The weight of the former two may come through
     DequantizeLinear (for a tensor, an axis, or in blocks), Transpose and Cast.
     """
-    if (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
+    if is_quantised(node):
         return _of_blocks(node)
     is_turned = node.attributes.get_int("transA", 0) != 0
     if node.domain != "" or node.op_type not in ("MatMul", "Gemm") or is_turned:
@@ -128,13 +146,6 @@ def _of_blocks(node: ir.Node) -> np.ndarray | None:
         scales.reshape(scheme.scales_shape(inputs, outputs)),
     )
     return Codes(codes, scales, zeros).dequantised(inputs, scheme.bits)
-
-
-def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Numbers of `bits` from the bytes along the last axis."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    numbers = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
-    return numbers.reshape(*packed.shape[:-1], -1)
 
 
 def _constant(value: ir.Value | None) -> np.ndarray | None:

@@ -22,6 +22,7 @@ from teamlora_export.graph import op
 from teamlora_export.graph.choices import is_choice
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import IR_DTYPES
+from teamlora_export.graph.quantized import keep_activations
 from teamlora_export.graph.read import read_graph
 from teamlora_export.validate.cases import Feeds
 from teamlora_export.validate.in_place import in_place_call
@@ -50,13 +51,22 @@ class OnnxRunner:
         adapted: paths of the adapted projections, whose parts can be looked at.
         library: a native library that runs the op's nodes, not for bfloat16. The bodies are left out then, so that
             nothing else can run them.
+        rounds_activations: products with codes round what they read to 8 bits, as they do when deployed. It is no part
+            of what the graph says, and would hide faults.
 
     Raises:
         ExportError: as `read_graph`.
     """
 
-    def __init__(self, bundle: Bundle, adapted: Collection[str], library: Path | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        adapted: Collection[str],
+        library: Path | None = None,
+        rounds_activations: bool = False,
+    ) -> None:
         self.bundle, self.library = bundle, library
+        self._as_in_file = rounds_activations or bundle.manifest.quantisation is None
         # As it is in the file, and to be read only; read here, so that what is no graph is found before anything runs.
         self.written = read_graph(bundle)
         self._adapted = adapted
@@ -108,6 +118,8 @@ class OnnxRunner:
     @cached_property
     def _model_and_inputs(self) -> tuple[ir.Model, dict[str, str]]:
         model = read_graph(self.bundle)
+        if not self._as_in_file:
+            keep_activations(model)
         inputs = expert_inputs(model)
         if self.library is None:
             inline_bodies(model)
@@ -148,8 +160,9 @@ class OnnxRunner:
 
     def _run(self, feeds: Feeds) -> Feeds:
         if self._session is None:
-            as_it_is = self.bundle.manifest.dtype != "bf16" and not self.choices and self.library is None
-            self._session = _open_session(self.bundle.model) if as_it_is else self._open(self.choices.values())
+            in_file = self._as_in_file and self.bundle.manifest.dtype != "bf16"
+            in_file = in_file and not self.choices and self.library is None
+            self._session = _open_session(self.bundle.model) if in_file else self._open(self.choices.values())
         return run_session(self._session, feeds)
 
     def _run_tapped(self, feeds: Feeds, wide: bool) -> Feeds:
