@@ -59,6 +59,8 @@ class HeldAsCodes:
         return meant.T if part.transposed else meant
 
     def _is_whole(self, matrix: _Matrix) -> bool:
+        if not all(len(self._shapes.get(part.key, ())) == 2 for part in matrix.parts):
+            return False
         inputs, outputs = self._sizes(matrix.parts[0])[0], sum(self._sizes(part)[1] for part in matrix.parts)
         scheme = matrix.scheme
         expected = {
