@@ -136,7 +136,7 @@ def export_onnx(
                 tokens=read_tokens(folder, traced.task),
                 sha256=hash_files(folder, {DATA_NAME: data_sha256}),
                 refit=refit,
-                quantisation=quantise and _describe_quantisation(quantise),
+                quantisation=_describe_quantisation(quantise) if quantise is not None else None,
                 recipes={name: recipe.to_json() for name, recipe in recipes.items() if name not in refit["weights"]},
             )
             write_manifest(folder, manifest)

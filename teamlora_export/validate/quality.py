@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,11 +143,14 @@ class _Sums:
         surprise = _mean(self.surprise)
         return Figures(
             math.exp(min(surprise, 700.0)) if surprise is not None else None,
-            *map(_mean, (self.divergence, self.equal, self.cosine, self.solved)),
+            _mean(self.divergence),
+            _mean(self.equal),
+            _mean(self.cosine),
+            _mean(self.solved),
         )
 
 
-def _mean(values: list[float] | list[bool]) -> float | None:
+def _mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if values else None
 
 

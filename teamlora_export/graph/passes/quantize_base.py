@@ -82,7 +82,7 @@ def _weight_of(node: ir.Node) -> ir.Value | None:
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
         # Stored once for the embedding and the head.
         weight = transposed(producer.inputs[0])
-    elif weight is not None and node.attributes.get_int("transB", 0):
+    elif weight is not None and node.attributes.get_int("transB", 0) == 1:
         weight = transposed(weight)
     recipe = recipe_of(weight)
     if weight is None or recipe is None or weight.shape is None or len(weight.shape) != 2:

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from teamlora_export.adapter import AdapterConfig, AdapterSpec
 from teamlora_export.graph.passes.quantize_base import QuantizeBase
 from teamlora_export.graph.quantized import Scheme, dequantised, is_quantised
 from teamlora_export.graph.weights import Part, Recipe, new_weight, write_external_data
@@ -62,7 +63,8 @@ def _model() -> ir.Model:
 
 
 def _written(model: ir.Model, folder: Path) -> ort.InferenceSession:
-    write_external_data(model, _Random(), None, folder / "data", lambda _: None)  # type: ignore[arg-type]
+    nothing = AdapterSpec("LoRA", AdapterConfig(r=4, lora_alpha=4.0, lora_nums=2, target_modules=()), {}, {}, "", "")
+    write_external_data(model, _Random(), nothing, folder / "data", lambda _: None)
     ir.save(model, folder / "model.onnx")
     options = ort.SessionOptions()
     options.log_severity_level = 3
