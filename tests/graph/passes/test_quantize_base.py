@@ -64,7 +64,7 @@ def _model() -> ir.Model:
 
 def _written(model: ir.Model, folder: Path) -> ort.InferenceSession:
     nothing = AdapterSpec("LoRA", AdapterConfig(r=4, lora_alpha=4.0, lora_nums=2, target_modules=()), {}, {}, "", "")
-    write_external_data(model, _Random(), nothing, folder / "data", lambda _: None)
+    write_external_data(model.graph.initializers.values(), _Random(), nothing, folder / "data", lambda _: None)
     ir.save(model, folder / "model.onnx")
     options = ort.SessionOptions()
     options.log_severity_level = 3
