@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from teamlora_export.attach.products import Product, Span, constant_of
+from teamlora_export.attach.products import Product, Span, constant_of, release
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.quantized import dequantised
 from teamlora_export.model.checkpoint import SafetensorsWeights, read_extents
@@ -114,11 +114,7 @@ def _columns(product: Product, columns: np.ndarray) -> np.ndarray | None:
     weight = _read_columns(product.node, columns)
     if weight is not None and product.scale is not None:
         weight *= product.scale.numpy().reshape(-1)
-    for value in (product.weight, *product.node.inputs):
-        # A mapped file counts as memory in use.
-        held = value.const_value if value is not None else None
-        if isinstance(held, ir.ExternalTensor):
-            held.release()
+    release(product)
     return weight
 
 

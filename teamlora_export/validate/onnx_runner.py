@@ -51,8 +51,7 @@ class OnnxRunner:
         adapted: paths of the adapted projections, whose parts can be looked at.
         library: a native library that runs the op's nodes, not for bfloat16. The bodies are left out then, so that
             nothing else can run them.
-        rounds_activations: products with codes round what they read to 8 bits, as they do when deployed. It is no part
-            of what the graph says, and would hide faults.
+        as_deployed: with what the runtime saves on the graph, which would hide faults (`compute_exactly`).
 
     Raises:
         ExportError: as `read_graph`.
@@ -63,10 +62,10 @@ class OnnxRunner:
         bundle: Bundle,
         adapted: Collection[str],
         library: Path | None = None,
-        rounds_activations: bool = False,
+        as_deployed: bool = False,
     ) -> None:
         self.bundle, self.library = bundle, library
-        self._as_in_file = rounds_activations or bundle.manifest.quantisation is None
+        self._as_deployed = as_deployed
         # As it is in the file, and to be read only; read here, so that what is no graph is found before anything runs.
         self.written = read_graph(bundle)
         self._adapted = adapted
@@ -83,12 +82,12 @@ class OnnxRunner:
 
         To be read only: its weights stay in the bundle's file.
         """
-        return self._model_and_inputs[0]
+        return self._opened[0]
 
     @cached_property
     def taps(self) -> dict[str, Tap]:
         """What of the inside can be looked at, in the order of the graph."""
-        return find_taps(self.model, self._adapted, self._model_and_inputs[1])
+        return find_taps(self.model, self._adapted, self._opened[1])
 
     def departures(self) -> Iterator[Departure]:
         """What is wrong with the graph's form: modules that nothing reads, and projections without experts."""
@@ -115,17 +114,22 @@ class OnnxRunner:
             node = node.inputs[0].producer() or node
         return (node.name or node.op_type) if node is not None else "an input of the model"
 
+    @staticmethod
+    def compute_exactly(model: ir.Model) -> bool:
+        """Take out of a model what a runtime saves on what the graph says, in place; whether there was anything."""
+        return keep_activations(model)
+
     @cached_property
-    def _model_and_inputs(self) -> tuple[ir.Model, dict[str, str]]:
+    def _opened(self) -> tuple[ir.Model, dict[str, str], bool]:
+        """The model as it runs, the values that experts read, by module, and whether it computes what the file does."""
         model = read_graph(self.bundle)
-        if not self._as_in_file:
-            keep_activations(model)
+        as_in_file = self._as_deployed or not self.compute_exactly(model)
         inputs = expert_inputs(model)
         if self.library is None:
             inline_bodies(model)
         else:
             _leave_out_bodies(model)
-        return model, inputs
+        return model, inputs, as_in_file
 
     @cached_property
     def choices(self) -> dict[str, str]:
@@ -160,7 +164,7 @@ class OnnxRunner:
 
     def _run(self, feeds: Feeds) -> Feeds:
         if self._session is None:
-            in_file = self._as_in_file and self.bundle.manifest.dtype != "bf16"
+            in_file = self._opened[2] and self.bundle.manifest.dtype != "bf16"
             in_file = in_file and not self.choices and self.library is None
             self._session = _open_session(self.bundle.model) if in_file else self._open(self.choices.values())
         return run_session(self._session, feeds)

@@ -48,7 +48,7 @@ def measure_quality(
     Raises:
         ExportError: the bundle has no tokenizer.json, or cannot be run.
     """
-    graph = OnnxRunner(bundle, adapter.projections, library, rounds_activations=True)
+    graph = OnnxRunner(bundle, adapter.projections, library, as_deployed=True)
     pytorch = TorchRunner(base, adapter, torch.float32)
     adapted, quantised, alone, from_base = _Sums(), _Sums(), _Sums(), _Sums()
     for text in _texts(bundle, base):

@@ -125,10 +125,10 @@ def _judge_export(
     if weights is not None:
         reporter.say("Layer by layer: the weights are read from disk on every call")
     graph = (OnnxRunner if weights is None else LayerwiseOnnxRunner)(bundle, adapter.projections, library)
-    codes = _codes_of(graph, base) if manifest.quantisation else None
+    held = _codes_of(graph, base) if manifest.quantisation else None
     with reporter.step("Preparing PyTorch in float64 and the bundle's dtype"):
-        reference = TorchRunner(base, adapter, torch.float64, weights, codes)
-        pytorch = TorchRunner(base, adapter, _torch_dtype(dtype), weights, codes)
+        reference = TorchRunner(base, adapter, torch.float64, weights, held)
+        pytorch = TorchRunner(base, adapter, _torch_dtype(dtype), weights, held)
     judge = Judge(dtype, reference, pytorch, engine.runner if engine else graph, manifest.inputs)
     cases = make_cases(base.config, base.task, brief=weights is not None, many=library is not None)
     for case in engine.choose(cases, reporter) if engine else cases:
@@ -136,7 +136,7 @@ def _judge_export(
             judge.add_case(case)
     expert_use = {path: _mean_share(share) for path, share in reference.expert_use().items()}
     graph.forget()
-    sources = (weights or _open_sources(base, adapter, graph)) if codes else reference
+    sources = (weights or _open_sources(base, adapter, graph)) if held else reference
     inside = _Inside(graph, reference, None if engine else pytorch, adapter, sources)
     # An engine whose adapter was exchanged is no longer what the graph is.
     of_graph = not engine or engine.facts.adapter_sha256 == manifest.adapter["sha256"]

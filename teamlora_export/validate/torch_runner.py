@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -32,7 +32,6 @@ from teamlora_export.model.inject import inject
 from teamlora_export.model.layer import ExpertLinear
 from teamlora_export.model.streaming import stream_weights
 from teamlora_export.validate.cases import Feeds
-from teamlora_export.validate.held_as_codes import HeldAsCodes
 from teamlora_export.validate.taps import BASE, EXPERTS, INPUT, is_part
 
 _PAST = re.compile(r"^past_key_values\.(\d+)\.key$")
@@ -40,12 +39,24 @@ _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 _NUMPY_DTYPES = {torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
 
 
+class HeldWeights(Protocol):
+    """Parameters of the base that a graph has other numbers for: what its codes mean."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """One of them, float64, in the base's own orientation."""
+        ...
+
+
 class TorchRunner:
     """The adapted model in PyTorch, in `dtype`.
 
     Args:
         weights: each module's are read from there while it runs.
-        codes: weights that are computed with as these say them.
+        held: what is computed with in place of the base's own.
     """
 
     def __init__(
@@ -54,22 +65,22 @@ class TorchRunner:
         adapter: AdapterSpec,
         dtype: torch.dtype,
         weights: SafetensorsWeights | None = None,
-        codes: HeldAsCodes | None = None,
+        held: HeldWeights | None = None,
     ) -> None:
         self._adapter, self._name = adapter, base.name
         self._streamed: _StreamedWeights | None = None
         if weights is None:
             self._model = base.load(dtype)
             inject(self._model, adapter)
-            self._coded = _untied(self._model, codes or ())
-            for name, key in self._coded.items():
-                assert codes is not None
-                self._model.get_parameter(name).data = torch.from_numpy(codes.read(key)).to(dtype)
+            self._held = _untied(self._model, held or ())
+            for name, key in self._held.items():
+                assert held is not None
+                self._model.get_parameter(name).data = torch.from_numpy(held.read(key)).to(dtype)
         else:
             self._model = base.skeleton(dtype)
             inject(self._model, replace(adapter, overrides={}))
-            self._coded = _untied(self._model, codes or ())
-            self._streamed = _StreamedWeights(weights, adapter.overrides, codes, self._coded)
+            self._held = _untied(self._model, held or ())
+            self._streamed = _StreamedWeights(weights, adapter.overrides, held, self._held)
             stream_weights(self._model, self._streamed, {})
         self._forward = None if base.task == "text-generation" else encoder_forward(base, self._model)
         self._dtype = dtype
@@ -120,13 +131,6 @@ class TorchRunner:
         path, _, leaf = name.rpartition(".")
         return getattr(self._model.get_submodule(path), leaf).detach().numpy()
 
-    def hold(self, name: str, array: np.ndarray) -> None:
-        """From now on, compute with another parameter `name`; what it was tied to keeps its own."""
-        path, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(path)
-        weight = torch.from_numpy(np.ascontiguousarray(array)).to(self._dtype)
-        setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
-
     def hold_embeddings(self, table: np.ndarray) -> None:
         """From now on, look ids up in `table` [vocabulary, hidden]."""
         embeddings: nn.Embedding = self._model.get_input_embeddings()  # type: ignore[operator]
@@ -134,7 +138,7 @@ class TorchRunner:
 
     def round_weights(self, dtype: torch.dtype, kept: Collection[str]) -> None:
         """From now on, compute with the weights that a file in `dtype` holds; those of the base in `kept`, and those
-        that are held as codes, stay."""
+        that the graph has other numbers for, stay."""
         if dtype not in _NUMPY_DTYPES:
             return
         for path, module in self._model.named_modules():
@@ -147,7 +151,7 @@ class TorchRunner:
         for name, tensor in self._model.state_dict(keep_vars=True).items():
             path, _, leaf = name.rpartition(".")
             of_base = leaf in ("weight", "bias") or not isinstance(self._model.get_submodule(path), ExpertLinear)
-            if of_base and name not in kept and name not in self._coded and tensor.is_floating_point():
+            if of_base and name not in kept and name not in self._held and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype).to(tensor.dtype)
 
     @contextmanager
@@ -213,12 +217,12 @@ class _StreamedWeights:
         self,
         weights: SafetensorsWeights,
         overrides: Mapping[str, np.ndarray],
-        codes: HeldAsCodes | None,
-        coded: Mapping[str, str],
+        held: HeldWeights | None,
+        names: Mapping[str, str],
     ) -> None:
         self._weights = weights
         self._overrides = overrides
-        self._codes, self._coded = codes, coded
+        self._held, self._names = held, names
         self.rounding: np.dtype | None = None
         self.kept: Collection[str] = ()
 
@@ -226,8 +230,8 @@ class _StreamedWeights:
         return name in self._weights
 
     def read(self, name: str) -> np.ndarray:
-        if self._codes is not None and name in self._coded:
-            return self._codes.read(self._coded[name])
+        if self._held is not None and name in self._names:
+            return self._held.read(self._names[name])
         array = self._overrides[name] if name in self._overrides else self._weights.read(name)
         rounded = self.rounding is not None and name not in self.kept and array.dtype.kind not in "iub"
         return array.astype(self.rounding) if rounded else array
