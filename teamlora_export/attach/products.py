@@ -120,6 +120,11 @@ def find_products(graph: ir.Graph) -> list[Product]:
     return [product for node in graph if (product := _as_product(node)) is not None]
 
 
+def has_codes(graph: ir.Graph) -> bool:
+    """Whether a graph has a product whose weight is quantised."""
+    return any(_is_quantised(product.node) for product in find_products(graph))
+
+
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The numbers of an initializer or of a Constant; None for anything else."""
     if value is None:
@@ -170,8 +175,7 @@ def _plain(node: ir.Node) -> Product | None:
     if stored is None or len(stored.shape) != 2 or stored.dtype not in FLOATS:
         return None
     sizes = stored.shape[::-1] if node.attributes.get_int("transB", 0) else stored.shape
-    quantised = any(each.op_type == "DequantizeLinear" for each in stored.nodes)
-    form = f"{node.op_type} of quantised weights" if quantised else node.op_type
+    form = f"{node.op_type} of quantised weights" if _is_quantised(node) else node.op_type
     return _product(node, form, node.inputs[0], sizes, stored.dtype, stored)
 
 
@@ -354,8 +358,11 @@ def _reads_as_x(node: ir.Node, width: int) -> bool:
 
 
 def _is_quantised(node: ir.Node) -> bool:
+    """Whether a product's weight is stored as codes."""
     stored = _stored(node.inputs[1])
-    return node.op_type not in ("MatMul", "Gemm", "FusedMatMul") or (stored is not None and bool(stored.nodes))
+    behind = stored.nodes if stored is not None else ()
+    is_plain = node.op_type in ("MatMul", "Gemm", "FusedMatMul")
+    return not is_plain or any(each.op_type == "DequantizeLinear" for each in behind)
 
 
 def _is_normalised(value: ir.Value) -> bool:

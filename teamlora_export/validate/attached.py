@@ -97,7 +97,6 @@ def judge_attached(
         local=tuple(checks),
         weights=len(recipes),
         candidate=graph.label + ("" if base is not None else ", experts by themselves"),
-        library=sha256_of(library) if library is not None else None,
     )
 
 

@@ -21,11 +21,13 @@ import psutil
 import torch
 
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
+from teamlora_export.attach.products import has_codes
 from teamlora_export.bundle import Bundle, Port, QualitySummary, Validation, check_files, write_manifest
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.engine.facts import EngineFacts, find_engine, read_facts, write_facts
 from teamlora_export.engine.onnxruntime_library import library_for
 from teamlora_export.errors import ExportError
+from teamlora_export.graph.read import read_graph
 from teamlora_export.graph.weights import BaseWeights
 from teamlora_export.model.base import BaseModel, LoadedWeights, open_base
 from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights
@@ -79,30 +81,39 @@ def validate_bundle(
         raise ExportError("--library and --engine: an engine does not run the native op. Give one of the two.")
     native = library_for(bundle, library, reporter) if library is not None else None
     check_files(bundle)
+    engine: _Engine | None = None
+    base: BaseModel | None
     if manifest.attached is not None:
-        if engine_name:
-            raise ExportError(f"{bundle.folder}: its graph is another tool's, of which no engines are built.")
-        of_base = base_source or manifest.base["source"] or None
-        if of_base is not None and base_source is None and not Path(of_base).exists():
-            reporter.warn(f"{of_base}: is not there any more; the model as a whole is not judged. Give --base.")
-            of_base = None
-        adapter = open_adapter(bundle, adapter_folder, manifest.adapter["sha256"])
-        base = open_base(of_base, manifest.task) if of_base else None
-        aligned = align_with_base(adapter, base.signature) if base is not None else adapter
-        return _keep(judge_attached(bundle, aligned, base, library, reporter), bundle, None)
-    engine = _open_engine(bundle, engine_name, plugin, reporter) if engine_name else None
-    adapter_sha256 = engine.facts.adapter_sha256 if engine else manifest.adapter["sha256"]
-    base, adapter = open_sources(bundle, base_source, adapter_folder, adapter_sha256)
-    if layer_by_layer is None:
-        layer_by_layer = not _fits(base, manifest.inputs)
+        if engine_name or layer_by_layer:
+            raise ExportError(
+                f"{bundle.folder}: its graph is another tool's: no engines are built of it, and its layers are not run "
+                "one by one. Leave out --engine and --layer-by-layer."
+            )
+        base, adapter = _open_attached_sources(bundle, base_source, adapter_folder, reporter)
+        is_quantised = has_codes(read_graph(bundle).graph)
+    else:
+        engine = _open_engine(bundle, engine_name, plugin, reporter) if engine_name else None
+        adapter_sha256 = engine.facts.adapter_sha256 if engine else manifest.adapter["sha256"]
+        base, adapter = open_sources(bundle, base_source, adapter_folder, adapter_sha256)
+        if layer_by_layer is None:
+            layer_by_layer = not _fits(base, manifest.inputs)
+        is_quantised = manifest.quantisation is not None
+    can_measure = base is not None and not (layer_by_layer or engine)
     if quality is None:
-        quality = manifest.quantisation is not None and TOKENIZER in manifest.sha256 and not (layer_by_layer or engine)
-    elif quality and (layer_by_layer or engine):
-        raise ExportError("--quality: is measured on graphs that fit into memory, and not on engines. Leave it out.")
-    verdict = _judge_export(bundle, base, adapter, layer_by_layer, engine, library, reporter)
+        quality = is_quantised and TOKENIZER in manifest.sha256 and can_measure
+    elif quality and not can_measure:
+        raise ExportError(
+            "--quality: is measured beside a base that fits into memory, and not on engines. Give --base, or leave it "
+            "out."
+        )
+    if base is None or manifest.attached is not None:
+        verdict = judge_attached(bundle, adapter, base, library, reporter)
+    else:
+        verdict = _judge_export(bundle, base, adapter, bool(layer_by_layer), engine, library, reporter)
     if native is not None:
         verdict = dataclasses.replace(verdict, library=native.sha256)
     if quality:
+        assert base is not None
         with reporter.step("Reading held-out text, to see what quantisation cost"):
             measured = measure_quality(bundle, base, adapter, library, thresholds or Thresholds())
         verdict = dataclasses.replace(verdict, quality=measured)
@@ -297,6 +308,30 @@ def open_sources(
             f"{base.name}: is not the base that {bundle.folder} was made of. Export again, or give --base."
         )
     return base, align_with_base(adapter, base.signature)
+
+
+def _open_attached_sources(
+    bundle: Bundle, base_source: str | None, adapter_folder: str | Path | None, reporter: Reporter
+) -> tuple[BaseModel | None, AdapterSpec]:
+    """The adapter that was attached, and the model that the graph was made of, where it is known and fits into memory.
+
+    Raises:
+        ExportError: as `open_adapter`; or the base that is given cannot be opened.
+    """
+    manifest = bundle.manifest
+    adapter = open_adapter(bundle, adapter_folder, manifest.adapter["sha256"])
+    source = base_source or manifest.base["source"]
+    if source and base_source is None and not Path(source).exists():
+        reporter.warn(f"{source}: is not there any more; the model as a whole is not judged. Give --base.")
+        source = ""
+    if not source:
+        return None, adapter
+    base = open_base(source, manifest.task)
+    adapter = align_with_base(adapter, base.signature)
+    if not _fits(base, manifest.inputs):
+        reporter.warn(f"{source}: does not fit into memory in float64; the experts are judged by themselves.")
+        return None, adapter
+    return base, adapter
 
 
 def open_adapter(bundle: Bundle, folder: str | Path | None, sha256: str) -> AdapterSpec:
