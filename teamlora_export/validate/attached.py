@@ -80,8 +80,13 @@ def judge_attached(
                 judge.add_case(case)
         results += judge.results()
         graph.forget()
+        # Its norms and the experts are of the graph's type; what it holds as codes stays.
+        exact.round_weights(dtypes[1], ())
     sums = {name: whole_of(name) for name, tap in graph.taps.items() if tap.base is not None}
-    local = LocalJudge(manifest.dtype, reference, pytorch, graph, manifest.inputs, (), sums)
+    # Of its other constants (rotary tables, a norm's weight with what was folded into it) the reference has none.
+    known = {*recipes, *(name for product in find_products(graph.model.graph) for name in product.names)}
+    inexact = graph.inexact(known)
+    local = LocalJudge(manifest.dtype, reference, pytorch, graph, manifest.inputs, inexact, sums)
     checks: list[LocalCheck] = []
     for case in cases_without_padding(manifest.tokens, manifest.task):
         with reporter.step(f"Module by module: {case.name}"):

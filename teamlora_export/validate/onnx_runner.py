@@ -36,6 +36,7 @@ from teamlora_export.validate.taps import (
     live_values,
     marked_values,
     module_of,
+    with_rounded_constants,
 )
 from teamlora_export.validate.verdict import Departure
 from teamlora_export.validate.widen import widen
@@ -88,6 +89,17 @@ class OnnxRunner:
     def taps(self) -> dict[str, Tap]:
         """What of the inside can be looked at, in the order of the graph."""
         return find_taps(self.model, self._adapted, self._opened[1])
+
+    def inexact(self, weights: Collection[str]) -> set[str]:
+        """Taps and outputs that are computed with constants that the graph's own type may have rounded.
+
+        Args:
+            weights: names of what is no such constant, since the reference has it as well.
+        """
+        values = {name: tap.value for name, tap in self.taps.items()}
+        values |= {port.name: port.name for port in self.bundle.manifest.outputs}
+        rounded = with_rounded_constants(self.model, values.values(), weights)
+        return {name for name, value in values.items() if value in rounded}
 
     def departures(self) -> Iterator[Departure]:
         """What is wrong with the graph's form: modules that nothing reads, and projections without experts."""

@@ -43,7 +43,7 @@ from teamlora_export.validate.local import LocalJudge
 from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.quality import TOKENIZER, measure_quality
 from teamlora_export.validate.stored import judge_weights, kept_in_float32, recipes_of
-from teamlora_export.validate.taps import live_values, module_of, whole_of, with_rounded_constants
+from teamlora_export.validate.taps import live_values, module_of, whole_of
 from teamlora_export.validate.torch_runner import TorchRunner
 from teamlora_export.validate.verdict import Departure, LocalCheck, Quality, Thresholds, Verdict
 
@@ -209,10 +209,7 @@ class _Inside:
         manifest = self._graph.bundle.manifest
         kept = kept_in_float32(self._graph.model, self._recipes)
         self._reference.round_weights(_torch_dtype(manifest.dtype), kept)
-        values = {name: tap.value for name, tap in self._graph.taps.items()}
-        values |= {port.name: port.name for port in manifest.outputs}
-        rounded = with_rounded_constants(self._graph.model, values.values(), self._recipes)
-        inexact = {name for name, value in values.items() if value in rounded}
+        inexact = self._graph.inexact(self._recipes)
         sums = {name: whole_of(name) for name, tap in self._graph.taps.items() if tap.base is not None}
         return LocalJudge(manifest.dtype, self._reference, self._pytorch, self._graph, manifest.inputs, inexact, sums)
 
