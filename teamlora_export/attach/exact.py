@@ -36,8 +36,8 @@ def _replace(graph: ir.Graph, product: Product, x: ir.Value) -> None:
     """DequantizeLinear -> MatMul (-> Add) in place of a product of integers."""
     integers = product.integers
     assert integers is not None
-    number = {"to": ir.DataType.FLOAT}
-    scale = ir.node("Cast", [integers.scale], number)
+    # DequantizeLinear takes scales in 16 bits from opset 19 on.
+    scale = ir.node("Cast", [integers.scale], {"to": ir.DataType.FLOAT})
     zero = [integers.zero_point] if integers.zero_point is not None else []
     weight = ir.node("DequantizeLinear", [integers.codes, scale.outputs[0], *zero], {"axis": 1})
     cast = ir.node("Cast", weight.outputs, {"to": product.dtype})

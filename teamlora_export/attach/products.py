@@ -293,7 +293,7 @@ def _stored(value: ir.Value | None) -> _Stored | None:
     if node.op_type == "Cast":
         dtype = ir.DataType(node.attributes["to"].as_int())
     if node.op_type == "DequantizeLinear":
-        scale = constant_of(node.inputs[1])
+        scale = _stored(node.inputs[1])
         if scale is None:
             return None
         dtype = scale.dtype

@@ -22,7 +22,7 @@ from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.attach.exact import DequantizeProducts
 from teamlora_export.attach.insert import detach
 from teamlora_export.attach.match import Found, find_modules
-from teamlora_export.attach.products import Product, find_products, release
+from teamlora_export.attach.products import Product, constant_of, find_products, readers_of, release
 from teamlora_export.bundle import Bundle
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError, raise_findings
@@ -148,10 +148,9 @@ def holding_weights(
     raise_findings(f"{bundle.folder}: not all of the base's layers are found in the graph", findings)
     held = _HeldByProducts({f"{path}.weight": answer for path, answer in found.items()}, linears)
     runners = [TorchRunner(base, adapter, dtype, held=held) for dtype in dtypes]
-    table = _embeddings(bundle, model)
-    if table is not None:
+    for table in _tables(bundle, model):
         for runner in runners:
-            runner.hold_embeddings(table)
+            runner.hold_table(table)
     return runners
 
 
@@ -180,22 +179,25 @@ def _weight_of(product: Product) -> np.ndarray:
     return weight if product.scale is None else weight * product.scale.numpy().reshape(-1, 1)
 
 
-def _embeddings(bundle: Bundle, model: ir.Model) -> np.ndarray | None:
-    """What the graph looks its ids up in, [vocabulary, hidden], as it computes it; None where there is no such node."""
-    ids = next((value for value in model.graph.inputs if value.name == "input_ids"), None)
-    readers = [node for node in ids.consumers() if node.op_type.startswith("Gather")] if ids is not None else []
-    if len(readers) != 1:
-        return None
-    value = readers[0].outputs[0]
-    model.graph.outputs.clear()
-    model.graph.outputs.append(value)
-    common.RemoveUnusedNodesPass()(model)
-    kept = [each for each in model.graph.inputs if each is ids]
-    model.graph.inputs.clear()
-    model.graph.inputs.extend(kept)
-    session = open_model(model, bundle)
-    every = np.arange(bundle.manifest.tokens.vocabulary or 0)[None]
-    return run_session(session, {"input_ids": every})[str(value.name)][0]
+def _tables(bundle: Bundle, model: ir.Model) -> Iterator[np.ndarray]:
+    """The tables [rows, width] that the graph looks ids or places up in, as it computes them."""
+    names = [str(node.name) for node in model.graph if node.op_type in ("Gather", "GatherBlockQuantized")]
+    for name in names:
+        cut = model.clone()
+        node = cut.graph.node(name)
+        table = constant_of(node.inputs[0])
+        if table is None or len(table.shape) != 2 or node.attributes.get_int("gather_axis", 0) != 0:
+            continue
+        value = node.outputs[0]
+        while (readers := readers_of(value)) and readers[0].op_type in ("DequantizeLinear", "Cast"):
+            value = readers[0].outputs[0]
+        ids = ir.Value(name="rows", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "rows"]))
+        node.replace_input_with(1, ids)
+        cut.graph.outputs[:] = [value]
+        common.RemoveUnusedNodesPass()(cut)
+        cut.graph.inputs[:] = [ids]
+        rows = np.arange(int(table.shape.numpy()[0]))[None]
+        yield run_session(open_model(cut, bundle), {"rows": rows})[str(value.name)][0]
 
 
 class ExpertRunner:

@@ -178,7 +178,12 @@ class OnnxRunner:
         if self._session is None:
             in_file = self._opened[2] and self.bundle.manifest.dtype != "bf16"
             in_file = in_file and not self.choices and self.library is None
-            self._session = _open_session(self.bundle.model) if in_file else self._open(self.choices.values())
+            as_deployed = self._as_deployed
+            self._session = (
+                _open_session(self.bundle.model, as_deployed=as_deployed)
+                if in_file
+                else self._open(self.choices.values())
+            )
         return run_session(self._session, feeds)
 
     def _run_tapped(self, feeds: Feeds, wide: bool) -> Feeds:
@@ -193,7 +198,7 @@ class OnnxRunner:
         values = {value.name: value for node in model.graph for value in node.outputs}
         present = {value.name for value in (*model.graph.outputs, *model.graph.inputs)}
         model.graph.outputs.extend(values[name] for name in dict.fromkeys(wanted) if name not in present)
-        return open_model(model, self.bundle, wide, self.library)
+        return open_model(model, self.bundle, wide, self.library, self._as_deployed)
 
     def _named(self, values: Feeds, names: Iterable[str]) -> Feeds:
         """Those of the taps `names` that are among `values`, then the outputs."""
@@ -213,9 +218,13 @@ def _leave_out_bodies(model: ir.Model) -> None:
 
 
 def open_model(
-    model: ir.Model, bundle: Bundle, wide: bool = False, library: Path | None = None
+    model: ir.Model, bundle: Bundle, wide: bool = False, library: Path | None = None, as_deployed: bool = False
 ) -> ort.InferenceSession:
-    """A session on a model derived from a bundle's (`OnnxRunner.model`), with the bundle's weights."""
+    """A session on a model derived from a bundle's (`OnnxRunner.model`), with the bundle's weights.
+
+    Args:
+        as_deployed: products of DequantizeLinear's results may round what they read to 8 bits.
+    """
     dtype = bundle.manifest.dtype
     if dtype == "bf16" or (wide and dtype != "fp32"):
         widen(model, IR_DTYPES[dtype], rounded=not wide)
@@ -223,15 +232,20 @@ def open_model(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path)
-        return _open_session(path, bundle.folder, library)
+        return _open_session(path, bundle.folder, library, as_deployed)
 
 
-def _open_session(path: Path, weights_folder: Path | None = None, library: Path | None = None) -> ort.InferenceSession:
+def _open_session(
+    path: Path, weights_folder: Path | None = None, library: Path | None = None, as_deployed: bool = False
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # PyTorch's threads are its neighbours: it has as many, which do not wait for work for long.
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+    if not as_deployed:
+        # ONNX Runtime makes MatMulNBits of such products; its default is an accuracy level of 4.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if weights_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
     try:

@@ -36,6 +36,8 @@ from teamlora_export.validate.taps import BASE, EXPERTS, INPUT, is_part
 
 _PAST = re.compile(r"^past_key_values\.(\d+)\.key$")
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+# Of a table's size: what four bits take from it is a tenth.
+_LARGEST_CHANGE = 0.5
 _NUMPY_DTYPES = {torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -131,10 +133,14 @@ class TorchRunner:
         path, _, leaf = name.rpartition(".")
         return getattr(self._model.get_submodule(path), leaf).detach().numpy()
 
-    def hold_embeddings(self, table: np.ndarray) -> None:
-        """From now on, look ids up in `table` [vocabulary, hidden]."""
-        embeddings: nn.Embedding = self._model.get_input_embeddings()  # type: ignore[operator]
-        embeddings.weight = nn.Parameter(torch.from_numpy(table).to(self._dtype), requires_grad=False)
+    def hold_table(self, table: np.ndarray) -> None:
+        """From now on, look ids or places up in `table` [rows, width], where the model has one that is nearly equal."""
+        held = torch.from_numpy(table).to(self._dtype)
+        for module in self._model.modules():
+            if isinstance(module, nn.Embedding) and module.weight.shape == held.shape:
+                error = torch.linalg.norm(module.weight - held)
+                if error < _LARGEST_CHANGE * torch.linalg.norm(module.weight):
+                    module.weight = nn.Parameter(held, requires_grad=False)
 
     def round_weights(self, dtype: torch.dtype, kept: Collection[str]) -> None:
         """From now on, compute with the weights that a file in `dtype` holds; those of the base in `kept`, and those
