@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated, TypedDict
+from typing import Annotated, NotRequired, TypedDict
 
 import msgspec
 
@@ -143,6 +143,26 @@ class OpForm(TypedDict):
     form: Annotated[str, msgspec.Meta(pattern="^(function|standard)$")]
 
 
+class Quantisation(TypedDict):
+    """How the base's linear weights are quantised, and by which version of ONNX Runtime they were rounded.
+
+    head: bits of the codes of the last product ahead of `logits`; 0: it is in the bundle's dtype.
+    """
+
+    bits: int
+    head: int
+    zero_points: bool
+    block: int
+    onnxruntime: str
+
+
+class QualitySummary(TypedDict):
+    """What a quantised bundle lost, and what its adapter is worth; see `validate/quality.py`."""
+
+    passed: bool
+    figures: dict[str, dict[str, float | None]]
+
+
 class Validation(TypedDict):
     """Figures of the last `validate`."""
 
@@ -158,6 +178,7 @@ class Validation(TypedDict):
     weights: int
     module_values: int
     first_departure: str | None
+    quality: NotRequired[QualitySummary | None]
 
 
 class Refit(TypedDict):
@@ -194,6 +215,7 @@ class Manifest:
         recipes: how each weight of the base is made, by its name in the graph; the adapter's are in `refit`.
         validation: None before the first.
         attached: the graph that the adapter was attached to; None where the whole was exported.
+        quantisation: None where all weights are in the bundle's dtype.
     """
 
     tool: Mapping[str, str]
@@ -209,6 +231,7 @@ class Manifest:
     refit: Refit
     recipes: Mapping[str, str]
     validation: Validation | None = None
+    quantisation: Quantisation | None = None
     format_version: int = FORMAT_VERSION
     attached: Attached | None = None
 

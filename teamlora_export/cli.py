@@ -94,6 +94,18 @@ def onnx(
     cache: Annotated[
         str, typer.Option(help="The KV cache: growing, or in-place (one buffer a layer, for runtimes with opset 24).")
     ] = "growing",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="int8 or int4: the base's linear weights as codes (MatMulNBits, blocks of 32). Default: --dtype."
+        ),
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="With --weights, int8 or int4: the head as well. Default: --dtype.")
+    ] = None,
+    zero_points: Annotated[
+        bool, typer.Option("--zero-points", help="With --weights: each block of codes has a zero point.")
+    ] = False,
     retrace: Annotated[
         bool, typer.Option("--retrace", help="Trace the graph even where one is kept from an earlier export.")
     ] = False,
@@ -102,13 +114,30 @@ def onnx(
     """Export a base model with an adapter to a bundle with one ONNX graph."""
     from teamlora_export.export import export_onnx
 
-    bundle = export_onnx(base, adapter, output, dtype=dtype, task=task, op_form=op, cache=cache, retrace=retrace)
-    made = bundle.manifest
-    show(
-        f"{bundle.folder}: {made.task}, {made.dtype}, {made.op['nodes']} expert nodes",
-        {"bundle": bundle.folder, "task": made.task, "dtype": made.dtype, "op": made.op, "sha256": made.sha256},
-        json,
+    bundle = export_onnx(
+        base,
+        adapter,
+        output,
+        dtype=dtype,
+        task=task,
+        op_form=op,
+        cache=cache,
+        weights_form=weights,
+        head_form=head,
+        zero_points=zero_points,
+        retrace=retrace,
     )
+    made = bundle.manifest
+    codes = f" with weights of {made.quantisation['bits']} bits" if made.quantisation else ""
+    fields = {
+        "bundle": bundle.folder,
+        "task": made.task,
+        "dtype": made.dtype,
+        "quantisation": made.quantisation,
+        "op": made.op,
+        "sha256": made.sha256,
+    }
+    show(f"{bundle.folder}: {made.task}, {made.dtype}{codes}, {made.op['nodes']} expert nodes", fields, json)
 
 
 @app.command()
@@ -163,6 +192,19 @@ def validate(
     engine: Annotated[str | None, typer.Option(help="Judge this engine of the bundle instead of its graph.")] = None,
     plugin: PluginOption = None,
     library: NativeLibraryOption = None,
+    quality: Annotated[
+        bool | None,
+        typer.Option(
+            "--quality/--no-quality",
+            help="Measure on held-out text what the bundle lost. Default: where it is quantised.",
+        ),
+    ] = None,
+    most_perplexity: Annotated[
+        float, typer.Option(min=1.0, help="Fail above so many times the perplexity before quantisation.")
+    ] = 1.5,
+    least_agreement: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Fail below this share of unchanged likeliest tokens, or labels.")
+    ] = 0.6,
     report: Annotated[
         Path | None, typer.Option(parser=given_path, metavar="FILE", help="Write a self-contained HTML report here.")
     ] = None,
@@ -174,6 +216,7 @@ def validate(
     from teamlora_export.progress import Reporter
     from teamlora_export.validate.report import print_verdict, verdict_fields, write_html
     from teamlora_export.validate.run import validate_bundle
+    from teamlora_export.validate.verdict import Thresholds
 
     if engine == "":
         # A variable that a script forgot to set: not the wish to judge the graph.
@@ -190,6 +233,8 @@ def validate(
         engine_name=engine,
         plugin=plugin,
         library=native_library(library),
+        quality=quality,
+        thresholds=Thresholds(most_perplexity, least_agreement),
     )
     if json != STANDARD_OUTPUT:
         with writing_to_standard_output():

@@ -24,6 +24,7 @@ from teamlora_export.bundle import (
     MODEL_NAME,
     Bundle,
     Manifest,
+    Quantisation,
     copy_companions,
     hash_files,
     listed_files,
@@ -35,6 +36,8 @@ from teamlora_export.engine.facts import listed_engines
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op, weights
 from teamlora_export.graph.passes import inline_bodies
+from teamlora_export.graph.passes.quantize_base import QuantizeBase
+from teamlora_export.graph.quantized import Scheme
 from teamlora_export.graph.read import port_of
 from teamlora_export.graph.traced import LIBRARIES, TracedGraph, graph_key, keep_graph, load_graph
 from teamlora_export.model.checkpoint import open_safetensors_weights
@@ -46,6 +49,8 @@ from teamlora_export.tokens import read_tokens
 
 OP_FORMS = ("function", "standard")
 CACHE_FORMS = ("growing", "in-place")
+# Bits of a code.
+WEIGHT_FORMS = {"int4": 4, "int8": 8}
 
 
 def export_onnx(
@@ -57,6 +62,9 @@ def export_onnx(
     task: str = "auto",
     op_form: str = "function",
     cache: str = "growing",
+    weights_form: str | None = None,
+    head_form: str | None = None,
+    zero_points: bool = False,
     retrace: bool = False,
     reporter: Reporter | None = None,
 ) -> Bundle:
@@ -68,6 +76,10 @@ def export_onnx(
         op_form: "function" keeps the op, with its body in the model; "standard" inlines the body.
         cache: how a text generator keeps keys and values: "growing" gives back a longer cache on every call, "in-place"
             writes into one buffer for each layer.
+        weights_form: "int4" or "int8": the base's linear weights become codes, in blocks of 32 that share a scale; the
+            adapter, norms, embeddings and the head stay in `dtype`. None: all weights do.
+        head_form: the same for the head, with `weights_form` only.
+        zero_points: each block of codes has a zero point.
         retrace: trace the graph even where one is kept from before, and keep none.
 
     Raises:
@@ -80,6 +92,7 @@ def export_onnx(
         raise ExportError(f"--op {op_form}: unknown. Use {' or '.join(OP_FORMS)}.")
     if cache not in CACHE_FORMS:
         raise ExportError(f"--cache {cache}: unknown. Use {' or '.join(CACHE_FORMS)}.")
+    quantise = _quantiser(weights_form, head_form, zero_points)
     adapter = read_adapter(adapter_folder)
     source = find_base(base_name)
     # Once: the folder that a relative path starts from may be the one that is replaced.
@@ -93,6 +106,8 @@ def export_onnx(
         model = traced.model
         warn_of_normalizers(adapter, reporter)
         _warn_of_unused(model, adapter, reporter)
+        if quantise is not None and not quantise(model).modified:
+            raise ExportError(f"--weights {weights_form}: {source.name} has no linear weights of its own to quantise.")
         nodes = sum(op.is_op(node) for node in model.graph)
         recipes = {
             value.name or "": recipe
@@ -121,10 +136,39 @@ def export_onnx(
                 tokens=read_tokens(folder, traced.task),
                 sha256=hash_files(folder, {DATA_NAME: data_sha256}),
                 refit=refit,
+                quantisation=_describe_quantisation(quantise) if quantise is not None else None,
                 recipes={name: recipe.to_json() for name, recipe in recipes.items() if name not in refit["weights"]},
             )
             write_manifest(folder, manifest)
     return Bundle(given, read_bundle(out).manifest)
+
+
+def _quantiser(weights_form: str | None, head_form: str | None, zero_points: bool) -> QuantizeBase | None:
+    for option, form in (("--weights", weights_form), ("--head", head_form)):
+        if form not in (None, *WEIGHT_FORMS):
+            raise ExportError(f"{option} {form}: unknown. Use {' or '.join(WEIGHT_FORMS)}.")
+    if weights_form is None:
+        if head_form is not None or zero_points:
+            raise ExportError("--head and --zero-points: are for quantised weights. Give --weights as well.")
+        return None
+    weights, head = (
+        Scheme(WEIGHT_FORMS[form], zero_points) if form is not None else None for form in (weights_form, head_form)
+    )
+    assert weights is not None
+    return QuantizeBase(weights, head)
+
+
+def _describe_quantisation(quantise: QuantizeBase) -> Quantisation:
+    import onnxruntime
+
+    weights, head = quantise.weights, quantise.head
+    return {
+        "bits": weights.bits,
+        "head": head.bits if head is not None else 0,
+        "zero_points": weights.zero_points,
+        "block": weights.block,
+        "onnxruntime": onnxruntime.__version__,
+    }
 
 
 def _our_files(out: Path) -> set[str]:

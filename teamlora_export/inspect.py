@@ -12,7 +12,7 @@ from teamlora_export.adapter import AdapterSpec, read_adapter
 from teamlora_export.adapter.config import CONFIG_NAME
 from teamlora_export.attach.describe import Contents, describe
 from teamlora_export.attach.read import GENAI_NAME, Foreign, open_foreign
-from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME, Bundle, Port, read_bundle
+from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME, Bundle, Port, Quantisation, read_bundle
 from teamlora_export.cli_output import Description
 from teamlora_export.engine.facts import EngineFacts, read_facts
 from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, is_library, library_here, read_library
@@ -137,6 +137,8 @@ def _bundle_rows(bundle: Bundle, lifted: Lifted) -> Iterable[tuple[str, str]]:
     op = manifest.op
     form = "kept, with its body" if op["form"] == "function" else "inlined"
     yield "op", f"{op['domain']}::{op['name']} version {op['version']}, {op['nodes']} nodes, {form}"
+    if manifest.quantisation is not None:
+        yield "quantised", _quantisation(manifest.quantisation)
     yield "standard operators", str(lifted)
     yield (
         "size",
@@ -181,6 +183,15 @@ def _graph_rows(foreign: Foreign, contents: Contents) -> Iterable[tuple[str, str
         yield "OBSTACLE", obstacle
     found = bool(contents.modules) and not contents.obstacles
     yield "an adapter", "can be attached to these projections" if found else "can be attached in part at most"
+
+
+def _quantisation(how: Quantisation) -> str:
+    head = f"the head in {how['head']} bits" if how["head"] else "the head is not"
+    zeros = "with zero points" if how["zero_points"] else "symmetric"
+    return (
+        f"the base's linear weights in {how['bits']} bits, blocks of {how['block']}, {zeros}; {head} "
+        f"(rounded by ONNX Runtime {how['onnxruntime']})"
+    )
 
 
 def _engine_rows(facts: EngineFacts) -> Iterable[tuple[str, str]]:

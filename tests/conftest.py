@@ -260,14 +260,17 @@ def make_adapter(make_base, tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def make_bundle(make_base, make_adapter, tmp_path_factory) -> Callable[..., Bundle]:
-    """The bundle of an architecture's tiny model, exported once a session for each dtype, form of the op and cache."""
+    """The bundle of an architecture's tiny model, exported once a session for each dtype, form of the op and cache, and
+    way of quantising it, which shares the graph of the others."""
     made: dict[tuple[str, ...], Bundle] = {}
 
-    def make(name: str, dtype: str = "fp32", op_form: str = "function", cache: str = "growing") -> Bundle:
-        key = (name, dtype, op_form, cache)
+    def make(
+        name: str, dtype: str = "fp32", op_form: str = "function", cache: str = "growing", **quantise: str | bool
+    ) -> Bundle:
+        key = (name, dtype, op_form, cache, *map(str, quantise.values()))
         if key not in made:
             out = tmp_path_factory.mktemp("bundles") / "-".join(key)
-            options = {"dtype": dtype, "op_form": op_form, "cache": cache, "retrace": True}
+            options = {"dtype": dtype, "op_form": op_form, "cache": cache, "retrace": not quantise, **quantise}
             base = make_base(name)
             made[key] = export_onnx(base.name, make_adapter(name), out, task=base.task, **options)
         return made[key]

@@ -28,18 +28,20 @@ class GenaiEngine:
         import onnxruntime_genai as og
 
         self._og = og
-        config = og.Config(str(folder))
+        self._config = og.Config(str(folder))
         options: dict[str, Any] = {"engine": {"static_batching": {"max_batch_size": batch}}}
         if threads:
             options["model"] = {"decoder": {"session_options": {"intra_op_num_threads": threads}}}
-        config.overlay(json.dumps(options))
-        self._engine = og.Engine(og.Model(config))
+        self._config.overlay(json.dumps(options))
+        self._opened: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._asked: queue.SimpleQueue[tuple[list[int], int, queue.SimpleQueue[int | None]] | None]
         self._asked = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> GenaiEngine:
         self._thread.start()
+        if (failure := self._opened.get()) is not None:
+            raise failure
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,22 +54,28 @@ class GenaiEngine:
         return iter(tokens.get, None)
 
     def _run(self) -> None:
-        """All that touches the engine, which wants one thread at a time."""
-        buffer, flags = self._engine.create_event_buffer(64), self._og.EngineEventFlags
+        """All that touches the engine, which belongs to the thread that made it."""
+        try:
+            engine = self._og.Engine(self._og.Model(self._config))
+            buffer, flags = engine.create_event_buffer(64), self._og.EngineEventFlags
+        except Exception as error:
+            self._opened.put(error)
+            return
+        self._opened.put(None)
         answering: dict[Any, queue.SimpleQueue[int | None]] = {}
         while True:
             while not self._asked.empty() or not answering:
                 if (asked := self._asked.get()) is None:
                     return
                 prompt, count, tokens = asked
-                request = self._engine.create_request()
+                request = engine.create_request()
                 options = self._og.TurnOptions(request)
                 options.set_max_generated_tokens(count)
                 options.set_min_generated_tokens(count)
                 options.set_do_sample(False)
                 request.begin_turn(np.array(prompt, np.int32), options)
                 answering[request] = tokens
-            for event in self._engine.run(buffer):
+            for event in engine.run(buffer):
                 tokens = answering[event.request]
                 if event.flags & flags.TOKEN:
                     tokens.put(event.token)

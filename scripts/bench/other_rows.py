@@ -106,6 +106,11 @@ def genai_graph(base: Path) -> Path:
     return _build_genai("genai-smollm2", base)
 
 
+def genai_int4_graph(base: Path) -> Path:
+    """The same in int4 (all products, the head among them), as the package's builder quantises it by itself."""
+    return _build_genai("genai-smollm2-int4", base, precision="int4")
+
+
 def genai_lora_graph(base: Path, rank: int, projections: Mapping[str, ExpertProjection]) -> Path:
     """The same with a LoRA adapter, whose weights are inputs that the package feeds from a file of its own format."""
     name = f"genai-smollm2-lora{rank}"
@@ -127,7 +132,7 @@ def optimum_graph(base: Path) -> Path:
     return folder / "model.onnx"
 
 
-def _build_genai(name: str, base: Path, *extra: str) -> Path:
+def _build_genai(name: str, base: Path, *extra: str, precision: str = "fp32") -> Path:
     folder = cache_folder() / "bench" / name
     if not (folder / "genai_config.json").is_file():
         python = make_environment("genai") / "bin" / "python"
@@ -140,7 +145,7 @@ def _build_genai(name: str, base: Path, *extra: str) -> Path:
             "-o",
             folder,
             "-p",
-            "fp32",
+            precision,
             "-e",
             "cpu",
         ]

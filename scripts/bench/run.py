@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import traced
-from other_rows import GenaiRow, OptimumRow, genai_graph, genai_lora_graph, optimum_graph
+from other_rows import GenaiRow, OptimumRow, genai_graph, genai_int4_graph, genai_lora_graph, optimum_graph
 from rich.console import Console
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
@@ -53,7 +53,7 @@ from get_model import get_model  # noqa: E402
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 EXPERTS = 4
 VOCABULARY = 49_152
-BYPASSED = "experts bypassed"
+BYPASSED, GENAI_INT4 = "experts bypassed", "genai int4, un-adapted"
 
 
 def main() -> None:
@@ -131,6 +131,7 @@ def _entries(folder: Path, stack: ExitStack, ranks: list[int], threads: int) -> 
         write_adapter(new_adapter(base.signature, _config(rank, EXPERTS), seed=0, spread=0.02), adapter)
         in_place = _graphs(base, adapter, folder / f"r{rank}", "in-place", stack)
         growing = _graphs(base, adapter, folder / f"r{rank}-growing", "growing", stack)
+        quantised = _graphs(base, adapter, folder / f"r{rank}-int4", "in-place", stack, "int4")
         work, without = in_place.adapted_work, in_place.bypassed_work
         entries.setdefault(BYPASSED, Entry(partial(GraphRow, BYPASSED, in_place.bypassed, None, threads), without))
         for name, graphs, native in (
@@ -140,6 +141,12 @@ def _entries(folder: Path, stack: ExitStack, ranks: list[int], threads: int) -> 
             (f"TeamLoRA r={rank}, growing, native op", growing, library),
         ):
             entries[name] = Entry(partial(GraphRow, name, graphs.adapted, native, threads), work)
+        for name, native in (
+            (f"TeamLoRA r={rank}, int4, body", None),
+            (f"TeamLoRA r={rank}, int4, native op", library),
+        ):
+            entries[name] = Entry(partial(GraphRow, name, quantised.adapted, native, threads), quantised.adapted_work)
+        entries.setdefault(GENAI_INT4, Entry(partial(_genai_int4, base.folder, threads), quantised.bypassed_work))
         for name, compiled in ((f"TeamLoRA r={rank}, PyTorch", False), (f"TeamLoRA r={rank}, PyTorch, compiled", True)):
             row = partial(TorchRow, name, base.name, str(adapter), base.task, "fp32", threads, compiled)
             entries[name] = Entry(row, work)
@@ -191,8 +198,15 @@ def _with_lora(without: Work, projections: Mapping[str, ExpertProjection]) -> Wo
     return Work(without.bytes + 4 * added, without.each + added, without.last)
 
 
-def _graphs(base: BaseModel, adapter: Path, bundle: Path, cache: str, stack: ExitStack) -> Graphs:
-    return stack.enter_context(written_graphs(export_onnx(base.name, adapter, bundle, cache=cache)))
+def _genai_int4(folder: Path, threads: int) -> Row:
+    return GenaiRow(GENAI_INT4, genai_int4_graph(folder), threads)
+
+
+def _graphs(
+    base: BaseModel, adapter: Path, bundle: Path, cache: str, stack: ExitStack, weights: str | None = None
+) -> Graphs:
+    made = export_onnx(base.name, adapter, bundle, cache=cache, weights_form=weights, head_form=weights)
+    return stack.enter_context(written_graphs(made))
 
 
 def _config(rank: int, experts: int) -> AdapterConfig:

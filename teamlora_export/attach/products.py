@@ -42,6 +42,23 @@ class Part:
     value: ir.Value | None
 
 
+@dataclass(frozen=True)
+class Integers:
+    """What a product of integers is made of.
+
+    Attributes:
+        codes: [in, out], 8 bits. scale, zero_point: of them, one number or one for each column; None: 0.
+        bias: that the operator itself adds.
+        result: what it gives as numbers, before another node adds a bias.
+    """
+
+    codes: ir.Value
+    scale: ir.Value
+    zero_point: ir.Value | None
+    bias: ir.Value | None
+    result: ir.Value
+
+
 @dataclass(frozen=True, eq=False)
 class Product:
     """A projection of a foreign graph.
@@ -54,6 +71,7 @@ class Product:
         weight: where W is stored. scale: what AWQ took out of its rows and multiplies x with; the projection's weight
             in the model is the product of both.
         parts: where its columns are read in parts, in their order; nothing where it is read as one.
+        integers: of a product of integers, which rounds x to 8 bits.
     """
 
     node: ir.Node
@@ -67,6 +85,7 @@ class Product:
     weight: ir.Value
     scale: ir.TensorProtocol | None = None
     parts: tuple[Part, ...] = field(default=())
+    integers: Integers | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +120,11 @@ def find_products(graph: ir.Graph) -> list[Product]:
     return [product for node in graph if (product := _as_product(node)) is not None]
 
 
+def has_codes(graph: ir.Graph) -> bool:
+    """Whether a graph has a product whose weight is quantised."""
+    return any(_is_quantised(product.node) for product in find_products(graph))
+
+
 def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
     """The numbers of an initializer or of a Constant; None for anything else."""
     if value is None:
@@ -114,6 +138,14 @@ def constant_of(value: ir.Value | None) -> ir.TensorProtocol | None:
         return node.attributes["value"].as_tensor()
     given = next(iter(node.attributes.values()), None)
     return ir.tensor(given.value) if given is not None else None
+
+
+def release(product: Product) -> None:
+    """Unmap what was read of a product's weight: a mapped file counts as memory in use."""
+    for value in (product.weight, *product.node.inputs):
+        held = value.const_value if value is not None else None
+        if isinstance(held, ir.ExternalTensor):
+            held.release()
 
 
 def readers_of(value: ir.Value) -> list[ir.Node]:
@@ -143,9 +175,8 @@ def _plain(node: ir.Node) -> Product | None:
     if stored is None or len(stored.shape) != 2 or stored.dtype not in FLOATS:
         return None
     sizes = stored.shape[::-1] if node.attributes.get_int("transB", 0) else stored.shape
-    quantised = any(each.op_type == "DequantizeLinear" for each in stored.nodes)
-    form = f"{node.op_type} of quantised weights" if quantised else node.op_type
-    return _product(node, form, node.inputs[0], node.outputs[0], sizes, stored.dtype, stored)
+    form = f"{node.op_type} of quantised weights" if _is_quantised(node) else node.op_type
+    return _product(node, form, node.inputs[0], sizes, stored.dtype, stored)
 
 
 def _of_blocks(node: ir.Node) -> Product | None:
@@ -156,44 +187,73 @@ def _of_blocks(node: ir.Node) -> Product | None:
     bits = node.attributes.get_int("bits", 4)
     stored = _Stored(codes, sizes, scales.dtype)
     form = f"{node.op_type}, {bits} bits"
-    return _product(node, form, node.inputs[0], node.outputs[0], sizes, scales.dtype, stored)
+    return _product(node, form, node.inputs[0], sizes, scales.dtype, stored)
 
 
 def _quantising(node: ir.Node) -> Product | None:
     stored = _stored(node.inputs[1])
-    scale = node.inputs[2 if node.op_type == "DynamicQuantizeMatMul" else 3]
-    if stored is None or len(stored.shape) != 2 or scale is None or scale.dtype is None:
+    codes, given = node.inputs[1], [*node.inputs, *[None] * 7]
+    x, scale, zero_point, bias = given[0], *given[2:5]
+    if node.op_type == "MatMulIntegerToFloat":
+        x, scale, zero_point, bias = before_quantising(x), given[3], *given[5:7]
+    if stored is None or len(stored.shape) != 2 or codes is None or scale is None or scale.dtype is None:
         return None
-    x = node.inputs[0] if node.op_type == "DynamicQuantizeMatMul" else _before_quantising(node.inputs[0])
-    return _product(node, node.op_type, x, node.outputs[0], stored.shape, scale.dtype, stored)
+    integers = Integers(codes, scale, zero_point, bias, node.outputs[0])
+    return _product(node, node.op_type, x, stored.shape, scale.dtype, stored, integers=integers)
 
 
 def _of_integers(node: ir.Node) -> Product | None:
     """MatMulInteger -> Cast -> Mul: the sums become numbers again by the scales of both sides."""
-    stored = _stored(node.inputs[1])
-    x = _before_quantising(node.inputs[0])
+    codes, stored = node.inputs[1], _stored(node.inputs[1])
+    x = before_quantising(node.inputs[0])
     cast = _only_reader(node.outputs[0], "Cast")
-    scaled = _only_reader(cast.outputs[0], "Mul") if cast is not None else None
-    if stored is None or len(stored.shape) != 2 or x is None or cast is None or scaled is None:
+    if codes is None or stored is None or len(stored.shape) != 2 or x is None or cast is None:
         return None
+    scaled = _scaled(cast.outputs[0])
+    if scaled is None:
+        return None
+    nodes, scale = scaled
     dtype = ir.DataType(cast.attributes["to"].as_int())
-    return _product(node, "MatMulInteger", x, scaled.outputs[0], stored.shape, dtype, stored, (cast, scaled))
+    zero_point = node.inputs[3] if len(node.inputs) > 3 else None
+    integers = Integers(codes, scale, zero_point, None, nodes[-1].outputs[0])
+    return _product(node, "MatMulInteger", x, stored.shape, dtype, stored, (cast, *nodes), integers)
+
+
+def _scaled(sums: ir.Value) -> tuple[list[ir.Node], ir.Value] | None:
+    """The nodes that multiply sums with both sides' scales, at once or one after the other, and that of the weight."""
+    nodes: list[ir.Node] = []
+    scale: ir.Value | None = None
+    of_x = False
+    while not (of_x and scale is not None):
+        node = _only_reader(sums, "Mul")
+        if node is None:
+            return None
+        nodes.append(node)
+        other = next((value for value in node.inputs if value is not sums), None)
+        maker = other.producer() if other is not None else None
+        both = list(maker.inputs) if maker is not None and maker.op_type == "Mul" else [other]
+        for factor in both:
+            of_x = of_x or constant_of(factor) is None
+            scale = factor if constant_of(factor) is not None else scale
+        sums = node.outputs[0]
+    return nodes, scale
 
 
 def _product(
     node: ir.Node,
     form: str,
     x: ir.Value | None,
-    output: ir.Value,
     sizes: Sequence[int],
     dtype: ir.DataType,
     stored: _Stored,
     behind: Sequence[ir.Node] = (),
+    integers: Integers | None = None,
 ) -> Product | None:
     if x is None or dtype not in FLOATS:
         return None
     nodes = [node, *stored.nodes, *behind]
-    read, scale = _before_scale(_unquantised(x), sizes[0])
+    output = nodes[-1].outputs[0] if behind else node.outputs[0]
+    read, scale = _before_scale(before_quantising(x) or x, sizes[0])
     total, bias = _with_bias(output, sizes[1])
     values = [*node.inputs[1:], stored.value, output, total, bias]
     if total is not output:
@@ -211,6 +271,7 @@ def _product(
         weight=stored.value,
         scale=scale,
         parts=tuple(_parts(total, sizes[1])),
+        integers=integers,
     )
 
 
@@ -232,7 +293,7 @@ def _stored(value: ir.Value | None) -> _Stored | None:
     if node.op_type == "Cast":
         dtype = ir.DataType(node.attributes["to"].as_int())
     if node.op_type == "DequantizeLinear":
-        scale = constant_of(node.inputs[1])
+        scale = _stored(node.inputs[1])
         if scale is None:
             return None
         dtype = scale.dtype
@@ -251,17 +312,12 @@ def _with_bias(output: ir.Value, width: int) -> tuple[ir.Value, ir.Value | None]
     return output, None
 
 
-def _before_quantising(value: ir.Value | None) -> ir.Value | None:
+def before_quantising(value: ir.Value | None) -> ir.Value | None:
+    """What was quantised to a value, to codes or to numbers again; None where that was not."""
     node = value.producer() if value is not None else None
+    if node is not None and node.op_type == "DequantizeLinear":
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
     return node.inputs[0] if node is not None and node.op_type in ("DynamicQuantizeLinear", "QuantizeLinear") else None
-
-
-def _unquantised(x: ir.Value) -> ir.Value:
-    """What was quantised, where x went through QuantizeLinear and back."""
-    node = x.producer()
-    if node is None or node.op_type != "DequantizeLinear":
-        return x
-    return _before_quantising(node.inputs[0]) or x
 
 
 def _before_scale(x: ir.Value, width: int) -> tuple[ir.Value, ir.TensorProtocol | None]:
@@ -302,8 +358,11 @@ def _reads_as_x(node: ir.Node, width: int) -> bool:
 
 
 def _is_quantised(node: ir.Node) -> bool:
+    """Whether a product's weight is stored as codes."""
     stored = _stored(node.inputs[1])
-    return node.op_type not in ("MatMul", "Gemm", "FusedMatMul") or (stored is not None and bool(stored.nodes))
+    behind = stored.nodes if stored is not None else ()
+    is_plain = node.op_type in ("MatMul", "Gemm", "FusedMatMul")
+    return not is_plain or any(each.op_type == "DequantizeLinear" for each in behind)
 
 
 def _is_normalised(value: ir.Value) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from teamlora_export.attach.products import Product, Span, constant_of
+from teamlora_export.attach.products import Product, Span, constant_of, release
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.quantized import dequantised
 from teamlora_export.model.checkpoint import SafetensorsWeights, read_extents
@@ -45,7 +45,7 @@ class Weigher:
             theirs = self._sample(span)
             ours = self._module(path, width, start + _chosen(span.end - span.start))
             start += span.end - span.start
-            if ours is None:
+            if not ours:
                 return "the base has no weight of that name and shape"
             if theirs is None:
                 # A form that is not read: names and places have to do.
@@ -63,11 +63,11 @@ class Weigher:
         for span in spans:
             width = span.end - span.start
             ours = self._module(path, width, _chosen(width))
-            if ours is not None and _likeness(ours, self._sample(span)) > _LEAST:
+            if _likeness(ours, self._sample(span)) > _LEAST:
                 found.append(span)
         return found
 
-    def _best(self, part: np.ndarray, span: Span, products: Sequence[Product]) -> str | None:
+    def _best(self, part: Sequence[np.ndarray], span: Span, products: Sequence[Product]) -> str | None:
         """Another product with these weights."""
         size = span.end - span.start
         for product in products:
@@ -79,16 +79,15 @@ class Weigher:
                     return str(other)
         return None
 
-    def _module(self, path: str, width: int, rows: np.ndarray) -> np.ndarray | None:
-        """Rows of the base's weight [out, in] of a module that gives `width` features."""
+    def _module(self, path: str, width: int, rows: np.ndarray) -> list[np.ndarray]:
+        """Rows of the base's weight [out, in] of a module that gives `width` features; none where it has no such
+        weight. Conv1D has its weight the other way round, which a square one does not show: both are given."""
         name = next((name for name in self._candidates(path) if name in self._names), None)
-        if name is None:
-            return None
-        shape = self._weights.shape(name)
-        if len(shape) != 2 or width not in shape:
-            return None
-        # Conv1D has its weight the other way round.
-        return self._weights.read_rows(name, rows) if shape[0] == width else self._weights.read(name)[:, rows].T
+        shape = self._weights.shape(name) if name is not None else ()
+        if name is None or len(shape) != 2:
+            return []
+        found = [self._weights.read_rows(name, rows)] if shape[0] == width else []
+        return [*found, self._weights.read(name)[:, rows].T] if shape[1] == width else found
 
     def _candidates(self, path: str) -> list[str]:
         """Names of its weight: a checkpoint may leave the first word out, or have one more."""
@@ -114,11 +113,7 @@ def _columns(product: Product, columns: np.ndarray) -> np.ndarray | None:
     weight = _read_columns(product.node, columns)
     if weight is not None and product.scale is not None:
         weight *= product.scale.numpy().reshape(-1)
-    for value in (product.weight, *product.node.inputs):
-        # A mapped file counts as memory in use.
-        held = value.const_value if value is not None else None
-        if isinstance(held, ir.ExternalTensor):
-            held.release()
+    release(product)
     return weight
 
 
@@ -149,8 +144,13 @@ def _cut(node: ir.Node, columns: np.ndarray) -> ir.Node:
     return ir.Node(node.domain, node.op_type, inputs[:4], attributes)
 
 
-def _likeness(left: np.ndarray, right: np.ndarray | None) -> float:
-    """Correlation of two weights, 1 where they are equal."""
+def _likeness(ours: Sequence[np.ndarray], theirs: np.ndarray | None) -> float:
+    """Of a module's weight, in one way or the other, and a product's."""
+    return max((_correlation(each, theirs) for each in ours), default=0.0)
+
+
+def _correlation(left: np.ndarray, right: np.ndarray | None) -> float:
+    """Of two weights, 1 where they are equal."""
     if right is None or left.shape != right.shape:
         return 0.0
     a, b = left.astype(np.float64).ravel(), right.astype(np.float64).ravel()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from teamlora_export.graph.passes.last_logits import constants_of
+from teamlora_export.graph.quantized import is_quantised
 
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
@@ -54,16 +55,25 @@ def work_of(model: ir.Model) -> Work:
     size = each = last = 0
     for weight in model.graph.initializers.values():
         tensor, readers = weight.const_value, list(_readers(weight, constants))
-        if tensor is None or tensor.dtype not in _FLOATS or not readers:
+        coded = bool(readers) and all(map(is_quantised, readers))
+        if tensor is None or not (coded or tensor.dtype in _FLOATS) or not readers:
             continue
         size += tensor.nbytes
-        if len(tensor.shape) < 2:
-            continue
-        if all(map(_has_one_token, readers)):
-            last += tensor.size
+        if coded:
+            # Its codes; scales and zero points are read, and multiply nothing by themselves.
+            products = _products(readers[0]) if readers[0].inputs[1] is weight else 0
         else:
-            each += tensor.size
+            products = tensor.size if len(tensor.shape) > 1 else 0
+        if all(map(_has_one_token, readers)):
+            last += products
+        else:
+            each += products
     return Work(size, each, last)
+
+
+def _products(node: ir.Node) -> int:
+    """Multiply-adds of a product with codes, for a token."""
+    return node.attributes["K"].as_int() * node.attributes["N"].as_int()
 
 
 def _readers(weight: ir.Value, constants: Collection[ir.Value]) -> Iterator[ir.Node]:

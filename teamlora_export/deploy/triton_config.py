@@ -171,7 +171,7 @@ def continuous_config(
     config.instance_group.add(count=instances, kind=pb.ModelInstanceGroup.KIND_CPU)
     numbers = {"slots": slots, "waiting": waiting, "part": _PART, "threads": threads, "capacity": capacity or 0}
     given = {key: str(number) for key, number in numbers.items()} | ({"library": library} if library else {})
-    _add_parameters(config, model=config.name, check_files=check_files, spinning=True, **given)
+    _add_parameters(config, model=config.name, check_files=check_files, spinning=True, time_limit="0", **given)
     return config
 
 

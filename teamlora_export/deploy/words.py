@@ -82,6 +82,9 @@ class TextStream:
     """Turns the tokens after a prompt into text piece by piece: a piece ends where a character does.
 
     Read with what is before them: at the start of a text, some tokenizers leave out a token's space.
+
+    Raises:
+        ModelError: the tokenizer fails on them.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int]) -> None:
@@ -90,19 +93,23 @@ class TextStream:
         self._before = list(prompt[-_BEFORE:])
         self._tokens: list[int] = []
         # A prompt of ids may end within a character, which the answer completes.
-        self._shown = tokenizer.decode(self._before).rstrip("\ufffd")
+        self._shown = self._decoded(self._before).rstrip("\ufffd")
 
     def add(self, token: int) -> str:
         """What `token` adds to the text; nothing while a character is not complete."""
         self._tokens.append(token)
-        text = self._tokenizer.decode(self._before + self._tokens)
+        text = self._decoded(self._before + self._tokens)
         piece = text[len(self._shown) :]
         if len(self._tokens) < _LONGEST_CHARACTER and (not piece or piece.endswith("\ufffd")):
             return ""
         if piece:
-            self._before, self._shown = self._tokens, self._tokenizer.decode(self._tokens)
+            self._before, self._shown = self._tokens, self._decoded(self._tokens)
         self._tokens = []
         return piece
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        with _tokenizing("An answer's tokens cannot be written by the tokenizer"):
+            return self._tokenizer.decode(tokens)
 
 
 class StoppedText:

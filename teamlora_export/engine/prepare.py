@@ -20,6 +20,7 @@ from teamlora_export.files import link_or_copy, read_record, sha256_of
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.passes.attend_with_past import ExpandPast
 from teamlora_export.graph.passes.expand_paired_rotary import ExpandPairedRotary
+from teamlora_export.graph.passes.expand_quantised import ExpandQuantised
 from teamlora_export.graph.passes.fix_capacity import FixCapacity
 from teamlora_export.graph.precision import ChangePrecision
 from teamlora_export.graph.read import read_graph
@@ -80,7 +81,8 @@ def prepared_model(
 ) -> Iterator[Path]:
     """Write the graph of `bundle` in `dtype` into a folder beside `place`; yields its path, and removes it afterwards.
 
-    Weights are cast one at a time where the dtype changes; where it does not, the bundle's own file is linked.
+    Weights are cast one at a time where the dtype changes; where it does not, the bundle's own file is linked. Codes
+    are laid out anew in any case.
 
     Args:
         for_plugin: leave the op's nodes to the plugin, instead of inlining their bodies.
@@ -117,6 +119,7 @@ def _write_model(
     if capacity is not None:
         FixCapacity(capacity)(model)
     ExpandPast()(model)
+    ExpandQuantised()(model)
     ChangePrecision(bundle.manifest.dtype, dtype)(model)
     ExpandPairedRotary()(model)
     if for_plugin:
@@ -126,7 +129,7 @@ def _write_model(
             node.overload = ""
     else:
         inline_bodies(model)
-    if dtype == bundle.manifest.dtype:
+    if dtype == bundle.manifest.dtype and bundle.manifest.quantisation is None:
         require_space(folder, bundle.data.stat().st_size if share is not link_or_copy else 0)
         share(bundle.data, folder / DATA_NAME)
         ir.save(model, folder / MODEL_NAME)

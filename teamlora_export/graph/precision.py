@@ -130,6 +130,9 @@ class _Lowering:
         touched = [value for value in activations if value not in self._positional]
         if op.is_op(node) or _looks_up_weights(node):
             return low
+        if node.op_type == "DequantizeLinear":
+            # Of a product's weight, in the product's type.
+            return low
         if node.op_type in _CASTS:
             like = node.inputs[1] if node.op_type == "CastLike" else None
             return self._precision[like] if like is not None else high

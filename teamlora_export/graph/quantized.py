@@ -60,16 +60,16 @@ class Codes:
     scales: np.ndarray
     zeros: np.ndarray | None
 
-    def dequantised(self, inputs: int, bits: int) -> np.ndarray:
-        """The matrix that the codes mean, float32 [in, out]."""
+    def dequantised(self, inputs: int, bits: int, dtype: type[np.floating] = np.float32) -> np.ndarray:
+        """The matrix that the codes mean, [in, out]; exact in float64, in float32 as a runtime computes it."""
         outputs, blocks = self.scales.shape
-        codes = _unpacked(self.codes, bits).astype(np.float32)
+        codes = unpacked(self.codes, bits).astype(dtype)
         zeros: np.ndarray | int = 1 << (bits - 1)
         if self.zeros is not None:
             packed = self.zeros.dtype == np.uint8
-            zeros = (_unpacked(self.zeros, bits)[:, :blocks] if packed else self.zeros).astype(np.float32)[..., None]
+            zeros = (unpacked(self.zeros, bits)[:, :blocks] if packed else self.zeros).astype(dtype)[..., None]
         codes -= zeros
-        codes *= self.scales.astype(np.float32)[..., None]
+        codes *= self.scales.astype(dtype)[..., None]
         return codes.reshape(outputs, -1)[:, :inputs].T
 
 
@@ -90,30 +90,51 @@ def quantised(matrix: np.ndarray, scheme: Scheme) -> Codes:
     return Codes(codes, scales, zeros if scheme.zero_points else None)
 
 
-def dequantised(node: ir.Node) -> np.ndarray | None:
-    """The weight that a product multiplies by, float32 [in, out]; None where the node is no product with a stored 2-D
-    weight in a known form.
+def unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Numbers of `bits` from the bytes along the last axis."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    numbers = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return numbers.reshape(*packed.shape[:-1], -1)
+
+
+def is_quantised(node: ir.Node) -> bool:
+    """Whether a node is a product with codes."""
+    return (node.domain, node.op_type) == (DOMAIN, OP_TYPE)
+
+
+def keep_activations(model: ir.Model) -> bool:
+    """Let products with codes take their activations as they are, not rounded to 8 bits, in place; whether there are
+    any."""
+    nodes = list(filter(is_quantised, model.graph))
+    for node in nodes:
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 1)
+    return bool(nodes)
+
+
+def dequantised(node: ir.Node, dtype: type[np.floating] = np.float32) -> np.ndarray | None:
+    """The weight that a product multiplies by, [in, out]; exact in float64, in float32 as a runtime computes it. None
+    where the node is no product with a stored 2-D weight in a known form.
 
     Known are MatMul, Gemm (of a first input that is not transposed; its alpha is part of the weight) and
     `com.microsoft.MatMulNBits` of 2, 4 or 8 bits without `g_idx`. The weight of the former two may come through
     DequantizeLinear (for a tensor, an axis, or in blocks), Transpose and Cast.
     """
-    if (node.domain, node.op_type) == (DOMAIN, OP_TYPE):
-        return _of_blocks(node)
+    if is_quantised(node):
+        return _of_blocks(node, dtype)
     is_turned = node.attributes.get_int("transA", 0) != 0
     if node.domain != "" or node.op_type not in ("MatMul", "Gemm") or is_turned:
         return None
-    weight = _constant(node.inputs[1])
+    weight = _constant(node.inputs[1], dtype)
     if weight is None or weight.ndim != 2:
         return None
     if node.attributes.get_int("transB", 0):
         weight = weight.T
-    return weight.astype(np.float32) * np.float32(node.attributes.get_float("alpha", 1.0))
+    return weight.astype(dtype) * dtype(node.attributes.get_float("alpha", 1.0))
 
 
-def _of_blocks(node: ir.Node) -> np.ndarray | None:
+def _of_blocks(node: ir.Node, dtype: type[np.floating]) -> np.ndarray | None:
     given = [*node.inputs, None, None, None][1:5]
-    codes, scales, zeros = map(_constant, given[:3])
+    codes, scales, zeros = (_constant(value, dtype) for value in given[:3])
     if codes is None or scales is None or given[3] is not None or (zeros is None and given[2] is not None):
         return None
     inputs, outputs, block = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
@@ -127,17 +148,10 @@ def _of_blocks(node: ir.Node) -> np.ndarray | None:
         codes.reshape(scheme.codes_shape(inputs, outputs)),
         scales.reshape(scheme.scales_shape(inputs, outputs)),
     )
-    return Codes(codes, scales, zeros).dequantised(inputs, scheme.bits)
+    return Codes(codes, scales, zeros).dequantised(inputs, scheme.bits, dtype)
 
 
-def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Numbers of `bits` from the bytes along the last axis."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    numbers = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
-    return numbers.reshape(*packed.shape[:-1], -1)
-
-
-def _constant(value: ir.Value | None) -> np.ndarray | None:
+def _constant(value: ir.Value | None, dtype: type[np.floating]) -> np.ndarray | None:
     """The numbers of a value that is stored, or computed of stored ones in a way that is known."""
     if value is None:
         return None
@@ -149,7 +163,7 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
     if node.op_type == "Constant":
         tensor = node.attributes.get("value")
         return tensor.as_tensor().numpy() if tensor is not None else None
-    inputs = [_constant(each) for each in node.inputs]
+    inputs = [_constant(each, dtype) for each in node.inputs]
     if not inputs or inputs[0] is None:
         return None
     if node.op_type in ("Identity", "Cast"):
@@ -157,20 +171,20 @@ def _constant(value: ir.Value | None) -> np.ndarray | None:
         return inputs[0]
     if node.op_type == "Transpose":
         return inputs[0].transpose(node.attributes.get_ints("perm", range(inputs[0].ndim)[::-1]))
-    return _dequantise_linear(node, inputs) if node.op_type == "DequantizeLinear" else None
+    return _dequantise_linear(node, inputs, dtype) if node.op_type == "DequantizeLinear" else None
 
 
-def _dequantise_linear(node: ir.Node, inputs: list[np.ndarray | None]) -> np.ndarray | None:
-    """(x - zero point) * scale in float32, both for the whole tensor, along an axis, or in blocks of an axis."""
+def _dequantise_linear(node: ir.Node, inputs: list[np.ndarray | None], dtype: type[np.floating]) -> np.ndarray | None:
+    """(x - zero point) * scale, both for the whole tensor, along an axis, or in blocks of an axis."""
     codes, scales = inputs[:2]
     zeros = inputs[2] if len(inputs) > 2 else None
     if codes is None or scales is None or (len(node.inputs) > 2 and node.inputs[2] is not None and zeros is None):
         return None
     axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
-    numbers = codes.astype(np.float32)
+    numbers = codes.astype(dtype)
     if zeros is not None:
-        numbers -= _spread(zeros.astype(np.float32), codes.shape, axis, block)
-    return numbers * _spread(scales.astype(np.float32), codes.shape, axis, block)
+        numbers -= _spread(zeros.astype(dtype), codes.shape, axis, block)
+    return numbers * _spread(scales.astype(dtype), codes.shape, axis, block)
 
 
 def _spread(array: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:

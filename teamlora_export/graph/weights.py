@@ -16,7 +16,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, NoReturn, Protocol
@@ -28,6 +28,7 @@ import onnx_ir as ir
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
+from teamlora_export.graph.quantized import Codes, Scheme, quantised
 
 # Large tensors start at multiples of the largest page size in use, so that every runtime can map them; small ones at
 # multiples of a cache line. Constants that the code computed stay inside the model while they are small.
@@ -58,19 +59,40 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Quantised:
+    """What of a quantised matrix a weight is: its `"codes"`, its `"scales"` or its `"zeros"`."""
+
+    role: str
+    scheme: Scheme
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """Parts concatenated along `axis`."""
+    """Parts concatenated along `axis`.
+
+    Attributes:
+        quantised: each part, a matrix [in, out], is rounded to codes first; `axis` is 0, that of `out`.
+    """
 
     parts: tuple[Part, ...]
     axis: int = 0
+    quantised: Quantised | None = None
 
     def to_json(self) -> str:
-        return json.dumps({"axis": self.axis, "parts": [[p.source, p.key, p.transposed] for p in self.parts]})
+        fields: dict[str, object] = {
+            "axis": self.axis,
+            "parts": [[p.source, p.key, p.transposed] for p in self.parts],
+        }
+        if self.quantised is not None:
+            fields["quantised"] = [self.quantised.role, *astuple(self.quantised.scheme)]
+        return json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         fields = json.loads(text)
-        return cls(tuple(Part(*part) for part in fields["parts"]), fields["axis"])
+        role, *scheme = fields.get("quantised") or [""]
+        rounding = Quantised(role, Scheme(*scheme)) if role else None
+        return cls(tuple(Part(*part) for part in fields["parts"]), fields["axis"], rounding)
 
     def renamed(self, rename: Callable[[str], str]) -> Recipe:
         return replace(self, parts=tuple(replace(part, key=rename(part.key)) for part in self.parts))
@@ -329,6 +351,8 @@ class _Cook:
         self._adapter = adapter
         # A projection's three inputs are written one after the other.
         self._fold = lru_cache(maxsize=8)(lambda path: op.fold(adapter.projections[path]))
+        # So are codes, scales and zero points.
+        self._quantise = lru_cache(maxsize=1)(self._quantise_parts)
         # One is written to disk while the other is filled.
         self._buffers = [np.empty(0, np.uint8), np.empty(0, np.uint8)]
 
@@ -346,6 +370,8 @@ class _Cook:
 
     def make(self, recipe: Recipe, dtype: ir.DataType) -> np.ndarray:
         """What a recipe gives, contiguous. Valid until the call after the next."""
+        if recipe.quantised is not None:
+            return self._make_quantised(recipe.parts, recipe.quantised, dtype)
         parts = [self._part(part, dtype) for part in recipe.parts]
         if len(parts) == 1 and parts[0].flags.c_contiguous:
             return parts[0]
@@ -373,15 +399,25 @@ class _Cook:
             self._buffers[0] = np.empty(size, np.uint8)
         return self._buffers[0][:size].view(dtype).reshape(shape)
 
+    def _make_quantised(self, parts: tuple[Part, ...], rounding: Quantised, dtype: ir.DataType) -> np.ndarray:
+        """Codes or zero points as they are; scales in `dtype`."""
+        made = [getattr(codes, rounding.role) for codes in self._quantise(parts, rounding.scheme)]
+        array = made[0] if len(made) == 1 else np.concatenate(made)
+        return cast_weight(array, dtype, parts[0].key) if rounding.role == "scales" else array
+
+    def _quantise_parts(self, parts: tuple[Part, ...], scheme: Scheme) -> list[Codes]:
+        return [quantised(self._source(part).T if part.transposed else self._source(part), scheme) for part in parts]
+
     def _part(self, part: Part, dtype: ir.DataType) -> np.ndarray:
-        if part.source in OP_SOURCES:
-            array = getattr(self._fold(part.key), part.source)
-        elif part.key in self._adapter.overrides:
-            array = self._adapter.overrides[part.key]
-        else:
-            array = self._base.read(part.key)
-        array = cast_weight(array, dtype, part.key)
+        array = cast_weight(self._source(part), dtype, part.key)
         return array.T if part.transposed else array
+
+    def _source(self, part: Part) -> np.ndarray:
+        if part.source in OP_SOURCES:
+            return getattr(self._fold(part.key), part.source)
+        if part.key in self._adapter.overrides:
+            return self._adapter.overrides[part.key]
+        return self._base.read(part.key)
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:

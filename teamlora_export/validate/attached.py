@@ -9,7 +9,6 @@ modules   what each node adds, on the x and the base that the graph itself compu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,12 @@ import onnx_ir.passes.common as common
 import torch
 from torch import nn
 
+from teamlora_export.adapter.check import LinearShape
 from teamlora_export.adapter.spec import AdapterSpec
+from teamlora_export.attach.exact import DequantizeProducts
 from teamlora_export.attach.insert import detach
-from teamlora_export.attach.match import find_modules
-from teamlora_export.attach.products import Product, find_products
+from teamlora_export.attach.match import Found, find_modules
+from teamlora_export.attach.products import Product, constant_of, find_products, readers_of, release
 from teamlora_export.bundle import Bundle
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError, raise_findings
@@ -57,7 +58,7 @@ def judge_attached(
     """
     manifest = bundle.manifest
     _compare_origin(bundle, reporter)
-    graph = _ExactRunner(bundle, adapter.projections, library)
+    graph = _AttachedRunner(bundle, adapter.projections, library)
     recipes = recipes_of(manifest)
     departures = [*graph.departures(), *_wiring(graph.written)]
     with reporter.step(f"Comparing {len(recipes)} weights with the adapter"):
@@ -79,8 +80,13 @@ def judge_attached(
                 judge.add_case(case)
         results += judge.results()
         graph.forget()
+        # Its norms and the experts are of the graph's type; what it holds as codes stays.
+        exact.round_weights(dtypes[1], ())
     sums = {name: whole_of(name) for name, tap in graph.taps.items() if tap.base is not None}
-    local = LocalJudge(manifest.dtype, reference, pytorch, graph, manifest.inputs, (), sums)
+    # Of its other constants (rotary tables, a norm's weight with what was folded into it) the reference has none.
+    known = {*recipes, *(name for product in find_products(graph.model.graph) for name in product.names)}
+    inexact = graph.inexact(known)
+    local = LocalJudge(manifest.dtype, reference, pytorch, graph, manifest.inputs, inexact, sums)
     checks: list[LocalCheck] = []
     for case in cases_without_padding(manifest.tokens, manifest.task):
         with reporter.step(f"Module by module: {case.name}"):
@@ -96,29 +102,21 @@ def judge_attached(
         local=tuple(checks),
         weights=len(recipes),
         candidate=graph.label + ("" if base is not None else ", experts by themselves"),
-        library=sha256_of(library) if library is not None else None,
     )
 
 
-class _ExactRunner(OnnxRunner):
-    """An attached bundle's model as its graph says, without what the runtime saves on it, which would hide faults of
-    the graph: quantised products read what they are given, not 8 bits of it (MatMulNBits with an accuracy level of 4),
-    and Sigmoid, which errs seven times as much as PyTorch's in float32, is written out."""
+class _AttachedRunner(OnnxRunner):
+    """An attached bundle's model. What another tool's graph saves is taken out as well: products of integers, and
+    Sigmoid, which errs seven times as much as PyTorch's in float32, and is written out."""
 
-    @cached_property
-    def _model_and_inputs(self) -> tuple[ir.Model, dict[str, str]]:
-        model, inputs = super()._model_and_inputs
+    @staticmethod
+    def compute_exactly(model: ir.Model) -> bool:
+        changed = [OnnxRunner.compute_exactly(model), DequantizeProducts()(model).modified]
         for node in list(model.graph):
-            if node.op_type == "MatMulNBits":
-                node.attributes.add(ir.AttrInt64("accuracy_level", 1))
-            elif node.op_type == "Sigmoid" and node.outputs[0].dtype == ir.DataType.FLOAT:
+            if node.op_type == "Sigmoid" and node.outputs[0].dtype == ir.DataType.FLOAT:
                 _write_out_sigmoid(model.graph, node)
-        return model, inputs
-
-    def _run(self, feeds: Feeds) -> Feeds:
-        if self._session is None:
-            self._session = self._open(self.choices.values())
-        return super()._run(feeds)
+                changed.append(True)
+        return any(changed)
 
 
 def _write_out_sigmoid(graph: ir.Graph, node: ir.Node) -> None:
@@ -143,48 +141,63 @@ def holding_weights(
     """
     model = read_graph(bundle)
     detach(model)
+    DequantizeProducts()(model)
     linears = base.signature.linears
     sizes = {path: (linear.in_features, linear.out_features) for path, linear in linears.items()}
     found, findings = find_modules(model.graph, sizes)
     raise_findings(f"{bundle.folder}: not all of the base's layers are found in the graph", findings)
-    runners = [TorchRunner(base, adapter, dtype) for dtype in dtypes]
-    for path, answer in found.items():
-        parts = [_weight_of(span.product) for span in answer.spans]
-        if any(part is None for part in parts):
-            raise ExportError(f"{path}: its weights are in a form that is not read ({answer.spans[0].product.form}).")
-        columns = [part[:, s.start : s.end] for part, s in zip(parts, answer.spans, strict=True) if part is not None]
-        weight = np.concatenate(columns, axis=1)
+    held = _HeldByProducts({f"{path}.weight": answer for path, answer in found.items()}, linears)
+    runners = [TorchRunner(base, adapter, dtype, held=held) for dtype in dtypes]
+    for table in _tables(bundle, model):
         for runner in runners:
-            runner.hold(f"{path}.weight", weight if linears[path].transposed else weight.T)
-    table = _embeddings(bundle, model)
-    if table is not None:
-        for runner in runners:
-            runner.hold_embeddings(table)
+            runner.hold_table(table)
     return runners
 
 
-def _weight_of(product: Product) -> np.ndarray | None:
-    """The projection's weight, float32 [in, out]."""
-    weight = dequantised(product.node)
-    return weight if weight is None or product.scale is None else weight * product.scale.numpy().reshape(-1, 1)
+class _HeldByProducts:
+    """Weights of the base as a graph's products have them (`torch_runner.HeldWeights`)."""
+
+    def __init__(self, found: Mapping[str, Found], linears: Mapping[str, LinearShape]) -> None:
+        self._found, self._linears = found, linears
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def read(self, name: str) -> np.ndarray:
+        spans = self._found[name].spans
+        weight = np.concatenate([_weight_of(span.product)[:, span.start : span.end] for span in spans], axis=1)
+        return weight if self._linears[name.removesuffix(".weight")].transposed else weight.T
 
 
-def _embeddings(bundle: Bundle, model: ir.Model) -> np.ndarray | None:
-    """What the graph looks its ids up in, [vocabulary, hidden], as it computes it; None where there is no such node."""
-    ids = next((value for value in model.graph.inputs if value.name == "input_ids"), None)
-    readers = [node for node in ids.consumers() if node.op_type.startswith("Gather")] if ids is not None else []
-    if len(readers) != 1:
-        return None
-    value = readers[0].outputs[0]
-    model.graph.outputs.clear()
-    model.graph.outputs.append(value)
-    common.RemoveUnusedNodesPass()(model)
-    kept = [each for each in model.graph.inputs if each is ids]
-    model.graph.inputs.clear()
-    model.graph.inputs.extend(kept)
-    session = open_model(model, bundle)
-    every = np.arange(bundle.manifest.tokens.vocabulary or 0)[None]
-    return run_session(session, {"input_ids": every})[str(value.name)][0]
+def _weight_of(product: Product) -> np.ndarray:
+    """The projection's weight, float64 [in, out]."""
+    weight = dequantised(product.node, np.float64)
+    release(product)
+    if weight is None:
+        name = product.node.name or product.output.name
+        raise ExportError(f"{name:.120}: its weights are in a form that is not read ({product.form}).")
+    return weight if product.scale is None else weight * product.scale.numpy().reshape(-1, 1)
+
+
+def _tables(bundle: Bundle, model: ir.Model) -> Iterator[np.ndarray]:
+    """The tables [rows, width] that the graph looks ids or places up in, as it computes them."""
+    names = [str(node.name) for node in model.graph if node.op_type in ("Gather", "GatherBlockQuantized")]
+    for name in names:
+        cut = model.clone()
+        node = cut.graph.node(name)
+        table = constant_of(node.inputs[0])
+        if table is None or len(table.shape) != 2 or node.attributes.get_int("gather_axis", 0) != 0:
+            continue
+        value = node.outputs[0]
+        while (readers := readers_of(value)) and readers[0].op_type in ("DequantizeLinear", "Cast"):
+            value = readers[0].outputs[0]
+        ids = ir.Value(name="rows", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "rows"]))
+        node.replace_input_with(1, ids)
+        cut.graph.outputs[:] = [value]
+        common.RemoveUnusedNodesPass()(cut)
+        cut.graph.inputs[:] = [ids]
+        rows = np.arange(int(table.shape.numpy()[0]))[None]
+        yield run_session(open_model(cut, bundle), {"rows": rows})[str(value.name)][0]
 
 
 class ExpertRunner:

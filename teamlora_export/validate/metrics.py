@@ -58,7 +58,7 @@ def attended(name: str, array: np.ndarray, mask: np.ndarray, sequence: int) -> n
 
 def kl_divergence(candidate: np.ndarray, reference: np.ndarray) -> float:
     """Mean over rows of KL(reference || candidate) of the softmax of logits [rows, vocabulary], in nats."""
-    p, q = _log_softmax(reference), _log_softmax(candidate)
+    p, q = log_softmax(reference), log_softmax(candidate)
     with np.errstate(invalid="ignore"):
         return float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1)))
 
@@ -70,7 +70,8 @@ def top5_overlap(candidate: np.ndarray, reference: np.ndarray) -> float:
     return float(np.mean([len(set(a) & set(b)) / 5 for a, b in zip(ours, theirs, strict=True)]))
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Of logits [rows, width], in float64."""
     logits = logits.astype(np.float64)
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

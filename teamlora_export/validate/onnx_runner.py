@@ -22,6 +22,7 @@ from teamlora_export.graph import op
 from teamlora_export.graph.choices import is_choice
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import IR_DTYPES
+from teamlora_export.graph.quantized import keep_activations
 from teamlora_export.graph.read import read_graph
 from teamlora_export.validate.cases import Feeds
 from teamlora_export.validate.in_place import in_place_call
@@ -35,6 +36,7 @@ from teamlora_export.validate.taps import (
     live_values,
     marked_values,
     module_of,
+    with_rounded_constants,
 )
 from teamlora_export.validate.verdict import Departure
 from teamlora_export.validate.widen import widen
@@ -50,13 +52,21 @@ class OnnxRunner:
         adapted: paths of the adapted projections, whose parts can be looked at.
         library: a native library that runs the op's nodes, not for bfloat16. The bodies are left out then, so that
             nothing else can run them.
+        as_deployed: with what the runtime saves on the graph, which would hide faults (`compute_exactly`).
 
     Raises:
         ExportError: as `read_graph`.
     """
 
-    def __init__(self, bundle: Bundle, adapted: Collection[str], library: Path | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        adapted: Collection[str],
+        library: Path | None = None,
+        as_deployed: bool = False,
+    ) -> None:
         self.bundle, self.library = bundle, library
+        self._as_deployed = as_deployed
         # As it is in the file, and to be read only; read here, so that what is no graph is found before anything runs.
         self.written = read_graph(bundle)
         self._adapted = adapted
@@ -73,12 +83,23 @@ class OnnxRunner:
 
         To be read only: its weights stay in the bundle's file.
         """
-        return self._model_and_inputs[0]
+        return self._opened[0]
 
     @cached_property
     def taps(self) -> dict[str, Tap]:
         """What of the inside can be looked at, in the order of the graph."""
-        return find_taps(self.model, self._adapted, self._model_and_inputs[1])
+        return find_taps(self.model, self._adapted, self._opened[1])
+
+    def inexact(self, weights: Collection[str]) -> set[str]:
+        """Taps and outputs that are computed with constants that the graph's own type may have rounded.
+
+        Args:
+            weights: names of what is no such constant, since the reference has it as well.
+        """
+        values = {name: tap.value for name, tap in self.taps.items()}
+        values |= {port.name: port.name for port in self.bundle.manifest.outputs}
+        rounded = with_rounded_constants(self.model, values.values(), weights)
+        return {name for name, value in values.items() if value in rounded}
 
     def departures(self) -> Iterator[Departure]:
         """What is wrong with the graph's form: modules that nothing reads, and projections without experts."""
@@ -105,15 +126,22 @@ class OnnxRunner:
             node = node.inputs[0].producer() or node
         return (node.name or node.op_type) if node is not None else "an input of the model"
 
+    @staticmethod
+    def compute_exactly(model: ir.Model) -> bool:
+        """Take out of a model what a runtime saves on what the graph says, in place; whether there was anything."""
+        return keep_activations(model)
+
     @cached_property
-    def _model_and_inputs(self) -> tuple[ir.Model, dict[str, str]]:
+    def _opened(self) -> tuple[ir.Model, dict[str, str], bool]:
+        """The model as it runs, the values that experts read, by module, and whether it computes what the file does."""
         model = read_graph(self.bundle)
+        as_in_file = self._as_deployed or not self.compute_exactly(model)
         inputs = expert_inputs(model)
         if self.library is None:
             inline_bodies(model)
         else:
             _leave_out_bodies(model)
-        return model, inputs
+        return model, inputs, as_in_file
 
     @cached_property
     def choices(self) -> dict[str, str]:
@@ -148,8 +176,14 @@ class OnnxRunner:
 
     def _run(self, feeds: Feeds) -> Feeds:
         if self._session is None:
-            as_it_is = self.bundle.manifest.dtype != "bf16" and not self.choices and self.library is None
-            self._session = _open_session(self.bundle.model) if as_it_is else self._open(self.choices.values())
+            in_file = self._opened[2] and self.bundle.manifest.dtype != "bf16"
+            in_file = in_file and not self.choices and self.library is None
+            as_deployed = self._as_deployed
+            self._session = (
+                _open_session(self.bundle.model, as_deployed=as_deployed)
+                if in_file
+                else self._open(self.choices.values())
+            )
         return run_session(self._session, feeds)
 
     def _run_tapped(self, feeds: Feeds, wide: bool) -> Feeds:
@@ -164,7 +198,7 @@ class OnnxRunner:
         values = {value.name: value for node in model.graph for value in node.outputs}
         present = {value.name for value in (*model.graph.outputs, *model.graph.inputs)}
         model.graph.outputs.extend(values[name] for name in dict.fromkeys(wanted) if name not in present)
-        return open_model(model, self.bundle, wide, self.library)
+        return open_model(model, self.bundle, wide, self.library, self._as_deployed)
 
     def _named(self, values: Feeds, names: Iterable[str]) -> Feeds:
         """Those of the taps `names` that are among `values`, then the outputs."""
@@ -184,9 +218,13 @@ def _leave_out_bodies(model: ir.Model) -> None:
 
 
 def open_model(
-    model: ir.Model, bundle: Bundle, wide: bool = False, library: Path | None = None
+    model: ir.Model, bundle: Bundle, wide: bool = False, library: Path | None = None, as_deployed: bool = False
 ) -> ort.InferenceSession:
-    """A session on a model derived from a bundle's (`OnnxRunner.model`), with the bundle's weights."""
+    """A session on a model derived from a bundle's (`OnnxRunner.model`), with the bundle's weights.
+
+    Args:
+        as_deployed: products of DequantizeLinear's results may round what they read to 8 bits.
+    """
     dtype = bundle.manifest.dtype
     if dtype == "bf16" or (wide and dtype != "fp32"):
         widen(model, IR_DTYPES[dtype], rounded=not wide)
@@ -194,15 +232,20 @@ def open_model(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path)
-        return _open_session(path, bundle.folder, library)
+        return _open_session(path, bundle.folder, library, as_deployed)
 
 
-def _open_session(path: Path, weights_folder: Path | None = None, library: Path | None = None) -> ort.InferenceSession:
+def _open_session(
+    path: Path, weights_folder: Path | None = None, library: Path | None = None, as_deployed: bool = False
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # PyTorch's threads are its neighbours: it has as many, which do not wait for work for long.
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+    if not as_deployed:
+        # ONNX Runtime makes MatMulNBits of such products; its default is an accuracy level of 4.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     if weights_folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights_folder))
     try:

@@ -16,7 +16,7 @@ from teamlora_export.bundle import Bundle
 from teamlora_export.page import render_page, write_report
 from teamlora_export.validate import local
 from teamlora_export.validate.judge import FLOOR, MULTIPLE
-from teamlora_export.validate.verdict import Judgement, Verdict
+from teamlora_export.validate.verdict import Judgement, Quality, Verdict
 
 _MOST_DEPARTURES = 10
 _LAYER = re.compile(r"^(.*?\.\d+)\.(.+)$")
@@ -44,6 +44,9 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     console.print(table)
     console.print(_conclusion(verdict), markup=False)
     console.print(_inside(verdict), markup=False)
+    if verdict.quality is not None:
+        console.print(_quality_table(verdict.quality))
+        console.print(_cost(verdict.quality), markup=False)
     for departure in verdict.departures[1:_MOST_DEPARTURES]:
         console.print(f"  also {departure.module} (node {departure.node}): {departure.reason}", markup=False)
     if len(verdict.departures) > _MOST_DEPARTURES:
@@ -73,6 +76,9 @@ def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
         manifest=bundle.manifest,
         name=bundle.folder.resolve().name,
         conclusion=_conclusion(verdict),
+        quality_columns=_QUALITY_COLUMNS,
+        quality_rows=_quality_rows(verdict.quality) if verdict.quality else [],
+        cost=_cost(verdict.quality) if verdict.quality else "",
         inside=_inside(verdict),
         multiple=MULTIPLE,
         chart=_module_chart(verdict.modules),
@@ -83,7 +89,7 @@ def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
 
 def _conclusion(verdict: Verdict) -> str:
     worst = verdict.worst
-    if verdict.passed:
+    if verdict.exact:
         count = "1 case" if len(verdict.cases) == 1 else f"{len(verdict.cases)} cases"
         return (
             f"Passed: {count}. The worst output, {worst.name}, errs "
@@ -107,6 +113,43 @@ def _inside(verdict: Verdict) -> str:
         f"Compared as well: {verdict.weights} weights with their sources; {values} values of modules, each on what was "
         f"computed before it (the worst, {worst.name}, errs by {worst.severity:.2g} of what is allowed)."
     )
+
+
+def _quality_rows(quality: Quality) -> list[tuple[str, list[str]]]:
+    """A row a model: perplexity, KL, agreement, similarity, tasks solved."""
+    models = {
+        "adapted, not quantised": quality.adapted,
+        "quantised": quality.quantised,
+        "without experts": quality.base,
+    }
+    forms = ("{:.2f}", "{:.2g}", "{:.1%}", "{:.4f}", "{:.1%}")
+    return [
+        (
+            name,
+            ["-" if v is None else form.format(v) for form, v in zip(forms, dataclasses.astuple(figures), strict=True)],
+        )
+        for name, figures in models.items()
+    ]
+
+
+_QUALITY_COLUMNS = ("perplexity", "KL", "same likeliest", "cosine", "tasks solved")
+
+
+def _quality_table(quality: Quality) -> Table:
+    table = Table(title="What quantisation cost, on held-out text", title_justify="left")
+    table.add_column("model")
+    for column in _QUALITY_COLUMNS:
+        table.add_column(column, justify="right")
+    for name, cells in _quality_rows(quality):
+        table.add_row(name, *cells)
+    return table
+
+
+def _cost(quality: Quality) -> str:
+    read = f"{quality.places:,} places of the text" + (f", {quality.tasks} tasks" if quality.tasks else "")
+    if quality.passed:
+        return f"Within its thresholds: {read}."
+    return f"FAILED by its thresholds ({read}): {'; '.join(quality.findings)}."
 
 
 def _share(judgement: Judgement) -> float:

@@ -2,6 +2,9 @@
 
 Three checks, and all must pass: the outputs from end to end, over several cases; every weight in the file against its
 source; every module by itself, on what the candidate computed before it.
+
+A quantised bundle is judged by these on what its codes mean, and products read activations as they are. What
+quantisation cost is a question of its own, asked afterwards of the bundle as it is deployed (`quality.py`).
 """
 
 from __future__ import annotations
@@ -18,26 +21,31 @@ import psutil
 import torch
 
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
-from teamlora_export.bundle import Bundle, Port, Validation, check_files, write_manifest
+from teamlora_export.attach.products import has_codes
+from teamlora_export.bundle import Bundle, Port, QualitySummary, Validation, check_files, write_manifest
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.engine.facts import EngineFacts, find_engine, read_facts, write_facts
 from teamlora_export.engine.onnxruntime_library import library_for
 from teamlora_export.errors import ExportError
-from teamlora_export.model.base import BaseModel, open_base
+from teamlora_export.graph.read import read_graph
+from teamlora_export.graph.weights import BaseWeights
+from teamlora_export.model.base import BaseModel, LoadedWeights, open_base
 from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights
 from teamlora_export.model.source import weights_sha256
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.attached import judge_attached
 from teamlora_export.validate.cases import Case, Step, make_cases
 from teamlora_export.validate.engine_runner import EngineRunner, cases_within
+from teamlora_export.validate.held_as_codes import HeldAsCodes
 from teamlora_export.validate.judge import Judge
 from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.local import LocalJudge
 from teamlora_export.validate.onnx_runner import OnnxRunner
+from teamlora_export.validate.quality import TOKENIZER, measure_quality
 from teamlora_export.validate.stored import judge_weights, kept_in_float32, recipes_of
-from teamlora_export.validate.taps import live_values, module_of, whole_of, with_rounded_constants
+from teamlora_export.validate.taps import live_values, module_of, whole_of
 from teamlora_export.validate.torch_runner import TorchRunner
-from teamlora_export.validate.verdict import Departure, LocalCheck, Verdict
+from teamlora_export.validate.verdict import Departure, LocalCheck, Quality, Thresholds, Verdict
 
 
 def validate_bundle(
@@ -49,6 +57,8 @@ def validate_bundle(
     engine_name: str | None = None,
     plugin: Path | None = None,
     library: Path | None = None,
+    quality: bool | None = None,
+    thresholds: Thresholds | None = None,
     reporter: Reporter | None = None,
 ) -> Verdict:
     """Judge `bundle` against the base and adapter that it was made of (found by its manifest, or given if they moved).
@@ -58,6 +68,8 @@ def validate_bundle(
         engine_name: judge this engine instead of the graph; its verdict goes into its own facts.
         plugin: the library for an engine that needs the plugin.
         library: judge the graph as it runs with this native library of the op, not with the op's body.
+        quality: measure on held-out text what the bundle lost, by `thresholds`; None: where it is quantised, has a
+            tokenizer, and fits into memory.
 
     Raises:
         ExportError: base or adapter are not there, or are not those that the bundle was made of; the bundle's own files
@@ -69,30 +81,65 @@ def validate_bundle(
         raise ExportError("--library and --engine: an engine does not run the native op. Give one of the two.")
     native = library_for(bundle, library, reporter) if library is not None else None
     check_files(bundle)
+    engine: _Engine | None = None
+    base: BaseModel | None
     if manifest.attached is not None:
-        if engine_name:
-            raise ExportError(f"{bundle.folder}: its graph is another tool's, of which no engines are built.")
-        of_base = base_source or manifest.base["source"] or None
-        if of_base is not None and base_source is None and not Path(of_base).exists():
-            reporter.warn(f"{of_base}: is not there any more; the model as a whole is not judged. Give --base.")
-            of_base = None
-        adapter = open_adapter(bundle, adapter_folder, manifest.adapter["sha256"])
-        base = open_base(of_base, manifest.task) if of_base else None
-        aligned = align_with_base(adapter, base.signature) if base is not None else adapter
-        return _keep(judge_attached(bundle, aligned, base, library, reporter), bundle, None)
-    engine = _open_engine(bundle, engine_name, plugin, reporter) if engine_name else None
+        if engine_name or layer_by_layer:
+            raise ExportError(
+                f"{bundle.folder}: its graph is another tool's: no engines are built of it, and its layers are not run "
+                "one by one. Leave out --engine and --layer-by-layer."
+            )
+        base, adapter = _open_attached_sources(bundle, base_source, adapter_folder, reporter)
+        is_quantised = has_codes(read_graph(bundle).graph)
+    else:
+        engine = _open_engine(bundle, engine_name, plugin, reporter) if engine_name else None
+        adapter_sha256 = engine.facts.adapter_sha256 if engine else manifest.adapter["sha256"]
+        base, adapter = open_sources(bundle, base_source, adapter_folder, adapter_sha256)
+        if layer_by_layer is None:
+            layer_by_layer = not _fits(base, manifest.inputs)
+        is_quantised = manifest.quantisation is not None
+    can_measure = base is not None and not (layer_by_layer or engine)
+    if quality is None:
+        quality = is_quantised and TOKENIZER in manifest.sha256 and can_measure
+    elif quality and not can_measure:
+        raise ExportError(
+            "--quality: is measured beside a base that fits into memory, and not on engines. Give --base, or leave it "
+            "out."
+        )
+    if base is None or manifest.attached is not None:
+        verdict = judge_attached(bundle, adapter, base, library, reporter)
+    else:
+        verdict = _judge_export(bundle, base, adapter, bool(layer_by_layer), engine, library, reporter)
+    if native is not None:
+        verdict = dataclasses.replace(verdict, library=native.sha256)
+    if quality:
+        assert base is not None
+        with reporter.step("Reading held-out text, to see what quantisation cost"):
+            measured = measure_quality(bundle, base, adapter, library, thresholds or Thresholds())
+        verdict = dataclasses.replace(verdict, quality=measured)
+    return _keep(verdict, bundle, engine)
+
+
+def _judge_export(
+    bundle: Bundle,
+    base: BaseModel,
+    adapter: AdapterSpec,
+    layer_by_layer: bool,
+    engine: _Engine | None,
+    library: Path | None,
+    reporter: Reporter,
+) -> Verdict:
+    """Whether the export is right: all of the verdict but what it cost."""
+    manifest = bundle.manifest
     dtype = engine.facts.dtype if engine else manifest.dtype
-    adapter_sha256 = engine.facts.adapter_sha256 if engine else manifest.adapter["sha256"]
-    base, adapter = open_sources(bundle, base_source, adapter_folder, adapter_sha256)
-    if layer_by_layer is None:
-        layer_by_layer = not _fits(base, manifest.inputs)
     weights = _open_streamed(base) if layer_by_layer else None
     if weights is not None:
         reporter.say("Layer by layer: the weights are read from disk on every call")
     graph = (OnnxRunner if weights is None else LayerwiseOnnxRunner)(bundle, adapter.projections, library)
+    held = _codes_of(graph, base) if manifest.quantisation else None
     with reporter.step("Preparing PyTorch in float64 and the bundle's dtype"):
-        reference = TorchRunner(base, adapter, torch.float64, weights)
-        pytorch = TorchRunner(base, adapter, _torch_dtype(dtype), weights)
+        reference = TorchRunner(base, adapter, torch.float64, weights, held)
+        pytorch = TorchRunner(base, adapter, _torch_dtype(dtype), weights, held)
     judge = Judge(dtype, reference, pytorch, engine.runner if engine else graph, manifest.inputs)
     cases = make_cases(base.config, base.task, brief=weights is not None, many=library is not None)
     for case in engine.choose(cases, reporter) if engine else cases:
@@ -100,23 +147,21 @@ def validate_bundle(
             judge.add_case(case)
     expert_use = {path: _mean_share(share) for path, share in reference.expert_use().items()}
     graph.forget()
-    inside = _Inside(graph, reference, None if engine else pytorch, adapter)
+    sources = (weights or _open_sources(base, adapter, graph)) if held else reference
+    inside = _Inside(graph, reference, None if engine else pytorch, adapter, sources)
     # An engine whose adapter was exchanged is no longer what the graph is.
-    of_graph = adapter_sha256 == manifest.adapter["sha256"]
+    of_graph = not engine or engine.facts.adapter_sha256 == manifest.adapter["sha256"]
     if of_graph:
         inside.judge(max(cases, key=lambda case: len(case.mask)), reporter)
-    departures = inside.departures or _from_outputs(judge, inside, of_graph)
-    verdict = Verdict(
+    return Verdict(
         dtype=dtype,
         cases=judge.results(),
-        departures=tuple(departures),
+        departures=tuple(inside.departures or _from_outputs(judge, inside, of_graph)),
         local=tuple(inside.checks),
         weights=inside.weights,
         expert_use=expert_use,
         candidate=(engine or graph).label,
-        library=native.sha256 if native else None,
     )
-    return _keep(verdict, bundle, engine)
 
 
 class _Inside:
@@ -126,10 +171,15 @@ class _Inside:
     """
 
     def __init__(
-        self, graph: OnnxRunner, reference: TorchRunner, pytorch: TorchRunner | None, adapter: AdapterSpec
+        self,
+        graph: OnnxRunner,
+        reference: TorchRunner,
+        pytorch: TorchRunner | None,
+        adapter: AdapterSpec,
+        sources: BaseWeights,
     ) -> None:
         self._graph, self._reference, self._pytorch = graph, reference, pytorch
-        self._adapter = adapter
+        self._adapter, self._sources = adapter, sources
         self._recipes = recipes_of(graph.bundle.manifest)
         self.departures: list[Departure] = []
         self.checks: list[LocalCheck] = []
@@ -141,7 +191,7 @@ class _Inside:
             model = self._graph.written
             live = live_values(model)
             dtype = self._graph.bundle.manifest.dtype
-            self.departures += judge_weights(model, self._recipes, self._reference, self._adapter, live, dtype)
+            self.departures += judge_weights(model, self._recipes, self._sources, self._adapter, live, dtype)
             self.weights = len(self._recipes)
         with reporter.step("Comparing module by module"):
             for check in self._local_judge().check(case):
@@ -159,10 +209,7 @@ class _Inside:
         manifest = self._graph.bundle.manifest
         kept = kept_in_float32(self._graph.model, self._recipes)
         self._reference.round_weights(_torch_dtype(manifest.dtype), kept)
-        values = {name: tap.value for name, tap in self._graph.taps.items()}
-        values |= {port.name: port.name for port in manifest.outputs}
-        rounded = with_rounded_constants(self._graph.model, values.values(), self._recipes)
-        inexact = {name for name, value in values.items() if value in rounded}
+        inexact = self._graph.inexact(self._recipes)
         sums = {name: whole_of(name) for name, tap in self._graph.taps.items() if tap.base is not None}
         return LocalJudge(manifest.dtype, self._reference, self._pytorch, self._graph, manifest.inputs, inexact, sums)
 
@@ -260,6 +307,30 @@ def open_sources(
     return base, align_with_base(adapter, base.signature)
 
 
+def _open_attached_sources(
+    bundle: Bundle, base_source: str | None, adapter_folder: str | Path | None, reporter: Reporter
+) -> tuple[BaseModel | None, AdapterSpec]:
+    """The adapter that was attached, and the model that the graph was made of, where it is known and fits into memory.
+
+    Raises:
+        ExportError: as `open_adapter`; or the base that is given cannot be opened.
+    """
+    manifest = bundle.manifest
+    adapter = open_adapter(bundle, adapter_folder, manifest.adapter["sha256"])
+    source = base_source or manifest.base["source"]
+    if source and base_source is None and not Path(source).exists():
+        reporter.warn(f"{source}: is not there any more; the model as a whole is not judged. Give --base.")
+        source = ""
+    if not source:
+        return None, adapter
+    base = open_base(source, manifest.task)
+    adapter = align_with_base(adapter, base.signature)
+    if not _fits(base, manifest.inputs):
+        reporter.warn(f"{source}: does not fit into memory in float64; the experts are judged by themselves.")
+        return None, adapter
+    return base, adapter
+
+
 def open_adapter(bundle: Bundle, folder: str | Path | None, sha256: str) -> AdapterSpec:
     """The adapter that `bundle` was made of, found by its manifest, or given if it moved.
 
@@ -285,6 +356,18 @@ def _fits(base: BaseModel, inputs: Sequence[Port]) -> bool:
     places = max(case.past + case.mask.size for case in make_cases(base.config, base.task))
     cached = sum(int(p.shape[1]) * int(p.shape[3]) for p in inputs if p.name.startswith("past_key_values.")) * places
     return (parameters * 1.3 + cached * 2) * (8 + 4 + 4) < psutil.virtual_memory().available
+
+
+def _codes_of(graph: OnnxRunner, base: BaseModel) -> HeldAsCodes:
+    shapes = {name: tuple(tensor.shape) for name, tensor in base.skeleton(torch.float32).state_dict().items()}
+    return HeldAsCodes(graph.written, recipes_of(graph.bundle.manifest), shapes)
+
+
+def _open_sources(base: BaseModel, adapter: AdapterSpec, graph: OnnxRunner) -> BaseWeights:
+    """The base's weights as they were before they were quantised."""
+    aliases, recipes = base.aliases(), recipes_of(graph.bundle.manifest).values()
+    needed = {part.key for recipe in recipes for part in recipe.parts} & aliases.keys() - adapter.overrides.keys()
+    return open_safetensors_weights(base.source, aliases, base.signature, needed) or LoadedWeights(base, needed)
 
 
 def _open_streamed(base: BaseModel) -> SafetensorsWeights:
@@ -317,4 +400,11 @@ def _summary(verdict: Verdict) -> Validation:
         "weights": verdict.weights,
         "module_values": sum(len(check.judgements) for check in verdict.local),
         "first_departure": verdict.departure.module if verdict.departure else None,
+        "quality": _quality_summary(verdict.quality) if verdict.quality else None,
     }
+
+
+def _quality_summary(quality: Quality) -> QualitySummary:
+    models = {"adapted": quality.adapted, "quantised": quality.quantised, "without experts": quality.base}
+    figures = {name: dataclasses.asdict(measured) for name, measured in models.items()}
+    return {"passed": quality.passed, "figures": figures}

@@ -6,6 +6,7 @@ Exactly: a weight is copied, rounded once, or folded in float64 and rounded once
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -70,7 +71,10 @@ def judge_weights(
 
 
 def _may_be_held_in(found: ir.DataType, recipe: Recipe, base: BaseWeights, dtype: str) -> bool:
-    """Numbers are in the bundle's type, or in float32 where that is kept; what counts or masks is in its own."""
+    """Numbers are in the bundle's type, or in float32 where that is kept; what counts or masks is in its own. Codes are
+    bytes, and their scales of the type of what they are multiplied with."""
+    if recipe.quantised is not None:
+        return found == (IR_DTYPES[dtype] if recipe.quantised.role == "scales" else ir.DataType.UINT8)
     if found in (ir.DataType.FLOAT, IR_DTYPES[dtype]):
         return True
     return all(part.source not in OP_SOURCES and base.read(part.key).dtype.kind in "iub" for part in recipe.parts)
@@ -106,7 +110,7 @@ def _differing_part(
         return recipe.parts[0]
     others = tuple(axis for axis in range(found.ndim) if axis != recipe.axis)
     first = int((~(found == expected)).any(axis=others).argmax())
-    single = {str(index): Recipe((part,), recipe.axis) for index, part in enumerate(recipe.parts)}
+    single = {str(index): replace(recipe, parts=(part,)) for index, part in enumerate(recipe.parts)}
     dtypes = dict.fromkeys(single, ir.DataType.FLOAT)
     end = 0
     for part, (_, array) in zip(recipe.parts, make_weights(single, base, adapter, dtypes), strict=True):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -36,24 +36,53 @@ from teamlora_export.validate.taps import BASE, EXPERTS, INPUT, is_part
 
 _PAST = re.compile(r"^past_key_values\.(\d+)\.key$")
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+# Of a table's size: what four bits take from it is a tenth.
+_LARGEST_CHANGE = 0.5
 _NUMPY_DTYPES = {torch.float16: np.dtype(np.float16), torch.bfloat16: np.dtype(ml_dtypes.bfloat16)}
 
 
+class HeldWeights(Protocol):
+    """Parameters of the base that a graph has other numbers for: what its codes mean."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Their names."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """One of them, float64, in the base's own orientation."""
+        ...
+
+
 class TorchRunner:
-    """The adapted model in PyTorch, in `dtype`; with `weights`, each module's are read from there while it runs."""
+    """The adapted model in PyTorch, in `dtype`.
+
+    Args:
+        weights: each module's are read from there while it runs.
+        held: what is computed with in place of the base's own.
+    """
 
     def __init__(
-        self, base: BaseModel, adapter: AdapterSpec, dtype: torch.dtype, weights: SafetensorsWeights | None = None
+        self,
+        base: BaseModel,
+        adapter: AdapterSpec,
+        dtype: torch.dtype,
+        weights: SafetensorsWeights | None = None,
+        held: HeldWeights | None = None,
     ) -> None:
         self._adapter, self._name = adapter, base.name
         self._streamed: _StreamedWeights | None = None
         if weights is None:
             self._model = base.load(dtype)
             inject(self._model, adapter)
+            self._held = _untied(self._model, held or ())
+            for name, key in self._held.items():
+                assert held is not None
+                self._model.get_parameter(name).data = torch.from_numpy(held.read(key)).to(dtype)
         else:
             self._model = base.skeleton(dtype)
             inject(self._model, replace(adapter, overrides={}))
-            self._streamed = _StreamedWeights(weights, adapter.overrides)
+            self._held = _untied(self._model, held or ())
+            self._streamed = _StreamedWeights(weights, adapter.overrides, held, self._held)
             stream_weights(self._model, self._streamed, {})
         self._forward = None if base.task == "text-generation" else encoder_forward(base, self._model)
         self._dtype = dtype
@@ -104,20 +133,18 @@ class TorchRunner:
         path, _, leaf = name.rpartition(".")
         return getattr(self._model.get_submodule(path), leaf).detach().numpy()
 
-    def hold(self, name: str, array: np.ndarray) -> None:
-        """From now on, compute with another parameter `name`; what it was tied to keeps its own."""
-        path, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(path)
-        weight = torch.from_numpy(np.ascontiguousarray(array)).to(self._dtype)
-        setattr(module, leaf, nn.Parameter(weight, requires_grad=False))
-
-    def hold_embeddings(self, table: np.ndarray) -> None:
-        """From now on, look ids up in `table` [vocabulary, hidden]."""
-        embeddings: nn.Embedding = self._model.get_input_embeddings()  # type: ignore[operator]
-        embeddings.weight = nn.Parameter(torch.from_numpy(table).to(self._dtype), requires_grad=False)
+    def hold_table(self, table: np.ndarray) -> None:
+        """From now on, look ids or places up in `table` [rows, width], where the model has one that is nearly equal."""
+        held = torch.from_numpy(table).to(self._dtype)
+        for module in self._model.modules():
+            if isinstance(module, nn.Embedding) and module.weight.shape == held.shape:
+                error = torch.linalg.norm(module.weight - held)
+                if error < _LARGEST_CHANGE * torch.linalg.norm(module.weight):
+                    module.weight = nn.Parameter(held, requires_grad=False)
 
     def round_weights(self, dtype: torch.dtype, kept: Collection[str]) -> None:
-        """From now on, compute with the weights that a file in `dtype` holds; those of the base in `kept` stay."""
+        """From now on, compute with the weights that a file in `dtype` holds; those of the base in `kept`, and those
+        that the graph has other numbers for, stay."""
         if dtype not in _NUMPY_DTYPES:
             return
         for path, module in self._model.named_modules():
@@ -130,8 +157,20 @@ class TorchRunner:
         for name, tensor in self._model.state_dict(keep_vars=True).items():
             path, _, leaf = name.rpartition(".")
             of_base = leaf in ("weight", "bias") or not isinstance(self._model.get_submodule(path), ExpertLinear)
-            if of_base and name not in kept and tensor.is_floating_point():
+            if of_base and name not in kept and name not in self._held and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype).to(tensor.dtype)
+
+    @contextmanager
+    def without_experts(self) -> Iterator[None]:
+        """While it is entered, adapted projections give what their base does."""
+        layers = [module for module in self._model.modules() if isinstance(module, ExpertLinear)]
+        for layer in layers:
+            layer.forward = layer.base_projection  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
     def expert_use(self) -> dict[str, np.ndarray]:
         """Share of each expert in the last run, by module path; each is [.., k] and sums to one."""
@@ -162,12 +201,34 @@ class TorchRunner:
         return arrays
 
 
+def _untied(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Which parameters of products have the values of the parameters `names`: themselves, or what they are tied to.
+    An embedding that shares them keeps its own."""
+    state = model.state_dict(keep_vars=True)
+    of: dict[str, str] = {}
+    for name in names:
+        for other in [other for other, tensor in state.items() if tensor is state[name]]:
+            path, _, leaf = other.rpartition(".")
+            module = model.get_submodule(path)
+            if not isinstance(module, nn.Embedding):
+                setattr(module, leaf, nn.Parameter(state[name].detach(), requires_grad=False))
+                of[other] = name
+    return of
+
+
 class _StreamedWeights:
     """The base's weights and what the adapter replaced of them, from disk; rounded once `rounding` is set."""
 
-    def __init__(self, weights: SafetensorsWeights, overrides: Mapping[str, np.ndarray]) -> None:
+    def __init__(
+        self,
+        weights: SafetensorsWeights,
+        overrides: Mapping[str, np.ndarray],
+        held: HeldWeights | None,
+        names: Mapping[str, str],
+    ) -> None:
         self._weights = weights
         self._overrides = overrides
+        self._held, self._names = held, names
         self.rounding: np.dtype | None = None
         self.kept: Collection[str] = ()
 
@@ -175,6 +236,8 @@ class _StreamedWeights:
         return name in self._weights
 
     def read(self, name: str) -> np.ndarray:
+        if self._held is not None and name in self._names:
+            return self._held.read(self._names[name])
         array = self._overrides[name] if name in self._overrides else self._weights.read(name)
         rounded = self.rounding is not None and name not in self.kept and array.dtype.kind not in "iub"
         return array.astype(self.rounding) if rounded else array

@@ -86,6 +86,63 @@ class Departure:
 
 
 @dataclass(frozen=True)
+class Thresholds:
+    """What quantisation may cost.
+
+    Attributes:
+        perplexity: of the quantised model, in multiples of what it was before.
+        agreement: share of places at which the likeliest token, or label, must be the same. similarity: of vectors.
+    """
+
+    perplexity: float = 1.5
+    agreement: float = 0.6
+    similarity: float = 0.95
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One model on the held-out text. All but perplexity and `solved` are beside the adapted model as it was.
+
+    Attributes:
+        perplexity: of the prose, where text is generated.
+        kl: mean divergence of the distribution over tokens or labels, in nats.
+        agreement: share of places with the same likeliest token or label.
+        similarity: mean cosine of the vectors that a model without logits gives.
+        solved: share of tasks that are answered to the letter, greedily.
+    """
+
+    perplexity: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+    similarity: float | None = None
+    solved: float | None = None
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What was measured, and what of it is more than the thresholds allow.
+
+    Attributes:
+        adapted: the model as it was. quantised: the bundle. base: the model as it was, without experts.
+        from_base: how far the bundle is from `base`: mean divergence, or one less the mean cosine.
+        places: tokens or vectors that were compared. tasks: how many were tried.
+    """
+
+    adapted: Figures
+    quantised: Figures
+    base: Figures
+    from_base: float
+    places: int
+    tasks: int
+    thresholds: Thresholds
+    findings: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.findings
+
+
+@dataclass(frozen=True)
 class Verdict:
     """All that a validation found; it passes where every check does.
 
@@ -95,6 +152,7 @@ class Verdict:
         weights: how many of the file's weights were compared with their source.
         candidate: what ran, in words.
         library: SHA-256 of the native library that ran the op, where one did.
+        quality: what quantisation cost, where that was measured.
         not_kept: why the verdict could not be written into the manifest, where it could not.
     """
 
@@ -106,10 +164,16 @@ class Verdict:
     expert_use: dict[str, list[float]] = field(default_factory=dict)
     candidate: str = "ONNX Runtime"
     library: str | None = None
+    quality: Quality | None = None
     not_kept: str | None = None
 
     @property
     def passed(self) -> bool:
+        return self.exact and (self.quality is None or self.quality.passed)
+
+    @property
+    def exact(self) -> bool:
+        """The export is right, whatever quantisation cost."""
         return not self.departures and all(case.passed for case in self.cases)
 
     @property

@@ -28,8 +28,12 @@ def widen(model: ir.Model, narrow: ir.DataType, rounded: bool) -> None:
     if model.functions:
         function = next(iter(model.functions.values()))
         raise ExportError(f"The graph has a function {function.name!r:.80}, which cannot be judged in wide arithmetic.")
-    common.ShapeInferencePass()(model)
     nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+    for node in nodes:
+        if node.op_type == "Constant":
+            # onnxruntime-genai's builder (0.18) states another rank than that of the number, and inference stops there.
+            node.outputs[0].shape = None
+    common.ShapeInferencePass()(model)
     for graph in (model.graph, *model.graph.subgraphs()):
         _widen_ends(graph, narrow)
     for node in nodes:

@@ -7,9 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,6 +197,98 @@ def test_a_request_that_cannot_be_batched_is_refused_in_words(continuous):
     server.models["m_text"].unload()
     with pytest.raises(RequestError, match="UNAVAILABLE: The server is closing"):
         list(server.stream("m_text", rows({"input_ids": ids})))
+
+
+def test_every_failure_is_counted_by_its_reason(continuous):
+    server = Server(continuous / "models")
+    ids = np.array([5, 6, 7], np.int64)
+    list(server.stream("m_text", rows({"input_ids": ids})))
+    assert not server.metrics["teamlora_requests_failed", "m_text", "invalid"]
+    for reason, given in {
+        "invalid": {"input_ids": np.array([384])},
+        "late": {"input_ids": ids, "time_limit": np.array([1e-9], np.float32)},
+    }.items():
+        with pytest.raises(RequestError):
+            list(server.stream("m_text", rows(given)))
+        assert server.metrics["teamlora_requests_failed", "m_text", reason] == 1
+    left = server.stream(
+        "m_text", rows({"input_ids": ids, "max_tokens": np.array([90], np.int32), "stream": np.array([True])})
+    )
+    next(left)
+    left.close()
+    end = time.monotonic() + 60
+    while not server.metrics["teamlora_requests_failed", "m_text", "cancelled"]:
+        assert time.monotonic() < end
+    server.models["m_text"].unload()
+    with pytest.raises(RequestError):
+        list(server.stream("m_text", rows({"input_ids": ids})))
+    assert server.metrics["teamlora_requests_failed", "m_text", "overloaded"] == 1
+
+
+def test_what_neither_thread_nor_tokenizer_can_do_fails_alone_and_makes_room(make_bundle, tmp_path, monkeypatch):
+    bundle = make_bundle("llama", cache="in-place")
+    server = Server(deploy_triton(bundle, tmp_path / "out", name="m", batch=1, sequences=2) / "models")
+    model, given = server.models["m_text"].model, rows({"text_input": words("The License")})
+
+    class Panic(BaseException):
+        """As the package tokenizers raises where its own code fails."""
+
+    def panic(_: object) -> str:
+        raise Panic
+
+    def refuse(**_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    known = model._tokenizer
+    for message, change in {
+        "INTERNAL: can't start new thread": lambda: monkeypatch.setitem(model.execute.__globals__, "Thread", refuse),
+        "INVALID_ARG: .* cannot be written by the tokenizer": lambda: setattr(
+            model, "_tokenizer", SimpleNamespace(encode=known.encode, decode=panic)
+        ),
+    }.items():
+        change()
+        # More than there are places.
+        for _ in range(3):
+            with pytest.raises(RequestError, match=message):
+                list(server.stream("m_text", given))
+        monkeypatch.undo()
+        model._tokenizer = known
+        assert len(list(server.stream("m_text", given))) == 1
+    server.models["m_text"].unload()
+
+
+def test_the_configuration_bounds_the_time_of_every_request(make_bundle, tmp_path):
+    models = deploy_triton(make_bundle("llama", cache="in-place"), tmp_path / "out", name="m") / "models"
+    edit_config(models / "m_text", change=lambda c: setattr(c.parameters["time_limit"], "string_value", "1e-9"))
+    server = Server(models)
+    for own in ({}, {"time_limit": np.array([60], np.float32)}):
+        with pytest.raises(RequestError, match="UNAVAILABLE: The request took longer than its time limit"):
+            list(server.stream("m_text", rows({"input_ids": np.array([5, 6, 7]), **own})))
+    server.models["m_text"].unload()
+
+
+def test_a_package_that_the_server_lacks_is_named(continuous, make_bundle, tmp_path, monkeypatch):
+    growing = deploy_triton(make_bundle("llama"), tmp_path / "out", name="m")
+    for folder, package in ((continuous, "tokenizers"), (continuous, "onnxruntime"), (growing, "tokenizers")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(LoadError, match=f"no package {package}, .*: pip install {package}"):
+            Server(folder / "models")
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("start", [[], [2, 0, 8]])
+def test_a_state_without_memory_to_start_with_fails_at_the_first_request(start, make_bundle, tmp_path):
+    """As in the real server, which loads the model."""
+    models = deploy_triton(make_bundle("llama"), tmp_path / "out", name="m", text=False) / "models"
+
+    def change(config: pb.ModelConfig) -> None:
+        state = config.sequence_batching.state[0]
+        (state.initial_state[0].dims.__setitem__(slice(None), start)) if start else state.ClearField("initial_state")
+
+    edit_config(models / "m", change=change)
+    server = Server(models)
+    with pytest.raises(RequestError, match="no memory to start with"):
+        generate(server, "m", [[5, 6]], 2)
 
 
 def test_a_refusal_that_no_utf8_can_hold_is_sent_all_the_same(make_bundle, tmp_path):
@@ -477,8 +571,7 @@ def test_the_stand_in_refuses_what_the_server_would(deployed, tmp_path):
         "has no": lambda config: setattr(config.input[0], "name", "ids"),
         "is tensor": lambda config: setattr(config.input[0], "data_type", pb.TYPE_INT32),
         "the configuration": lambda config: config.output[0].dims.append(1),
-        "initial_state": lambda config: config.sequence_batching.state[0].initial_state[0].dims.__setitem__(1, 0),
-        "starts with anything": lambda config: config.sequence_batching.state[3].ClearField("initial_state"),
+        "initial_state": lambda config: config.sequence_batching.state[0].initial_state[0].dims.append(1),
         "no state to write": lambda config: config.model_warmup.add(name="x", batch_size=1),
         "is of other": lambda config: setattr(config, "name", "other"),
     }

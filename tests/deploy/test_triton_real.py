@@ -38,6 +38,30 @@ NAN = 7
 STEP = 0.05
 # A text that begins so takes so long to be read.
 LONG, READING = "Long", 2.0
+SUCCESSES, FAILURES = "nv_inference_request_success", "teamlora_requests_failed"
+# In place of the ONNX Runtime back end, which the server lacks: the same model with the same configuration.
+ENCODER = """
+import numpy as np
+import onnxruntime as ort
+import triton_python_backend_utils as pb_utils
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        folder = f"{args['model_repository']}/{args['model_version']}"
+        self._session = ort.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])
+
+    def execute(self, requests):
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request):
+        given = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+        names = [output.name for output in self._session.get_outputs()]
+        found = self._session.run(names, given)
+        wanted = request.requested_output_names()
+        tensors = [pb_utils.Tensor(n, value) for n, value in zip(names, found) if n in wanted]
+        return pb_utils.InferenceResponse(output_tensors=tensors)
+"""
 
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
@@ -63,7 +87,25 @@ def deployed(make_bundle, tmp_path_factory) -> Path:
     assert "        text.encode()\n" in text
     text = text.replace("        text.encode()\n", f"        time.sleep({READING} * text.startswith({LONG!r}))\n")
     program.write_text(text.replace("from typing", "import time\nfrom typing", 1))
+    _add_encoder(make_bundle("bert"), source, folder / "encoder", out)
     return out
+
+
+def _add_encoder(source: Bundle, words: Bundle, folder: Path, out: Path) -> None:
+    """Args:
+    words: has a tokenizer with as many tokens.
+    """
+    bundle = Bundle(Path(shutil.copytree(source.folder, folder / "bundle")), source.manifest)
+    shutil.copyfile(words.folder / "tokenizer.json", bundle.folder / "tokenizer.json")
+    encoder = deploy_triton(list_again(bundle.folder), folder / "encoder", name="encoder", batch=4)
+    for part in (encoder / "models").iterdir():
+        part.rename(out / "models" / part.name)
+    config = out / "models" / "encoder" / "config.pbtxt"
+    text = config.read_text()
+    assert 'backend: "onnxruntime"' in text and 'default_model_filename: "model.onnx"\n' in text
+    text = text.replace('"onnxruntime"', '"python"').replace('default_model_filename: "model.onnx"\n', "")
+    config.write_text(text)
+    (out / "models" / "encoder" / "1" / "model.py").write_text(ENCODER)
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +245,24 @@ def test_a_client_that_is_gone_frees_its_slot(server, deployed, model):
     assert time.monotonic() - started < 60 * STEP
 
 
+@pytest.mark.parametrize(("path", "limit"), [("generate_stream", 1000.0), ("generate", 8 * STEP)])
+def test_a_connection_that_is_dropped_frees_its_slot(path, limit, server, model):
+    """The server notices it when it writes; where it writes all at the end, the request's time limit does it."""
+    fields = {"input_ids": [9], "max_tokens": 100, "stream": path == "generate_stream", "time_limit": limit}
+    address, port = server.http.split(":")
+    connection = http.client.HTTPConnection(address, int(port), timeout=60)
+    connection.request("POST", f"/v2/models/slow_text/{path}", json.dumps(fields))
+    if path == "generate_stream":
+        assert connection.getresponse().read(1)
+    else:
+        # Nothing tells a client that its text is being written.
+        time.sleep(4 * STEP)
+    started = time.monotonic()
+    connection.close()
+    assert generate(server, "slow", input_ids=[10], max_tokens=4)[1]["token_ids"] == model.generate([[10]], 4)[0]
+    assert time.monotonic() - started < 60 * STEP
+
+
 def test_a_time_limit_ends_a_request_and_frees_its_slot(server, model):
     started = time.monotonic()
     status, late = generate(server, "slow", input_ids=[9], max_tokens=100, time_limit=6 * STEP)
@@ -269,7 +329,7 @@ def test_a_thousand_requests_over_http_and_grpc_are_right_counted_and_leave_noth
     drawn = [rng.integers(8, 384, length).tolist() for length in rng.integers(1, 30, 24)]
     expected = {tuple(prompt): model.generate([prompt], 3)[0] for prompt in drawn}
     right = [prompt for prompt in drawn if NAN not in expected[tuple(prompt)]]
-    before = server.counted("nv_inference_request_success", "m_text")
+    before, failed = (server.counted(name, "m_text") for name in (SUCCESSES, FAILURES))
     held: list[int] = []
 
     def client(number: int) -> None:
@@ -297,8 +357,10 @@ def test_a_thousand_requests_over_http_and_grpc_are_right_counted_and_leave_noth
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(client, range(8)))
-    # It counts those that failed as well: a model that answers later is done with a request when it has taken it.
-    assert server.counted("nv_inference_request_success", "m_text") - before == 8 * 126
+    # The server's own metric has those that failed as well: a model that answers later is done with a request when it
+    # has taken it.
+    assert server.counted(SUCCESSES, "m_text") - before == 8 * 126
+    assert server.counted(FAILURES, "m_text") - failed == 8 * 5
     # Of threads that come and go, and of the metrics; the caches of these requests alone would be 60 MB.
     assert held[1] - held[0] < 12e6, held
 
@@ -334,6 +396,31 @@ def test_a_model_is_unloaded_under_load_and_loaded_again(server, model):
     # connection shared one of the server's threads with the one that loads.
     assert all(told[0] == told[-1] == 200 and {*told} <= {200, refused} for told in statuses)
     assert any(refused in told for told in statuses)
+
+
+def test_an_encoders_words_are_read_and_its_steps_are_wired(server, deployed):
+    """All of the repository is the server's own work but the encoder's back end."""
+    model = Model(deployed / "models" / "encoder" / "1")
+    texts = ["The License", "Unless required by applicable law or agreed to in writing, software"]
+    expected = model.encode([encode_text(model.tokenizer, text) for text in texts])
+
+    def ask(rows: list[list[str]]) -> tuple[int, Any]:
+        given = {"name": "text_input", "shape": [len(rows), 1], "datatype": "BYTES", "data": rows}
+        return post(server, "models/encoder_text/infer", inputs=[given])
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, [[[text] for text in texts], [[texts[0]]], [[texts[1]]]] * 8))
+    for number, (status, answer) in enumerate(answers):
+        assert status == 200, answer
+        (output,) = answer["outputs"]
+        rows = [expected, expected[:1], expected[1:]][number % 3]
+        assert (output["name"], output["shape"]) == ("logits", list(rows.shape))
+        assert np.allclose(output["data"], np.ravel(rows), atol=1e-5)
+    failed = server.counted(FAILURES, "encoder_tokenizer")
+    status, refused = ask([["word " * 1000]])
+    assert (status, "tokens; the model takes 130" in refused["error"]) == (400, True), refused
+    assert server.counted(FAILURES, "encoder_tokenizer") == failed + 1
+    assert ask([[text] for text in texts])[0] == 200
 
 
 def test_its_tokens_are_pytorchs(server, make_base, make_adapter):

@@ -13,6 +13,7 @@ import json
 import queue
 import sys
 import types
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ class Server:
         self.models: dict[str, Model] = {}
         # By their clients, over gRPC. What was answered already must not be: a real server keeps the model then.
         self.cancelled_streams = 0
+        # What Python models count: by the metric's name and its labels.
+        self.metrics: Counter[tuple[str, ...]] = Counter()
         configs = {}
         for folder in sorted(repository.iterdir()):
             config = text_format.Parse((folder / "config.pbtxt").read_text(), pb.ModelConfig())
@@ -173,11 +176,13 @@ class OnnxModel(Model):
         require(same, f"'{value.name}': the model has {shape}, the configuration {list(dims)}")
 
     def _check_start(self, state: Any) -> None:
-        require(len(state.initial_state) == 1, "a state starts with anything that is in memory")
-        start = state.initial_state[0]
+        if not state.initial_state:
+            # The server loads it, and fails at the first request.
+            return
+        (start,) = state.initial_state
         require(start.data_type == state.data_type and start.name != "" and start.zero_data, "initial_state")
         fits = len(start.dims) == len(state.dims) and all(
-            size > 0 and fixed in (-1, size) for size, fixed in zip(start.dims, state.dims, strict=True)
+            size >= 0 and fixed in (-1, size) for size, fixed in zip(start.dims, state.dims, strict=True)
         )
         require(fits, f"initial_state of '{state.input_name}': {list(start.dims)} for {list(state.dims)}")
 
@@ -240,7 +245,9 @@ class OnnxModel(Model):
 
 
 def _start(state: Any) -> np.ndarray:
-    """Every variable size is 1, whatever initial_state says."""
+    """Every variable size is 1, whatever initial_state says, unless that is 0 or missing."""
+    if not state.initial_state or 0 in state.initial_state[0].dims:
+        raise RequestError(f"the state '{state.input_name}' has no memory to start with")
     shape = [1, *(1 if size == -1 else size for size in state.dims)]
     return np.zeros(shape, _NUMPY[state.data_type])
 
@@ -296,7 +303,11 @@ class PythonModel(Model):
         config = json_format.MessageToDict(self.config, preserving_proto_field_name=True)
         try:
             self.model.initialize(
-                {"model_config": json.dumps(config), "model_instance_name": f"{self.config.name}_0_0"}
+                {
+                    "model_config": json.dumps(config),
+                    "model_name": self.config.name,
+                    "model_instance_name": f"{self.config.name}_0_0",
+                }
             )
         except self.utils.TritonModelException as error:
             raise LoadError(str(error)) from None
@@ -418,16 +429,22 @@ def _backend_utils(server: Server) -> types.ModuleType:
             return InferenceResponse([Tensor(name, found[name]) for name in self._wanted])
 
     class MetricFamily:
-        GAUGE = "GAUGE"
+        GAUGE, COUNTER = "GAUGE", "COUNTER"
 
         def __init__(self, *, name: str, description: str, kind: str) -> None:
-            assert kind == self.GAUGE
+            assert kind in (self.GAUGE, self.COUNTER)
+            self._name, self._grows = name, kind == self.COUNTER
 
-        def Metric(self, *, labels: Mapping[str, str]) -> MetricFamily:
-            return self
+        def Metric(self, *, labels: Mapping[str, str]) -> Metric:
+            return Metric((self._name, *labels.values()), self._grows)
+
+    class Metric:
+        def __init__(self, key: tuple[str, ...], grows: bool) -> None:
+            self._key, self._grows = key, grows
 
         def increment(self, change: float) -> None:
-            """Nobody reads it here."""
+            assert change > 0 or not self._grows
+            server.metrics[self._key] += change
 
     module = types.ModuleType("triton_python_backend_utils")
     module.MetricFamily = MetricFamily

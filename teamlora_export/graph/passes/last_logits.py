@@ -6,11 +6,12 @@ import numpy as np
 import onnx_ir as ir
 
 from teamlora_export.graph import op
+from teamlora_export.graph.quantized import OP_TYPE, is_quantised
 
 LOGITS = "logits"
 # What computes each token by itself, where all but one of its inputs are constants.
 _EACH_BY_ITSELF = {"MatMul", "Add", "Sub", "Mul", "Div", "Tanh", "Cast", "CastLike", "Identity"}
-_PRODUCTS = {"MatMul", op.NAME}
+_PRODUCTS = {"MatMul", OP_TYPE, op.NAME}
 
 
 class LastLogits(ir.passes.InPlacePass):
@@ -65,7 +66,7 @@ def _is_each_by_itself(node: ir.Node, constants: set[ir.Value]) -> bool:
     if op.is_op(node):
         return all(value in constants for value in node.inputs[2:])
     # A product's weights are its second input: a first one that is constant would mix the tokens.
-    known = node.domain == "" and node.op_type in _EACH_BY_ITSELF
+    known = (node.domain == "" and node.op_type in _EACH_BY_ITSELF) or is_quantised(node)
     return known and len(_tokens_of(node, constants)) == 1 and (node.op_type != "MatMul" or node.inputs[1] in constants)
 
 

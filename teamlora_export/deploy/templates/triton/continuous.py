@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from chat import Chat
-from opened import open_beside, refusal
+from opened import COUNTING, Failures, is_given, open_beside, refusal, told_when_loaded
 from sampling import Sampling
 from scheduler import Answer, Late, Overloaded, Scheduler, Token
 from session import ModelError, Session
@@ -45,7 +45,8 @@ class TritonPythonModel:
         numbers = {name: int(parameters[name]) for name in ("slots", "waiting", "part", "threads", "capacity")}
         self._most_waiting = numbers["waiting"]
         self._places = Semaphore(numbers["slots"] + numbers["waiting"])
-        try:
+        self._longest = float(parameters["time_limit"]) or float("inf")
+        with told_when_loaded():
             session = Session(
                 folder,
                 Path(parameters["library"]) if "library" in parameters else None,
@@ -56,19 +57,22 @@ class TritonPythonModel:
             slots = open_slots(session, numbers["slots"], numbers["part"], numbers["capacity"] or None)
             # There is room for all that have a place.
             self._scheduler = Scheduler(slots, numbers["slots"] + numbers["waiting"]).__enter__()
-        except ModelError as error:
-            raise pb_utils.TritonModelException(str(error)) from None
         self._waiting = _Waiting(parameters["model"], numbers["slots"])
+        self._failures = Failures(parameters["model"])
 
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
             client = _Client(request.get_response_sender())
             if not self._places.acquire(blocking=False):
-                client.end(Overloaded(f"{self._most_waiting} requests wait already. Try again later."))
+                self._end(client, Overloaded(f"{self._most_waiting} requests wait already. Try again later."))
                 continue
-            # A copy: Triton's own is there for as long as this call.
-            given = {tensor.name(): tensor.as_numpy().flatten() for tensor in request.inputs()}
-            Thread(target=self._answer, args=(given, client), daemon=True).start()
+            try:
+                # A copy: Triton's own is there for as long as this call.
+                given = {tensor.name(): tensor.as_numpy().flatten() for tensor in request.inputs()}
+                Thread(target=self._answer, args=(given, client), daemon=True).start()
+            except Exception as error:
+                self._places.release()
+                self._end(client, error)
 
     def finalize(self) -> None:
         self._scheduler.__exit__()
@@ -84,6 +88,12 @@ class TritonPythonModel:
             failure = error
         # Before the client knows: it may ask again at once.
         self._places.release()
+        self._end(client, failure)
+
+    def _end(self, client: _Client, failure: Exception | None) -> None:
+        if failure is not None:
+            busy = {Overloaded: "overloaded", Late: "late"}.get(type(failure))
+            self._failures.count(busy or ("invalid" if is_given(failure) else "failed"))
         client.end(failure)
 
     def _responses(self, given: Given, client: _Client) -> Iterator[Any]:
@@ -95,12 +105,14 @@ class TritonPythonModel:
             int(_first(given, "max_tokens", _DEFAULT_TOKENS)),
             Sampling(**{name: kind(given[name][0]) for name, kind in _SAMPLING.items() if name in given}),
             log_probabilities=shown.log_probabilities,
-            seconds=float(_first(given, "time_limit", float("inf"))),
+            seconds=min(float(_first(given, "time_limit", self._longest)), self._longest),
             abandoned=client.is_gone,
         )
         pieces = _pieces(answer, text)
         for piece in pieces if _first(given, "stream", False) else _joined(pieces):
             yield shown.response(piece, len(prompt))
+        if answer.finish == "cancelled" and not text.stopped:
+            self._failures.count("cancelled")
 
     def _prompt(self, given: Given) -> list[int]:
         names = [name for name in ("text_input", "messages", "input_ids") if name in given]
@@ -205,7 +217,7 @@ class _Waiting:
     """
 
     def __init__(self, model: str, slots: int) -> None:
-        self._slots, self._taken, self._lock = slots, 0, Lock()
+        self._slots, self._taken = slots, 0
         # The server forgets a family that nobody holds.
         self._family = pb_utils.MetricFamily(
             name="teamlora_requests_waiting",
@@ -221,7 +233,7 @@ class _Waiting:
         self._add(-1)
 
     def _add(self, requests: int) -> None:
-        with self._lock:
+        with COUNTING:
             before = max(0, self._taken - self._slots)
             self._taken += requests
             change = max(0, self._taken - self._slots) - before

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from opened import open_beside, refusal
+from opened import Failures, is_given, open_beside, refusal
 from words import TextStream, encode_text
 
 _DEFAULT_TOKENS = 64
@@ -25,6 +25,7 @@ class TritonPythonModel:
         self._model, self._takes_positions = parameters["model"], parameters["takes_positions"] == "true"
         # Of a cache in place; 0: it grows.
         self._capacity = int(parameters["capacity"])
+        self._failures = Failures(args["model_name"])
 
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
@@ -32,6 +33,7 @@ class TritonPythonModel:
             try:
                 self._answer(request, sender)
             except Exception as error:
+                self._failures.count("invalid" if is_given(error) else "failed")
                 sender.send(refusal(error))
             finally:
                 sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
@@ -65,7 +67,10 @@ class TritonPythonModel:
                 # What a further request looks like, should there be no token to go on from.
                 read, step, flags = read + len(step), step[-1:], 0
                 token = _best(response)
-                if token in self._settings.stops or sender.is_cancelled():
+                if token in self._settings.stops:
+                    return
+                if sender.is_cancelled():
+                    self._failures.count("cancelled")
                     return
                 yield token
                 step = [token]

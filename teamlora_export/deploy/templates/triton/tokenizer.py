@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from opened import open_beside, refusal
+from opened import Failures, is_given, open_beside, refusal
 from words import encode_text
 
 # Rows are padded to a multiple, so that requests of about the same length can share a batch.
@@ -18,6 +18,7 @@ _MULTIPLE = 16
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         _, self._settings, self._tokenizer = open_beside(args)
+        self._failures = Failures(args["model_name"])
         self._outputs = [output["name"] for output in json.loads(args["model_config"])["output"]]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -29,6 +30,7 @@ class TritonPythonModel:
             rows = [self._settings.require_ids(encode_text(self._tokenizer, text.decode())) for text in texts]
             self._settings.require_room(rows)
         except Exception as error:
+            self._failures.count("invalid" if is_given(error) else "failed")
             return refusal(error)
         width = -(-max(map(len, rows)) // _MULTIPLE) * _MULTIPLE
         if self._settings.most is not None:
