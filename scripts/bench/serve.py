@@ -237,9 +237,14 @@ def _load(name: str, ask: Ask, requests: Sequence[Request], clients: int) -> Res
         clients,
         sum(len(one) - 1 for one in times),
         seconds,
-        tuple(np.percentile(first, (50, 95, 99)).tolist()),
-        tuple(np.percentile(between, (50, 95, 99)).tolist()),
+        _percentiles(first),
+        _percentiles(between.tolist()),
     )
+
+
+def _percentiles(values: Sequence[float]) -> tuple[float, ...]:
+    """Median, 95 and 99 per cent; of answers of one token, nothing is between two."""
+    return tuple(np.percentile(values, (50, 95, 99)).tolist()) if values else (float("nan"),) * 3
 
 
 def _targets(rows: Rows, quick: bool) -> list[dict[str, object]]:
