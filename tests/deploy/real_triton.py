@@ -50,13 +50,16 @@ class Addresses:
 
 
 @contextlib.contextmanager
-def running(repository: Path, log: Path) -> Iterator[Addresses]:
+def running(repository: Path, log: Path, python: Path | None = None) -> Iterator[Addresses]:
     """A server of the models in `repository`; what it says goes into `log`.
+
+    Args:
+        python: an environment in place of the server's own.
 
     Models are loaded and unloaded where a client asks for it; all of them are loaded at the start.
 
     Raises:
-        RuntimeError: it is not ready in time, or does not stop in time.
+        RuntimeError: it is not ready in time, or does not stop in time, as one with a request that never ends.
     """
     home = get_triton_server()
     ports = _free_ports(3)
@@ -76,9 +79,11 @@ def running(repository: Path, log: Path) -> Iterator[Addresses]:
     }
     environment = {
         # The back end finds Python there, and its library.
-        "PATH": f"{home / 'python' / 'bin'}:{os.environ['PATH']}",
+        "PATH": f"{(python or home / 'python') / 'bin'}:{os.environ['PATH']}",
         "LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR"),
         "HOME": os.environ.get("HOME", "/"),
+        # As in its container.
+        "TRITON_SERVER_VERSION": "2.51.0",
     }
     command = [triton / "bin" / "tritonserver", *(f"--{name}={value}" for name, value in options.items())]
     with log.open("wb") as told:
@@ -142,6 +147,8 @@ def _stop(process: subprocess.Popen[bytes], log: Path) -> None:
         process.kill()
         process.wait()
         raise RuntimeError(f"The server does not stop:\n{log.read_text(errors='replace')[-3000:]}") from None
+    if "Exit timeout expired" in (told := log.read_text(errors="replace")):
+        raise RuntimeError(f"The server stopped before its models did:\n{told[-3000:]}")
 
 
 def _free_ports(count: int) -> list[int]:

@@ -276,6 +276,14 @@ def test_a_package_that_the_server_lacks_is_named(continuous, make_bundle, tmp_p
         monkeypatch.undo()
 
 
+def test_numpy_2_is_refused_by_servers_that_do_not_take_it(continuous, monkeypatch):
+    monkeypatch.setenv("TRITON_SERVER_VERSION", "2.51.0")
+    with pytest.raises(LoadError, match=r"Triton 2\.51\.0 cannot exchange words with NumPy 2.*: pip install 'numpy<2'"):
+        Server(continuous / "models")
+    monkeypatch.setenv("TRITON_SERVER_VERSION", "2.52.0")
+    Server(continuous / "models").models["m_text"].unload()
+
+
 @pytest.mark.parametrize("start", [[], [2, 0, 8]])
 def test_a_state_without_memory_to_start_with_fails_at_the_first_request(start, make_bundle, tmp_path):
     """As in the real server, which loads the model."""

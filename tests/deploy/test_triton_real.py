@@ -423,6 +423,19 @@ def test_an_encoders_words_are_read_and_its_steps_are_wired(server, deployed):
     assert ask([[text] for text in texts])[0] == 200
 
 
+def test_numpy_2_is_refused_where_the_server_would_die_of_it(deployed, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "m_text").symlink_to(deployed / "models" / "m_text")
+    assert np.__version__.startswith("2.")
+    with (
+        pytest.raises(RuntimeError, match="not ready"),
+        running(tmp_path / "models", tmp_path / "log", Path(sys.prefix)),
+    ):
+        pass
+    told = (tmp_path / "log").read_text()
+    assert f"Triton 2.51.0 cannot exchange words with NumPy {np.__version__}: pip install 'numpy<2'" in told
+
+
 def test_its_tokens_are_pytorchs(server, make_base, make_adapter):
     prompt = [9, 10, 11, 12]
     expected = pytorch_greedy(make_base("mistral"), make_adapter("mistral"), prompt, 30)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import triton_python_backend_utils as pb_utils
 from session import ModelError, Settings, check_files, read_settings
 from words import open_tokenizer
 
 # Triton 2.51 dies where two threads change its metrics at the same time.
 COUNTING = Lock()
+# The release 24.11; see triton-inference-server/python_backend#384.
+_FIRST_WITH_NUMPY_2 = (2, 52)
 
 
 def open_beside(args: dict[str, str]) -> tuple[dict[str, str], Settings, Any]:
     """The parameters in config.pbtxt, then settings and tokenizer of the model that they name."""
+    _require_numpy()
     parameters = {name: value["string_value"] for name, value in json.loads(args["model_config"])["parameters"].items()}
     folder = Path(__file__).resolve().parents[2] / parameters["model"] / "1"
     with told_when_loaded():
@@ -27,6 +33,16 @@ def open_beside(args: dict[str, str]) -> tuple[dict[str, str], Settings, Any]:
         if parameters["check_files"] == "true" and args["model_instance_name"].endswith("_0"):
             check_files(folder, settings.hashes)
         return parameters, settings, open_tokenizer(folder, settings.cut)
+
+
+def _require_numpy() -> None:
+    """Older servers die at the first string that they exchange with NumPy 2. Their containers say which they are."""
+    server = os.environ.get("TRITON_SERVER_VERSION", "")
+    version = re.match(r"(\d+)\.(\d+)", server)
+    if version and (int(version[1]), int(version[2])) < _FIRST_WITH_NUMPY_2 and not np.__version__.startswith("1."):
+        raise pb_utils.TritonModelException(
+            f"Triton {server} cannot exchange words with NumPy {np.__version__}: pip install 'numpy<2'"
+        )
 
 
 @contextmanager
