@@ -23,7 +23,7 @@ from teamlora_export.attach.exact import DequantizeProducts
 from teamlora_export.attach.insert import detach
 from teamlora_export.attach.interface import WINDOW_CACHE
 from teamlora_export.attach.match import Found, find_modules
-from teamlora_export.attach.products import Product, constant_of, find_products, has_codes, readers_of, release
+from teamlora_export.attach.products import Product, find_products, has_codes, readers_of, release
 from teamlora_export.bundle import Bundle
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError, raise_findings
@@ -192,8 +192,10 @@ def _tables(bundle: Bundle, model: ir.Model) -> Iterator[np.ndarray]:
     for name in names:
         cut = model.clone()
         node = cut.graph.node(name)
-        table = constant_of(node.inputs[0])
-        if table is None or len(table.shape) != 2 or node.attributes.get_int("gather_axis", 0) != 0:
+        table = node.inputs[0]
+        shape = table.shape.numpy() if table is not None and table.shape is not None and table.shape.is_static() else ()
+        axis = node.attributes.get_int("axis", node.attributes.get_int("gather_axis", 0))
+        if len(shape) != 2 or axis != 0:
             continue
         value = node.outputs[0]
         while (readers := readers_of(value)) and readers[0].op_type in ("DequantizeLinear", "Cast"):
@@ -202,8 +204,11 @@ def _tables(bundle: Bundle, model: ir.Model) -> Iterator[np.ndarray]:
         node.replace_input_with(1, ids)
         cut.graph.outputs[:] = [value]
         common.RemoveUnusedNodesPass()(cut)
+        if any(each.uses() for each in cut.graph.inputs):
+            # It is computed of what the graph is given.
+            continue
         cut.graph.inputs[:] = [ids]
-        rows = np.arange(int(table.shape.numpy()[0]))[None]
+        rows = np.arange(shape[0])[None]
         yield run_session(open_model(cut, bundle), {"rows": rows})[str(value.name)][0]
 
 
