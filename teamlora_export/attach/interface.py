@@ -24,6 +24,10 @@ from teamlora_export.tokens import Tokens, read_tokens
 COUNTING = ("GroupQueryAttention", "SparseAttention", "PagedAttention")
 
 
+# onnxruntime-genai's builder, 0.18: a layer's cache has room for its window alone, which its generator provides.
+WINDOW_CACHE = "sliding_window_cache"
+
+
 @dataclass(frozen=True)
 class Interface:
     """See `bundle.Manifest`."""

@@ -21,8 +21,9 @@ from teamlora_export.adapter.check import LinearShape
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.attach.exact import DequantizeProducts
 from teamlora_export.attach.insert import detach
+from teamlora_export.attach.interface import WINDOW_CACHE
 from teamlora_export.attach.match import Found, find_modules
-from teamlora_export.attach.products import Product, constant_of, find_products, readers_of, release
+from teamlora_export.attach.products import Product, find_products, has_codes, readers_of, release
 from teamlora_export.bundle import Bundle
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError, raise_findings
@@ -35,7 +36,7 @@ from teamlora_export.model.base import BaseModel
 from teamlora_export.model.layer import ExpertLinear
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.cases import Feeds, cases_without_padding, make_cases
-from teamlora_export.validate.judge import Judge
+from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
 from teamlora_export.validate.local import Follower, LocalJudge
 from teamlora_export.validate.onnx_runner import OnnxRunner, open_model, run_session
 from teamlora_export.validate.stored import judge_weights, recipes_of
@@ -58,13 +59,14 @@ def judge_attached(
     """
     manifest = bundle.manifest
     _compare_origin(bundle, reporter)
-    graph = _AttachedRunner(bundle, adapter.projections, library)
+    graph = AttachedRunner(bundle, adapter.projections, library)
     recipes = recipes_of(manifest)
     departures = [*graph.departures(), *_wiring(graph.written)]
     with reporter.step(f"Comparing {len(recipes)} weights with the adapter"):
         live = live_values(graph.written)
         departures += judge_weights(graph.written, recipes, NoBase(), adapter, live, manifest.dtype)
     dtypes = (torch.float64, getattr(torch, DTYPES[manifest.dtype].torch))
+    multiple = MULTIPLE_OF_CODES if has_codes(graph.written.graph) else MULTIPLE
     results: list[CaseResult] = []
     reference: Follower
     pytorch: Follower
@@ -74,7 +76,7 @@ def judge_attached(
         with reporter.step("Preparing PyTorch with the graph's weights"):
             exact, rounded = holding_weights(bundle, base, adapter, dtypes)
         reference, pytorch = exact, rounded
-        judge = Judge(manifest.dtype, exact, rounded, graph, manifest.inputs)
+        judge = Judge(manifest.dtype, exact, rounded, graph, manifest.inputs, multiple)
         for case in [case for case in make_cases(base.config, base.task) if case.mask.all()]:
             with reporter.step(f"Case: {case.name}"):
                 judge.add_case(case)
@@ -102,21 +104,26 @@ def judge_attached(
         local=tuple(checks),
         weights=len(recipes),
         candidate=graph.label + ("" if base is not None else ", experts by themselves"),
+        multiple=multiple,
     )
 
 
-class _AttachedRunner(OnnxRunner):
+class AttachedRunner(OnnxRunner):
     """An attached bundle's model. What another tool's graph saves is taken out as well: products of integers, and
     Sigmoid, which errs seven times as much as PyTorch's in float32, and is written out."""
 
-    @staticmethod
-    def compute_exactly(model: ir.Model) -> bool:
-        changed = [OnnxRunner.compute_exactly(model), DequantizeProducts()(model).modified]
+    def prepare(self, model: ir.Model) -> bool:
+        # A cache of a window is seen as one that grows, whose tokens beyond the window are hidden.
+        windows = [node for node in model.graph if node.attributes.pop(WINDOW_CACHE, None) is not None]
+        changed = super().prepare(model) or bool(windows)
+        if self._as_deployed:
+            return changed
+        changed = bool(DequantizeProducts()(model).modified) or changed
         for node in list(model.graph):
             if node.op_type == "Sigmoid" and node.outputs[0].dtype == ir.DataType.FLOAT:
                 _write_out_sigmoid(model.graph, node)
-                changed.append(True)
-        return any(changed)
+                changed = True
+        return changed
 
 
 def _write_out_sigmoid(graph: ir.Graph, node: ir.Node) -> None:
@@ -185,8 +192,10 @@ def _tables(bundle: Bundle, model: ir.Model) -> Iterator[np.ndarray]:
     for name in names:
         cut = model.clone()
         node = cut.graph.node(name)
-        table = constant_of(node.inputs[0])
-        if table is None or len(table.shape) != 2 or node.attributes.get_int("gather_axis", 0) != 0:
+        table = node.inputs[0]
+        shape = table.shape.numpy() if table is not None and table.shape is not None and table.shape.is_static() else ()
+        axis = node.attributes.get_int("axis", node.attributes.get_int("gather_axis", 0))
+        if len(shape) != 2 or axis != 0:
             continue
         value = node.outputs[0]
         while (readers := readers_of(value)) and readers[0].op_type in ("DequantizeLinear", "Cast"):
@@ -195,8 +204,11 @@ def _tables(bundle: Bundle, model: ir.Model) -> Iterator[np.ndarray]:
         node.replace_input_with(1, ids)
         cut.graph.outputs[:] = [value]
         common.RemoveUnusedNodesPass()(cut)
+        if any(each.uses() for each in cut.graph.inputs):
+            # It is computed of what the graph is given.
+            continue
         cut.graph.inputs[:] = [ids]
-        rows = np.arange(int(table.shape.numpy()[0]))[None]
+        rows = np.arange(shape[0])[None]
         yield run_session(open_model(cut, bundle), {"rows": rows})[str(value.name)][0]
 
 

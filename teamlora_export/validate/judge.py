@@ -2,8 +2,9 @@
 
 The reference is the adapted PyTorch model in float64. PyTorch itself, run in the candidate's dtype, shows how much
 error that dtype costs. An output passes when it errs at most `MULTIPLE` times as much (root mean square over real
-tokens) as PyTorch's does, in that step or over all of them; with a floor of `FLOOR` units of roundoff, should PyTorch
-err less. Errors of a whole model hide what is wrong in one module: `local.py` judges those.
+tokens) as PyTorch's does, in that step or over all of them (`MULTIPLE_OF_CODES` where weights are codes); with a floor
+of `FLOOR` units of roundoff, should PyTorch err less. Errors of a whole model hide what is wrong in one module:
+`local.py` judges those.
 
 Where scores are nearly equal, a router in a low dtype may choose other experts than in float64, and all that follows
 differs. So both PyTorch models take the experts that the candidate took, and its choices are judged by what they lose:
@@ -30,6 +31,9 @@ from teamlora_export.validate.verdict import CaseResult, Judgement
 # Another order of additions moves an error by a factor of about two, and one step's error is one draw: the worst of all
 # steps was up to 3.5 times PyTorch's in healthy models. Real faults move an error by a hundred and more.
 MULTIPLE = 10.0
+# Kernels of products with codes add up block by block and take the offsets of codes out of whole sums: where a healthy
+# model's worst step is 3.5 times PyTorch's elsewhere, it was 8.3 there.
+MULTIPLE_OF_CODES = 30.0
 FLOOR = 4.0
 # Largest error of a few against the root mean square of all.
 _PEAK = 3.0
@@ -69,11 +73,21 @@ class Judge:
     """Compares `candidate` with `reference` (float64) and `pytorch` (the candidate's dtype) over cases.
 
     `inputs` are the candidate's, with the sizes of its cache. Run all cases with `add_case`, then ask for `results`.
+
+    Args:
+        multiple: of PyTorch's error, that is allowed.
     """
 
     def __init__(
-        self, dtype: str, reference: Follower, pytorch: Follower, candidate: Runner, inputs: Sequence[Port]
+        self,
+        dtype: str,
+        reference: Follower,
+        pytorch: Follower,
+        candidate: Runner,
+        inputs: Sequence[Port],
+        multiple: float = MULTIPLE,
     ) -> None:
+        self._multiple = multiple
         self._dtype = dtype
         self._followers, self._candidate = (reference, pytorch), candidate
         self._inputs = inputs
@@ -123,7 +137,9 @@ class Judge:
         # Where PyTorch itself overflows in this dtype, the dtype is at fault, and nothing beyond the floor is allowed.
         theirs = pytorch.rms if math.isfinite(pytorch.rms) else 0.0
         theirs = max(theirs, self._pooled(measured.name))
-        return Judgement(measured.name, measured.ours, replace(pytorch, rms=theirs), max(MULTIPLE * theirs, floor))
+        return Judgement(
+            measured.name, measured.ours, replace(pytorch, rms=theirs), max(self._multiple * theirs, floor)
+        )
 
     def _pooled(self, name: str) -> float:
         """PyTorch's error of an output, root mean square over all steps of all cases.

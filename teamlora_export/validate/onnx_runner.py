@@ -52,7 +52,7 @@ class OnnxRunner:
         adapted: paths of the adapted projections, whose parts can be looked at.
         library: a native library that runs the op's nodes, not for bfloat16. The bodies are left out then, so that
             nothing else can run them.
-        as_deployed: with what the runtime saves on the graph, which would hide faults (`compute_exactly`).
+        as_deployed: with what the runtime saves on the graph, which would hide faults (`prepare`).
 
     Raises:
         ExportError: as `read_graph`.
@@ -126,16 +126,16 @@ class OnnxRunner:
             node = node.inputs[0].producer() or node
         return (node.name or node.op_type) if node is not None else "an input of the model"
 
-    @staticmethod
-    def compute_exactly(model: ir.Model) -> bool:
-        """Take out of a model what a runtime saves on what the graph says, in place; whether there was anything."""
-        return keep_activations(model)
+    def prepare(self, model: ir.Model) -> bool:
+        """Take out of a model what a runtime saves on what the graph says, but for one that runs as it is deployed, in
+        place; whether it is another then."""
+        return not self._as_deployed and keep_activations(model)
 
     @cached_property
     def _opened(self) -> tuple[ir.Model, dict[str, str], bool]:
         """The model as it runs, the values that experts read, by module, and whether it computes what the file does."""
         model = read_graph(self.bundle)
-        as_in_file = self._as_deployed or not self.compute_exactly(model)
+        as_in_file = not self.prepare(model)
         inputs = expert_inputs(model)
         if self.library is None:
             inline_bodies(model)

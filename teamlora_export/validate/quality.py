@@ -40,15 +40,13 @@ _RESULTS = ("logits", "sentence_embedding", "last_hidden_state")
 _LEAST_SOLVED = 0.75
 
 
-def measure_quality(
-    bundle: Bundle, base: BaseModel, adapter: AdapterSpec, library: Path | None, thresholds: Thresholds
-) -> Quality:
-    """Measure `bundle` against its base and adapter, in float32.
+def measure_quality(graph: OnnxRunner, base: BaseModel, adapter: AdapterSpec, thresholds: Thresholds) -> Quality:
+    """Measure a bundle, as it is deployed, against its base and adapter in float32.
 
     Raises:
         ExportError: the bundle has no tokenizer.json, or cannot be run.
     """
-    graph = OnnxRunner(bundle, adapter.projections, library, as_deployed=True)
+    bundle = graph.bundle
     pytorch = TorchRunner(base, adapter, torch.float32)
     adapted, quantised, alone, from_base = _Sums(), _Sums(), _Sums(), _Sums()
     for text in _texts(bundle, base):

@@ -15,7 +15,7 @@ from rich.table import Table
 from teamlora_export.bundle import Bundle
 from teamlora_export.page import render_page, write_report
 from teamlora_export.validate import local
-from teamlora_export.validate.judge import FLOOR, MULTIPLE
+from teamlora_export.validate.judge import FLOOR
 from teamlora_export.validate.verdict import Judgement, Quality, Verdict
 
 _MOST_DEPARTURES = 10
@@ -58,7 +58,7 @@ def verdict_fields(verdict: Verdict, bundle: Bundle) -> dict[str, Any]:
     return {
         "bundle": bundle.folder.resolve().name,
         "passed": verdict.passed,
-        "rule": {"multiple": MULTIPLE, "floor_in_roundoff": FLOOR},
+        "rule": {"multiple": verdict.multiple, "floor_in_roundoff": FLOOR},
         "rule_for_modules": {
             "multiple": local.MULTIPLE,
             "floor_in_roundoff": local.FLOOR,
@@ -80,7 +80,7 @@ def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
         quality_rows=_quality_rows(verdict.quality) if verdict.quality else [],
         cost=_cost(verdict.quality) if verdict.quality else "",
         inside=_inside(verdict),
-        multiple=MULTIPLE,
+        multiple=verdict.multiple,
         chart=_module_chart(verdict.modules),
         experts=_expert_rows(verdict.expert_use),
     )

@@ -33,11 +33,11 @@ from teamlora_export.model.base import BaseModel, LoadedWeights, open_base
 from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights
 from teamlora_export.model.source import weights_sha256
 from teamlora_export.progress import Reporter
-from teamlora_export.validate.attached import judge_attached
+from teamlora_export.validate.attached import AttachedRunner, judge_attached
 from teamlora_export.validate.cases import Case, Step, make_cases
 from teamlora_export.validate.engine_runner import EngineRunner, cases_within
 from teamlora_export.validate.held_as_codes import HeldAsCodes
-from teamlora_export.validate.judge import Judge
+from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
 from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.local import LocalJudge
 from teamlora_export.validate.onnx_runner import OnnxRunner
@@ -115,7 +115,9 @@ def validate_bundle(
     if quality:
         assert base is not None
         with reporter.step("Reading held-out text, to see what quantisation cost"):
-            measured = measure_quality(bundle, base, adapter, library, thresholds or Thresholds())
+            runner = OnnxRunner if manifest.attached is None else AttachedRunner
+            graph = runner(bundle, adapter.projections, library, as_deployed=True)
+            measured = measure_quality(graph, base, adapter, thresholds or Thresholds())
         verdict = dataclasses.replace(verdict, quality=measured)
     return _keep(verdict, bundle, engine)
 
@@ -140,7 +142,8 @@ def _judge_export(
     with reporter.step("Preparing PyTorch in float64 and the bundle's dtype"):
         reference = TorchRunner(base, adapter, torch.float64, weights, held)
         pytorch = TorchRunner(base, adapter, _torch_dtype(dtype), weights, held)
-    judge = Judge(dtype, reference, pytorch, engine.runner if engine else graph, manifest.inputs)
+    multiple = MULTIPLE_OF_CODES if held else MULTIPLE
+    judge = Judge(dtype, reference, pytorch, engine.runner if engine else graph, manifest.inputs, multiple)
     cases = make_cases(base.config, base.task, brief=weights is not None, many=library is not None)
     for case in engine.choose(cases, reporter) if engine else cases:
         with reporter.step(f"Case: {case.name}"):
@@ -161,6 +164,7 @@ def _judge_export(
         weights=inside.weights,
         expert_use=expert_use,
         candidate=(engine or graph).label,
+        multiple=multiple,
     )
 
 

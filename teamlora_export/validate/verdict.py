@@ -153,6 +153,7 @@ class Verdict:
         candidate: what ran, in words.
         library: SHA-256 of the native library that ran the op, where one did.
         quality: what quantisation cost, where that was measured.
+        multiple: of PyTorch's error, that outputs are allowed.
         not_kept: why the verdict could not be written into the manifest, where it could not.
     """
 
@@ -165,6 +166,7 @@ class Verdict:
     candidate: str = "ONNX Runtime"
     library: str | None = None
     quality: Quality | None = None
+    multiple: float = 10.0
     not_kept: str | None = None
 
     @property

@@ -92,17 +92,39 @@ def dequantised(graph: Graph, x: str, w: np.ndarray, name: str = NAME) -> str:
     return graph.node("MatMul", [x, turned], f"{name}/MatMul_output_0")
 
 
-def dynamic(graph: Graph, x: str, w: np.ndarray, name: str = NAME) -> str:
-    """As ONNX Runtime's dynamic quantisation leaves a product."""
-    scale = np.float32(np.abs(w).max() / 127)
-    codes = graph.weight(f"{name}.weight_quantized", np.round(w / scale).astype(np.int8))
-    zero = graph.weight(f"{name}.weight_zero_point", np.int8(0))
-    step = graph.weight(f"{name}.weight_scale", scale)
+def integers(graph: Graph, w: np.ndarray, name: str) -> tuple[str, str, str]:
+    """Names of codes, scales and zero points of 8 bits, one for each column."""
+    scale = (np.ptp(w, axis=0) / 255).astype(np.float32)
+    zero = np.round(-128 - w.min(axis=0) / scale).astype(np.int8)
+    codes = np.clip(np.round(w / scale) + zero, -128, 127).astype(np.int8)
+    arrays = {"weight_quantized": codes, "weight_scale": scale, "weight_zero_point": zero}
+    stored = [graph.weight(f"{name}.{kind}", array) for kind, array in arrays.items()]
+    return stored[0], stored[1], stored[2]
+
+
+def dynamic(graph: Graph, x: str, w: np.ndarray, name: str = NAME, in_turn: bool = False) -> str:
+    """As ONNX Runtime's dynamic quantisation leaves a product; `in_turn`: one scale after the other."""
+    codes, scale, zero = integers(graph, w, name)
     graph.node("DynamicQuantizeLinear", [x], ["x_codes", "x_scale", "x_zero"])
     sums = graph.node("MatMulInteger", ["x_codes", codes, "x_zero", zero], f"{name}/sums")
     numbers = graph.node("Cast", [sums], f"{name}/numbers", to=TensorProto.FLOAT)
-    both = graph.node("Mul", ["x_scale", step], f"{name}/both")
+    if in_turn:
+        part = graph.node("Mul", [numbers, "x_scale"], f"{name}/part")
+        return graph.node("Mul", [part, scale], f"{name}/MatMul_output_0")
+    both = graph.node("Mul", ["x_scale", scale], f"{name}/both")
     return graph.node("Mul", [numbers, both], f"{name}/MatMul_output_0")
+
+
+def fused(graph: Graph, x: str, w: np.ndarray, name: str = NAME, quantises: bool = True) -> str:
+    """What ONNX Runtime makes of such a product and its bias."""
+    codes, scale, zero = integers(graph, w, name)
+    bias = graph.weight(f"{name}.bias", np.linspace(-1, 1, w.shape[1], dtype=np.float32))
+    if quantises:
+        inputs = [x, codes, scale, zero, bias]
+        return graph.node("DynamicQuantizeMatMul", inputs, f"{name}/MatMul_output_0", domain="com.microsoft")
+    graph.node("DynamicQuantizeLinear", [x], ["x_codes", "x_scale", "x_zero"])
+    inputs = ["x_codes", codes, "x_scale", scale, "x_zero", zero, bias]
+    return graph.node("MatMulIntegerToFloat", inputs, f"{name}/MatMul_output_0", domain="com.microsoft")
 
 
 def biased(graph: Graph, x: str, w: np.ndarray, name: str = NAME) -> str:
@@ -126,6 +148,9 @@ FORMS = {
     "MatMulNBits of 8 bits": lambda graph, x, w: nbits(graph, x, w, bits=8),
     "DequantizeLinear": dequantised,
     "MatMulInteger": dynamic,
+    "MatMulInteger, scaled in turn": lambda graph, x, w: dynamic(graph, x, w, in_turn=True),
+    "DynamicQuantizeMatMul": fused,
+    "MatMulIntegerToFloat": lambda graph, x, w: fused(graph, x, w, quantises=False),
     "bias": biased,
     "AWQ": scaled,
 }
@@ -161,5 +186,7 @@ def run(path: Path, *wanted: str) -> list[np.ndarray]:
     model = onnx.load(path)
     known = {value.name for value in model.graph.output}
     model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in wanted if name not in known)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return session.run(list(wanted), {"input_ids": IDS})

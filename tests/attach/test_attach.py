@@ -6,13 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from foreign_graphs import FORMS, IDS, IN, NAME, OUT, PATH, Graph, adapter_of, biased, matmul, nbits, run, save_base
 from formula import by_formula
 
+from teamlora_export.attach.exact import DequantizeProducts
+from teamlora_export.attach.products import find_products
 from teamlora_export.attach.run import attach
 from teamlora_export.errors import ExportError
+from teamlora_export.graph.quantized import dequantised
 from teamlora_export.validate.run import validate_bundle
 
 
@@ -49,6 +53,23 @@ def test_the_op_stands_behind_every_form_of_a_product(form, opset, rng, tmp_path
     bundle = attach(foreign, tmp_path / "adapter", tmp_path / "out")
     assert_adds_experts(spec, foreign, bundle.folder)
     assert validate_bundle(bundle).passed
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if "Integer" in name or "Dynamic" in name])
+def test_products_of_integers_are_judged_as_what_they_mean(form, rng, tmp_path):
+    graph, w = Graph(), weight(rng)
+    foreign = graph.save(tmp_path / "foreign", FORMS[form](graph, graph.embed(rng), w))
+    x, rounded = run(foreign, "embedded", "last_hidden_state")
+    model = ir.load(foreign)
+    assert DequantizeProducts()(model).modified
+    (product,) = find_products(model.graph)
+    meant = dequantised(product.node, np.float64)
+    np.testing.assert_allclose(meant, w, atol=np.ptp(w) / 255)
+    ir.save(model, tmp_path / "exact.onnx")
+    (found,) = run(tmp_path / "exact.onnx", "last_hidden_state")
+    bias = np.linspace(-1, 1, OUT) if product.node.outputs[0] is not product.output else 0.0
+    np.testing.assert_allclose(found, x.astype(np.float64) @ meant + bias, atol=2e-5)
+    assert np.abs(rounded - found).max() > 1e-3
 
 
 def test_other_nodes_stay_byte_for_byte(rng, tmp_path):
