@@ -62,8 +62,8 @@ BatchingOption = Annotated[
     str | None,
     typer.Option(
         metavar="KIND",
-        help="Of text. continuous (default with a cache in place): one model, words in and out; sequence: a step "
-        "of the model, its cache as Triton's state.",
+        help="Of text. continuous (default with a cache in place, or of an attached model): one model, words in and "
+        "out; sequence: a step of the model, its cache as Triton's state.",
     ),
 ]
 

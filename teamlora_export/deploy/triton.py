@@ -66,7 +66,8 @@ def deploy_triton(
             that the model takes.
         batching: of a text generator: "continuous", one model that takes words, writes `batch` texts at a time, and
             lets others wait until there are `sequences`; or "sequence", a step of the model with its cache as Triton's
-            state, and a model that takes words around it. Default: continuous where that can be.
+            state, and a model that takes words around it. Default: continuous on a CPU, with a cache in place or a
+            model that takes no padding; a cache that grows is copied whenever the texts that share a step change.
         threads: of ONNX Runtime on a CPU, for each instance; 0: every core that the machine has.
 
     Raises:
@@ -171,17 +172,15 @@ def _batching(bundle: Bundle, wanted: str | None, engine: str | None, gpu: bool,
     obstacles = (
         (bundle.manifest.task != "text-generation", f"{bundle.folder} does not generate text."),
         (engine is not None, "is for ONNX Runtime. Leave --engine or it out."),
-        (
-            not keeps_in_place(bundle.manifest.inputs),
-            f"{bundle.folder} keeps no cache in place. Export it with --cache in-place.",
-        ),
         (gpu, "runs on a CPU. Leave --gpu or it out."),
         (not text, "takes words, so it needs the model's tokenizer.json, and no --no-text."),
     )
     obstacle = next((reason for holds, reason in obstacles if holds), None)
     if wanted == "continuous" and obstacle is not None:
         raise ExportError(f"--batching continuous: {obstacle}")
-    return wanted or ("sequence" if obstacle else "continuous")
+    # Rows that Triton puts together may be of any length.
+    shared = keeps_in_place(bundle.manifest.inputs) or not bundle.manifest.tokens.padded
+    return wanted or ("continuous" if obstacle is None and shared else "sequence")
 
 
 def _batch(facts: EngineFacts | None, wanted: int | None, default: int) -> int:

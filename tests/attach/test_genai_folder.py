@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,20 @@ def test_it_deploys_to_genai_with_its_own_configuration(bundle, tmp_path):
     config = json.loads((folder / "genai_config.json").read_text())
     assert config == json.loads((bundle.folder / "genai_config.json").read_text())
     assert generate(folder, PROMPT, COUNT)[1] == generate(bundle.folder, PROMPT, COUNT)[1]
+
+
+def test_triton_batches_it_continuously(bundle, tmp_path):
+    out = deploy_triton(bundle, tmp_path / "triton", name="attached", batch=3)
+    server, prompts = Server(out / "models"), [PROMPT, PROMPT[:3], PROMPT[1:4], PROMPT[:5]]
+
+    def ask(prompt: list[int]) -> list[int]:
+        given = {"input_ids": np.array([prompt]), "max_tokens": np.array([[COUNT]], np.int32)}
+        (answer,) = server.stream("attached_text", given)
+        return answer["token_ids"][0].tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, prompts)) == [Model(bundle.folder).generate([each], COUNT)[0] for each in prompts]
+    server.models["attached_text"].unload()
 
 
 def test_triton_steps_it_with_its_cache_as_state(bundle, tmp_path):

@@ -172,6 +172,23 @@ def test_texts_of_a_cache_in_place_are_batched_continuously(continuous, make_bun
     server.models["m_text"].unload()
 
 
+def test_texts_of_a_growing_cache_are_batched_continuously_where_that_is_asked_for(make_bundle, tmp_path):
+    bundle = make_bundle("mistral")
+    server = Server(deploy_triton(bundle, tmp_path / "out", name="m", batch=3, batching="continuous") / "models")
+    drawn, model = np.random.default_rng(3), Model(bundle.folder, threads=1)
+    prompts = [drawn.integers(3, 384, length) for length in drawn.integers(1, 60, 20)]
+
+    def ask(prompt: np.ndarray) -> list[int]:
+        given = {"input_ids": prompt.astype(np.int64), "max_tokens": np.array([8], np.int32)}
+        (answer,) = server.stream("m_text", rows(given))
+        return answer["token_ids"][0].tolist()
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, prompts))
+    assert answers == [model.generate([prompt.tolist()], 8)[0] for prompt in prompts]
+    server.models["m_text"].unload()
+
+
 def test_a_request_that_cannot_be_batched_is_refused_in_words(continuous):
     server = Server(continuous / "models")
     ids = np.array([5, 6, 7], np.int64)
@@ -343,9 +360,9 @@ def test_how_texts_are_batched_follows_from_the_model_or_is_refused(make_bundle,
     assert models(1, in_place, batching="sequence") == models(2, growing) == {"m", "m_text"}
     assert models(3, in_place, text=False) == {"m"}
     assert models(4, in_place, gpu=True) == {"m", "m_text"}
+    assert models(5, growing, batching="continuous") == {"m_text"}
     for number, (message, bundle, options) in enumerate(
         (
-            ("keeps no cache in place", growing, {}),
             ("does not generate text", make_bundle("bert"), {}),
             ("Leave --gpu", in_place, {"gpu": True}),
             ("no --no-text", in_place, {"text": False}),
@@ -355,7 +372,7 @@ def test_how_texts_are_batched_follows_from_the_model_or_is_refused(make_bundle,
     ):
         with pytest.raises(ExportError, match=message):
             models(10 + number, bundle, **{"batching": "continuous", **options})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3", "4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3", "4", "5"]
 
 
 def test_words_for_a_cache_in_place_are_read_in_parts_and_a_full_cache_is_refused(make_bundle, tmp_path):
