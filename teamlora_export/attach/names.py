@@ -77,6 +77,12 @@ def keys_of(names: Iterable[str]) -> set[Key]:
     return {key for key in keys if key.layer is not None} or keys
 
 
+def is_outside(path: str) -> bool:
+    """Whether a module is in none of the layers."""
+    key = key_of(path)
+    return key is None or key.layer is None
+
+
 def _roles(tail: list[str]) -> tuple[str, ...]:
     own = (".".join(tail),)
     if any(word.isdecimal() or word in _MIXTURES for word in tail):

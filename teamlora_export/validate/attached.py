@@ -23,6 +23,7 @@ from teamlora_export.attach.exact import DequantizeProducts
 from teamlora_export.attach.insert import detach
 from teamlora_export.attach.interface import WINDOW_CACHE
 from teamlora_export.attach.match import Found, find_modules
+from teamlora_export.attach.names import is_outside
 from teamlora_export.attach.products import Product, find_products, has_codes, readers_of, release
 from teamlora_export.bundle import Bundle
 from teamlora_export.dtypes import DTYPES
@@ -74,7 +75,7 @@ def judge_attached(
         reference, pytorch = (ExpertRunner(adapter, dtype, dtypes[1]) for dtype in dtypes)
     else:
         with reporter.step("Preparing PyTorch with the graph's weights"):
-            exact, rounded = holding_weights(bundle, base, adapter, dtypes)
+            exact, rounded = holding_weights(bundle, base, adapter, dtypes, reporter)
         reference, pytorch = exact, rounded
         judge = Judge(manifest.dtype, exact, rounded, graph, manifest.inputs, multiple)
         for case in [case for case in make_cases(base.config, base.task) if case.mask.all()]:
@@ -138,13 +139,13 @@ def _write_out_sigmoid(graph: ir.Graph, node: ir.Node) -> None:
 
 
 def holding_weights(
-    bundle: Bundle, base: BaseModel, adapter: AdapterSpec, dtypes: Sequence[torch.dtype]
+    bundle: Bundle, base: BaseModel, adapter: AdapterSpec, dtypes: Sequence[torch.dtype], reporter: Reporter
 ) -> list[TorchRunner]:
     """The adapted model in PyTorch, in each of `dtypes`, with the weights that the graph's products and its embedding
     stand for; the rest is the base's.
 
     Raises:
-        ExportError: not all of the base's linear layers are found in the graph.
+        ExportError: a linear layer of the base that is in one of its blocks is not found in the graph.
     """
     model = read_graph(bundle)
     detach(model)
@@ -152,7 +153,12 @@ def holding_weights(
     linears = base.signature.linears
     sizes = {path: (linear.in_features, linear.out_features) for path, linear in linears.items()}
     found, findings = find_modules(model.graph, sizes)
-    raise_findings(f"{bundle.folder}: not all of the base's layers are found in the graph", findings)
+    # A pooler, or a head of another task, need not be in the graph.
+    outside = {path for path in sizes.keys() - found.keys() if is_outside(path)}
+    inside = [each for each in findings if each.partition(":")[0] not in outside]
+    raise_findings(f"{bundle.folder}: not all of the base's layers are found in the graph", inside)
+    if outside:
+        reporter.warn(f"{', '.join(sorted(outside))}: not found in the graph, and computed with as the base has it.")
     held = _HeldByProducts({f"{path}.weight": answer for path, answer in found.items()}, linears)
     runners = [TorchRunner(base, adapter, dtype, held=held) for dtype in dtypes]
     for table in _tables(bundle, model):
