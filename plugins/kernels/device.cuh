@@ -15,6 +15,10 @@
 
 namespace teamlora {
 
+// Nothing that is made of `raw` may move to before this place. Without it the compiler takes the halves of a loaded
+// word apart where the load is, and waits for it there.
+__device__ inline void hold(uint4& raw) { asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w)); }
+
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                           cudaStream_t stream, const Arguments&... arguments) noexcept {

@@ -49,26 +49,40 @@ __device__ Pack<T> load_constant(const T* source) {
 }
 
 template <typename T>
-__device__ Pack<T> load_pack(const T* source) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(source);
-    Pack<T> pack;
-    memcpy(&pack, &raw, sizeof(pack));
-    return pack;
-}
-
-template <typename T>
 __device__ void store_pack(T* target, const Pack<T>& pack) {
     uint4 raw;
     memcpy(&raw, &pack, sizeof(pack));
     *reinterpret_cast<uint4*>(target) = raw;
 }
 
-// The same to global memory, as one transaction: the compiler takes a plain assignment apart into four.
+// A pack as the raw word that a load brings. Kept like that until its use (see `hold`), it stays in the registers of
+// its load, and nothing waits for it before: the elements of a `Pack` are taken apart at once.
 template <typename T>
-__device__ void store_global(T* target, const Pack<T>& pack) {
-    uint4 raw;
-    memcpy(&raw, &pack, sizeof(pack));
-    __stwb(reinterpret_cast<uint4*>(target), raw);
+__device__ uint4 load_raw(const T* source) {
+    return *reinterpret_cast<const uint4*>(source);
+}
+
+// One transaction to global memory: the compiler takes a plain assignment of a `Pack` apart into four.
+template <typename T>
+__device__ void store_raw(T* target, uint4 raw) {
+    __stcg(reinterpret_cast<uint4*>(target), raw);
+}
+
+// The elements of `raw` plus those of `delta`, summed in float32. `delta` is in shared memory, 16-byte aligned.
+template <typename T>
+__device__ uint4 add_to_pack(uint4 raw, const float* delta) {
+    Pack<T> pack;
+    memcpy(&pack, &raw, sizeof(pack));
+#pragma unroll
+    for (int j = 0; j < Pack<T>::kWidth; j += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(delta + j);
+        pack.values[j] = from_float<T>(to_float(pack.values[j]) + four.x);
+        pack.values[j + 1] = from_float<T>(to_float(pack.values[j + 1]) + four.y);
+        pack.values[j + 2] = from_float<T>(to_float(pack.values[j + 2]) + four.z);
+        pack.values[j + 3] = from_float<T>(to_float(pack.values[j + 3]) + four.w);
+    }
+    memcpy(&raw, &pack, sizeof(raw));
+    return raw;
 }
 
 // The first `count` elements from `source`, which need not be aligned; zeros after them.

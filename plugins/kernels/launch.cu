@@ -114,10 +114,12 @@ cudaError_t launch_many(const MixedExpertShape& shape, const MixedExpertTensors&
     if (error != cudaSuccess) return error;
 
     const Columns columns = columns_of(shape);
-    const ManyUpArguments up{tensors.base,    tensors.up,        tensors.y,   memory + plan.values_offset,     tokens,
-                             shape.up_rank(), plan.value_stride, shape.out(), aligned_outputs(shape, tensors), columns};
+    const ManyUpArguments up{tensors.base, tensors.up,      tensors.y,         memory + plan.values_offset,
+                             tokens,       shape.up_rank(), plan.value_stride, shape.out(),
+                             columns};
     const dim3 up_grid(ceil_div(tokens, ManyUp<T>::kTokens), columns.num_tiles(ManyUp<T>::kColumns));
-    return launch_kernel(many_up<T>, up_grid, ManyUp<T>::kThreads, ManyUp<T>::kSharedBytes, stream, up);
+    const auto up_kernel = aligned_outputs(shape, tensors) ? many_up<T, true> : many_up<T, false>;
+    return launch_kernel(up_kernel, up_grid, ManyUp<T>::kThreads, ManyUp<T>::kSharedBytes, stream, up);
 }
 
 template <typename T>

@@ -29,8 +29,9 @@ struct ManyDownArguments {
     int chunks, chunk_columns, split_width, value_stride;
 };
 
-// Copies rows of 64 or 32 elements (128 bytes) from global to shared memory without waiting. Elements from `limit` on,
-// and rows for which `row_of` is negative, become zeros.
+// Copies rows of kStageWidth elements from global to shared memory without waiting. Elements from `limit` on, and rows
+// for which `row_of` is negative, become zeros. `aligned`: packs begin on 16 bytes, and none reaches over `limit`
+// (a copy of a part would become a branch for each length).
 template <typename T, int kRows, int kStageWidth, int kStride, int kThreads, typename RowOf>
 __device__ void copy_rows(T* target, const T* source, int64_t source_stride, int first, int limit, bool aligned,
                           const RowOf& row_of) {
@@ -49,6 +50,30 @@ __device__ void copy_rows(T* target, const T* source, int64_t source_stride, int
             store_pack(to, load_elements(where, available));
         }
     }
+}
+
+// The pipeline of both products: `fetch(step)` starts the copies of a step into stage `step % kStages`.
+template <int kStages, typename Fetch>
+__device__ void start_stages(int steps, const Fetch& fetch) {
+#pragma unroll
+    for (int step = 0; step < kStages - 1; ++step) {
+        if (step < steps) fetch(step);
+        __pipeline_commit();
+    }
+}
+
+// Calls `use(step)` for each step, while the stages of the next ones are filled. Ends with a barrier.
+template <int kStages, typename Fetch, typename Use>
+__device__ void run_stages(int steps, const Fetch& fetch, const Use& use) {
+    for (int step = 0; step < steps; ++step) {
+        __pipeline_wait_prior(kStages - 2);
+        // All have this step's stage, and all are done with the one that is fetched next.
+        __syncthreads();
+        if (step + kStages - 1 < steps) fetch(step + kStages - 1);
+        __pipeline_commit();
+        use(step);
+    }
+    __syncthreads();
 }
 
 template <typename T, int kTokenTiles, int kColumnTiles>
@@ -136,16 +161,8 @@ __global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThrea
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) Product::clear(sums[n]);
     const int steps = (end - begin + Shape::kStageWidth - 1) / Shape::kStageWidth;
-    for (int step = 0; step < Shape::kStages - 1; ++step) {
-        if (step < steps) fetch(step);
-        __pipeline_commit();
-    }
-    for (int step = 0; step < steps; ++step) {
-        __pipeline_wait_prior(Shape::kStages - 2);
-        // All have this step's stage, and all are done with the one that is fetched next.
-        __syncthreads();
-        if (step + Shape::kStages - 1 < steps) fetch(step + Shape::kStages - 1);
-        __pipeline_commit();
+    start_stages<Shape::kStages>(steps, fetch);
+    run_stages<Shape::kStages>(steps, fetch, [&](int step) {
         const T* left = stages + step % Shape::kStages * Shape::kStageElements;
         const T* right = left + Shape::kTokens * Shape::kStride;
 #pragma unroll
@@ -158,8 +175,7 @@ __global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThrea
                                                                 Shape::kStride);
             }
         }
-    }
-    __syncthreads();
+    });
 
     // Warps along the inner dimension add their sums up, half of them at a time; z ends up in the first slot.
     float* z = shared;
@@ -215,6 +231,15 @@ __global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThrea
             values[at] = from_float<T>(u * weights[row * k + (column0 + column) / c]);
         }
     }
+    // v is padded to whole packs, which the second product reads.
+    const int up_rank = k * c, padding = arguments.value_stride - up_rank;
+    if (column0 > 0 || padding == 0) return;
+    for (int i = threadIdx.x; i < Shape::kTokens * padding; i += Shape::kThreads) {
+        const int row = i / padding;
+        if (token0 + row >= arguments.tokens) break;
+        values[(token0 + row) * token_stride + sibling * arguments.value_stride + up_rank + i % padding] =
+            from_float<T>(0.0F);
+    }
 }
 
 struct ManyUpArguments {
@@ -223,7 +248,6 @@ struct ManyUpArguments {
     void* y;
     const void* values;
     int tokens, up_rank, value_stride, out;
-    bool aligned;
     Columns columns;
 };
 
@@ -232,14 +256,18 @@ struct ManyUp {
     static constexpr int kTokens = 64, kColumns = 128, kThreads = 256;
     static constexpr int kDepth = 2 * Tile<T>::kDepth;
     static constexpr int kValueStride = kDepth + Pack<T>::kWidth, kUpStride = kColumns + Pack<T>::kWidth;
+    static constexpr int kStageElements = kTokens * kValueStride + kDepth * kUpStride;
+    static constexpr int kStages = 3;
     static constexpr int kResultStride = kColumns + 4;
-    static constexpr size_t kInputBytes = sizeof(T) * (kTokens * kValueStride + kDepth * kUpStride);
+    static constexpr size_t kStagesBytes = sizeof(T) * kStages * kStageElements;
     static constexpr size_t kResultBytes = sizeof(float) * kTokens * kResultStride;
-    static constexpr size_t kSharedBytes = kInputBytes > kResultBytes ? kInputBytes : kResultBytes;
+    static constexpr size_t kSharedBytes = kStagesBytes > kResultBytes ? kStagesBytes : kResultBytes;
+    static_assert(kSharedBytes <= kSharedLimit, "the stages are too large");
 };
 
-// Grid: tiles of tokens, tiles of columns.
-template <typename T>
+// Grid: tiles of tokens, tiles of columns. kAligned: `base`, `up` and `y` are read and written in whole packs, which
+// no sibling's end cuts.
+template <typename T, bool kAligned>
 __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kThreads>)
     many_up(ManyUpArguments arguments) {
     using Shape = ManyUp<T>;
@@ -248,51 +276,49 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kTh
     constexpr int kPacksAcross = Shape::kColumns / kWidth, kRowStep = Shape::kThreads / kPacksAcross;
     constexpr int kOwn = Shape::kTokens / kRowStep;
     TEAMLORA_DYNAMIC_SHARED(shared);
-    T* values = reinterpret_cast<T*>(shared);
-    T* weights = values + Shape::kTokens * Shape::kValueStride;
+    T* stages = reinterpret_cast<T*>(shared);
     const ColumnTile tile = arguments.columns.tile(blockIdx.y, Shape::kColumns);
     const int64_t token0 = static_cast<int64_t>(blockIdx.x) * Shape::kTokens, out = arguments.out;
 
-    // A thread's own packs of base and y lie below each other. `base` is under way while the product is made.
+    const int64_t token_stride = static_cast<int64_t>(arguments.columns.num_siblings) * arguments.value_stride;
+    const T* sibling_values = static_cast<const T*>(arguments.values) + tile.sibling * arguments.value_stride;
+    const auto token_of = [&](int row) { return token0 + row < arguments.tokens ? token0 + row : int64_t{-1}; };
+    const auto fetch = [&](int step) {
+        T* stage = stages + step % Shape::kStages * Shape::kStageElements;
+        const int depth0 = step * Shape::kDepth, up_rank = arguments.up_rank;
+        const auto row_of = [&](int row) { return depth0 + row < up_rank ? depth0 + row : int64_t{-1}; };
+        copy_rows<T, Shape::kTokens, Shape::kDepth, Shape::kValueStride, Shape::kThreads>(
+            stage, sibling_values, token_stride, depth0, arguments.value_stride, true, token_of);
+        copy_rows<T, Shape::kDepth, Shape::kColumns, Shape::kUpStride, Shape::kThreads>(
+            stage + Shape::kTokens * Shape::kValueStride, static_cast<const T*>(arguments.up), out, tile.first,
+            tile.first + tile.width, kAligned, row_of);
+    };
+    const int steps = (arguments.up_rank + Shape::kDepth - 1) / Shape::kDepth;
+    start_stages<Shape::kStages>(steps, fetch);
+
+    // A thread's own packs of base and y lie below each other. `base` is under way while the product is made: raw
+    // words, which nothing touches before the epilogue.
     const int own_column = threadIdx.x % kPacksAcross * kWidth, own_row = threadIdx.x / kPacksAcross;
     const int own_width = tile.width - own_column;
-    const int own_rows = static_cast<int>(min(arguments.tokens - token0, int64_t{Shape::kTokens})) - own_row;
+    const int own_rows =
+        own_width > 0 ? static_cast<int>(min(arguments.tokens - token0, int64_t{Shape::kTokens})) - own_row : 0;
     const int64_t own = (token0 + own_row) * out + tile.first + own_column;
-    const bool own_whole = arguments.aligned && own_width >= kWidth;
-    Pack<T> base[kOwn];
+    const T* own_base = static_cast<const T*>(arguments.base) + own;
+    uint4 base[kAligned ? kOwn : 1];
+    if constexpr (kAligned) {
 #pragma unroll
-    for (int n = 0; n < kOwn; ++n) {
-        const int available = n * kRowStep < own_rows ? own_width : 0;
-        const T* source = static_cast<const T*>(arguments.base) + (available > 0 ? own + n * kRowStep * out : 0);
-        base[n] = own_whole && available > 0 ? load_pack(source) : load_elements(source, available);
+        for (int n = 0; n < kOwn; ++n) {
+            base[n] = n * kRowStep < own_rows ? load_raw(own_base + n * kRowStep * out) : uint4{};
+        }
     }
 
     const int warp = threadIdx.x / 32, token_tile = warp % 4, column_half = warp / 4;
     typename Product::Accumulator sums[kColumnTiles];
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) Product::clear(sums[n]);
-    const int64_t token_stride = static_cast<int64_t>(arguments.columns.num_siblings) * arguments.value_stride;
-    for (int depth0 = 0; depth0 < arguments.up_rank; depth0 += Shape::kDepth) {
-        constexpr int kPacksAlong = Shape::kDepth / kWidth;
-        for (int i = threadIdx.x; i < Shape::kTokens * kPacksAlong; i += Shape::kThreads) {
-            const int row = i / kPacksAlong, depth = depth0 + i % kPacksAlong * kWidth;
-            const int64_t token = token0 + row;
-            const int available = token < arguments.tokens ? arguments.up_rank - depth : 0;
-            const T* source = static_cast<const T*>(arguments.values);
-            source += available > 0 ? token * token_stride + tile.sibling * arguments.value_stride + depth : 0;
-            T* target = values + row * Shape::kValueStride + (depth - depth0);
-            store_pack(target, available >= kWidth ? load_constant(source) : load_elements(source, available));
-        }
-        for (int i = threadIdx.x; i < Shape::kDepth * kPacksAcross; i += Shape::kThreads) {
-            const int row = i / kPacksAcross, column = i % kPacksAcross * kWidth;
-            const int available = depth0 + row < arguments.up_rank ? tile.width - column : 0;
-            const T* source = static_cast<const T*>(arguments.up);
-            source += available > 0 ? (depth0 + row) * out + tile.first + column : 0;
-            const bool whole = arguments.aligned && available >= kWidth;
-            store_pack(weights + row * Shape::kUpStride + column,
-                       whole ? load_constant(source) : load_elements(source, available));
-        }
-        __syncthreads();
+    run_stages<Shape::kStages>(steps, fetch, [&](int step) {
+        const T* values = stages + step % Shape::kStages * Shape::kStageElements;
+        const T* weights = values + Shape::kTokens * Shape::kValueStride;
 #pragma unroll 1  // saves registers
         for (int depth = 0; depth < Shape::kDepth; depth += Product::kDepth) {
             const T* left = values + token_tile * kTile * Shape::kValueStride + depth;
@@ -303,8 +329,7 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kTh
                 Product::template multiply<Order::kRowMajor>(sums[n], v, right, Shape::kUpStride);
             }
         }
-        __syncthreads();
-    }
+    });
 
     float* result = shared;
 #pragma unroll
@@ -313,20 +338,19 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kTh
         Product::store(target, sums[n], Shape::kResultStride);
     }
     __syncthreads();
+    T* own_y = static_cast<T*>(arguments.y) + own;
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
-        if (n * kRowStep >= own_rows || own_width <= 0) break;
+        if (n * kRowStep >= own_rows) break;
         const float* delta = result + (own_row + n * kRowStep) * Shape::kResultStride + own_column;
-        Pack<T> pack;
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) pack.values[j] = from_float<T>(to_float(base[n].values[j]) + delta[j]);
-        T* target = static_cast<T*>(arguments.y) + own + n * kRowStep * out;
-        if (own_whole) {
-            store_global(target, pack);
+        const int64_t at = n * kRowStep * out;
+        if constexpr (kAligned) {
+            hold(base[n]);
+            store_raw(own_y + at, add_to_pack<T>(base[n], delta));
         } else {
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {
-                if (j < own_width) target[j] = pack.values[j];
+                if (j < own_width) own_y[at + j] = from_float<T>(to_float(own_base[at + j]) + delta[j]);
             }
         }
     }

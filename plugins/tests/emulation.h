@@ -86,7 +86,7 @@ T __ldcg(const T* address) {
     return *address;
 }
 template <typename T>
-void __stwb(T* address, T value) {
+void __stcg(T* address, T value) {
     *address = value;
 }
 inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
@@ -206,6 +206,8 @@ void mma_sync(fragment<accumulator, 16, 16, 16, float>& result, const fragment<m
 }  // namespace nvcuda::wmma
 
 namespace teamlora {
+
+inline void hold(uint4&) {}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,

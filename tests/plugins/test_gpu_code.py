@@ -6,8 +6,8 @@ import importlib.metadata
 import os
 import re
 import subprocess
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import pytest
 
@@ -16,9 +16,53 @@ from teamlora_export.engine.plugin import ARCHITECTURES, PluginLibrary
 # Two blocks of 256 threads, or four of 128, fit beside each other with this many. Products of floats hold more, and so
 # does reading elements one by one, where sizes are no multiples of 16 bytes.
 MOST_REGISTERS, MOST_REGISTERS_FLOAT, MOST_REGISTERS_UNALIGNED = 128, 168, 168
-# Types, tiles and alignments: 3 x (2 x 3 x few_down and few_up, 2 x 3 x many_down, many_up).
-KERNELS = 57
-_KERNEL = re.compile(r"_ZN8teamlora\d+(few_down|few_up|many_down|many_up)I(f|6__half|13__nv_bfloat16)\w*")
+# Types, tiles and alignments: 3 x (2 x 3 x few_down and few_up, 2 x 3 x many_down, 2 x many_up).
+KERNELS = 60
+_KERNEL = re.compile(r"_ZN8teamlora\d+(few_down|few_up|many_down|many_up)I(f|6__half|13__nv_bfloat16)(\w*?)EEv\w*")
+_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)\s*(.*?)\s*;")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A line of machine code: its name with all suffixes, and its operands as they are printed."""
+
+    name: str
+    operands: str
+
+    def is_wide_load(self) -> bool:
+        return self.name.startswith("LDG.E.128")
+
+    def registers(self) -> set[int]:
+        """Those that occur. Of what a wide load brings, or a tensor core reads, only the first is written out."""
+        return {int(number) for number in re.findall(r"\bR(\d+)\b", self.operands)}
+
+    def brings(self) -> set[int]:
+        """The registers that a load writes."""
+        first = int(re.match(r"(?:P\w+, )?R(\d+)", self.operands)[1])  # type: ignore[index]
+        return set(range(first, first + (4 if "128" in self.name else 1)))
+
+
+Code = Sequence[Instruction]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What a mangled name says. `numbers`: tokens and aligned, or token and column tiles, or aligned (0 or 1)."""
+
+    name: str
+    dtype: str
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, mangled: str) -> Kernel:
+        match = _KERNEL.match(mangled)
+        assert match, mangled
+        kind = {"f": "float", "6__half": "half", "13__nv_bfloat16": "bfloat16"}[match[2]]
+        return cls(match[1], kind, tuple(map(int, re.findall(r"L[ib](\d+)", match[3]))))
+
+    @property
+    def aligned(self) -> bool:
+        return self.name == "many_down" or self.numbers[-1] == 1
 
 
 @pytest.fixture(scope="module")
@@ -61,69 +105,106 @@ def test_no_kernel_spills(resources):
 def test_registers_stay_below_what_two_blocks_may_have(resources):
     over = {}
     for (arch, name), used in resources.items():
-        kind = _KERNEL.match(name)[2]  # type: ignore[index]
-        limit = MOST_REGISTERS_FLOAT if kind == "f" else MOST_REGISTERS
-        if "few_down" in name and "Lb0E" in name:
+        kernel = Kernel.of(name)
+        limit = MOST_REGISTERS_FLOAT if kernel.dtype == "float" else MOST_REGISTERS
+        if kernel.name == "few_down" and not kernel.aligned:
             limit = MOST_REGISTERS_UNALIGNED
         if used["registers"] > limit:
             over[arch, name] = used["registers"]
     assert not over
 
 
-@pytest.fixture(scope="module", params=["80", "90", "120"])
-def instructions(request, plugin: PluginLibrary, cuobjdump) -> Mapping[str, Counter[str]]:
-    """Kernel -> how often each instruction occurs in it."""
-    counts: dict[str, Counter[str]] = {}
-    name = ""
+@pytest.fixture(scope="module", params=["80", "90", "100", "120"])
+def code(request, plugin: PluginLibrary, cuobjdump) -> Mapping[Kernel, Code]:
+    """Kernel -> its instructions, in their order."""
+    found: dict[Kernel, list[Instruction]] = {}
+    lines: list[Instruction] = []
     for line in cuobjdump("-arch", f"sm_{request.param}", "-sass", plugin.path).splitlines():
         if match := re.search(r"Function : (\S+)", line):
-            name = match[1]
-            counts[name] = Counter()
-        elif match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9_.]+)", line):
-            counts[name][match[1]] += 1
-    assert len(counts) == KERNELS
-    return counts
+            lines = found[Kernel.of(match[1])] = []
+        elif match := _INSTRUCTION.match(line):
+            lines.append(Instruction(match[1], match[2]))
+    assert len(found) == KERNELS
+    return found
 
 
-def count(instructions: Counter[str], prefix: str) -> int:
-    return sum(number for name, number in instructions.items() if name.startswith(prefix))
+def count(lines: Code, prefix: str) -> int:
+    return sum(line.name.startswith(prefix) for line in lines)
 
 
-def test_weights_are_read_sixteen_bytes_at_a_time(instructions):
-    aligned = {name: used for name, used in instructions.items() if re.search(r"few_\w+Lb1E", name)}
-    assert len(aligned) == 18
-    for name, used in aligned.items():
-        assert count(used, "LDG.E.128") >= 1, name
-    for name, used in aligned.items():
-        if "few_down" in name:
-            # Nothing else is read: rows and tokens, all in packs.
-            assert count(used, "LDG") == count(used, "LDG.E.128"), name
+def first_use(lines: Code, load: int) -> int:
+    """The first instruction behind `load` that names a register which it brings."""
+    brought = lines[load].brings()
+    return next((i for i in range(load + 1, len(lines)) if lines[i].registers() & brought), len(lines))
 
 
-def test_y_is_written_in_whole_packs_or_element_by_element_at_the_edges(instructions):
-    """many_up: a thread's own packs of y, 4 of 8 elements or 8 of 4, and each of their elements for tails. Few tokens
-    are written by neighbouring threads, an element each, or two for 8 tokens of a 16-bit type."""
-    for name, used in instructions.items():
-        kernel, kind = _KERNEL.match(name).groups()  # type: ignore[union-attr]
-        packs, stores = count(used, "STG.E.128"), count(used, "STG")
-        if kernel == "many_up":
-            own = 8 if kind == "f" else 4
-            assert (packs, stores - packs) == (own, 32), name
-            assert count(used, "LDG.E.128") - count(used, "LDG.E.128.CONSTANT") == own, f"{name}: base"
-        elif kernel == "few_up":
-            assert (packs, stores) == (0, 2 if "Li8E" in name and kind != "f" else 1), name
-        elif kernel == "few_down":
-            assert (packs, stores) == (0, 1), name
+def most_in_flight(lines: Code) -> int:
+    """The most wide loads that have been issued before the first use of any of them."""
+    loads = [i for i, line in enumerate(lines) if line.is_wide_load()]
+    uses = [first_use(lines, load) for load in loads]
+    return max(sum(load < use for load in loads[n:] if use <= min(uses[n:])) for n, use in enumerate(uses))
 
 
-def test_sixteen_bit_products_run_on_tensor_cores_and_float_ones_do_not(instructions):
-    for name, used in instructions.items():
-        kernel, kind = _KERNEL.match(name).groups()  # type: ignore[union-attr]
-        tensor_cores = count(used, "HMMA")
-        assert (tensor_cores > 0) == (kernel.startswith("many") and kind != "f"), name
+def test_weights_are_read_sixteen_bytes_at_a_time(code):
+    """few_down reads rows and tokens, all in packs: 4 rows and a token before anything is used."""
+    for kernel, lines in code.items():
+        if kernel.name.startswith("few") and kernel.aligned:
+            assert count(lines, "LDG.E.128") >= 1, kernel
+        if kernel.name == "few_down" and kernel.aligned:
+            assert count(lines, "LDG") == count(lines, "LDG.E.128"), kernel
+            assert most_in_flight(lines) >= 5, kernel
 
 
-def test_stages_are_copied_past_the_registers(instructions):
-    for name, used in instructions.items():
-        if "many_down" in name:
-            assert count(used, "LDGSTS.E.BYPASS.128") + count(used, "LDGSTS.E.128") >= 2, name
+def test_base_is_in_flight_during_the_product_of_many_tokens(code):
+    """A thread's own packs of base, 4 of 8 elements or 8 of 4: nothing touches them before the product is there, and
+    every other load of the kernel is an asynchronous copy."""
+    for kernel, lines in code.items():
+        if kernel.name == "many_up" and kernel.aligned:
+            loads = [i for i, line in enumerate(lines) if line.name.startswith("LDG.")]
+            assert [lines[i].name for i in loads] == ["LDG.E.128"] * (8 if kernel.dtype == "float" else 4), kernel
+            assert len(set.union(*(lines[i].brings() for i in loads))) == 4 * len(loads), kernel
+            barriers = [i for i, line in enumerate(lines) if line.name.startswith("BAR")]
+            assert max(loads) < barriers[0], kernel
+            assert min(first_use(lines, load) for load in loads) > barriers[-1], kernel
+
+
+def test_y_is_written_in_whole_packs_or_element_by_element_where_sizes_are_odd(code):
+    """Few tokens are written by neighbouring threads, an element each, or two for 8 tokens of a 16-bit type."""
+    for kernel, lines in code.items():
+        packs, stores = count(lines, "STG.E.128"), count(lines, "STG")
+        own = 8 if kernel.dtype == "float" else 4
+        if kernel.name == "many_up":
+            assert (packs, stores) == ((own, own) if kernel.aligned else (0, 32)), kernel
+        elif kernel.name == "few_up":
+            assert (packs, stores) == (0, 2 if kernel.numbers[0] == 8 and kernel.dtype != "float" else 1), kernel
+        elif kernel.name == "few_down":
+            assert (packs, stores) == (0, 1), kernel
+
+
+def test_sixteen_bit_products_run_on_tensor_cores_and_float_ones_do_not(code):
+    """A 16x16x16 product is two instructions: of a step over 4 depths in many_down, which warps share; of one depth
+    and 4 tiles of columns in many_up."""
+    for kernel, lines in code.items():
+        expected = 0
+        if kernel.name == "many_up":
+            expected = 8
+        elif kernel.name == "many_down":
+            token_tiles, column_tiles = kernel.numbers
+            expected = 2 * column_tiles * (1 if token_tiles == 1 else 2)
+        assert count(lines, "HMMA.16816.F32") == count(lines, "HMMA"), kernel
+        assert count(lines, "HMMA") == (0 if kernel.dtype == "float" else expected), kernel
+
+
+def test_stages_are_copied_past_the_registers_ahead_of_their_use(code):
+    """A copy is one instruction for data and one for zeros, without a branch between lengths. The first stages are
+    filled before the first wait."""
+    for kernel, lines in code.items():
+        if not kernel.name.startswith("many"):
+            continue
+        copies = [i for i, line in enumerate(lines) if line.name.startswith("LDGSTS")]
+        assert all(lines[i].name.startswith("LDGSTS.E.BYPASS.128") for i in copies), kernel
+        assert not any("ZFILL" in lines[i].name for i in copies), kernel
+        wait = next(i for i, line in enumerate(lines) if line.name.startswith("DEPBAR"))
+        ahead = sum(i < wait for i in copies)
+        assert ahead >= 4, kernel
+        assert len(copies) > ahead, f"{kernel}: nothing is fetched in the loop"

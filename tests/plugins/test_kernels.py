@@ -158,7 +158,37 @@ FAULTS = {
         "    __syncthreads();\n    for (int i = thread; i < tokens * k",
         "    for (int i = thread; i < tokens * k",
     ),
-    "a stage used before it has arrived": ("many_tokens.cuh", "__pipeline_wait_prior(Shape::kStages - 2);", ""),
+    "a stage used before it has arrived": ("many_tokens.cuh", "__pipeline_wait_prior(kStages - 2);", ""),
+    "a stage filled while others read it": (
+        "many_tokens.cuh",
+        "        __syncthreads();\n        if (step + kStages - 1 < steps)",
+        "        if (step + kStages - 1 < steps)",
+    ),
+    "the stage before": (
+        "many_tokens.cuh",
+        "values = stages + step % Shape::kStages",
+        "values = stages + (step + Shape::kStages - 1) % Shape::kStages",
+    ),
+    "sums stored over stages that are still read": (
+        "many_tokens.cuh",
+        "        use(step);\n    }\n    __syncthreads();",
+        "        use(step);\n    }",
+    ),
+    "y stored before its sums are there": (
+        "many_tokens.cuh",
+        "    __syncthreads();\n    T* own_y",
+        "    T* own_y",
+    ),
+    "the padding of v left as it was": (
+        "many_tokens.cuh",
+        "if (column0 > 0 || padding == 0) return;",
+        "return;",
+    ),
+    "base of a tile's first rows for all": (
+        "many_tokens.cuh",
+        "load_raw(own_base + n * kRowStep * out)",
+        "load_raw(own_base)",
+    ),
     "a block that counts itself before it has written": (
         "many_tokens.cuh",
         "    __threadfence();\n    __syncthreads();\n    if (threadIdx.x == 0)",
