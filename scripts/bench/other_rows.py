@@ -111,14 +111,15 @@ def genai_int4_graph(base: Path) -> Path:
     return _build_genai("genai-smollm2-int4", base, precision="int4")
 
 
-def genai_lora_graph(base: Path, rank: int, projections: Mapping[str, ExpertProjection]) -> Path:
-    """The same with a LoRA adapter, whose weights are inputs that the package feeds from a file of its own format."""
-    name = f"genai-smollm2-lora{rank}"
+def genai_lora_graph(base: Path, rank: int, projections: Mapping[str, ExpertProjection], precision: str) -> Path:
+    """Either of them with a LoRA adapter, whose weights are inputs that the package feeds from a file of its own
+    format."""
+    name = f"genai-smollm2-lora{rank}" + ("" if precision == "fp32" else f"-{precision}")
     folder = cache_folder() / "bench" / name
     if not (folder / _LORA).is_file():
         adapter = folder.with_name(f"{name}-adapter")
         _write_peft(adapter, rank, projections)
-        _build_genai(name, base, f"adapter_path={adapter}")
+        _build_genai(name, base, f"adapter_path={adapter}", precision=precision)
         _move_lora_out(folder)
     return folder
 

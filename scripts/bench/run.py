@@ -30,6 +30,7 @@ from rich.console import Console
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
 from teamlora_export.adapter.spec import ExpertProjection
+from teamlora_export.attach.run import attach
 from teamlora_export.bench.floor import Work
 from teamlora_export.bench.graphs import Graphs, written_graphs
 from teamlora_export.bench.measure import measure
@@ -40,6 +41,7 @@ from teamlora_export.bench.turns import Workload
 from teamlora_export.bundle import MANIFEST_NAME
 from teamlora_export.cli_output import write_json
 from teamlora_export.deploy.cores import usable_cores
+from teamlora_export.deploy.genai import deploy_genai
 from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.export import export_onnx
 from teamlora_export.model.base import BaseModel, open_base
@@ -147,11 +149,18 @@ def _entries(folder: Path, stack: ExitStack, ranks: list[int], threads: int) -> 
         ):
             entries[name] = Entry(partial(GraphRow, name, quantised.adapted, native, threads), quantised.adapted_work)
         entries.setdefault(GENAI_INT4, Entry(partial(_genai_int4, base.folder, threads), quantised.bypassed_work))
+        for name, native in (
+            (f"genai int4, TeamLoRA r={rank} attached, body", None),
+            (f"genai int4, TeamLoRA r={rank} attached, native op", library),
+        ):
+            made = folder / name.replace(" ", "-")
+            attached = partial(_genai_attached, name, base.folder, adapter, made, native, threads)
+            entries[name] = Entry(attached, quantised.adapted_work)
         for name, compiled in ((f"TeamLoRA r={rank}, PyTorch", False), (f"TeamLoRA r={rank}, PyTorch, compiled", True)):
             row = partial(TorchRow, name, base.name, str(adapter), base.task, "fp32", threads, compiled)
             entries[name] = Entry(row, work)
         entries |= _traced_entries(base, growing, rank, threads)
-    return entries | _other_entries(base, without, ranks, threads)
+    return entries | _other_entries(base, without, quantised.bypassed_work, ranks, threads)
 
 
 def _traced_entries(base: BaseModel, ours: Graphs, rank: int, threads: int) -> dict[str, Entry]:
@@ -175,7 +184,9 @@ def _traced_entries(base: BaseModel, ours: Graphs, rank: int, threads: int) -> d
     return {name: Entry(partial(make, name, *kept), work) for name, *kept, work in kinds}
 
 
-def _other_entries(base: BaseModel, without: Work, ranks: list[int], threads: int) -> dict[str, Entry]:
+def _other_entries(
+    base: BaseModel, without: Work, without_int4: Work, ranks: list[int], threads: int
+) -> dict[str, Entry]:
     """Other tools, with the base's own graph and, where they have one, a LoRA of their own."""
     folder = base.folder
     names = {"genai, un-adapted": threads, "genai, un-adapted, its threads": 0}
@@ -183,12 +194,17 @@ def _other_entries(base: BaseModel, without: Work, ranks: list[int], threads: in
         name: Entry(lambda name=name, used=used: GenaiRow(name, genai_graph(folder), used), without)
         for name, used in names.items()
     }
+
+    def lora(name: str, rank: int, plain: Mapping[str, ExpertProjection], precision: str) -> Row:
+        return GenaiRow(name, genai_lora_graph(folder, rank, plain, precision), threads)
+
     for rank in ranks:
-        name, plain = f"genai, LoRA r={rank}", traced.random_projections(base, _config(rank, 1))
-        entries[name] = Entry(
-            lambda name=name, rank=rank, plain=plain: GenaiRow(name, genai_lora_graph(folder, rank, plain), threads),
-            _with_lora(without, plain),
-        )
+        plain = traced.random_projections(base, _config(rank, 1))
+        for name, precision, work in (
+            (f"genai, LoRA r={rank}", "fp32", without),
+            (f"genai int4, LoRA r={rank}", "int4", without_int4),
+        ):
+            entries[name] = Entry(partial(lora, name, rank, plain, precision), _with_lora(work, plain))
     name = "optimum, un-adapted"
     return {**entries, name: Entry(lambda: OptimumRow(name, optimum_graph(folder), threads), without)}
 
@@ -200,6 +216,11 @@ def _with_lora(without: Work, projections: Mapping[str, ExpertProjection]) -> Wo
 
 def _genai_int4(folder: Path, threads: int) -> Row:
     return GenaiRow(GENAI_INT4, genai_int4_graph(folder), threads)
+
+
+def _genai_attached(name: str, base: Path, adapter: Path, folder: Path, library: Path | None, threads: int) -> Row:
+    bundle = attach(genai_int4_graph(base), adapter, folder / "bundle")
+    return GenaiRow(name, deploy_genai(bundle, folder / "deployed", library), threads)
 
 
 def _graphs(
