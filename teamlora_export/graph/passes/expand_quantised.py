@@ -19,7 +19,8 @@ class ExpandQuantised(ir.passes.InPlacePass):
     MatMul. Codes are laid out anew when they are written, one weight at a time.
 
     Raises:
-        ExportError: the codes have zero points, which TensorRT has not, or do not fill their blocks.
+        ExportError: the codes have zero points, or 8 bits and a negative scale, which TensorRT has not, or do not fill
+            their blocks.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -38,6 +39,11 @@ def _expand(graph: ir.Graph, node: ir.Node) -> None:
         raise ExportError(f"{node.name}: has zero points, which TensorRT has not. Export without --zero-points.")
     if codes is None or scales is None or order is not None or rows % block:
         raise ExportError(f"{node.name}: its codes ({rows} rows in blocks of {block}) cannot be said to TensorRT.")
+    if bits == 8 and _any_negative(scales):
+        raise ExportError(
+            f"{node.name}: has negative scales, which TensorRT takes with codes of 4 bits alone. "
+            "Export with --weights int4."
+        )
     inputs = [_signed(graph, codes, bits, rows, columns), _turned(graph, scales)]
     weight = ir.node("DequantizeLinear", inputs, {"axis": 0, "block_size": block}, name=f"{node.name}/weight")
     weight.outputs[0].name = f"{codes.name}.dequantised"
@@ -49,6 +55,15 @@ def _expand(graph: ir.Graph, node: ir.Node) -> None:
     node.replace_input_with(1, weight.outputs[0])
     if bias is not None:
         _add(graph, node, bias)
+
+
+def _any_negative(scales: ir.Value) -> bool:
+    tensor = scales.const_value
+    assert tensor is not None
+    found = bool((tensor.numpy() < 0).any())
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+    return found
 
 
 def _signed(graph: ir.Graph, codes: ir.Value, bits: int, rows: int, columns: int) -> ir.Value:
