@@ -366,7 +366,7 @@ def test_a_thousand_requests_over_http_and_grpc_are_right_counted_and_leave_noth
 
 
 def test_a_model_is_unloaded_under_load_and_loaded_again(server, model):
-    expected, stop = model.generate([[9, 10]], 6)[0], threading.Event()
+    expected, stop, told_off = model.generate([[9, 10]], 6)[0], threading.Event(), threading.Event()
 
     def client(_: int) -> list[int]:
         """Statuses of its requests, one after another."""
@@ -376,6 +376,7 @@ def test_a_model_is_unloaded_under_load_and_loaded_again(server, model):
             assert status != 200 or answer["token_ids"] == expected
             statuses.append(status)
             if status != 200:
+                told_off.set()
                 time.sleep(0.02)
         return statuses
 
@@ -387,6 +388,7 @@ def test_a_model_is_unloaded_under_load_and_loaded_again(server, model):
         while generate(server, input_ids=[9])[0] == 200 and time.monotonic() < end:
             time.sleep(0.1)
         refused = generate(server, input_ids=[9])[0]
+        told_off.wait(20)
         loaded = post(server, "repository/models/m_text/load")[0]
         time.sleep(0.5)
         stop.set()
