@@ -7,6 +7,7 @@ calls.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ MOST_SLOTS = 1024
 _GONE = -1
 
 
-class Slots:
+class Slots(ABC):
     """What both kinds share.
 
     Args:
@@ -72,8 +73,9 @@ class Slots:
         """Nothing is left of a row's text."""
         self.lengths[row] = 0
 
+    @abstractmethod
     def _run(self, rows: range, ids: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+        """The logits after tokens [rows, tokens], of the last of each at least."""
 
 
 def open_slots(session: Session, slots: int = 8, part: int = 256, most: int | None = None) -> Slots:
