@@ -62,6 +62,19 @@ __device__ uint4 load_raw(const T* source) {
     return *reinterpret_cast<const uint4*>(source);
 }
 
+// The elements of a raw word, from here on.
+template <typename T>
+__device__ Pack<T> unpack(uint4 raw) {
+    hold(raw);
+    Pack<T> pack;
+    memcpy(&pack, &raw, sizeof(pack));
+    return pack;
+}
+template <typename T>
+__device__ Pack<T> unpack(const Pack<T>& pack) {
+    return pack;
+}
+
 // One transaction to global memory: the compiler takes a plain assignment of a `Pack` apart into four.
 template <typename T>
 __device__ void store_raw(T* target, uint4 raw) {

@@ -35,6 +35,7 @@ template <typename T, int kTokens, bool kAligned>
 __global__ void __launch_bounds__(kDownThreads, kAligned ? 4 : 3) few_down(FewDownArguments arguments) {
     constexpr int kWidth = Pack<T>::kWidth, kSums = kDownRows * kTokens;
     TEAMLORA_DYNAMIC_SHARED(sums);  // [warps, kSums]
+    let_second_kernel_begin();
     const int in = arguments.in;
     const int row0 = blockIdx.x * kDownRows, token0 = blockIdx.z * kTokens;
     const int begin = blockIdx.y * arguments.slice_width;
@@ -111,23 +112,35 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
     TEAMLORA_DYNAMIC_SHARED(shared);
     const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank;
     const int up_rank = k * c, sibling_rows = a + k, thread = threadIdx.x;
-    float* z = shared;                            // [tokens, a + k]
-    float* weights = z + kTokens * sibling_rows;  // [tokens, k]
-    float* sums = weights + kTokens * k;          // [warps, tokens, columns]
+    float* z = shared;                                         // [tokens, a + k]
+    float* weights = z + kTokens * sibling_rows;               // [tokens, k]
+    float* sums = weights + kTokens * k;                       // [warps, tokens, columns]
+    float* mix = sums + kUpThreads / 32 * kTokens * kColumns;  // [k, k]
     const ColumnTile tile = arguments.columns.tile(blockIdx.x, kColumns);
     const int token0 = blockIdx.y * kTokens;
     const int64_t out = arguments.out;
 
-    // What does not wait for the router is loaded first: a row of `up` for each thread, and `base`.
+    // What does not wait for z is loaded first, while few_down still runs: a row of `up` for each thread, the
+    // interaction, and `base`. Nothing touches them before they are needed.
     const int lane_column = thread % kUpLanes * kWidth, row0 = thread / kUpLanes;
     const int available = tile.width - lane_column;
     const T* up = static_cast<const T*>(arguments.up) + tile.first + lane_column;
+    // Not by the read-only path, whose loads may sink below the wait. Rows and columns past the end read the first row
+    // of `up`; what comes of them is dropped.
     const auto load_up = [&](int row) {
-        if (available <= 0 || row >= up_rank) return load_elements(up, 0);
-        return kAligned && available >= kWidth ? load_constant(up + row * out)
-                                               : load_elements(up + row * out, available);
+        const int elements = row < up_rank ? available : 0;
+        const T* source = elements > 0 ? up + row * out : static_cast<const T*>(arguments.up);
+        if constexpr (kAligned) {
+            return load_raw(source);
+        } else {
+            return load_elements(source, elements);
+        }
     };
-    Pack<T> next = load_up(row0);
+    auto next = load_up(row0);
+    if constexpr (kAligned) hold(next);
+    const float* global_mix = arguments.mix + tile.sibling * k * k;
+    float own_mix = global_mix[min(thread, k * k - 1)];
+    hold(own_mix);
     T base[kOwn];
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
@@ -137,22 +150,26 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
             inside ? static_cast<const T*>(arguments.base)[token * out + tile.first + column] : from_float<T>(0.0F);
     }
 
+    wait_for_first_kernel();
     for (int i = thread; i < kTokens * sibling_rows; i += kUpThreads) {
         const int token = min(token0 + i / sibling_rows, arguments.tokens - 1), row = i % sibling_rows;
         const float* partial =
             arguments.partials + static_cast<int64_t>(token) * arguments.rows + tile.sibling * sibling_rows + row;
         float sum = 0.0F;
         for (int s = 0; s < arguments.slices; ++s) {
-            sum += __ldg(partial + static_cast<int64_t>(s) * arguments.tokens * arguments.rows);
+            sum += __ldcg(partial + static_cast<int64_t>(s) * arguments.tokens * arguments.rows);
         }
         z[i] = rounded<T>(sum);
     }
+    if (thread < k * k) mix[thread] = own_mix;
+#pragma unroll 1  // more than 16 experts
+    for (int i = thread + kUpThreads; i < k * k; i += kUpThreads) mix[i] = __ldg(global_mix + i);
     __syncthreads();
-    route(z + a, sibling_rows, kTokens, k, arguments.mix + tile.sibling * k * k, weights);
+    route(z + a, sibling_rows, kTokens, k, mix, weights);
 
     float delta[kTokens][kWidth] = {};
     for (int row = row0; row < up_rank; row += kUpRowGroups) {
-        const Pack<T> weight = next;
+        const Pack<T> weight = unpack<T>(next);
         next = load_up(row + kUpRowGroups);
         const int expert = row / c, source = arguments.shared_down ? row - expert * c : row;
 #pragma unroll

@@ -35,7 +35,7 @@ cudaError_t launch_few(const MixedExpertShape& shape, const MixedExpertTensors& 
     const dim3 down_grid(ceil_div(shape.rows(), kDownRows), plan.slices, token_tiles);
     const auto down_kernel = aligned_inputs(shape, tensors) ? few_down<T, kTokens, true> : few_down<T, kTokens, false>;
     constexpr size_t kSumsBytes = sizeof(float) * kDownThreads / 32 * kDownRows * kTokens;
-    const cudaError_t error = launch_kernel(down_kernel, down_grid, kDownThreads, kSumsBytes, stream, down);
+    const cudaError_t error = launch_first(down_kernel, down_grid, kDownThreads, kSumsBytes, stream, down);
     if (error != cudaSuccess) return error;
 
     const Columns columns = columns_of(shape);
@@ -45,7 +45,7 @@ cudaError_t launch_few(const MixedExpertShape& shape, const MixedExpertTensors& 
                             shape.shared_down, columns};
     const dim3 up_grid(columns.num_tiles(kUpLanes * Pack<T>::kWidth), token_tiles);
     const auto up_kernel = aligned_outputs(shape, tensors) ? few_up<T, kTokens, true> : few_up<T, kTokens, false>;
-    return launch_kernel(up_kernel, up_grid, kUpThreads, plan.shared_bytes, stream, up);
+    return launch_second(up_kernel, up_grid, kUpThreads, plan.shared_bytes, stream, up);
 }
 
 template <typename T>

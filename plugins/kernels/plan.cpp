@@ -17,7 +17,8 @@ constexpr size_t kAlignment = 256;
 size_t few_up_shared_bytes(const MixedExpertShape& shape, int32_t token_tile) noexcept {
     const size_t columns = 8 * static_cast<size_t>(pack_width(shape.dtype));
     const size_t values = static_cast<size_t>(shape.sibling_rows()) + shape.num_experts + 8 * columns;
-    return token_tile * values * sizeof(float);
+    const size_t mix = static_cast<size_t>(shape.num_experts) * shape.num_experts;
+    return (token_tile * values + mix) * sizeof(float);
 }
 
 }  // namespace

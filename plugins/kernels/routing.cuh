@@ -8,7 +8,7 @@ namespace teamlora {
 // w = normalise(exp(logits - max) mix). Softmax's own denominator cancels in the normalisation.
 //
 // Called by all threads of a block, after a barrier. `logits` [tokens, k] in shared memory, `stride` floats from token
-// to token, is overwritten; `weights` [tokens, k] is dense, in shared memory; `mix` [k, k] is in global memory. Ends
+// to token, is overwritten; `weights` [tokens, k] is dense, in shared memory; `mix` [k, k] is in either memory. Ends
 // with a barrier.
 __device__ inline void route(float* logits, int stride, int tokens, int k, const float* mix, float* weights) {
     const int thread = threadIdx.x, threads = blockDim.x;
@@ -23,7 +23,7 @@ __device__ inline void route(float* logits, int stride, int tokens, int k, const
         const int token = i / k, expert = i % k;
         const float* row = logits + token * stride;
         float sum = 0.0F;
-        for (int from = 0; from < k; ++from) sum += row[from] * __ldg(mix + from * k + expert);
+        for (int from = 0; from < k; ++from) sum += row[from] * mix[from * k + expert];
         weights[i] = sum;
     }
     __syncthreads();

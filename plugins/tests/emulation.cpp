@@ -8,6 +8,7 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <utility>
 #include <vector>
@@ -129,6 +130,9 @@ std::exception_ptr failure;
 Context scheduler;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
+// The first of two grids while it has not run.
+std::optional<Grid> first_grid;
+bool first_is_waited_for = false;
 
 void switch_context(Context& from, Context& to, const void* stack, size_t size) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -241,6 +245,8 @@ dim3 current_grid, current_block_size;
 void set_schedule(uint64_t seed) {
     schedule_seed = seed;
     generator.seed(seed);
+    first_grid.reset();
+    first_is_waited_for = false;
 }
 
 const Thread& current() { return running->thread; }
@@ -277,21 +283,22 @@ void wait_copies(int still_open) {
     }
 }
 
-void run_grid(dim3 grid, dim3 block_size, size_t shared_bytes, const std::function<void()>& kernel) {
-    running_kernel = &kernel;
-    current_grid = grid;
-    current_block_size = block_size;
+void run_grid(const Grid& grid) {
+    running_kernel = &grid.kernel;
+    current_grid = grid.size;
+    current_block_size = grid.block_size;
     scheduler.started = true;
     std::vector<std::unique_ptr<Block>> idle, resident;
-    const std::vector<size_t> blocks = order(size_t{grid.x} * grid.y * grid.z);
+    const std::vector<size_t> blocks = order(size_t{grid.size.x} * grid.size.y * grid.size.z);
     for (size_t next = 0; (next < blocks.size() || !resident.empty()) && !failure;) {
         std::unique_ptr<Block> block;
         if (next < blocks.size() && resident.size() < kMostResident) {
             const size_t index = blocks[next++];
-            if (idle.empty()) idle.push_back(std::make_unique<Block>(block_size, shared_bytes));
+            if (idle.empty()) idle.push_back(std::make_unique<Block>(grid.block_size, grid.shared_bytes));
             block = std::move(idle.back());
             idle.pop_back();
-            block->start(dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y));
+            block->start(
+                dim3(index % grid.size.x, index / grid.size.x % grid.size.y, index / grid.size.x / grid.size.y));
         } else {
             // The last to touch what blocks share goes on first, or the first, or any.
             const size_t last = resident.size() - 1;
@@ -301,8 +308,33 @@ void run_grid(dim3 grid, dim3 block_size, size_t shared_bytes, const std::functi
         }
         block->run();
         (block->finished() ? idle : resident).push_back(std::move(block));
+        if (std::exchange(first_is_waited_for, false)) {
+            run_grid(*std::exchange(first_grid, std::nullopt));
+            running_kernel = &grid.kernel;
+            current_grid = grid.size;
+            current_block_size = grid.block_size;
+        }
     }
     if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+}
+
+void run_first_grid(const Grid& grid) {
+    if (coin()) {
+        first_grid = grid;
+    } else {
+        run_grid(grid);
+    }
+}
+
+void run_second_grid(const Grid& grid) {
+    run_grid(grid);
+    if (first_grid) run_grid(*std::exchange(first_grid, std::nullopt));
+}
+
+void wait_for_first_grid() {
+    if (!first_grid) return;
+    first_is_waited_for = true;
+    let_other_blocks_run();
 }
 
 }  // namespace emulation

@@ -65,7 +65,18 @@ void copy_async(void* target, const void* source, size_t size, size_t zeros);
 void commit_copies();
 void wait_copies(int still_open);
 
-void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+// Dimensions, and what each thread runs.
+struct Grid {
+    dim3 size, block_size;
+    size_t shared_bytes;
+    std::function<void()> kernel;
+};
+
+void run_grid(const Grid& grid);
+// A grid whose second one may begin before it has ended: it runs at once, or when the second waits for it, or after it.
+void run_first_grid(const Grid& grid);
+void run_second_grid(const Grid& grid);
+void wait_for_first_grid();
 
 }  // namespace emulation
 
@@ -207,13 +218,36 @@ void mma_sync(fragment<accumulator, 16, 16, 16, float>& result, const fragment<m
 
 namespace teamlora {
 
+inline void hold(float&) {}
 inline void hold(uint4&) {}
+inline void let_second_kernel_begin() {}
+inline void wait_for_first_kernel() { emulation::wait_for_first_grid(); }
+
+inline bool launchable(dim3 grid, dim3 block, size_t shared_bytes) {
+    return shared_bytes <= 48 * 1024 && block.x <= 1024 && grid.y <= 65535 && grid.z <= 65535;
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                           const Arguments&... arguments) {
-    if (shared_bytes > 48 * 1024 || block.x > 1024 || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidValue;
-    emulation::run_grid(grid, block, shared_bytes, [&] { kernel(arguments...); });
+    if (!launchable(grid, block, shared_bytes)) return cudaErrorInvalidValue;
+    emulation::run_grid({grid, block, shared_bytes, [=] { kernel(arguments...); }});
+    return cudaSuccess;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_first(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                         const Arguments&... arguments) {
+    if (!launchable(grid, block, shared_bytes)) return cudaErrorInvalidValue;
+    emulation::run_first_grid({grid, block, shared_bytes, [=] { kernel(arguments...); }});
+    return cudaSuccess;
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_second(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                          const Arguments&... arguments) {
+    if (!launchable(grid, block, shared_bytes)) return cudaErrorInvalidValue;
+    emulation::run_second_grid({grid, block, shared_bytes, [=] { kernel(arguments...); }});
     return cudaSuccess;
 }
 

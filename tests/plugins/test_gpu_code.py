@@ -115,11 +115,16 @@ def test_registers_stay_below_what_two_blocks_may_have(resources):
 
 
 @pytest.fixture(scope="module", params=["80", "90", "100", "120"])
-def code(request, plugin: PluginLibrary, cuobjdump) -> Mapping[Kernel, Code]:
+def architecture(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def code(architecture, plugin: PluginLibrary, cuobjdump) -> Mapping[Kernel, Code]:
     """Kernel -> its instructions, in their order."""
     found: dict[Kernel, list[Instruction]] = {}
     lines: list[Instruction] = []
-    for line in cuobjdump("-arch", f"sm_{request.param}", "-sass", plugin.path).splitlines():
+    for line in cuobjdump("-arch", f"sm_{architecture}", "-sass", plugin.path).splitlines():
         if match := re.search(r"Function : (\S+)", line):
             lines = found[Kernel.of(match[1])] = []
         elif match := _INSTRUCTION.match(line):
@@ -166,6 +171,30 @@ def test_base_is_in_flight_during_the_product_of_many_tokens(code):
             barriers = [i for i, line in enumerate(lines) if line.name.startswith("BAR")]
             assert max(loads) < barriers[0], kernel
             assert min(first_use(lines, load) for load in loads) > barriers[-1], kernel
+
+
+def test_what_does_not_wait_for_z_is_loaded_before_it(code, architecture):
+    """few_up: a row of `up`, the interaction and `base` (two elements of it for 8 tokens of a 16-bit type) are in
+    flight before the first partial sum of z is asked for, and untouched. From sm_90 on that is before the first kernel
+    has ended; both kernels have the instruction for it."""
+    for kernel, lines in code.items():
+        if not kernel.name.startswith("few"):
+            continue
+        waits = [i for i, line in enumerate(lines) if line.name == "ACQBULK"]
+        begins = count(lines, "PREEXIT")
+        overlaps = int(architecture) >= 90
+        assert (len(waits), begins) == ((overlaps, 0) if kernel.name == "few_up" else (0, overlaps)), kernel
+        if kernel.name == "few_down" or not kernel.aligned:
+            continue
+        partials = [i for i, line in enumerate(lines) if line.name == "LDG.E.STRONG.GPU"]
+        border = waits[0] if overlaps else partials[0]
+        assert partials, kernel
+        assert partials[0] >= border, kernel
+        early = [i for i in range(border) if lines[i].name.startswith("LDG")]
+        twice = kernel.numbers[0] == 8 and kernel.dtype != "float"
+        assert len(early) == (4 if twice else 3), kernel
+        assert [lines[i].is_wide_load() for i in early].count(True) == 1, kernel
+        assert min(first_use(lines, load) for load in early) > border, kernel
 
 
 def test_y_is_written_in_whole_packs_or_element_by_element_where_sizes_are_odd(code):

@@ -153,6 +153,17 @@ def test_no_memory_or_integer_error_in_any_order_of_threads(sweeps):
 # out in turn, and each was missed.
 FAULTS = {
     "no barrier before the router": ("few_tokens.cuh", "    __syncthreads();\n    route(", "    route("),
+    "z added up before the first kernel has ended": ("few_tokens.cuh", "    wait_for_first_kernel();\n", ""),
+    "the second kernel's weights for those of another row": (
+        "few_tokens.cuh",
+        "next = load_up(row + kUpRowGroups)",
+        "next = load_up(row)",
+    ),
+    "an interaction of more than 16 experts cut off": (
+        "few_tokens.cuh",
+        "i = thread + kUpThreads; i < k * k;",
+        "i = k * k; i < k * k;",
+    ),
     "no barrier between the exponentials and their mix": (
         "routing.cuh",
         "    __syncthreads();\n    for (int i = thread; i < tokens * k",
