@@ -116,7 +116,7 @@ class Model:
         self.require_room(prompts, count)
         longest = max(map(len, prompts))
         slots = open_slots(self._session, min(len(prompts), MOST_SLOTS), _PART, longest + count)
-        scheduler = Scheduler(slots, waiting=len(prompts), reading=sum(map(len, prompts)))
+        scheduler = Scheduler(slots, waiting=len(prompts), reading=len(prompts) * longest)
         return scheduler, [scheduler.submit(prompt, count, sampling, stops=stops) for prompt in prompts]
 
     def slots(self, count: int, part: int = 256, most: int | None = None) -> Slots:

@@ -9,7 +9,7 @@ The model's cache has a row for each text at work. A turn of the scheduler
 1. ends what was cancelled or is late,
 2. runs one step for all texts that are being written, whatever their lengths,
 3. gives free rows to those that wait, and reads prompts, so many tokens of them that no text waits long for its next
-   token.
+   token; short prompts that wait together share a call.
 
 A request fails alone: rows of a batch do not see one another, a step that fails is tried again for each row by itself,
 and a row that is left is cleared.
@@ -36,6 +36,10 @@ else:
     from sampling import GREEDY, Sampler, Sampling, log_probability
     from session import ModelError, brief
     from slots import Slots
+
+
+# Tokens whose computation takes about as long as a call takes beside its tokens: it reads all weights.
+_PADDING = 16
 
 
 class Overloaded(Exception):
@@ -219,8 +223,8 @@ class Scheduler:
     def turn(self) -> None:
         """See the module's own words. Called by the scheduler's own thread, unless that was never started."""
         self._drop()
-        self._write()
-        self._admit()
+        if self._writing:
+            self._read_together(self._writing)
         self._read_prompts()
 
     def _run(self) -> None:
@@ -255,7 +259,8 @@ class Scheduler:
             return Failed(f"Whether the request is still wanted cannot be told ({brief(error)}).")
         return Late("The request took longer than its time limit.") if self._clock() > request.deadline else None
 
-    def _admit(self) -> None:
+    def _admit(self) -> bool:
+        """Free rows to those that wait; whether there are prompts to be read."""
         free = set(range(self._model.slots)) - {request.row for request in (*self._writing, *self._reading)}
         with self._changed:
             while free and self._waiting:
@@ -264,23 +269,48 @@ class Scheduler:
                 request.row = min(free)
                 free.remove(request.row)
                 self._reading.append(request)
+        return bool(self._reading)
 
     def _read_prompts(self) -> None:
         """A part of a prompt or several short prompts, in turns."""
         budget = self._most_read
-        while budget > 0 and self._reading:
-            request, most = self._reading[0], min(budget, self._model.part)
-            part, request.unread = request.unread[:most], request.unread[most:]
-            budget -= len(part)
-            logits = self._read(request, part)
-            if logits is None:
-                continue
-            self._reading.popleft()
-            if request.unread:
-                self._reading.append(request)
+        # Others may have come meanwhile.
+        while budget > 0 and self._admit():
+            most = min(budget, self._model.part)
+            if len(self._reading[0].unread) <= most:
+                together = self._sharing(most)
+                budget -= sum(len(request.unread) for request in together)
+                for request in together:
+                    self._reading.remove(request)
+                    self._begin_to_write(request)
+                self._read_together(together)
             else:
-                self._begin_to_write(request)
-                self._take(request, logits)
+                budget -= most
+                self._read_part(self._reading[0], most)
+
+    def _sharing(self, most: int) -> list[_Request]:
+        """The prompt whose turn it is, and those that share its call, of `most` tokens with padding: each whose padding
+        costs less than a call of its own."""
+        first, *others = self._reading
+        together, longest = [first], len(first.unread)
+        for request in others if self._begins(first) else ():
+            count = len(request.unread)
+            longer = max(longest, count)
+            padding = longer * (len(together) + 1) - longest * len(together) - count
+            allowed = _PADDING if self._model.settings.padded else 0
+            if self._begins(request) and padding <= allowed and longer * (len(together) + 1) <= most:
+                together.append(request)
+                longest = longer
+        return together
+
+    def _begins(self, request: _Request) -> bool:
+        return self._model.lengths[request.row] == 0
+
+    def _read_part(self, request: _Request, count: int) -> None:
+        """More of a prompt that is not read to its end by it."""
+        part, request.unread = request.unread[:count], request.unread[count:]
+        if self._read(request, part) is not None:
+            self._reading.rotate(-1)
 
     def _begin_to_write(self, request: _Request) -> None:
         row = len(self._writing)
@@ -292,13 +322,11 @@ class Scheduler:
             request.row = row
         self._writing.append(request)
 
-    def _write(self) -> None:
-        """A step of all texts that are being written."""
-        requests = list(self._writing)
-        if not requests:
-            return
+    def _read_together(self, given: Sequence[_Request]) -> None:
+        """What is unread of texts in rows that are neighbours, in one call, and the next token of each."""
+        requests = list(given)
         try:
-            rows = self._model.read(0, [request.unread for request in requests])
+            rows = self._model.read(requests[0].row, [request.unread for request in requests])
         except Exception:
             # What fails for one of them fails for it alone.
             for request in requests:

@@ -51,18 +51,26 @@ class Slots(ABC):
         self._session = session
 
     def read(self, row: int, ids: Sequence[Sequence[int]]) -> np.ndarray:
-        """Read more tokens, [texts, tokens], into the rows from `row` on; the logits of the last, float32 [texts,
+        """Read more tokens of each text into the rows from `row` on; the logits of the last, float32 [texts,
         vocabulary].
 
-        Where it fails, the same call may be made again.
+        Texts that begin may have fewer tokens than others, where the model takes padding. Where it fails, the same call
+        may be made again.
         """
-        given = np.array(ids, np.int64)
-        if given.shape[1] > self.part:
-            raise ModelError(f"{given.shape[1]} tokens in one call: give parts of {self.part}.")
-        rows = range(row, row + len(ids))
-        logits = self._run(rows, given)
-        for each in rows:
-            self.lengths[each] += given.shape[1]
+        rows, counts = range(row, row + len(ids)), [len(some) for some in ids]
+        longest = max(counts)
+        if longest > self.part:
+            raise ModelError(f"{longest} tokens in one call: give parts of {self.part}.")
+        given = np.full((len(ids), longest), self.settings.padding, np.int64)
+        for into, some, each in zip(given, ids, rows, strict=True):
+            if len(some) < longest and (self.lengths[each] or not self.settings.padded):
+                raise ModelError(
+                    f"{len(some)} tokens of a text beside {longest} of another's: this one takes no padding."
+                )
+            into[longest - len(some) :] = some
+        logits = self._run(rows, given, np.array(counts))
+        for each, count in zip(rows, counts, strict=True):
+            self.lengths[each] += count
         return logits[:, -1].astype(np.float32, copy=False)
 
     def swap(self, one: int, other: int) -> None:
@@ -74,8 +82,9 @@ class Slots(ABC):
         self.lengths[row] = 0
 
     @abstractmethod
-    def _run(self, rows: range, ids: np.ndarray) -> np.ndarray:
-        """The logits after tokens [rows, tokens], of the last of each at least."""
+    def _run(self, rows: range, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """The logits after tokens [rows, tokens], of the last of each at least; of a row the last `counts` are its
+        text's, and what is before them is padding."""
 
 
 def open_slots(session: Session, slots: int = 8, part: int = 256, most: int | None = None) -> Slots:
@@ -98,6 +107,8 @@ class InPlaceSlots(Slots):
         super().__init__(session, slots, part, most)
         # Places that were ever written for each row: by calls that failed, some more.
         self._written = [0] * slots
+        # Places of padding in front of each row's text.
+        self._begins = [0] * slots
         self.capacity = 0
         named = {cache.name: CAPACITY.fullmatch(str(cache.shape[2])) for cache in session.caches}
         self._windows = {name: int(found[1]) for name, found in named.items() if found and found[1]}
@@ -108,26 +119,30 @@ class InPlaceSlots(Slots):
         used = max(self._written[one], self._written[other])
         for buffer in self._buffers.values():
             buffer[[one, other], :, :used] = buffer[[other, one], :, :used]
-        self._written[one], self._written[other] = self._written[other], self._written[one]
+        for places in (self._written, self._begins):
+            places[one], places[other] = places[other], places[one]
         super().swap(one, other)
 
     def clear(self, row: int) -> None:
         # A number in it that is none would reach the next text, even masked out.
         for buffer in self._buffers.values():
             buffer[row, :, : self._written[row]] = 0
-        self._written[row] = 0
+        self._written[row] = self._begins[row] = 0
         super().clear(row)
 
-    def _run(self, rows: range, ids: np.ndarray) -> np.ndarray:
-        count = ids.shape[1]
-        ends = np.array(self.lengths[rows.start : rows.stop], np.int64) + count
-        self._fit(max(*self.lengths, *ends.tolist()))
+    def _run(self, rows: range, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        longest = ids.shape[1]
+        begins = np.array([self._begins[row] for row in rows]) + longest - counts
+        lengths = np.array([self.lengths[row] for row in rows]) + counts
+        ends = begins + lengths
+        self._fit(max(*self._ends(), *ends.tolist()))
         for row, end in zip(rows, ends.tolist(), strict=True):
             self._written[row] = max(self._written[row], end)
+        places = np.arange(ends.max())
         given = {
             "input_ids": ids,
-            "attention_mask": (np.arange(ends.max()) < ends[:, None]).astype(np.int64),
-            "position_ids": ends[:, None] + np.arange(-count, 0),
+            "attention_mask": ((begins[:, None] <= places) & (places < ends[:, None])).astype(np.int64),
+            "position_ids": _positions(lengths, longest),
         }
         binding = self._bound(rows.start, rows.stop)
         for name, value in self._session.taken(given).items():
@@ -135,7 +150,12 @@ class InPlaceSlots(Slots):
         # Its size is the call's. It is the first of the outputs, since it was bound first.
         binding.bind_output("logits")
         self._session.onnx.run_with_iobinding(binding)
+        self._begins[rows.start : rows.stop] = begins.tolist()
         return binding.get_outputs()[0].numpy()
+
+    def _ends(self) -> list[int]:
+        """One past the last place of each row's text."""
+        return [begin + length for begin, length in zip(self._begins, self.lengths, strict=True)]
 
     def _fit(self, needed: int) -> None:
         """Make the buffers long enough, and not much longer: a step's time grows with them."""
@@ -149,7 +169,7 @@ class InPlaceSlots(Slots):
         # All of them before the first takes its place: there may not be enough memory.
         self._buffers = {name: self._resized(name, capacity) for name in self._buffers}
         self._bindings.clear()
-        self.capacity, self._written = capacity, list(self.lengths)
+        self.capacity, self._written = capacity, self._ends()
 
     def _resized(self, name: str, capacity: int) -> np.ndarray:
         old = self._buffers[name]
@@ -157,8 +177,8 @@ class InPlaceSlots(Slots):
         # is not seen any more. One that is shorter than that is as long as the longest text, and has not wrapped.
         places = min(capacity, self._windows.get(name, capacity) - 1 + self.part)
         new = np.zeros((self.slots, old.shape[1], places, old.shape[3]), old.dtype)
-        for row, length in enumerate(self.lengths):
-            kept = min(length, places)
+        for row, end in enumerate(self._ends()):
+            kept = min(end, places)
             new[row, :, :kept] = old[row, :, :kept]
         return new
 
@@ -207,13 +227,14 @@ class GrowingSlots(Slots):
         self._leave([row])
         super().clear(row)
 
-    def _run(self, rows: range, ids: np.ndarray) -> np.ndarray:
+    def _run(self, rows: range, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
         batches = [self._together(some) for some in self._sharing(rows)]
+        theirs = [[row - rows.start for row in batch.rows] for batch in batches]
         # All of them before the first has read: the same call may be made again.
-        found = [self._step(batch, ids[[row - rows.start for row in batch.rows]]) for batch in batches]
+        found = [self._step(batch, ids[own], counts[own]) for batch, own in zip(batches, theirs, strict=True)]
         logits = np.empty((len(rows), *found[0][0].shape[1:]), found[0][0].dtype)
-        for batch, (given, past) in zip(batches, found, strict=True):
-            logits[[row - rows.start for row in batch.rows]], batch.past = given, past
+        for batch, own, (given, past) in zip(batches, theirs, found, strict=True):
+            logits[own], batch.past = given, past
         return logits
 
     def _sharing(self, rows: range) -> list[list[int]]:
@@ -225,14 +246,14 @@ class GrowingSlots(Slots):
             by_length.setdefault(self.lengths[row], []).append(row)
         return list(by_length.values())
 
-    def _step(self, batch: _Batch, ids: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _step(self, batch: _Batch, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The logits of more tokens, [rows, tokens, vocabulary], and the past with them."""
-        lengths, count = np.array([self.lengths[row] for row in batch.rows])[:, None], ids.shape[1]
-        longest = next(iter(batch.past.values())).shape[2]
+        lengths = np.array([self.lengths[row] for row in batch.rows]) + counts
+        end = next(iter(batch.past.values())).shape[2] + ids.shape[1]
         given = {
             "input_ids": ids,
-            "attention_mask": (np.arange(longest + count) >= longest - lengths).astype(np.int64),
-            "position_ids": lengths + np.arange(count),
+            "attention_mask": (np.arange(end) >= end - lengths[:, None]).astype(np.int64),
+            "position_ids": _positions(lengths, ids.shape[1]),
         }
         outputs = ["logits", *map(present_of, batch.past)]
         logits, *present = self._session.onnx.run(outputs, {**self._session.taken(given), **batch.past})
@@ -266,3 +287,8 @@ class GrowingSlots(Slots):
         for batch in self._batches:
             batch.rows = [_GONE if row in rows else row for row in batch.rows]
         self._batches = [batch for batch in self._batches if any(row != _GONE for row in batch.rows)]
+
+
+def _positions(lengths: np.ndarray, count: int) -> np.ndarray:
+    """Of the last `count` tokens of texts of such `lengths`, int64 [rows, count]; padding has any."""
+    return np.maximum(lengths[:, None] + np.arange(-count, 0), 0)

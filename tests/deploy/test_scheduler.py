@@ -98,6 +98,31 @@ def test_threads_that_ask_at_once_share_steps_and_get_what_they_get_alone(open_s
     assert np.mean(shared) > 1.5
 
 
+@pytest.mark.parametrize("cache", ["in-place", "growing"])
+def test_short_prompts_that_wait_together_are_read_in_one_call(cache, open_slots):
+    """Each is what it is alone, and those are left out whose padding costs more than a call of their own."""
+    model, drawn = open_slots("mistral", cache, slots=6), random.Random(4)
+    lengths = (5, 9, 1, 60, 7, 50)
+    prompts = [[drawn.randrange(3, 384) for _ in range(length)] for length in lengths]
+    expected = greedy(model, prompts, 20)
+    calls, read = [], model.read
+    model.read = lambda row, ids: calls.append(list(map(len, ids))) or read(row, ids)  # type: ignore[method-assign]
+    scheduler = Scheduler(model, reading=200)
+    answers = [scheduler.submit(prompt, 20) for prompt in prompts]
+    scheduler.turn()
+    assert calls == [[5, 9, 1, 7], [60, 50]]
+    finish(scheduler)
+    assert [tokens(answer) for answer in answers] == expected
+
+
+def test_a_text_that_has_begun_takes_no_padding(open_slots):
+    model = open_slots(slots=2)
+    model.read(0, [[5, 6, 7]])
+    with pytest.raises(ModelError, match="takes no padding"):
+        model.read(0, [[8], [9, 10]])
+    model.read(0, [[8, 9], [10]])
+
+
 def test_a_row_whose_numbers_are_none_fails_alone_and_leaves_nothing(open_slots):
     model = open_slots(slots=3)
     prompts = [[9, 10, 11], [12, 13], [14, 15, 16, 17]]
