@@ -266,6 +266,9 @@ def inspect(
     show_description(inspect_path(path), json)
 
 
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, or cuda:1 and so on, with onnxruntime-gpu.")]
+
+
 @app.command()
 def generate(
     bundle: Annotated[Path, typer.Argument(parser=given_path, metavar="BUNDLE", help="Folder of the bundle.")],
@@ -280,6 +283,7 @@ def generate(
         list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this; may be given again.")
     ] = None,
     library: NativeLibraryOption = None,
+    device: DeviceOption = "cpu",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
     """Try a bundle: text in ONNX Runtime, greedy by default, with the tokens a second at the end."""
@@ -289,7 +293,7 @@ def generate(
     native = native_library(library)
     try:
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed=seed)
-        model = Model(bundle, native, check)
+        model = Model(bundle, native, check, device=device)
         written = [prompt.replace("\\n", "\n") for prompt in prompts]
         count, seconds = answer(model, written, tokens, say_answer, sampling, stop or ())
     except ModelError as error:
@@ -302,6 +306,7 @@ def embed(
     bundle: Annotated[Path, typer.Argument(parser=given_path, metavar="BUNDLE", help="Folder of the bundle.")],
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...")],
     library: NativeLibraryOption = None,
+    device: DeviceOption = "cpu",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
     """Try a bundle that does not generate text: a line of JSON for each text, with its vector or scores."""
@@ -310,7 +315,7 @@ def embed(
 
     native = native_library(library)
     try:
-        model = Model(bundle, native, check)
+        model = Model(bundle, native, check, device=device)
         rows = model.encode([encode_text(model.tokenizer, text) for text in texts])
     except ModelError as error:
         raise ExportError(str(error)) from None

@@ -49,11 +49,13 @@ class Model:
     """A model in a folder: `generate` or `encode`, by its task.
 
     Args:
-        folder, library, check, threads: see `Session`.
+        folder, library, check, threads, device: see `Session`.
     """
 
-    def __init__(self, folder: Path, library: Path | None = None, check: bool = True, threads: int = 0) -> None:
-        self._session = Session(folder, library, check, threads)
+    def __init__(
+        self, folder: Path, library: Path | None = None, check: bool = True, threads: int = 0, device: str = "cpu"
+    ) -> None:
+        self._session = Session(folder, library, check, threads, device=device)
         self.folder, self.settings = self._session.folder, self._session.settings
         self._tokenizer: Any = None
 
@@ -224,6 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     library_help = f"a native library with the op; default: {_LIBRARY_NAME} beside this program, if it is there"
     parser.add_argument("--library", type=Path, default=_library_beside(), help=library_help)
     parser.add_argument("--threads", type=_number, default=0, help="of ONNX Runtime; 0: every core")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:1 and so on, with onnxruntime-gpu")
     parser.add_argument("--no-check", action="store_true", help="do not compare the files with their hashes")
     given = parser.parse_args(arguments)
     if bool(given.prompts) == bool(given.ids):
@@ -254,7 +257,7 @@ def _library_beside() -> Path | None:
 
 
 def _answer(given: argparse.Namespace) -> None:
-    model = Model(given.model, given.library, not given.no_check, given.threads)
+    model = Model(given.model, given.library, not given.no_check, given.threads, given.device)
     drawn = Sampling(given.temperature, given.top_k, given.top_p, given.repetition_penalty, seed=given.seed)
     if given.ids and model.generates:
         _write(" ".join(map(str, model.generate([given.ids], given.tokens, sampling=drawn)[0])) + "\n")

@@ -30,16 +30,16 @@ import numpy as np
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.sampling import GREEDY, Sampler, Sampling, log_probability
     from teamlora_export.deploy.session import ModelError, brief
-    from teamlora_export.deploy.slots import Slots
+    from teamlora_export.deploy.slots import MOST_PADDING, Slots
 else:
     # Deployed: the files lie beside one another.
     from sampling import GREEDY, Sampler, Sampling, log_probability
     from session import ModelError, brief
-    from slots import Slots
+    from slots import MOST_PADDING, Slots
 
 
-# Tokens whose computation takes about as long as a call takes beside its tokens: it reads all weights.
-_PADDING = 16
+# Tokens whose computation takes about as long as a call takes beside its tokens, for reading all weights.
+_CALL = 16
 
 
 class Overloaded(Exception):
@@ -292,15 +292,17 @@ class Scheduler:
         """The prompt whose turn it is, and those that share its call, of `most` tokens with padding: each whose padding
         costs less than a call of its own."""
         first, *others = self._reading
-        together, longest = [first], len(first.unread)
+        together, allowed = [first], MOST_PADDING if self._model.settings.padded else 0
         for request in others if self._begins(first) else ():
-            count = len(request.unread)
-            longer = max(longest, count)
-            padding = longer * (len(together) + 1) - longest * len(together) - count
-            allowed = _PADDING if self._model.settings.padded else 0
-            if self._begins(request) and padding <= allowed and longer * (len(together) + 1) <= most:
+            counts = [len(each.unread) for each in together]
+            counts_with = [*counts, len(request.unread)]
+            tokens, tokens_with = (max(each) * len(each) for each in (counts, counts_with))
+            if (
+                self._begins(request)
+                and max(counts_with) - min(counts_with) <= allowed
+                and tokens_with <= min(most, tokens + len(request.unread) + _CALL)
+            ):
                 together.append(request)
-                longest = longer
         return together
 
     def _begins(self, request: _Request) -> bool:

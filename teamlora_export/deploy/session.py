@@ -35,6 +35,7 @@ _OPENED = (
 )
 _LARGEST_TEXT = 512 << 20
 _MOST_THREADS = 1024
+_CUDA = "CUDAExecutionProvider"
 _SPIN_MICROSECONDS = "20"
 # The names of the axis that holds the tokens of a cache in place, and of one whose layer sees so many tokens only.
 CAPACITY = re.compile(r"capacity|window_([1-9]\d{0,8})")
@@ -52,8 +53,10 @@ class Session:
         check: compare the files with their hashes first.
         threads: of ONNX Runtime; 0: one for each core that may be used.
         spinning: threads that wait for work keep their cores for a moment, which is faster where nothing else runs.
+        device: "cpu", or "cuda" or "cuda:1": a GPU, with onnxruntime-gpu. Has not yet run on one.
 
     Attributes:
+        device: its kind and its number.
         onnx: ONNX Runtime's own session.
         inputs: by their names, as ONNX Runtime describes them; caches: those that are keys and values.
         outputs: their names.
@@ -66,9 +69,11 @@ class Session:
         check: bool = True,
         threads: int = 0,
         spinning: bool = True,
+        device: str = "cpu",
     ) -> None:
         import onnxruntime as ort
 
+        self.device = _device(device)
         if not 0 <= threads <= _MOST_THREADS:
             raise ModelError(f"{threads} threads: give 0 to {_MOST_THREADS}.")
         self.folder = Path(folder)
@@ -91,12 +96,20 @@ class Session:
                 options.register_custom_ops_library(str(Path(library).resolve()))
         except Exception as error:
             raise ModelError(f"{library}: cannot be loaded as a library of ops ({brief(error)}).") from None
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if self.device[0] != "cpu":
+            providers.insert(0, (_CUDA, {"device_id": self.device[1]}))
         try:
-            self.onnx = ort.InferenceSession(self.folder / "model.onnx", options, ["CPUExecutionProvider"])
+            self.onnx = ort.InferenceSession(self.folder / "model.onnx", options, providers)
         except Exception as error:
             raise ModelError(
                 f"{self.folder}: ONNX Runtime {ort.__version__} cannot load the model ({brief(error)})."
             ) from None
+        # Where a provider cannot start, ONNX Runtime goes on without it.
+        if self.device[0] != "cpu" and _CUDA not in self.onnx.get_providers():
+            raise ModelError(
+                f"--device {device}: ONNX Runtime {ort.__version__} cannot use it: no GPU, or not its CUDA."
+            )
         self.inputs = {value.name: value for value in self.onnx.get_inputs()}
         self.outputs = [value.name for value in self.onnx.get_outputs()]
         self.caches = [value for name, value in self.inputs.items() if name.startswith("past_key_values.")]
@@ -113,12 +126,28 @@ class Session:
                 raise ModelError(f"{self.folder}: its model has an input {name!r:.80}, which is unknown here.")
         for cache in self.caches:
             if cache.type not in NUMPY:
-                raise ModelError(f"{self.folder}: has inputs of {cache.type}, which run on a GPU only.")
+                raise ModelError(
+                    f"{self.folder}: has inputs of {cache.type}, which NumPy does not know: use fp16 or fp32."
+                )
             sizes = [cache.shape[axis] for axis in (1, 3)] if len(cache.shape) == 4 else [None]
             if not all(isinstance(size, int) for size in sizes) or present_of(cache.name) not in self.outputs:
                 raise ModelError(f"{self.folder}: its model's cache {cache.name!r:.80} is not one that is known here.")
         if not any(name in self.outputs for name in (("logits",) if self.caches else RESULTS)):
             raise ModelError(f"{self.folder}: its model gives no {' or '.join(RESULTS)}.")
+
+
+def _device(name: str) -> tuple[str, int]:
+    """The kind and the number of a device, where this ONNX Runtime knows one of its kind."""
+    import onnxruntime as ort
+
+    found = re.fullmatch(r"(cpu|cuda)(?::(\d{1,3}))?", name)
+    if found is None or name.startswith("cpu:"):
+        raise ModelError(f"--device {name!r:.40}: give cpu, cuda, or cuda:1 and so on.")
+    if found[1] == "cuda" and _CUDA not in ort.get_available_providers():
+        raise ModelError(
+            f"--device {name}: ONNX Runtime {ort.__version__} here is for CPUs. Install onnxruntime-gpu in its place."
+        )
+    return found[1], int(found[2] or 0)
 
 
 @dataclass(frozen=True)

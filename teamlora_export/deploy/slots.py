@@ -1,8 +1,8 @@
 """A text generator's cache with a row for each of several texts, which stand at places of their own.
 
-`open_slots` gives the one that fits the model: `InPlaceSlots` where the model writes into buffers that it is given,
-`GrowingSlots` where it gives back the past and what is new, as one. What a row reads is the same, whoever shares its
-calls.
+`open_slots` gives the one that fits the model: `InPlaceSlots` where the model writes into buffers that it is given
+(`DeviceSlots` where they are a GPU's), `GrowingSlots` where it gives back the past and what is new, as one. What a row
+reads is the same, whoever shares its calls.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.session import CAPACITY, NUMPY, ModelError, Session, present_of
+    from teamlora_export.deploy.session import CAPACITY, NUMPY, ModelError, Session, brief, present_of
 else:
     # Deployed: the files lie beside one another.
-    from session import CAPACITY, NUMPY, ModelError, Session, present_of
+    from session import CAPACITY, NUMPY, ModelError, Session, brief, present_of
 
 _LEAST_CAPACITY = 256
 MOST_SLOTS = 1024
+# Tokens of padding in front of a text, at most.
+MOST_PADDING = 16
 # The mark of a row that went elsewhere.
 _GONE = -1
 
@@ -54,8 +56,8 @@ class Slots(ABC):
         """Read more tokens of each text into the rows from `row` on; the logits of the last, float32 [texts,
         vocabulary].
 
-        Texts that begin may have fewer tokens than others, where the model takes padding. Where it fails, the same call
-        may be made again.
+        Texts that begin may have fewer tokens than others, by `MOST_PADDING` at most, where the model takes padding.
+        Where it fails, the same call may be made again.
         """
         rows, counts = range(row, row + len(ids)), [len(some) for some in ids]
         longest = max(counts)
@@ -63,11 +65,12 @@ class Slots(ABC):
             raise ModelError(f"{longest} tokens in one call: give parts of {self.part}.")
         given = np.full((len(ids), longest), self.settings.padding, np.int64)
         for into, some, each in zip(given, ids, rows, strict=True):
-            if len(some) < longest and (self.lengths[each] or not self.settings.padded):
+            padding = longest - len(some)
+            if padding > MOST_PADDING or (padding and (self.lengths[each] or not self.settings.padded)):
                 raise ModelError(
                     f"{len(some)} tokens of a text beside {longest} of another's: this one takes no padding."
                 )
-            into[longest - len(some) :] = some
+            into[padding:] = some
         logits = self._run(rows, given, np.array(counts))
         for each, count in zip(rows, counts, strict=True):
             self.lengths[each] += count
@@ -91,10 +94,11 @@ def open_slots(session: Session, slots: int = 8, part: int = 256, most: int | No
     """See `Slots`.
 
     Raises:
-        ModelError: the model generates no text, or `slots` or `part` are none.
+        ModelError: the model generates no text, `slots` or `part` are none, or there is not so much memory.
     """
-    in_place = session.caches and CAPACITY.fullmatch(str(session.caches[0].shape[2]))
-    return (InPlaceSlots if in_place else GrowingSlots)(session, slots, part, most)
+    if not session.caches or not CAPACITY.fullmatch(str(session.caches[0].shape[2])):
+        return GrowingSlots(session, slots, part, most)
+    return (InPlaceSlots if session.device[0] == "cpu" else DeviceSlots)(session, slots, part, most)
 
 
 class InPlaceSlots(Slots):
@@ -112,7 +116,7 @@ class InPlaceSlots(Slots):
         self.capacity = 0
         named = {cache.name: CAPACITY.fullmatch(str(cache.shape[2])) for cache in session.caches}
         self._windows = {name: int(found[1]) for name, found in named.items() if found and found[1]}
-        self._buffers = {c.name: np.zeros((slots, c.shape[1], 0, c.shape[3]), NUMPY[c.type]) for c in session.caches}
+        self._buffers = {cache.name: np.zeros(self._shape(cache, 0), NUMPY[cache.type]) for cache in session.caches}
         self._bindings: dict[tuple[int, int], Any] = {}
 
     def swap(self, one: int, other: int) -> None:
@@ -131,18 +135,28 @@ class InPlaceSlots(Slots):
         super().clear(row)
 
     def _run(self, rows: range, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        longest = ids.shape[1]
-        begins = np.array([self._begins[row] for row in rows]) + longest - counts
-        lengths = np.array([self.lengths[row] for row in rows]) + counts
-        ends = begins + lengths
-        self._fit(max(*self._ends(), *ends.tolist()))
-        for row, end in zip(rows, ends.tolist(), strict=True):
+        begins, lengths = self._with(rows, ids.shape[1], counts)
+        ends = (begins + lengths).tolist()
+        self._fit(max(*self._ends(), *ends))
+        for row, end in zip(rows, ends, strict=True):
             self._written[row] = max(self._written[row], end)
+        logits = self._call(rows, ids, begins, lengths)
+        self._begins[rows.start : rows.stop] = begins.tolist()
+        return logits
+
+    def _with(self, rows: range, longest: int, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The padding and the tokens of each text after a call of `longest` tokens, `counts` of which are its own."""
+        begins = np.array([self._begins[row] for row in rows]) + longest - counts
+        return begins, np.array([self.lengths[row] for row in rows]) + counts
+
+    def _call(self, rows: range, ids: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The logits of a call for some rows of the buffers, whose padding and texts are then so long."""
+        ends = begins + lengths
         places = np.arange(ends.max())
         given = {
             "input_ids": ids,
             "attention_mask": ((begins[:, None] <= places) & (places < ends[:, None])).astype(np.int64),
-            "position_ids": _positions(lengths, longest),
+            "position_ids": _positions(lengths, ids.shape[1]),
         }
         binding = self._bound(rows.start, rows.stop)
         for name, value in self._session.taken(given).items():
@@ -150,7 +164,6 @@ class InPlaceSlots(Slots):
         # Its size is the call's. It is the first of the outputs, since it was bound first.
         binding.bind_output("logits")
         self._session.onnx.run_with_iobinding(binding)
-        self._begins[rows.start : rows.stop] = begins.tolist()
         return binding.get_outputs()[0].numpy()
 
     def _ends(self) -> list[int]:
@@ -167,32 +180,117 @@ class InPlaceSlots(Slots):
 
     def _resize(self, capacity: int) -> None:
         # All of them before the first takes its place: there may not be enough memory.
-        self._buffers = {name: self._resized(name, capacity) for name in self._buffers}
+        self._buffers = {cache.name: self._resized(cache, capacity) for cache in self._session.caches}
         self._bindings.clear()
         self.capacity, self._written = capacity, self._ends()
 
-    def _resized(self, name: str, capacity: int) -> np.ndarray:
-        old = self._buffers[name]
-        # In a layer that sees a window, what is longer than the window and a part is a ring: the model writes over what
-        # is not seen any more. One that is shorter than that is as long as the longest text, and has not wrapped.
-        places = min(capacity, self._windows.get(name, capacity) - 1 + self.part)
-        new = np.zeros((self.slots, old.shape[1], places, old.shape[3]), old.dtype)
+    def _resized(self, cache: Any, capacity: int) -> np.ndarray:
+        old = self._buffers[cache.name]
+        new = np.zeros(self._shape(cache, capacity), old.dtype)
         for row, end in enumerate(self._ends()):
-            kept = min(end, places)
+            # A ring that is shorter than its window and a part has not wrapped.
+            kept = min(end, new.shape[2])
             new[row, :, :kept] = old[row, :, :kept]
         return new
+
+    def _shape(self, cache: Any, capacity: int) -> tuple[int, ...]:
+        # In a layer that sees a window, what is longer than the window and a part is a ring: the model writes over what
+        # is not seen any more.
+        places = min(capacity, self._windows.get(cache.name, capacity) - 1 + self.part)
+        return self.slots, cache.shape[1], places, cache.shape[3]
 
     def _bound(self, start: int, stop: int) -> Any:
         """The rows of each buffer at both of its ends."""
         if (start, stop) not in self._bindings:
             binding = self._session.onnx.io_binding()
             binding.bind_output("logits")
-            for name, buffer in self._buffers.items():
-                rows = buffer[start:stop]
-                for bind, end in ((binding.bind_input, name), (binding.bind_output, present_of(name))):
-                    bind(end, "cpu", 0, rows.dtype, rows.shape, rows.ctypes.data)
+            for cache in self._session.caches:
+                first, shape = self._memory(cache.name)
+                type_, rows = NUMPY[cache.type], (stop - start, *shape[1:])
+                address = first + start * int(np.prod(shape[1:])) * np.dtype(type_).itemsize
+                for bind, end in ((binding.bind_input, cache.name), (binding.bind_output, present_of(cache.name))):
+                    bind(end, *self._session.device, type_, rows, address)
             self._bindings[start, stop] = binding
         return self._bindings[start, stop]
+
+    def _memory(self, name: str) -> tuple[int, Sequence[int]]:
+        """The address and the shape of a buffer."""
+        return self._buffers[name].ctypes.data, self._buffers[name].shape
+
+
+class DeviceSlots(InPlaceSlots):
+    """The same in a GPU's memory. The buffers have room for the longest text from the start, and nothing in them is
+    moved: rows exchange their numbers. A step goes over the rows between those that it is for, too, whose next place it
+    fills with what is never read.
+    """
+
+    def __init__(self, session: Session, slots: int, part: int, most: int | None) -> None:
+        import onnxruntime as ort
+
+        super().__init__(session, slots, part, most)
+        if self.settings.most is None:
+            raise ModelError(f"{session.folder}: takes texts of any length. Say how long they are at most (capacity).")
+        self.capacity = self.settings.most + MOST_PADDING + 1
+        shapes = {cache.name: self._shape(cache, self.capacity) for cache in session.caches}
+        try:
+            self._values = {
+                cache.name: ort.OrtValue.ortvalue_from_numpy(
+                    np.zeros(shapes[cache.name], NUMPY[cache.type]), *session.device
+                )
+                for cache in session.caches
+            }
+        except Exception as error:
+            needed = sum(
+                int(np.prod(shapes[cache.name])) * np.dtype(NUMPY[cache.type]).itemsize for cache in session.caches
+            )
+            raise ModelError(
+                f"{session.folder}: no {needed >> 20} MiB of {session.device[0]} memory for {slots} texts of "
+                f"{self.settings.most} tokens ({brief(error)}). Take fewer slots or a smaller capacity."
+            ) from None
+        # Where the text of each row lies.
+        self._places = list(range(slots))
+        # Rows of the buffers that may hold what is no number.
+        self._spoilt: set[int] = set()
+
+    def swap(self, one: int, other: int) -> None:
+        for held in (self._places, self._begins):
+            held[one], held[other] = held[other], held[one]
+        Slots.swap(self, one, other)
+
+    def clear(self, row: int) -> None:
+        place = self._places[row]
+        if place in self._spoilt:
+            for value in self._values.values():
+                numbers = value.numpy().copy()
+                numbers[place] = 0
+                value.update_inplace(numbers)
+            self._spoilt.remove(place)
+        self._begins[row] = 0
+        Slots.clear(self, row)
+
+    def _run(self, rows: range, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        longest = ids.shape[1]
+        begins, lengths = self._with(rows, longest, counts)
+        places = [self._places[row] for row in rows]
+        # As the buffers' rows lie; those that this is not for get another token, in the place of their next.
+        all_ids = np.full((self.slots, longest), self.settings.padding, np.int64)
+        all_begins, all_lengths = np.zeros(self.slots, np.int64), np.zeros(self.slots, np.int64)
+        all_begins[self._places], all_lengths[self._places] = self._begins, np.array(self.lengths) + longest
+        all_ids[places], all_begins[places], all_lengths[places] = ids, begins, lengths
+        self._spoilt.update(places)
+        found: dict[int, np.ndarray] = {}
+        for some in [range(min(places), max(places) + 1)] if longest == 1 else _neighbours(places):
+            part = slice(some.start, some.stop)
+            logits = self._call(some, all_ids[part], all_begins[part], all_lengths[part])
+            found.update(zip(some, logits, strict=True))
+        given = np.stack([found[place] for place in places])
+        whole = np.isfinite(given[:, -1].max(-1))
+        self._spoilt.difference_update(place for place, is_whole in zip(places, whole, strict=True) if is_whole)
+        self._begins[rows.start : rows.stop] = begins.tolist()
+        return given
+
+    def _memory(self, name: str) -> tuple[int, Sequence[int]]:
+        return self._values[name].data_ptr(), self._values[name].shape()
 
 
 @dataclass
@@ -201,11 +299,12 @@ class _Batch:
 
     Attributes:
         rows: in the array's order; a row that went elsewhere is `_GONE`.
-        past: by the cache's name, [rows, heads, longest, size]; shorter rows begin with zeros, which are masked out.
+        past: by the cache's name, ONNX Runtime's own values [rows, heads, longest, size], where the model runs; shorter
+            rows begin with zeros, which are masked out.
     """
 
     rows: list[int]
-    past: dict[str, np.ndarray]
+    past: dict[str, Any]
 
 
 class GrowingSlots(Slots):
@@ -246,21 +345,30 @@ class GrowingSlots(Slots):
             by_length.setdefault(self.lengths[row], []).append(row)
         return list(by_length.values())
 
-    def _step(self, batch: _Batch, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def _step(self, batch: _Batch, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """The logits of more tokens, [rows, tokens, vocabulary], and the past with them."""
         lengths = np.array([self.lengths[row] for row in batch.rows]) + counts
-        end = next(iter(batch.past.values())).shape[2] + ids.shape[1]
+        end = next(iter(batch.past.values())).shape()[2] + ids.shape[1]
         given = {
             "input_ids": ids,
             "attention_mask": (np.arange(end) >= end - lengths[:, None]).astype(np.int64),
             "position_ids": _positions(lengths, ids.shape[1]),
         }
-        outputs = ["logits", *map(present_of, batch.past)]
-        logits, *present = self._session.onnx.run(outputs, {**self._session.taken(given), **batch.past})
-        return logits, dict(zip(batch.past, present, strict=True))
+        binding = self._session.onnx.io_binding()
+        for name, value in self._session.taken(given).items():
+            binding.bind_cpu_input(name, value)
+        binding.bind_output("logits")
+        for name, past in batch.past.items():
+            binding.bind_ortvalue_input(name, past)
+            binding.bind_output(present_of(name), *self._session.device)
+        self._session.onnx.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        return logits.numpy(), dict(zip(batch.past, present, strict=True))
 
     def _together(self, rows: list[int]) -> _Batch:
         """The batch of exactly these rows."""
+        import onnxruntime as ort
+
         for batch in self._batches:
             if sorted(batch.rows) == rows:
                 return batch
@@ -268,20 +376,21 @@ class GrowingSlots(Slots):
         past = {}
         for cache in self._session.caches:
             joined = np.zeros((len(rows), cache.shape[1], longest, cache.shape[3]), NUMPY[cache.type])
-            for into, row in zip(joined, rows, strict=True):
-                into[:, longest - self.lengths[row] :] = self._past_of(row, cache.name)
-            past[cache.name] = joined
+            for batch in self._batches:
+                self._copy(batch, cache.name, rows, joined)
+            past[cache.name] = ort.OrtValue.ortvalue_from_numpy(joined, *self._session.device)
         self._leave(rows)
         self._batches.append(_Batch(rows, past))
         return self._batches[-1]
 
-    def _past_of(self, row: int, name: str) -> np.ndarray | float:
-        """[heads, tokens, size]; nothing is there yet of a text that begins."""
-        found = next((batch for batch in self._batches if row in batch.rows), None)
-        if found is None:
-            return 0.0
-        past = found.past[name][found.rows.index(row)]
-        return past[:, past.shape[1] - self.lengths[row] :]
+    def _copy(self, batch: _Batch, name: str, rows: list[int], into: np.ndarray) -> None:
+        """Those of a batch's rows that are asked for, to the end of theirs; nothing is there of a text that begins."""
+        if set(rows).isdisjoint(batch.rows):
+            return
+        past = batch.past[name].numpy()
+        for index, row in enumerate(batch.rows):
+            if row in rows and (length := self.lengths[row]):
+                into[rows.index(row), :, -length:] = past[index, :, -length:]
 
     def _leave(self, rows: Sequence[int]) -> None:
         for batch in self._batches:
@@ -292,3 +401,14 @@ class GrowingSlots(Slots):
 def _positions(lengths: np.ndarray, count: int) -> np.ndarray:
     """Of the last `count` tokens of texts of such `lengths`, int64 [rows, count]; padding has any."""
     return np.maximum(lengths[:, None] + np.arange(-count, 0), 0)
+
+
+def _neighbours(rows: Sequence[int]) -> list[range]:
+    """Rows as ranges of neighbours."""
+    found: list[range] = []
+    for row in sorted(rows):
+        if found and found[-1].stop == row:
+            found[-1] = range(found[-1].start, row + 1)
+        else:
+            found.append(range(row, row + 1))
+    return found

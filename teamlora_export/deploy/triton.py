@@ -91,8 +91,14 @@ def deploy_triton(
     if engine is None and bundle.manifest.dtype == "bf16" and not gpu:
         raise ExportError(f"{bundle.folder}: is in bfloat16, which ONNX Runtime runs on a GPU only: add --gpu.")
     text = text and (bundle.folder / "tokenizer.json").is_file()
-    if _batching(bundle, batching, engine, gpu, text) == "continuous":
-        options = {"library": library, "check_files": check_files, "instances": instances, "threads": threads}
+    if _batching(bundle, batching, engine, text) == "continuous":
+        options = {
+            "library": library,
+            "gpu": gpu,
+            "check_files": check_files,
+            "instances": instances,
+            "threads": threads,
+        }
         return _deploy_continuous(bundle, out, name, logits, batch or 8, sequences, capacity, options)
     capacity = choose_capacity(bundle, capacity)
     if engine is not None and capacity is not None:
@@ -154,7 +160,7 @@ def _deploy_continuous(
     config = triton_config.continuous_config(name, slots=slots, waiting=waiting, capacity=capacity, **options)
     with deployment(bundle, out, "triton", f"{REPOSITORY}/{config.name}/1", logits=logits) as made:
         _write_python_model(made, config, "continuous.py", *SCHEDULING, "chat.py")
-        facts = {**options, "engine": None, "gpu": False, "capacity": capacity}
+        facts = {**options, "engine": None, "capacity": capacity}
         _write_program(made, name, True, continuous=True, slots=slots, sequences=slots + waiting, **facts)
     return out
 
@@ -166,13 +172,13 @@ def default_name(bundle: Bundle) -> str:
     return name.strip("-._")[:_LONGEST_NAME] or "model"
 
 
-def _batching(bundle: Bundle, wanted: str | None, engine: str | None, gpu: bool, text: bool) -> str:
+def _batching(bundle: Bundle, wanted: str | None, engine: str | None, text: bool) -> str:
     if wanted not in (None, *BATCHING):
         raise ExportError(f"--batching {wanted}: unknown. Use {' or '.join(BATCHING)}.")
     obstacles = (
         (bundle.manifest.task != "text-generation", f"{bundle.folder} does not generate text."),
         (engine is not None, "is for ONNX Runtime. Leave --engine or it out."),
-        (gpu, "runs on a CPU. Leave --gpu or it out."),
+        (bundle.manifest.dtype == "bf16", f"NumPy knows no bfloat16, in which {bundle.folder} is. Export it in fp16."),
         (not text, "takes words, so it needs the model's tokenizer.json, and no --no-text."),
     )
     obstacle = next((reason for holds, reason in obstacles if holds), None)

@@ -120,6 +120,7 @@ def continuous_config(
     *,
     check_files: bool,
     library: str | None,
+    gpu: bool,
     instances: int,
     slots: int,
     waiting: int,
@@ -129,6 +130,7 @@ def continuous_config(
     """A text generator that batches continuously, with the model's files in its own folder.
 
     Args:
+        gpu: with a copy, or several, on each of the server's GPUs.
         slots: texts that are written at a time. waiting: requests that may wait for one of them to end.
         capacity: tokens of prompt and answer together, at most; None: what the model takes.
         threads: of ONNX Runtime, for each copy; 0: every core.
@@ -168,7 +170,8 @@ def continuous_config(
         ("num_output_tokens", pb.TYPE_INT32, 1),
     ):
         config.output.add(name=key, data_type=kind, dims=[size])
-    config.instance_group.add(count=instances, kind=pb.ModelInstanceGroup.KIND_CPU)
+    group = pb.ModelInstanceGroup
+    config.instance_group.add(count=instances, kind=group.KIND_GPU if gpu else group.KIND_CPU)
     numbers = {"slots": slots, "waiting": waiting, "part": _PART, "threads": threads, "capacity": capacity or 0}
     given = {key: str(number) for key, number in numbers.items()} | ({"library": library} if library else {})
     _add_parameters(config, model=config.name, check_files=check_files, spinning=True, time_limit="0", **given)

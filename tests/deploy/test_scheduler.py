@@ -23,16 +23,22 @@ from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.sampling import Sampling
 from teamlora_export.deploy.scheduler import Answer, Failed, Late, Overloaded, Scheduler
 from teamlora_export.deploy.session import ModelError, Session
-from teamlora_export.deploy.slots import Slots
+from teamlora_export.deploy.slots import DeviceSlots, Slots
 
 
 @pytest.fixture
 def open_slots(make_bundle, monkeypatch) -> Callable[..., Any]:
     """Buffers that are short at first, so that they grow again and again."""
+    open = slots.open_slots
     monkeypatch.setattr(slots, "_LEAST_CAPACITY", 4)
 
-    def make(name: str = "llama", cache: str = "in-place", **options: int) -> Slots:
-        return slots.open_slots(Session(make_bundle(name, cache=cache).folder, threads=1), **options)
+    def make(
+        name: str = "llama", cache: str = "in-place", slots: int = 8, part: int = 256, most: int | None = None
+    ) -> Slots:
+        if cache == "on a device":
+            # What runs on a GPU, on the one device that ONNX Runtime has here.
+            return DeviceSlots(Session(make_bundle(name, cache="in-place").folder, threads=1), slots, part, most)
+        return open(Session(make_bundle(name, cache=cache).folder, threads=1), slots, part, most)
 
     return make
 
@@ -58,7 +64,15 @@ def at_work(model: Slots) -> int:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
-    ("name", "cache"), [("llama", "in-place"), ("mistral", "in-place"), ("gemma3", "in-place"), ("mistral", "growing")]
+    ("name", "cache"),
+    [
+        ("llama", "in-place"),
+        ("mistral", "in-place"),
+        ("gemma3", "in-place"),
+        ("mistral", "growing"),
+        ("llama", "on a device"),
+        ("gemma3", "on a device"),
+    ],
 )
 def test_texts_are_the_runners_in_whatever_order_they_come_and_go(name, cache, seed, open_slots):
     """Prompts are read in parts, some texts are cancelled, buffers grow, shrink and, with windows, wrap."""
@@ -98,7 +112,7 @@ def test_threads_that_ask_at_once_share_steps_and_get_what_they_get_alone(open_s
     assert np.mean(shared) > 1.5
 
 
-@pytest.mark.parametrize("cache", ["in-place", "growing"])
+@pytest.mark.parametrize("cache", ["in-place", "growing", "on a device"])
 def test_short_prompts_that_wait_together_are_read_in_one_call(cache, open_slots):
     """Each is what it is alone, and those are left out whose padding costs more than a call of their own."""
     model, drawn = open_slots("mistral", cache, slots=6), random.Random(4)
@@ -140,6 +154,42 @@ def test_a_row_whose_numbers_are_none_fails_alone_and_leaves_nothing(open_slots)
         tokens(answers[1])
     assert [tokens(answers[0]), tokens(answers[2]), tokens(late)] == [expected[0], expected[2], expected[1]]
     assert not any(buffer.any() for buffer in model._buffers.values()), "nothing is left of any text"
+
+
+def test_a_spoilt_row_of_a_device_is_wiped_and_others_are_not_moved(open_slots):
+    model = open_slots(cache="on a device", slots=3)
+    prompts = [[9, 10, 11], [12, 13], [14, 15, 16, 17]]
+    expected = greedy(model, prompts, 8)
+    scheduler = Scheduler(model)
+    answers = [scheduler.submit(prompt, 8) for prompt in prompts]
+    scheduler.turn()
+    for value in model._values.values():
+        value.numpy()[1, :, :4] = np.nan
+    late = scheduler.submit(prompts[1], 8)
+    scheduler.turn()
+    assert not any(np.isnan(value.numpy()).any() for value in model._values.values())
+    finish(scheduler)
+    with pytest.raises(Failed, match=r"no number \(NaN\)"):
+        tokens(answers[1])
+    assert [tokens(answers[0]), tokens(answers[2]), tokens(late)] == [expected[0], expected[2], expected[1]]
+
+
+def test_a_device_that_is_not_there_is_refused(make_bundle, monkeypatch):
+    folder = make_bundle("llama").folder
+    for device, message in (
+        ("tpu", "give cpu, cuda"),
+        ("cuda:", "give cpu"),
+        ("cpu:1", "give cpu"),
+        ("cuda", "is for CPUs"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            Model(folder, device=device)
+    # As a package for GPUs on a machine without one: ONNX Runtime leaves the provider out, and says nothing.
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    with pytest.raises(ModelError, match=r"--device cuda:1: ONNX Runtime .* cannot use it"):
+        Model(folder, device="cuda:1")
 
 
 def test_a_model_that_takes_no_padding_reads_none(open_slots, monkeypatch):

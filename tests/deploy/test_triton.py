@@ -359,12 +359,14 @@ def test_how_texts_are_batched_follows_from_the_model_or_is_refused(make_bundle,
     assert models(0, in_place) == {"m_text"}
     assert models(1, in_place, batching="sequence") == models(2, growing) == {"m", "m_text"}
     assert models(3, in_place, text=False) == {"m"}
-    assert models(4, in_place, gpu=True) == {"m", "m_text"}
+    assert models(4, in_place, gpu=True) == {"m_text"}
+    assert "kind: KIND_GPU" in (tmp_path / "4" / "models" / "m_text" / "config.pbtxt").read_text()
+    assert "pip install onnxruntime-gpu" in (told := (tmp_path / "4" / "README.md").read_text()) and "--gpus all" in told
     assert models(5, growing, batching="continuous") == {"m_text"}
     for number, (message, bundle, options) in enumerate(
         (
             ("does not generate text", make_bundle("bert"), {}),
-            ("Leave --gpu", in_place, {"gpu": True}),
+            ("no bfloat16", make_bundle("llama", dtype="bf16"), {"gpu": True}),
             ("no --no-text", in_place, {"text": False}),
             ("Leave --engine", in_place, {"engine": "fp16"}),
             ("--batching continuously: unknown", in_place, {"batching": "continuously"}),

@@ -307,6 +307,8 @@ class PythonModel(Model):
                     "model_config": json.dumps(config),
                     "model_name": self.config.name,
                     "model_instance_name": f"{self.config.name}_0_0",
+                    "model_instance_kind": "CPU",
+                    "model_instance_device_id": "0",
                 }
             )
         except self.utils.TritonModelException as error:

@@ -53,6 +53,7 @@ class TritonPythonModel:
                 check=False,
                 threads=numbers["threads"],
                 spinning=parameters["spinning"] == "true",
+                device=f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "cpu",
             )
             slots = open_slots(session, numbers["slots"], numbers["part"], numbers["capacity"] or None)
             # There is room for all that have a place.
