@@ -40,6 +40,8 @@ else:
 
 # Tokens whose computation takes about as long as a call takes beside its tokens, for reading all weights.
 _CALL = 16
+# Seconds that requests which find nothing at work wait for the next: those that come at one moment share a call.
+_MOMENT = 0.003
 
 
 class Overloaded(Exception):
@@ -230,7 +232,8 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self.busy)
+                if not self.busy:
+                    self._wait_for_first()
                 if self._closing:
                     return
             try:
@@ -238,6 +241,14 @@ class Scheduler:
             except Exception as error:
                 # None is known. Those at work may be spoilt by it; those that come are not.
                 self._end_all(Failed(f"The scheduler failed ({brief(error)})."))
+
+    def _wait_for_first(self) -> None:
+        """Until there are requests, as many as come at one moment. Called with the lock."""
+        self._changed.wait_for(lambda: self._closing or self.busy)
+        come = 0
+        while not self._closing and come < len(self._waiting) < self._model.slots:
+            come = len(self._waiting)
+            self._changed.wait(_MOMENT)
 
     def _drop(self) -> None:
         for request in (*self._writing, *self._reading):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import poison_token, readme_block
 
-from teamlora_export.deploy import slots
+from teamlora_export.deploy import scheduler, slots
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.sampling import Sampling
@@ -127,6 +127,17 @@ def test_short_prompts_that_wait_together_are_read_in_one_call(cache, open_slots
     assert calls == [[5, 9, 1, 7], [60, 50]]
     finish(scheduler)
     assert [tokens(answer) for answer in answers] == expected
+
+
+def test_requests_that_come_at_one_moment_share_their_first_call(open_slots, monkeypatch):
+    monkeypatch.setattr(scheduler, "_MOMENT", 5.0)
+    model, calls = open_slots(slots=3), []
+    read = model.read
+    model.read = lambda row, ids: calls.append(len(ids)) or read(row, ids)  # type: ignore[method-assign]
+    with Scheduler(model) as running:
+        for answer in [running.submit([token], 2) for token in (5, 6, 7)]:
+            assert len(tokens(answer)) <= 2
+    assert calls[0] == 3
 
 
 def test_a_text_that_has_begun_takes_no_padding(open_slots):
