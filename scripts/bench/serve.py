@@ -11,6 +11,7 @@ request's first token and between two: median, 95 and 99 per cent.
 runner          `Model.stream` of the deployed program, a thread for each client: their steps are not shared
 scheduler       the scheduler that `deploy triton` writes, in this process
 triton          the same in a real Triton server, over gRPC
+perf_analyzer   the same, asked and measured by Triton's own client, which may send a request more than once
 implicit        `deploy triton --batching sequence`: a step of the model, its cache as Triton's state. The real server
                 comes without an ONNX Runtime back end, so the tests' stand-in for that runs it, in this process: one
                 request after another, as most are in the server, since steps of different lengths hardly ever meet
@@ -25,6 +26,7 @@ import argparse
 import itertools
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -50,6 +52,7 @@ ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "scripts"), str(ROOT / "tests" / "deploy")]
 from genai_engine import GenaiEngine  # noqa: E402
 from get_model import get_model  # noqa: E402
+from get_perf_analyzer import get_perf_analyzer  # noqa: E402
 from other_rows import genai_graph  # noqa: E402
 from real_triton import Addresses, Connection, running  # noqa: E402
 from triton_server import Server  # noqa: E402
@@ -60,6 +63,8 @@ _CAPACITY = 256
 # Gives the tokens after a prompt, as they come.
 Ask = Callable[[list[int], int], Iterable[object]]
 Request = tuple[list[int], int]
+# Seconds that requests took together; of each, when it was sent, and when each of its tokens came.
+Answered = tuple[float, list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ class Result:
         first, between = (
             " / ".join(f"{1e3 * value:6.0f}" for value in values) for values in (self.first, self.between)
         )
-        return f"{self.row:10} {self.clients:3} clients {self.rate:7.1f} tokens/s   {first} ms   {between} ms"
+        return f"{self.row:13} {self.clients:3} clients {self.rate:7.1f} tokens/s   {first} ms   {between} ms"
 
 
 class Rows:
@@ -137,6 +142,33 @@ class Rows:
 
         return server, ask
 
+    def analyzed(self, stack: ExitStack, requests: Sequence[Request], clients: int) -> Answered:
+        """What NVIDIA's client measures of the row triton."""
+        server, ask = self.served(stack, clients)
+        for _ in ask(*requests[0]):
+            pass
+        rows = [
+            {
+                "input_ids": {"content": prompt, "shape": [len(prompt)]},
+                "max_tokens": {"content": [count], "shape": [1]},
+                "stream": {"content": [True], "shape": [1]},
+            }
+            for prompt, count in requests
+        ]
+        asked, told = self._folder / "asked.json", self._folder / "told.json"
+        asked.write_text(json.dumps({"data": rows}))
+        program = get_perf_analyzer()
+        command = [program, "-m", "m_text", "-u", server.grpc, "-i", "grpc", "--streaming", "--async"]
+        command += ["--input-data", asked, "--profile-export-file", told]
+        command += ["--concurrency-range", str(clients), "--request-count", str(len(requests))]
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(program.parent)}
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        (experiment,) = json.loads(told.read_text())["experiments"]
+        times = [[one["timestamp"], *one["response_timestamps"]] for one in experiment["requests"]]
+        # The last response of each has no token.
+        seconds = [[time / 1e9 for time in one[:-1]] for one in times]
+        return max(one[-1] for one in seconds) - min(one[0] for one in seconds), seconds
+
     def implicit(self, _stack: ExitStack, clients: int) -> Ask:
         out = deploy_triton(
             self._bundle,
@@ -171,7 +203,7 @@ class Rows:
         return stack.enter_context(GenaiEngine(genai_graph(self._base), clients, self._threads)).ask
 
 
-NAMES = ("runner", "scheduler", "triton", "implicit", "genai")
+NAMES = ("runner", "scheduler", "triton", "perf_analyzer", "implicit", "genai")
 
 
 def main() -> None:
@@ -190,7 +222,7 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         rows = Rows(Path(folder), given.rank, given.threads, given.spinning)
-        print(f"{'':42}first token: 50, 95, 99 %   between: 50, 95, 99 %")
+        print(f"{'':45}first token: 50, 95, 99 %   between: 50, 95, 99 %")
         for clients in given.clients:
             requests = _requests(max(clients, given.requests or (8 if given.quick else 64)))
             for name in given.rows:
@@ -216,6 +248,8 @@ def _requests(count: int, prompts: tuple[int, int] = (8, 128), answers: tuple[in
 
 def _measure(rows: Rows, name: str, requests: Sequence[Request], clients: int) -> Result:
     with ExitStack() as stack:
+        if name == "perf_analyzer":
+            return _result(name, clients, [rows.analyzed(stack, requests, clients)])
         return _load(name, getattr(rows, name)(stack, clients), requests, clients)
 
 
@@ -223,10 +257,6 @@ def _load(name: str, ask: Ask, requests: Sequence[Request], clients: int) -> Res
     for _ in ask(*requests[0]):
         pass
     return _result(name, clients, [_answer(ask, requests, clients)])
-
-
-# Seconds that requests took together; of each, when it was sent, and when each of its tokens came.
-Answered = tuple[float, list[list[float]]]
 
 
 def _answer(ask: Ask, requests: Sequence[Request], clients: int) -> Answered:
