@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from conftest import list_again, poison_token, pytorch_greedy
 from get_triton_server import PACKAGE, get_triton_server
@@ -31,6 +32,7 @@ from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.triton import deploy_triton
 from teamlora_export.deploy.words import TextStream, encode_text
+from teamlora_export.engine.onnxruntime_library import build_library
 
 # A token whose embedding is no number.
 NAN = 7
@@ -68,14 +70,15 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 
 @pytest.fixture(scope="module")
 def deployed(make_bundle, tmp_path_factory) -> Path:
-    """Two models in one repository: `m` with four slots, and `slow` with one and a place to wait."""
+    """Two models in one repository: `m` with four slots, and `slow` with one, a place to wait, and the native op."""
     source, folder = make_bundle("mistral", cache="in-place"), tmp_path_factory.mktemp("triton")
     bundle = Bundle(Path(shutil.copytree(source.folder, folder / "bundle")), source.manifest)
     (bundle.folder / "chat_template.jinja").write_text(TEMPLATE)
     bundle = list_again(bundle.folder)
     out = deploy_triton(bundle, folder / "m", name="m", batch=4, check_files=False)
     poison_token(out / "models" / "m_text" / "1", NAN)
-    slow = deploy_triton(bundle, folder / "slow", name="slow", batch=1, sequences=2)
+    library = str(build_library().path)
+    slow = deploy_triton(bundle, folder / "slow", name="slow", batch=1, sequences=2, library=library)
     program = slow / "models" / "slow_text" / "1" / "scheduler.py"
     text = program.read_text()
     assert "        self._drop()\n" in text
@@ -443,3 +446,11 @@ def test_its_tokens_are_pytorchs(server, make_base, make_adapter):
     expected = pytorch_greedy(make_base("mistral"), make_adapter("mistral"), prompt, 30)
     found = generate(server, input_ids=prompt, max_tokens=30)[1]["token_ids"]
     assert found == expected[: len(found)] and len(found) > 1
+
+
+def test_a_native_library_runs_the_op_there(server, model):
+    name, library = "slow", build_library().path
+    opened = [Path(f"/proc/{child.pid}/maps") for child in psutil.Process(server.process).children(recursive=True)]
+    assert any(str(library) in maps.read_text() for maps in opened)
+    prompt = [11, 12, 13]
+    assert generate(server, name, input_ids=prompt, max_tokens=12)[1]["token_ids"] == model.generate([prompt], 12)[0]
