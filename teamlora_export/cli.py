@@ -18,6 +18,7 @@ import typer.core
 from rich.console import Console
 
 from teamlora_export import __version__, interrupt
+from teamlora_export.cli_adapters import adapters_app, adapters_given
 from teamlora_export.cli_bench import bench_command
 from teamlora_export.cli_deploy import deploy_app
 from teamlora_export.cli_engine import PluginOption, plugins_app, trt_app
@@ -64,6 +65,7 @@ _EXTRAS = {
 app.add_typer(trt_app, name="trt")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(deploy_app, name="deploy")
+app.add_typer(adapters_app, name="adapters")
 
 
 @app.callback(invoke_without_command=True)
@@ -81,8 +83,19 @@ def _root(
 @app.command()
 def onnx(
     base: Annotated[str, typer.Argument(help="Base model: a local folder, or a name on the hub.")],
-    adapter: AdapterOption,
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="[NAME=]FOLDER",
+            help="Folder of the trained adapter. With a name, or given again: a shelf, one of which each row takes.",
+        ),
+    ],
     output: OutputOption,
+    slots: Annotated[
+        int | None, typer.Option(help="Of a shelf: how many adapters programs hold in memory. Default: 8 at least.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     task: Annotated[
         str,
@@ -116,8 +129,9 @@ def onnx(
 
     bundle = export_onnx(
         base,
-        adapter,
+        adapters_given(adapter, slots),
         output,
+        slots=slots,
         dtype=dtype,
         task=task,
         op_form=op,
@@ -128,6 +142,8 @@ def onnx(
         retrace=retrace,
     )
     made = bundle.manifest
+    shelf = made.shelf["adapters"] if made.shelf is not None else {}
+    adapters = f", {len(shelf)} adapters in {made.shelf['slots']} slots" if made.shelf is not None else ""
     codes = f" with weights of {made.quantisation['bits']} bits" if made.quantisation else ""
     fields = {
         "bundle": bundle.folder,
@@ -135,9 +151,10 @@ def onnx(
         "dtype": made.dtype,
         "quantisation": made.quantisation,
         "op": made.op,
+        "shelf": made.shelf,
         "sha256": made.sha256,
     }
-    show(f"{bundle.folder}: {made.task}, {made.dtype}{codes}, {made.op['nodes']} expert nodes", fields, json)
+    show(f"{bundle.folder}: {made.task}, {made.dtype}{codes}, {made.op['nodes']} expert nodes{adapters}", fields, json)
 
 
 @app.command()
