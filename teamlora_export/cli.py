@@ -296,6 +296,10 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this; may be given again.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Of the shelf: what answers; give it again for each prompt's own."),
+    ] = None,
     library: NativeLibraryOption = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
@@ -308,7 +312,7 @@ def generate(
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed=seed)
         model = Model(bundle, native, check)
         written = [prompt.replace("\\n", "\n") for prompt in prompts]
-        count, seconds = answer(model, written, tokens, say_answer, sampling, stop or ())
+        count, seconds = answer(model, written, tokens, say_answer, sampling, stop or (), adapter or ())
     except ModelError as error:
         raise ExportError(str(error)) from None
     print(f"({count} tokens, {count / seconds:.1f} a second)", file=sys.stderr)

@@ -11,7 +11,7 @@ from formula import make_projection
 from graph.test_op_adapters import Rows, adapters_model, alike, expected_rows, mixed_families, slot_feeds, specs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plugins.test_onnxruntime_op import TOLERANCE, kernels_run, open_model, run_one
+from plugins.test_onnxruntime_op import TOLERANCE, kernels_run, open_model
 
 from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, build_library
 from teamlora_export.graph import op

@@ -15,9 +15,8 @@ SLOTS, ROWS = "slots", "adapter_rows"
 
 
 class TakeAdapters(ir.passes.InPlacePass):
-    """`down`, `mix` and `up` of every node become inputs [slots, ..] that a caller may leave out, and so does `adapter`,
-    int32 [1] or [batch]: the slot of each row's adapter, or below 0 for the base alone, which is what it is where it is
-    left out.
+    """`down`, `mix` and `up` of every node become inputs [slots, ..] that a caller may leave out. So does `adapter`,
+    int32 [1] or [batch]: the slot of each row's adapter, or below 0 for the base alone, as where it is left out.
 
     Inputs with a default are what ONNX Runtime calls overridable initializers. They can be bound to memory that is
     written to between calls, have any number of slots, and can be set by ONNX Runtime's own files of adapters. The
