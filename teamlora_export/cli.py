@@ -18,7 +18,7 @@ import typer.core
 from rich.console import Console
 
 from teamlora_export import __version__, interrupt
-from teamlora_export.cli_adapters import adapters_app, adapters_given
+from teamlora_export.cli_adapters import adapters_app, adapters_given, adapters_moved
 from teamlora_export.cli_bench import bench_command
 from teamlora_export.cli_deploy import deploy_app
 from teamlora_export.cli_engine import PluginOption, plugins_app, trt_app
@@ -199,8 +199,13 @@ def validate(
     bundle: BundleArgument = THIS_FOLDER,
     base: Annotated[str | None, typer.Option(help="The base model, should it have moved since the export.")] = None,
     adapter: Annotated[
-        Path | None,
-        typer.Option("--adapter", "-a", parser=given_path, metavar="FOLDER", help="The adapter, should it have moved."),
+        list[str] | None,
+        typer.Option(
+            "--adapter", "-a", metavar="[NAME=]FOLDER", help="The adapter, should it have moved; of a shelf, by name."
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Of a shelf: judge this adapter; may be given again.")
     ] = None,
     layer_by_layer: Annotated[
         bool | None,
@@ -245,7 +250,8 @@ def validate(
     verdict = validate_bundle(
         opened,
         base_source=base,
-        adapter_folder=adapter,
+        adapter_folder=adapters_moved(adapter or ()),
+        only=only or (),
         layer_by_layer=layer_by_layer,
         engine_name=engine,
         plugin=plugin,

@@ -51,6 +51,18 @@ def adapters_given(given: Sequence[str], slots: int | None) -> Path | dict[str, 
     return named
 
 
+def adapters_moved(given: Sequence[str]) -> Path | dict[str, Path] | None:
+    """Where `--adapter` says that adapters are now: one folder, or several by name; None: where they were."""
+    if not given:
+        return None
+    named = [text.partition("=") for text in given]
+    if all(equals and not given_path(text).exists() for text, (_, equals, _) in zip(given, named, strict=True)):
+        return {name: given_path(folder) for name, _, folder in named}
+    if len(given) > 1:
+        raise ExportError("--adapter: give one folder, or NAME=FOLDER for each that moved.")
+    return given_path(given[0])
+
+
 @adapters_app.command("list")
 def list_adapters(bundle: BundleArgument = THIS_FOLDER, json: JsonOption = None) -> None:
     """Say which adapters a bundle has on its shelf."""

@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
@@ -271,6 +271,22 @@ def _remove_unlisted(folder: Path) -> None:
     for name in unlisted_adapters(folder):
         with suppress(OSError):
             (folder / name).unlink()
+
+
+def change_manifest(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> None:
+    """Write what `change` makes of the manifest of `bundle` as it is by now: its shelf may have changed meanwhile.
+
+    Raises:
+        ExportError: the bundle is another by now, or the manifest cannot be written.
+    """
+    with _edited(bundle.folder) as now:
+        if _graph_files(now.manifest) != _graph_files(bundle.manifest):
+            raise ExportError(f"{bundle.folder}: was exported anew meanwhile.")
+        write_manifest(bundle.folder, change(now.manifest))
+
+
+def _graph_files(manifest: Manifest) -> dict[str, str]:
+    return {name: sha for name, sha in manifest.sha256.items() if not name.startswith(f"{ADAPTERS_NAME}/")}
 
 
 @contextmanager

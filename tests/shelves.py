@@ -39,10 +39,10 @@ def write_family(
             continue
         tensors |= {f"{name}.lora_B{i}.weight": array(d_out, own) for i in range(k)}
         if family == "teamlora":
-            tensors[f"{name}.lora_route.fc.weight"] = 3 * array(k, d_in)
-            tensors[f"{name}.lora_interaction_matrix.weight"] = (0.3 * rng.normal(size=(k, k)) / k).astype(np.float32)
+            tensors[f"{name}.lora_route.fc.weight"] = 2 * array(k, d_in)
+            tensors[f"{name}.lora_interaction_matrix.weight"] = (0.1 * rng.normal(size=(k, k)) / k).astype(np.float32)
         else:
-            tensors[f"{name}.lora_route.weight"] = 3 * array(k, d_in)
+            tensors[f"{name}.lora_route.weight"] = 2 * array(k, d_in)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"r": r, "lora_alpha": 1.5 * r / k, "lora_nums": k, "target_modules": list(targets), "bias": "none"}

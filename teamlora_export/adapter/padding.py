@@ -5,7 +5,8 @@ An expert's weights are w = (p mix) / (p mix 1), whatever p is scaled by. So, of
 - an expert that it does not have is a row and a column of zeros in `mix`: it adds to neither side of the fraction;
 - a rank that its experts do not have is a row of zeros in A and in B;
 - an expert of a larger rank than the slot's is cut into m parts, each an expert with the same logit. Their p is p / m
-  and together p; `mix` repeated m times in both directions gives each part w / m, and A is m times larger;
+  and together p; `mix` repeated m times in both directions gives each part w / m, and A is m times larger. m is a power
+  of two, so that A is rounded as it is by itself;
 - a module that it does not adapt has no experts at all.
 
 What the layer computes stays the same number, up to the rounding of sums in another order.
@@ -49,7 +50,7 @@ class Slot:
                 f"has {projection.down_rank} rows in A, which its experts do not share, the bundle's slots have room "
                 f"for {self.expert_rank} that they share"
             )
-        if c > self.expert_rank and (self.shared_down or k * -(-c // self.expert_rank) > self.num_experts):
+        if c > self.expert_rank and (self.shared_down or k * _parts(c, self.expert_rank) > self.num_experts):
             return (
                 f"has {k} experts of rank {c}, the bundle's slots have room for {self.num_experts} of rank "
                 f"{self.expert_rank}"
@@ -87,7 +88,7 @@ def place(projection: ExpertProjection, slot: Slot) -> ExpertProjection:
     if slot.shared_down:
         return _place_shared(projection, slot)
     k, c = projection.num_experts, slot.expert_rank
-    parts = -(-projection.expert_rank // c)
+    parts = _parts(projection.expert_rank, c)
     down = np.zeros((slot.down_rank, slot.in_features), projection.down.dtype)
     ups = [np.zeros((slot.out_features, c), projection.ups[0].dtype) for _ in range(slot.num_experts)]
     for expert, up in enumerate(projection.ups):
@@ -137,8 +138,19 @@ def _slot_of(projections: list[ExpertProjection]) -> Slot:
     k = max(p.num_experts for p in projections)
     # Where one adapter's experts do not share A, those of all have their own rows of it.
     shared = k > 1 and all(_is_shared(p) for p in projections)
-    ranks = [p.expert_rank if shared else -(-p.expert_rank // (k // p.num_experts)) for p in projections]
+    ranks = [p.expert_rank if shared else _rank_of_parts(p, k) for p in projections]
     return Slot(first.in_features, first.out_features, k, max(ranks), shared)
+
+
+def _parts(rank: int, room: int) -> int:
+    """Into how many parts an expert is cut, for each to have a rank of `room` at most."""
+    return 1 << (-(-rank // room) - 1).bit_length()
+
+
+def _rank_of_parts(projection: ExpertProjection, num_experts: int) -> int:
+    """Of an adapter's experts, when they are cut so that there are `num_experts` of them at most."""
+    parts = 1 << ((num_experts // projection.num_experts).bit_length() - 1)
+    return -(-projection.expert_rank // parts)
 
 
 def _is_shared(projection: ExpertProjection) -> bool:

@@ -135,7 +135,7 @@ def _torch_rows(bundle: Bundle, options: BenchOptions) -> Sequence[Row]:
     chosen = [(EAGER, False)] * options.pytorch + [(COMPILED, True)] * options.compiled
     if not chosen:
         return ()
-    from teamlora_export.validate.run import open_sources
+    from teamlora_export.validate.sources import open_sources
 
     manifest = bundle.manifest
     base, adapter = open_sources(bundle, options.base, options.adapter, manifest.adapter["sha256"])

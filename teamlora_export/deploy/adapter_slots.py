@@ -32,7 +32,8 @@ else:
 
 # Of the input that has each row's slot, and what it is where a row has no adapter.
 ADAPTER, NO_ADAPTER = "adapter", -1
-_TYPES = {"F32": np.float32, "F16": np.float16}
+# NumPy has no bfloat16: by its bits.
+_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _LARGEST_HEADER = 64 << 20
 
 
@@ -72,7 +73,9 @@ class Adapters:
         stamp: Callable[[], object],
         check: bool = True,
     ) -> None:
-        self.memory = {name: np.zeros((slots, *shape), kind) for name, (shape, kind) in inputs.items()}
+        self.memory: dict[str, np.ndarray] = {
+            name: np.zeros((slots, *shape), kind) for name, (shape, kind) in inputs.items()
+        }
         self._folder, self._listed, self._stamp, self._check = folder, listed, stamp, check
         self._lock = threading.Lock()
         # In each slot: of which file, and how many have taken it. Free ones in the order in which they became so.

@@ -136,7 +136,7 @@ class Model:
 
     def require_adapters(self, count: int, adapters: Sequence[str | None] | None) -> list[str | None]:
         """The adapter of each of `count` prompts; raises as `generate` does, where there is none of a name."""
-        named = [None] * count if adapters is None else list(adapters)
+        named: list[str | None] = [None] * count if adapters is None else list(adapters)
         if len(named) != count:
             raise ModelError(f"{len(named)} adapters for {count} prompts: name one for each.")
         for name in {name for name in named if name is not None}:

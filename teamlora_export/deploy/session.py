@@ -259,7 +259,7 @@ def _read_shelf(path: Path, shelf: Any, hashes: Mapping[str, str]) -> tuple[dict
     if shelf is None:
         return None, 0
     slots, adapters = (shelf.get(name) for name in ("slots", "adapters")) if isinstance(shelf, dict) else (None, None)
-    if not _is_whole(slots, 1) or slots > _MOST_SLOTS or not isinstance(adapters, dict):
+    if type(slots) is not int or not 1 <= slots <= _MOST_SLOTS or not isinstance(adapters, dict):
         raise ModelError(f"{path}: its shelf of adapters is not as it should be. Copy it again.")
     found = {}
     for name, fields in adapters.items():
