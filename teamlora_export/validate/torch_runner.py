@@ -331,8 +331,8 @@ def _jittered(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def round_experts(layer: ExpertLinear, folded: op.OpWeights, dtype: torch.dtype) -> None:
     """Give `layer` the numbers that the op's inputs hold in `dtype`, with the constants taken out of them again."""
-    # By NumPy, as the export rounds: PyTorch rounds float64 to float32 on the way to 16 bits, which is another number for
-    # one weight in some ten thousand.
+    # By NumPy, as the export rounds: PyTorch rounds float64 to float32 on the way to float16, which gives one weight in
+    # some ten thousand another number.
     stacked = torch.from_numpy(folded.down.astype(_NUMPY_DTYPES[dtype]).astype(np.float64)).to(layer.down.dtype)
     rows = len(layer.down)
     layer.down.data = stacked[:rows] / (layer.scaling * layer.routing_sum)
