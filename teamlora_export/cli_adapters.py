@@ -104,3 +104,20 @@ def remove(bundle: ShelfArgument, name: NameArgument, json: JsonOption = None) -
 
     made = remove_adapter(bundle, name)
     show(f"{made.folder}: {name} is removed", {"bundle": made.folder, "shelf": made.manifest.shelf}, json)
+
+
+@adapters_app.command("publish")
+def publish(
+    bundle: ShelfArgument,
+    deployment: Annotated[
+        Path,
+        typer.Argument(parser=given_path, metavar="DEPLOYMENT", help="What `deploy python` or `deploy triton` wrote."),
+    ],
+    json: JsonOption = None,
+) -> None:
+    """Make the adapters of a deployment those of its bundle, also while it serves."""
+    from teamlora_export.bundle import read_bundle
+    from teamlora_export.deploy.publish import publish_shelf
+
+    names = publish_shelf(read_bundle(bundle), deployment)
+    show(f"{deployment}: {', '.join(names) or 'no adapter'}", {"deployment": deployment, "adapters": names}, json)

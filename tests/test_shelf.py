@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from conftest import _ALL, random_adapter
 from safetensors.numpy import load_file, save_file
 from shelves import SHELF, write_family
@@ -22,6 +23,7 @@ from teamlora_export.adapter import AdapterConfig, read_adapter, write_adapter
 from teamlora_export.bundle import Bundle, check_files, listed_files, read_bundle
 from teamlora_export.cli import app
 from teamlora_export.cli_adapters import adapters_given
+from teamlora_export.deploy import session
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.session import ModelError
 from teamlora_export.errors import ExportError
@@ -72,8 +74,6 @@ def test_the_graph_by_itself_is_the_base_and_onnx_runtimes_own_adapters_fit_it(m
     ids = np.array([[5, 6, 7, 8]])
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(4)[None]}
     feeds |= {v.name: np.zeros((1, 2, 0, 8), np.float32) for v in session.get_inputs() if v.name.startswith("past")}
-    import torch
-
     expected = base.load(torch.float32)(torch.tensor(ids)).logits.detach().numpy()
     assert np.abs(session.run(["logits"], feeds)[0] - expected).max() < 1e-4
     stored = load_file(bundle.folder / bundle.manifest.shelf["adapters"]["team"]["file"])
@@ -345,8 +345,6 @@ def test_what_knows_no_shelf_refuses_one_in_a_sentence(words, make_shelf, tmp_pa
 
 def test_an_older_program_is_told_that_it_is_older(make_shelf, monkeypatch):
     """Before it runs the base without an adapter."""
-    from teamlora_export.deploy import session
-
     monkeypatch.setattr(session, "_DESCRIPTIONS", {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)})
     with pytest.raises(ModelError, match="was written by a newer teamlora-export"):
         Model(make_shelf().folder)

@@ -239,7 +239,7 @@ def port_in(port: Port, dtype: str | None) -> Port:
 def _describe(made: Deployment) -> Description:
     manifest = made.bundle.manifest
     dtype = made.differs.get("dtype")
-    shelf = _shelf_of(manifest)
+    shelf = shelf_of(manifest)
     return Description(
         target=made.target,
         tool=f"teamlora-export {__version__}",
@@ -258,7 +258,7 @@ def _describe(made: Deployment) -> Description:
     )
 
 
-def _shelf_of(manifest: Manifest) -> DeployedShelf | None:
+def shelf_of(manifest: Manifest) -> DeployedShelf | None:
     """Without where the adapters came from."""
     if manifest.shelf is None:
         return None

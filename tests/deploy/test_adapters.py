@@ -3,21 +3,38 @@ whoever shares its steps; and what happens to the shelf meanwhile."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import pytorch_greedy
+from shelves import SHELF
+from typer.testing import CliRunner
+
+sys.path.append(str(Path(__file__).parent))
+from triton_server import RequestError, Server
 
 from teamlora_export.bundle import read_bundle
+from teamlora_export.cli import app
 from teamlora_export.deploy.adapter_slots import rows_adapter
+from teamlora_export.deploy.publish import publish_shelf
+from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.scheduler import Failed, Scheduler
 from teamlora_export.deploy.session import ModelError, Session
 from teamlora_export.deploy.slots import open_slots
+from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.errors import ExportError
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
+from teamlora_export.staging import entries
 
 PROMPTS = [[5, 6, 7], [9, 3], [200, 100, 50, 25, 12], [5, 6, 7], [7] * 9, [44, 45, 46, 47], [5, 6, 7]]
 # More than the three slots that there are.
@@ -31,8 +48,6 @@ def answers(make_base, shelf_adapters) -> dict[tuple[str | None, tuple[int, ...]
     base, found = make_base("llama"), {}
     for prompt, name in zip(PROMPTS, NAMES, strict=True):
         if name is None:
-            import torch
-
             model = base.load(torch.float32)
             options = {"max_new_tokens": COUNT, "do_sample": False, "eos_token_id": None}
             tokens = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
@@ -169,3 +184,72 @@ def test_rows_of_one_adapter_are_one_number():
     assert rows_adapter([2, 2, 2]).tolist() == [2]
     assert rows_adapter([2, -1]).tolist() == [2, -1]
     assert rows_adapter([2, -1]).dtype == np.int32
+
+
+def test_a_deployment_in_python_answers_by_name_and_takes_over_what_the_bundle_has_later(
+    make_shelf, shelf_adapters, answers, tmp_path
+):
+    """Without this package; while it serves."""
+    folder = own_copy(make_shelf(), tmp_path / "bundle")
+    out = deploy_python(read_bundle(folder), tmp_path / "out")
+    assert not [name for name in entries(out) if bytes(tmp_path) in (out / name).read_bytes()], "a path from here"
+    program = """
+import sys
+from runner import Model
+model = Model(".", threads=1)
+print(model.adapters)
+print(model.generate([[5, 6, 7], [9, 3]], 12, adapters=["team", "small"]))
+sys.stdout.flush()
+sys.stdin.readline()
+print(model.adapters)
+print(model.generate([[9, 3], [9, 3]], 12, adapters=["team", "late"]))
+"""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ""}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=out, env=environment, text=True, **pipes)
+    assert json.loads(process.stdout.readline().replace("'", '"')) == sorted(SHELF)
+    first = json.loads(process.stdout.readline())
+    replace_adapter(folder, "team", shelf_adapters["small"])
+    add_adapter(folder, "late", shelf_adapters["small"])
+    remove_adapter(folder, "moe")
+    done = CliRunner().invoke(app, ["adapters", "publish", str(folder), str(out)])
+    assert done.output == f"{out}: hydra, late, lora, small, team\n"
+    process.stdin.write("\n")
+    names, second = process.communicate()[0].splitlines()
+    assert names == "['hydra', 'late', 'lora', 'small', 'team']"
+    small = until_stop(answers["small", (9, 3)])
+    assert first == [until_stop(answers["team", (5, 6, 7)]), small]
+    assert json.loads(second) == [small, small]
+    files = {name for name in entries(out) if name.startswith("adapters/")}
+    assert files == {a["file"] for a in read_bundle(folder).manifest.shelf["adapters"].values()}
+    with pytest.raises(ExportError, match="was not made of"):
+        publish_shelf(make_shelf(dtype="fp16"), out)
+    with pytest.raises(ExportError, match="is not a deployment"):
+        publish_shelf(make_shelf(), tmp_path)
+
+
+def test_triton_answers_each_request_by_its_adapter(make_shelf, answers, tmp_path):
+    """In the tests' stand-in for the server."""
+    bundle = make_shelf(cache="in-place")
+    out = deploy_triton(bundle, tmp_path / "out", name="m", batch=4)
+    assert "the name of the adapter that answers (hydra, lora, moe, small, team)" in (out / "README.md").read_text()
+    server = Server(out / "models")
+
+    def ask(i: int) -> list[int]:
+        given = {"input_ids": np.array([PROMPTS[i]]), "max_tokens": np.array([[COUNT]], np.int32)}
+        if NAMES[i] is not None:
+            given["adapter"] = np.array([[NAMES[i].encode()]], np.object_)
+        (answer,) = server.stream("m_text", given)
+        return answer["token_ids"][0].tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, range(len(PROMPTS))))
+    assert found == [until_stop(tokens) for tokens in expected(answers)]
+    unknown = {"input_ids": np.array([[5]]), "adapter": np.array([[b"nobody"]], np.object_)}
+    with pytest.raises(RequestError, match="INVALID_ARG: There is no adapter 'nobody'"):
+        list(server.stream("m_text", unknown))
+    server.models["m_text"].unload()
+
+
+def until_stop(tokens: list[int], stop: int = 2) -> list[int]:
+    return tokens[: tokens.index(stop)] if stop in tokens else tokens
