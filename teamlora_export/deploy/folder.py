@@ -131,7 +131,7 @@ def deployment(
     graph: bool = True,
     logits: str = "last",
     capacity: int | None = None,
-    shelf: bool = False,
+    shelf: str | None = None,
 ) -> Iterator[Deployment]:
     """A folder with the bundle's files in its folder `inside`, to add a target's own to.
 
@@ -143,7 +143,8 @@ def deployment(
         graph: with model.onnx and its weights.
         logits: of which tokens of a prompt the graph of a text generator gives logits: the "last" alone, or "all".
         capacity: of a cache in place, where it is to be a number.
-        shelf: the target's programs know adapters that rows have of their own.
+        shelf: how the target's programs have the adapters of a shelf: "slots", in files as the bundle has them, or
+            "own", in files that the target adds; None: they know no shelf.
 
     Raises:
         ExportError: the bundle has a shelf of adapters, and no program here knows one; its files are not those that
@@ -151,7 +152,7 @@ def deployment(
     """
     if logits not in LOGITS_FORMS:
         raise ExportError(f"--logits {logits}: unknown. Use {' or '.join(LOGITS_FORMS)}.")
-    if not shelf:
+    if shelf is None:
         refuse_shelf(bundle, f"`deploy {target}`")
     check_files(bundle)
     described = Path(inside) / DEPLOY_NAME
@@ -166,13 +167,14 @@ def deployment(
             made.add(MODEL_NAME, bundle.model if rewritten is None else rewritten.graph)
             for name in bundle.data_names:
                 made.add(name, bundle.folder / name)
-        for adapter in bundle.manifest.shelf["adapters"].values() if bundle.manifest.shelf is not None else ():
+        in_slots = shelf_of(bundle.manifest) if shelf == "slots" else None
+        for adapter in in_slots["adapters"].values() if in_slots is not None else ():
             made.add(adapter["file"], bundle.folder / adapter["file"])
         for name in COMPANIONS:
             if name in bundle.manifest.sha256:
                 made.add(name, _without_origin(bundle.folder / name, bundle.folder))
         yield made
-        fields = dataclasses.asdict(_describe(made))
+        fields = dataclasses.asdict(_describe(made, in_slots))
         (staging / described).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
@@ -236,10 +238,9 @@ def port_in(port: Port, dtype: str | None) -> Port:
     return port if dtype is None or port.dtype == "int64" else dataclasses.replace(port, dtype=DTYPES[dtype].onnx)
 
 
-def _describe(made: Deployment) -> Description:
+def _describe(made: Deployment, shelf: DeployedShelf | None) -> Description:
     manifest = made.bundle.manifest
     dtype = made.differs.get("dtype")
-    shelf = shelf_of(manifest)
     return Description(
         target=made.target,
         tool=f"teamlora-export {__version__}",

@@ -29,7 +29,7 @@ def deploy_python(bundle: Bundle, out: Path, logits: str = "last", library: Path
         ExportError: see `deployment` and `add_library`; or the model is in bfloat16.
     """
     require_cpu_dtype(bundle, "python")
-    with deployment(bundle, out, "python", logits=logits, shelf=True) as made:
+    with deployment(bundle, out, "python", logits=logits, shelf="slots") as made:
         for name in PROGRAM:
             made.write(name, Path(__file__).parent / name)
         native = None if library is None else add_library(made, library)

@@ -154,7 +154,7 @@ def _deploy_continuous(
     config = triton_config.continuous_config(
         name, slots=slots, waiting=waiting, capacity=capacity, shelf=adapters is not None, **options
     )
-    with deployment(bundle, out, "triton", f"{REPOSITORY}/{config.name}/1", logits=logits, shelf=True) as made:
+    with deployment(bundle, out, "triton", f"{REPOSITORY}/{config.name}/1", logits=logits, shelf="slots") as made:
         _write_python_model(made, config, "continuous.py", *SCHEDULING, "chat.py")
         facts = {**options, "adapters": adapters, "engine": None, "gpu": False, "capacity": capacity}
         _write_program(made, name, True, continuous=True, slots=slots, sequences=slots + waiting, **facts)

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnxruntime_genai as og
 import pytest
 import torch
 from conftest import pytorch_greedy
@@ -25,6 +26,7 @@ from triton_server import RequestError, Server
 from teamlora_export.bundle import read_bundle
 from teamlora_export.cli import app
 from teamlora_export.deploy.adapter_slots import rows_adapter
+from teamlora_export.deploy.genai import deploy_genai
 from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
@@ -249,6 +251,33 @@ def test_triton_answers_each_request_by_its_adapter(make_shelf, answers, tmp_pat
     with pytest.raises(RequestError, match="INVALID_ARG: There is no adapter 'nobody'"):
         list(server.stream("m_text", unknown))
     server.models["m_text"].unload()
+
+
+@pytest.mark.parametrize("cache", ["growing", "in-place"])
+def test_onnxruntime_genais_own_adapters_are_ours(cache, make_shelf, answers, tmp_path):
+    """One for all rows of a generator, by its `Adapters`; any of them beside another generator's."""
+    out = deploy_genai(make_shelf(cache=cache), tmp_path / "out")
+    assert "(hydra, lora, moe, small, team)" in (out / "README.md").read_text()
+    assert not [name for name in entries(out) if name.endswith(".safetensors")]
+    model = og.Model(str(out))
+    adapters = og.Adapters(model)
+    generators = []
+    for prompt, name in zip(PROMPTS, NAMES, strict=True):
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(prompt) + COUNT, do_sample=False)
+        generators.append(og.Generator(model, parameters))
+        if name is not None:
+            if NAMES.index(name) == len(generators) - 1:
+                adapters.load(str(out / "adapters" / f"{name}.onnx_adapter"), name)
+            generators[-1].set_active_adapter(adapters, name)
+        generators[-1].append_tokens(np.array([prompt], np.int32))
+    found: list[list[int]] = [[] for _ in generators]
+    for _ in range(COUNT):
+        for tokens, generator in zip(found, generators, strict=True):
+            if not generator.is_done():
+                generator.generate_next_token()
+                tokens.append(int(generator.get_next_tokens()[0]))
+    assert [until_stop(tokens) for tokens in found] == [until_stop(tokens) for tokens in expected(answers)]
 
 
 def until_stop(tokens: list[int], stop: int = 2) -> list[int]:
