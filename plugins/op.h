@@ -5,9 +5,14 @@ namespace teamlora {
 
 inline constexpr const char* kOpName = "MixedExpertProjection";
 inline constexpr const char* kOpDomain = "teamlora";
+// What a node without the optional input is, and all that the CUDA kernels and TensorRT's plugin know.
 inline constexpr int kOpVersion = 1;
 inline constexpr const char* kOpVersionText = "1";
 inline constexpr const char* kOpInputs[] = {"x", "base", "down", "mix", "up"};
+// What a node with it is: an adapter for each row.
+inline constexpr int kOpAdaptersVersion = 2;
+inline constexpr const char* kOpAdaptersVersionText = "2";
+inline constexpr const char* kOpOptionalInputs[] = {"adapter"};
 inline constexpr const char* kOpAttributes[] = {"num_experts", "shared_down", "out_splits"};
 
 }  // namespace teamlora

@@ -2,6 +2,7 @@
 
     model.onnx  model.onnx.data  manifest.json  config.json  generation_config.json  tokenizer files
     adapter.onnx.data  genai_config.json        what `attach` adds, where there is one
+    adapters/NAME.HASH.safetensors              the adapters of a bundle that has a shelf of them
     engines/NAME.engine  engines/NAME.json      what `trt` adds
 
 `manifest.json` says what made the bundle, and lists every file of it with its SHA-256: a reader refuses a list with a
@@ -32,8 +33,13 @@ DATA_NAME = "model.onnx.data"
 ADAPTER_DATA_NAME = "adapter.onnx.data"
 MANIFEST_NAME = "manifest.json"
 ENGINES_NAME = "engines"
-# 1 listed the hashes of the model and its weights alone.
-FORMAT_VERSION = 2
+ADAPTERS_NAME = "adapters"
+# Of the model's input that says which slot's adapter each row has.
+ADAPTER_NAME = "adapter"
+# 1 listed the hashes of the model and its weights alone. 3 is what has a shelf: programs that know no shelf would run
+# the base without an adapter.
+FORMAT_VERSION, SHELF_FORMAT_VERSION = 2, 3
+_SHELVED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\.[0-9a-f]{16}\.safetensors")
 _CACHE = re.compile(r"past_key_values\.\d+\.(key|value)")
 _NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 # What each task is asked for.
@@ -111,6 +117,10 @@ def window_of(size: int | str | None) -> int | None:
     axis."""
     match = _WINDOW.fullmatch(size) if isinstance(size, str) else None
     return int(match[1]) if match else None
+
+
+# Slots that a program may have.
+MOST_SLOTS = 4096
 
 
 class BaseOrigin(TypedDict):
@@ -205,6 +215,28 @@ class Attached(TypedDict):
     projections: dict[str, list[str]]
 
 
+class ShelvedAdapter(TypedDict):
+    """One adapter of a shelf: its file in the bundle's folder, in the form of a slot, what it was made of, and the last
+    validation's figures."""
+
+    file: Annotated[
+        str, msgspec.Meta(pattern=rf"^{ADAPTERS_NAME}/[A-Za-z0-9][A-Za-z0-9._-]{{0,63}}\.[0-9a-f]{{16}}\.safetensors$")
+    ]
+    sha256: Sha256
+    origin: AdapterOrigin
+    validation: NotRequired[Validation | None]
+
+
+class Shelf(TypedDict):
+    """Adapters that share the base: any of them for each row of a batch.
+
+    slots: how many our programs hold in memory at a time.
+    """
+
+    slots: Annotated[int, msgspec.Meta(ge=1, le=MOST_SLOTS)]
+    adapters: dict[str, ShelvedAdapter]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What made a bundle, and what it is.
@@ -215,6 +247,8 @@ class Manifest:
         recipes: how each weight of the base is made, by its name in the graph; the adapter's are in `refit`.
         validation: None before the first.
         attached: the graph that the adapter was attached to; None where the whole was exported.
+        shelf: the adapters of a graph that takes one for each row; None where it has one of its own. `adapter` and
+            `refit` are then of the slots that these share.
         quantisation: None where all weights are in the bundle's dtype.
     """
 
@@ -234,6 +268,7 @@ class Manifest:
     quantisation: Quantisation | None = None
     format_version: int = FORMAT_VERSION
     attached: Attached | None = None
+    shelf: Shelf | None = None
 
 
 @dataclass(frozen=True)
@@ -264,7 +299,7 @@ def read_bundle(folder: str | Path) -> Bundle:
         ExportError: it is no bundle, its list of files has a gap, or another version of the tool wrote it.
     """
     folder = Path(folder)
-    for place in (folder.parent, folder):
+    for place in (folder.parent, folder, folder / ADAPTERS_NAME):
         settle(place)
     if not (folder / MANIFEST_NAME).exists():
         raise ExportError(f"{folder}: is not a bundle (no {MANIFEST_NAME}). Make one with `teamlora-export onnx`.")
@@ -306,11 +341,33 @@ def listed_files(folder: Path) -> set[str]:
     settle(folder)
     refusal = f"{folder}: exists and is not a bundle; it is left as it is. Choose another -o."
     try:
-        return {MANIFEST_NAME, ENGINES_NAME, *_read_manifest(folder).sha256}
+        return {MANIFEST_NAME, ENGINES_NAME, *_read_manifest(folder).sha256, *unlisted_adapters(folder)}
     except FileNotFoundError:
         raise ExportError(refusal) from None
     except ExportError as reason:
         raise ExportError(f"{refusal} ({reason})") from None
+
+
+def unlisted_adapters(folder: Path) -> set[str]:
+    """Files of adapters that a shelf does not list: what a killed change of it left behind."""
+    manifest = _read_manifest(folder)
+    if manifest.shelf is None or not (folder / ADAPTERS_NAME).is_dir():
+        return set()
+    names = {f"{ADAPTERS_NAME}/{name}" for name in entries(folder / ADAPTERS_NAME) if _SHELVED.fullmatch(name)}
+    return names - manifest.sha256.keys()
+
+
+def refuse_shelf(bundle: Bundle, what: str) -> None:
+    """Refuse a bundle with a shelf where only one adapter is known.
+
+    Args:
+        what: begins the sentence: "`trt` ...".
+    """
+    if bundle.manifest.shelf is not None:
+        raise ExportError(
+            f"{bundle.folder}: has a shelf of adapters, and {what} takes a bundle with one adapter of its own as yet. "
+            "Export one with a single --adapter."
+        )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -341,7 +398,7 @@ def _read_manifest(folder: Path) -> Manifest:
         Manifest,
         "Export the model again.",
         folder,
-        newest=FORMAT_VERSION,
+        newest=SHELF_FORMAT_VERSION,
         oldest=FORMAT_VERSION,
     )
 
@@ -350,7 +407,9 @@ def _check_list(bundle: Bundle) -> None:
     """Every file that somebody reads from a bundle is listed, and every file that is listed is there."""
     folder, listed = bundle.folder, bundle.manifest.sha256
     read = [name for name in COMPANIONS if (folder / name).exists()]
-    for name in (MODEL_NAME, *bundle.data_names, *read):
+    shelf = bundle.manifest.shelf
+    shelved = [adapter["file"] for adapter in shelf["adapters"].values()] if shelf is not None else []
+    for name in (MODEL_NAME, *bundle.data_names, *shelved, *read):
         if name not in listed:
             raise ExportError(f"{folder / MANIFEST_NAME}: does not list {name}. Export the model again.")
     for name in listed:

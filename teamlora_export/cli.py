@@ -18,6 +18,7 @@ import typer.core
 from rich.console import Console
 
 from teamlora_export import __version__, interrupt
+from teamlora_export.cli_adapters import adapters_app, adapters_given, adapters_moved
 from teamlora_export.cli_bench import bench_command
 from teamlora_export.cli_deploy import deploy_app
 from teamlora_export.cli_engine import PluginOption, plugins_app, trt_app
@@ -64,6 +65,7 @@ _EXTRAS = {
 app.add_typer(trt_app, name="trt")
 app.add_typer(plugins_app, name="plugins")
 app.add_typer(deploy_app, name="deploy")
+app.add_typer(adapters_app, name="adapters")
 
 
 @app.callback(invoke_without_command=True)
@@ -81,8 +83,19 @@ def _root(
 @app.command()
 def onnx(
     base: Annotated[str, typer.Argument(help="Base model: a local folder, or a name on the hub.")],
-    adapter: AdapterOption,
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="[NAME=]FOLDER",
+            help="Folder of the trained adapter. With a name, or given again: a shelf, one of which each row takes.",
+        ),
+    ],
     output: OutputOption,
+    slots: Annotated[
+        int | None, typer.Option(help="Of a shelf: how many adapters programs hold in memory. Default: 8 at least.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     task: Annotated[
         str,
@@ -116,8 +129,9 @@ def onnx(
 
     bundle = export_onnx(
         base,
-        adapter,
+        adapters_given(adapter, slots),
         output,
+        slots=slots,
         dtype=dtype,
         task=task,
         op_form=op,
@@ -128,6 +142,8 @@ def onnx(
         retrace=retrace,
     )
     made = bundle.manifest
+    shelf = made.shelf["adapters"] if made.shelf is not None else {}
+    adapters = f", {len(shelf)} adapters in {made.shelf['slots']} slots" if made.shelf is not None else ""
     codes = f" with weights of {made.quantisation['bits']} bits" if made.quantisation else ""
     fields = {
         "bundle": bundle.folder,
@@ -135,9 +151,10 @@ def onnx(
         "dtype": made.dtype,
         "quantisation": made.quantisation,
         "op": made.op,
+        "shelf": made.shelf,
         "sha256": made.sha256,
     }
-    show(f"{bundle.folder}: {made.task}, {made.dtype}{codes}, {made.op['nodes']} expert nodes", fields, json)
+    show(f"{bundle.folder}: {made.task}, {made.dtype}{codes}, {made.op['nodes']} expert nodes{adapters}", fields, json)
 
 
 @app.command()
@@ -182,8 +199,13 @@ def validate(
     bundle: BundleArgument = THIS_FOLDER,
     base: Annotated[str | None, typer.Option(help="The base model, should it have moved since the export.")] = None,
     adapter: Annotated[
-        Path | None,
-        typer.Option("--adapter", "-a", parser=given_path, metavar="FOLDER", help="The adapter, should it have moved."),
+        list[str] | None,
+        typer.Option(
+            "--adapter", "-a", metavar="[NAME=]FOLDER", help="The adapter, should it have moved; of a shelf, by name."
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Of a shelf: judge this adapter; may be given again.")
     ] = None,
     layer_by_layer: Annotated[
         bool | None,
@@ -228,7 +250,8 @@ def validate(
     verdict = validate_bundle(
         opened,
         base_source=base,
-        adapter_folder=adapter,
+        adapter_folder=adapters_moved(adapter or ()),
+        only=only or (),
         layer_by_layer=layer_by_layer,
         engine_name=engine,
         plugin=plugin,
@@ -282,6 +305,10 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this; may be given again.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Of the shelf: what answers; give it again for each prompt's own."),
+    ] = None,
     library: NativeLibraryOption = None,
     device: DeviceOption = "cpu",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
@@ -295,7 +322,7 @@ def generate(
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed=seed)
         model = Model(bundle, native, check, device=device)
         written = [prompt.replace("\\n", "\n") for prompt in prompts]
-        count, seconds = answer(model, written, tokens, say_answer, sampling, stop or ())
+        count, seconds = answer(model, written, tokens, say_answer, sampling, stop or (), adapter or ())
     except ModelError as error:
         raise ExportError(str(error)) from None
     print(f"({count} tokens, {count / seconds:.1f} a second)", file=sys.stderr)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,13 +18,18 @@ import onnx_ir as ir
 
 from teamlora_export import __version__
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
+from teamlora_export.adapter.padding import as_adapter, slots_for
 from teamlora_export.bundle import (
     DATA_NAME,
     ENGINES_NAME,
+    FORMAT_VERSION,
     MODEL_NAME,
+    MOST_SLOTS,
+    SHELF_FORMAT_VERSION,
     Bundle,
     Manifest,
     Quantisation,
+    ShelvedAdapter,
     copy_companions,
     hash_files,
     listed_files,
@@ -37,13 +42,15 @@ from teamlora_export.errors import ExportError
 from teamlora_export.graph import op, weights
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.passes.quantize_base import QuantizeBase
+from teamlora_export.graph.passes.take_adapters import TakeAdapters
 from teamlora_export.graph.quantized import Scheme
-from teamlora_export.graph.read import port_of
+from teamlora_export.graph.read import port_of, required_inputs
 from teamlora_export.graph.traced import LIBRARIES, TracedGraph, graph_key, keep_graph, load_graph
 from teamlora_export.model.checkpoint import open_safetensors_weights
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
 from teamlora_export.origin import MOST_WARNINGS, describe_adapter, describe_refit, warn_of_normalizers
 from teamlora_export.progress import Reporter
+from teamlora_export.shelf import fit_adapter, refuse_overrides, require_name, shelve, slot_file
 from teamlora_export.staging import real_path, refuse_foreign, require_space, staged
 from teamlora_export.tokens import read_tokens
 
@@ -55,9 +62,10 @@ WEIGHT_FORMS = {"int4": 4, "int8": 8}
 
 def export_onnx(
     base_name: str,
-    adapter_folder: str | Path,
+    adapter_folder: str | Path | Mapping[str, str | Path],
     out: str | Path,
     *,
+    slots: int | None = None,
     dtype: str = "fp32",
     task: str = "auto",
     op_form: str = "function",
@@ -71,6 +79,8 @@ def export_onnx(
     """Export `base_name` (a folder or a hub name) with the adapter in `adapter_folder` to the bundle `out`.
 
     Args:
+        adapter_folder: where several are named, they become a shelf that the bundle takes one from for each row.
+        slots: how many adapters of a shelf our programs hold in memory; None: as many as it begins with, 8 at least.
         dtype: fp32, fp16 or bf16: the type of weights and activations.
         task: auto, or one of `model.base.TASKS`.
         op_form: "function" keeps the op, with its body in the model; "standard" inlines the body.
@@ -93,10 +103,16 @@ def export_onnx(
     if cache not in CACHE_FORMS:
         raise ExportError(f"--cache {cache}: unknown. Use {' or '.join(CACHE_FORMS)}.")
     quantise = _quantiser(weights_form, head_form, zero_points)
-    adapter = read_adapter(adapter_folder)
+    shelved = _read_shelved(adapter_folder, slots)
+    if shelved is None:
+        assert not isinstance(adapter_folder, Mapping)
+        adapter, folders = read_adapter(adapter_folder), [Path(adapter_folder)]
+    else:
+        assert isinstance(adapter_folder, Mapping)
+        adapter, folders = as_adapter(slots_for(shelved.values())), list(map(Path, adapter_folder.values()))
     source = find_base(base_name)
     # Once: the folder that a relative path starts from may be the one that is replaced.
-    given, out, inputs = Path(out), real_path(Path(out)), (source.folder, Path(adapter_folder))
+    given, out, inputs = Path(out), real_path(Path(out)), (source.folder, *folders)
     refuse_foreign(out, _our_files, inputs)
     if (out / ENGINES_NAME).is_dir():
         reporter.warn(f"{out}: its engines are of the model that is replaced, and are removed with it.")
@@ -104,7 +120,8 @@ def export_onnx(
         traced = _find_graph(source, adapter, task, dtype, cache == "in-place", retrace, reporter)
         adapter = align_with_base(adapter, traced.signature)
         model = traced.model
-        warn_of_normalizers(adapter, reporter)
+        for each in (shelved or {"": adapter}).values():
+            warn_of_normalizers(each, reporter)
         _warn_of_unused(model, adapter, reporter)
         if quantise is not None and not quantise(model).modified:
             raise ExportError(f"--weights {weights_form}: {source.name} has no linear weights of its own to quantise.")
@@ -115,6 +132,11 @@ def export_onnx(
             if (recipe := weights.recipe_of(value))
         }
         refit = describe_refit(recipes, adapter, traced.signature.body_prefix)
+        # Before anything is written: an adapter may not fit.
+        fitting = {name: fit_adapter(each, refit, source.name) for name, each in (shelved or {}).items()}
+        if shelved is not None:
+            TakeAdapters()(model)
+        version = op.VERSION if shelved is None else op.ADAPTERS_VERSION
         if op_form == "standard":
             inline_bodies(model)
         model.producer_name, model.producer_version = "teamlora-export", __version__
@@ -124,23 +146,46 @@ def export_onnx(
             copy_companions(source.folder, folder)
             if source.gguf_file is not None:
                 _open_base(source, traced.task).save_companions(folder)
+            adapters: dict[str, ShelvedAdapter] = {}
+            for name, each in (shelved or {}).items():
+                with reporter.step(f"Writing the adapter {name}"):
+                    content, sha256 = slot_file(fitting[name], refit["weights"], dtype, each.sha256)
+                    adapters[name] = shelve(folder, name, content, sha256, each)
             manifest = Manifest(
                 tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
                 base={"source": source.origin, "model_type": traced.model_type, "sha256": finish_hashing()},
                 adapter=describe_adapter(adapter),
-                op={"domain": op.DOMAIN, "name": op.NAME, "version": op.VERSION, "nodes": nodes, "form": op_form},
+                op={"domain": op.DOMAIN, "name": op.NAME, "version": version, "nodes": nodes, "form": op_form},
                 task=traced.task,
                 dtype=dtype,
-                inputs=tuple(port_of(value) for value in model.graph.inputs),
+                inputs=tuple(port_of(value) for value in required_inputs(model.graph)),
                 outputs=tuple(port_of(value) for value in model.graph.outputs),
                 tokens=read_tokens(folder, traced.task),
                 sha256=hash_files(folder, {DATA_NAME: data_sha256}),
                 refit=refit,
                 quantisation=_describe_quantisation(quantise) if quantise is not None else None,
                 recipes={name: recipe.to_json() for name, recipe in recipes.items() if name not in refit["weights"]},
+                format_version=FORMAT_VERSION if shelved is None else SHELF_FORMAT_VERSION,
+                shelf=None if shelved is None else {"slots": slots or max(8, len(shelved)), "adapters": adapters},
             )
             write_manifest(folder, manifest)
     return Bundle(given, read_bundle(out).manifest)
+
+
+def _read_shelved(given: str | Path | Mapping[str, str | Path], slots: int | None) -> dict[str, AdapterSpec] | None:
+    """The adapters of a shelf, by name; None where there is one adapter and no shelf."""
+    if not isinstance(given, Mapping):
+        if slots is not None:
+            raise ExportError("--slots: is for adapters that have names. Give --adapter NAME=FOLDER.")
+        return None
+    if slots is not None and not 1 <= slots <= MOST_SLOTS:
+        raise ExportError(f"--slots {slots}: give 1 to {MOST_SLOTS}.")
+    if not given:
+        raise ExportError("There is no adapter. Give --adapter NAME=FOLDER.")
+    found = {require_name(name): read_adapter(folder) for name, folder in given.items()}
+    for adapter in found.values():
+        refuse_overrides(adapter)
+    return found
 
 
 def _quantiser(weights_form: str | None, head_form: str | None, zero_points: bool) -> QuantizeBase | None:

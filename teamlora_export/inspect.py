@@ -12,7 +12,7 @@ from teamlora_export.adapter import AdapterSpec, read_adapter
 from teamlora_export.adapter.config import CONFIG_NAME
 from teamlora_export.attach.describe import Contents, describe
 from teamlora_export.attach.read import GENAI_NAME, Foreign, open_foreign
-from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME, Bundle, Port, Quantisation, read_bundle
+from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME, AdapterOrigin, Bundle, Port, Quantisation, read_bundle
 from teamlora_export.cli_output import Description
 from teamlora_export.engine.facts import EngineFacts, read_facts
 from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, is_library, library_here, read_library
@@ -127,13 +127,15 @@ def _bundle_rows(bundle: Bundle, lifted: Lifted) -> Iterable[tuple[str, str]]:
     yield "base", f"{manifest.base['model_type']}, {manifest.base['source'] or 'not given'}"
     if manifest.attached is not None:
         yield "attached to", manifest.attached["source"]
-    yield (
-        "adapter",
-        (
-            f"{adapter['family']}, r={adapter['r']}, k={adapter['num_experts']}, {adapter['modules']} modules, "
-            f"{adapter['parameters']:,} parameters, {adapter['source']}"
-        ),
-    )
+    if manifest.shelf is not None:
+        yield "slots", f"{manifest.shelf['slots']}, of {adapter['num_experts']} experts of r={adapter['r']} at most"
+        for name, each in manifest.shelf["adapters"].items():
+            origin, judged = each["origin"], each.get("validation")
+            state = "not validated" if judged is None else "passed" if judged["passed"] else "FAILED"
+            sizes = f"r={origin['r']}, k={origin['num_experts']}, {origin['modules']} modules"
+            yield f"adapter {name}", f"{origin['family']}, {sizes}, {origin['source']}, {state}"
+    else:
+        yield "adapter", _adapter_origin(adapter)
     op = manifest.op
     form = "kept, with its body" if op["form"] == "function" else "inlined"
     yield "op", f"{op['domain']}::{op['name']} version {op['version']}, {op['nodes']} nodes, {form}"
@@ -160,6 +162,13 @@ def _bundle_rows(bundle: Bundle, lifted: Lifted) -> Iterable[tuple[str, str]]:
                 f"{validation['worst_times_pytorch']:.2g} times PyTorch's own error"
             ),
         )
+
+
+def _adapter_origin(adapter: AdapterOrigin) -> str:
+    return (
+        f"{adapter['family']}, r={adapter['r']}, k={adapter['num_experts']}, {adapter['modules']} modules, "
+        f"{adapter['parameters']:,} parameters, {adapter['source']}"
+    )
 
 
 def _graph_rows(foreign: Foreign, contents: Contents) -> Iterable[tuple[str, str]]:

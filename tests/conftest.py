@@ -21,6 +21,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from shelves import write_shelf
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -273,6 +274,28 @@ def make_bundle(make_base, make_adapter, tmp_path_factory) -> Callable[..., Bund
             options = {"dtype": dtype, "op_form": op_form, "cache": cache, "retrace": not quantise, **quantise}
             base = make_base(name)
             made[key] = export_onnx(base.name, make_adapter(name), out, task=base.task, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shelf_adapters(make_base, tmp_path_factory) -> dict[str, Path]:
+    """Adapters of every family, of unlike sizes, for the tiny llama; the folder of each, by name."""
+    return write_shelf(tmp_path_factory.mktemp("shelf"), make_base("llama"))
+
+
+@pytest.fixture(scope="session")
+def make_shelf(make_base, shelf_adapters, tmp_path_factory) -> Callable[..., Bundle]:
+    """The bundle of the tiny llama with a shelf of adapters in three slots, exported once a session for each form."""
+    made: dict[tuple[str, ...], Bundle] = {}
+
+    def make(dtype: str = "fp32", cache: str = "growing", op_form: str = "function") -> Bundle:
+        key = (dtype, cache, op_form)
+        if key not in made:
+            out = tmp_path_factory.mktemp("shelves") / "-".join(key)
+            options = {"dtype": dtype, "cache": cache, "op_form": op_form}
+            made[key] = export_onnx(make_base("llama").name, shelf_adapters, out, slots=3, **options)
         return made[key]
 
     return make

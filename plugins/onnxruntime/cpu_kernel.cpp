@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../kernels/cpu/code.h"
+#include "../kernels/cpu/slots.h"
 
 namespace teamlora {
 namespace {
@@ -62,7 +63,8 @@ int64_t num_threads() {
 }  // namespace
 
 CpuKernel::CpuKernel(const OrtKernelInfo* raw, ONNXTensorElementDataType type)
-    : dtype_(data_type_of<cpu::DataType>(type)), attributes_(raw) {
+    : dtype_(data_type_of<cpu::DataType>(type)), attributes_(raw), takes_adapters_(takes_adapters(raw)) {
+    if (takes_adapters_) return;
     const Ort::ConstKernelInfo info(raw);
     Ort::ConstValue weights[kNumInputs];
     bool constant = true;
@@ -77,18 +79,21 @@ CpuKernel::CpuKernel(const OrtKernelInfo* raw, ONNXTensorElementDataType type)
 template <class Get>
 CpuKernel::Packed CpuKernel::pack(const Get& input) const {
     const Widths widths(attributes_, dims_of(input(kDown)), dims_of(input(kMix)), dims_of(input(kUp)));
-    cpu::Shape shape{dtype_,
-                     widths.in,
-                     attributes_.num_experts,
-                     widths.expert_rank,
-                     attributes_.shared_down,
-                     attributes_.out_splits};
-    return {widths, cpu::Projection(std::move(shape), *cpu::available_codes().front(), input(kDown).GetTensorRawData(),
+    return {widths, cpu::Projection(shape_of(widths), *cpu::available_codes().front(), input(kDown).GetTensorRawData(),
                                     input(kMix).template GetTensorData<float>(), input(kUp).GetTensorRawData())};
 }
 
+cpu::Shape CpuKernel::shape_of(const Widths& widths) const {
+    return {dtype_,
+            widths.in,
+            attributes_.num_experts,
+            widths.expert_rank,
+            attributes_.shared_down,
+            attributes_.out_splits};
+}
+
 OrtStatusPtr CpuKernel::ComputeV2(OrtKernelContext* context) noexcept {
-    return as_status([&] { compute(context); });
+    return as_status([&] { takes_adapters_ ? compute_slots(context) : compute(context); });
 }
 
 void CpuKernel::compute(OrtKernelContext* raw) {
@@ -104,6 +109,40 @@ void CpuKernel::compute(OrtKernelContext* raw) {
     const Lease workspace;
     packed.projection.run({x.GetTensorRawData(), base.GetTensorRawData(), y.GetTensorMutableRawData()}, tokens,
                           *workspace, {run_in_session, raw}, num_threads());
+}
+
+void CpuKernel::compute_slots(OrtKernelContext* raw) {
+    const Ort::KernelContext context(raw);
+    const Ort::ConstValue x = context.GetInput(kX), base = context.GetInput(kBase), down = context.GetInput(kDown),
+                          mix = context.GetInput(kMix), up = context.GetInput(kUp),
+                          adapter = context.GetInput(kAdapter);
+    const SlotWidths sizes(attributes_, dims_of(down), dims_of(mix), dims_of(up));
+    const Dims given = dims_of(x), shape = dims_of(base), indices = dims_of(adapter);
+    if (given.size() != 3)
+        refuse("x is " + text(given) + ", expected [batch, tokens, in] beside an adapter for each row.");
+    count_tokens(sizes.widths, given, shape);
+    if (indices.size() != 1 || (indices[0] != 1 && indices[0] != given[0])) {
+        refuse("adapter is " + text(indices) + ", expected [1] or [" + std::to_string(given[0]) + "].");
+    }
+    const int32_t* numbers = adapter.GetTensorData<int32_t>();
+    for (int64_t row = 0; row < indices[0]; ++row) {
+        if (numbers[row] >= sizes.slots) {
+            refuse("adapter holds " + std::to_string(numbers[row]) + ", there are " + std::to_string(sizes.slots) +
+                   " slots.");
+        }
+    }
+    Ort::UnownedValue y = context.GetOutput(0, shape);
+    const Lease workspace;
+    const cpu::SlotTensors tensors{x.GetTensorRawData(),
+                                   base.GetTensorRawData(),
+                                   y.GetTensorMutableRawData(),
+                                   down.GetTensorRawData(),
+                                   mix.GetTensorData<float>(),
+                                   up.GetTensorRawData(),
+                                   numbers,
+                                   indices[0] == 1};
+    cpu::run_slots(shape_of(sizes.widths), *cpu::available_codes().front(), tensors, given[0], given[1], *workspace,
+                   {run_in_session, raw}, num_threads());
 }
 
 }  // namespace teamlora

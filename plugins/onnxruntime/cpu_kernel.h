@@ -8,7 +8,7 @@
 
 namespace teamlora {
 
-// Weights that are constant are packed when the session is made, others at each call.
+// Weights that are constant are packed when the session is made, others at each call; slots of adapters never are.
 class CpuKernel {
 public:
     static constexpr const char* kProvider = "CPUExecutionProvider";
@@ -26,11 +26,14 @@ private:
     };
 
     void compute(OrtKernelContext* context);
+    void compute_slots(OrtKernelContext* context);
+    cpu::Shape shape_of(const Widths& widths) const;
     template <class Get>
     Packed pack(const Get& input) const;
 
     cpu::DataType dtype_;
     Attributes attributes_;
+    bool takes_adapters_;
     std::optional<Packed> packed_;
 };
 

@@ -61,6 +61,9 @@ MixedExpertShape shape_of(DataType dtype, const Attributes& attributes, const Wi
 
 CudaKernel::CudaKernel(const OrtKernelInfo* info, ONNXTensorElementDataType type)
     : dtype_(data_type_of<DataType>(type)), attributes_(info) {
+    if (takes_adapters(info)) {
+        refuse("an adapter for each row (version 2) has no CUDA kernels yet; the CPU provider runs it.");
+    }
     OrtAllocator* allocator = nullptr;
     Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator));
     allocator_.reset(allocator);

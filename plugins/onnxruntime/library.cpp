@@ -31,7 +31,7 @@ std::string describe() {
 #if TEAMLORA_CPU
     for (const cpu::Code* code : cpu::available_codes()) codes.push_back(code->name);
 #endif
-    return std::string("{\"op\": \"") + kOpDomain + "::" + kOpName + "\", \"op_version\": " + kOpVersionText +
+    return std::string("{\"op\": \"") + kOpDomain + "::" + kOpName + "\", \"op_version\": " + kOpAdaptersVersionText +
            ", \"attributes\": " + list(std::begin(kOpAttributes), std::end(kOpAttributes)) +
            ", \"onnxruntime_api\": " + std::to_string(ORT_API_VERSION) + ", \"processor\": \"" TEAMLORA_PROCESSOR +
            "\", \"instructions\": " + list(codes.data(), codes.data() + codes.size()) +

@@ -14,6 +14,12 @@ void require_shape(Input input, const Dims& found, const Dims& wanted) {
     }
 }
 
+// A weight's shape without its slots.
+Dims of_a_slot(Input input, const Dims& dims) {
+    if (dims.empty()) refuse(std::string(kOpInputs[input]) + " is [], expected a dimension of slots first.");
+    return {dims.begin() + 1, dims.end()};
+}
+
 }  // namespace
 
 void refuse(const std::string& why) {
@@ -63,6 +69,20 @@ int64_t count_tokens(const Widths& widths, const Dims& x, const Dims& base) {
     wanted.back() = widths.out;
     require_shape(kBase, base, wanted);
     return std::accumulate(x.begin(), x.end() - 1, int64_t{1}, std::multiplies<int64_t>());
+}
+
+bool takes_adapters(const OrtKernelInfo* raw) {
+    const Ort::ConstKernelInfo info(raw);
+    return info.GetInputCount() > kAdapter && !info.GetInputName(kAdapter).empty();
+}
+
+SlotWidths::SlotWidths(const Attributes& attributes, const Dims& down, const Dims& mix, const Dims& up)
+    : slots(down.empty() ? 0 : down[0]),
+      widths(attributes, of_a_slot(kDown, down), of_a_slot(kMix, mix), of_a_slot(kUp, up)) {
+    if (mix[0] != slots || up[0] != slots) {
+        refuse("down, mix and up have " + std::to_string(slots) + ", " + std::to_string(mix[0]) + " and " +
+               std::to_string(up[0]) + " slots.");
+    }
 }
 
 void let_output_be_base(OrtCustomOp& op) {

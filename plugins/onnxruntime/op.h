@@ -14,7 +14,7 @@
 namespace teamlora {
 
 // The op's inputs, by their place.
-enum Input : size_t { kX, kBase, kDown, kMix, kUp, kNumInputs };
+enum Input : size_t { kX, kBase, kDown, kMix, kUp, kAdapter, kNumInputs };
 
 using Dims = std::vector<int64_t>;
 
@@ -42,6 +42,18 @@ struct Widths {
 
 // How many tokens x has, whose last dimension is `in`. Refuses x and base where they are not [.., in] and [.., out].
 int64_t count_tokens(const Widths& widths, const Dims& x, const Dims& base);
+
+// Whether a node has the optional input, and so an adapter for each row.
+bool takes_adapters(const OrtKernelInfo* info);
+
+// Sizes of version 2, whose weights have a leading dimension of slots. The constructor refuses what does not belong
+// together.
+struct SlotWidths {
+    SlotWidths(const Attributes& attributes, const Dims& down, const Dims& mix, const Dims& up);
+
+    int64_t slots;
+    Widths widths;
+};
 
 // The shape of a tensor, [] where there is none.
 template <class Value>
@@ -78,12 +90,16 @@ struct MixedExpertOp : Ort::CustomOpBase<MixedExpertOp<Kernel>, Kernel, true> {
     const char* GetExecutionProviderType() const { return Kernel::kProvider; }
     size_t GetInputTypeCount() const { return kNumInputs; }
     ONNXTensorElementDataType GetInputType(size_t index) const {
+        if (index == kAdapter) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
         return index == kMix ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : type_;
+    }
+    OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
+        return index == kAdapter ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
     }
     size_t GetOutputTypeCount() const { return 1; }
     ONNXTensorElementDataType GetOutputType(size_t) const { return type_; }
     int GetStartVersion() const { return kOpVersion; }
-    int GetEndVersion() const { return kOpVersion; }
+    int GetEndVersion() const { return kOpAdaptersVersion; }
 
 private:
     ONNXTensorElementDataType type_;

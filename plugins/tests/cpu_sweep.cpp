@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "code.h"
+#include "slots.h"
 
 namespace teamlora::cpu {
 namespace {
@@ -158,6 +159,66 @@ std::vector<Bounded> route(const std::vector<Bounded>& logits, const float* mix)
     return w;
 }
 
+void on_threads(void*, void (*task)(void*, size_t), size_t count, void* data) {
+    std::vector<std::thread> threads;
+    for (size_t i = count; i-- > 1;) threads.emplace_back(task, data, i);
+    task(data, 0);
+    for (std::thread& thread : threads) thread.join();
+}
+
+// Weights of one adapter, which is in a slot.
+struct Weights {
+    const Array &down, &up;
+    const float* mix;
+    int64_t slot;
+};
+
+// What is wrong with a token's y, or an empty text.
+std::string compare(const Shape& s, int64_t t, const Array& x, const Array& base, const Weights& weights,
+                    const Array& result) {
+    const DataType type = s.dtype;
+    const int64_t k = s.num_experts, rows = s.sibling_rows(), rank = s.up_rank(), out = s.out();
+    const int64_t down0 = weights.slot * s.rows() * s.in, up0 = weights.slot * rank * out;
+    int64_t first = 0;
+    for (int64_t g = 0; g < s.siblings(); first += s.out_splits[g++]) {
+        std::vector<Bounded> z(rows), v(rank);
+        for (int64_t row = 0; row < rows; ++row) {
+            double sum = 0, size = 0;
+            for (int64_t i = 0; i < s.in; ++i) {
+                const double term = x[t * s.in + i] * weights.down[down0 + (g * rows + row) * s.in + i];
+                sum += term, size += std::fabs(term);
+            }
+            z[row] = rounded(type, {sum, (s.in + 8) * kEps * size});
+        }
+        const float* mix = weights.mix + (weights.slot * s.siblings() + g) * k * k;
+        const bool has_experts = std::any_of(mix, mix + k * k, [](float m) { return m != 0; });
+        const auto w = has_experts ? route({z.begin() + s.down_rank(), z.end()}, mix) : std::vector<Bounded>(k, {0, 0});
+        for (int64_t i = 0; i < rank; ++i) {
+            const Bounded u = z[s.shared_down ? i % s.expert_rank : i], m = w[i / s.expert_rank];
+            const double error = std::fabs(u.value) * m.error + std::fabs(m.value) * u.error + u.error * m.error +
+                                 kEps * std::fabs(u.value * m.value);
+            v[i] = rounded(type, {has_experts ? u.value * m.value : 0, error});
+        }
+        for (int64_t o = first; o < first + s.out_splits[g]; ++o) {
+            double delta = 0, error = 0;
+            for (int64_t i = 0; i < rank; ++i) {
+                const double weight = weights.up[up0 + i * out + o];
+                delta += v[i].value * weight;
+                error += std::fabs(weight) * (v[i].error + (rank + 8) * kEps * (std::fabs(v[i].value) + v[i].error));
+            }
+            const double added = base[t * out + o], exact = added + delta, found = result[t * out + o];
+            error += kEps * (std::fabs(added) + std::fabs(delta));
+            const double low = to_type(type, exact - error), high = to_type(type, exact + error);
+            const bool right = std::isfinite(exact) ? found >= low && found <= high : std::isnan(found);
+            if (!right) {
+                return "token " + std::to_string(t) + ", column " + std::to_string(o) + ": " + std::to_string(found) +
+                       ", expected " + std::to_string(low) + " to " + std::to_string(high);
+            }
+        }
+    }
+    return {};
+}
+
 // The first thing that is wrong, or an empty text.
 std::string check(const Case& c, uint64_t seed) {
     const Shape& s = c.shape;
@@ -169,7 +230,7 @@ std::string check(const Case& c, uint64_t seed) {
         for (int64_t i = 0; i < count; ++i) array.set(i, normal(random) * scale);
         return array;
     };
-    const int64_t k = s.num_experts, rows = s.sibling_rows(), rank = s.up_rank(), out = s.out();
+    const int64_t k = s.num_experts, rank = s.up_rank(), out = s.out();
     Array x = filled(type, c.tokens * s.in, 1), base = filled(type, c.tokens * out, 1);
     Array down = filled(type, s.rows() * s.in, 1 / std::sqrt(static_cast<double>(s.in)));
     Array up = filled(type, rank * out, 0.5);
@@ -178,12 +239,6 @@ std::string check(const Case& c, uint64_t seed) {
         mix[i] = static_cast<float>((i % (k * k) % (k + 1) == 0) + 0.1 * normal(random));
     }
     if (c.tokens > 0) x.set((c.tokens / 2) * s.in + s.in / 2, c.poison + 1);
-    const auto parallel = [](void*, void (*task)(void*, size_t), size_t count, void* data) {
-        std::vector<std::thread> threads;
-        for (size_t i = count; i-- > 1;) threads.emplace_back(task, data, i);
-        task(data, 0);
-        for (std::thread& thread : threads) thread.join();
-    };
 
     for (const Code* code : available_codes()) {
         const std::string where = std::string(code->name) + ": ";
@@ -195,46 +250,77 @@ std::string check(const Case& c, uint64_t seed) {
         Array& result = c.in_place ? given_base : y;
         Workspace workspace;
         std::fill_n(workspace.floats(1 << 16), 1 << 16, NAN);
-        projection.run({x.data(), given_base.data(), result.data()}, c.tokens, workspace, {parallel, nullptr},
+        projection.run({x.data(), given_base.data(), result.data()}, c.tokens, workspace, {on_threads, nullptr},
                        c.threads);
         if (!given_base.guards_intact() || !y.guards_intact()) return where + "wrote beyond its output";
 
-        for (int64_t t = 0, first = 0; t < c.tokens; ++t, first = 0) {
-            for (int64_t g = 0; g < s.siblings(); first += s.out_splits[g++]) {
-                std::vector<Bounded> z(rows), v(rank);
-                for (int64_t row = 0; row < rows; ++row) {
-                    double sum = 0, size = 0;
-                    for (int64_t i = 0; i < s.in; ++i) {
-                        const double term = x[t * s.in + i] * down[(g * rows + row) * s.in + i];
-                        sum += term, size += std::fabs(term);
-                    }
-                    z[row] = rounded(type, {sum, (s.in + 8) * kEps * size});
-                }
-                const auto w = route({z.begin() + s.down_rank(), z.end()}, mix.data() + g * k * k);
-                for (int64_t i = 0; i < rank; ++i) {
-                    const Bounded u = z[s.shared_down ? i % s.expert_rank : i], m = w[i / s.expert_rank];
-                    const double error = std::fabs(u.value) * m.error + std::fabs(m.value) * u.error +
-                                         u.error * m.error + kEps * std::fabs(u.value * m.value);
-                    v[i] = rounded(type, {u.value * m.value, error});
-                }
-                for (int64_t o = first; o < first + s.out_splits[g]; ++o) {
-                    double delta = 0, error = 0;
-                    for (int64_t i = 0; i < rank; ++i) {
-                        const double weight = up[i * out + o];
-                        delta += v[i].value * weight;
-                        error +=
-                            std::fabs(weight) * (v[i].error + (rank + 8) * kEps * (std::fabs(v[i].value) + v[i].error));
-                    }
-                    const double added = base[t * out + o], exact = added + delta, found = result[t * out + o];
-                    error += kEps * (std::fabs(added) + std::fabs(delta));
-                    const double low = to_type(type, exact - error), high = to_type(type, exact + error);
-                    const bool right = std::isfinite(exact) ? found >= low && found <= high : std::isnan(found);
-                    if (!right) {
-                        return where + "token " + std::to_string(t) + ", column " + std::to_string(o) + ": " +
-                               std::to_string(found) + ", expected " + std::to_string(low) + " to " +
-                               std::to_string(high);
-                    }
-                }
+        for (int64_t t = 0; t < c.tokens; ++t) {
+            const std::string wrong = compare(s, t, x, base, {down, up, mix.data(), 0}, result);
+            if (!wrong.empty()) return where + wrong;
+        }
+    }
+    return {};
+}
+
+// The same with an adapter for each of `rows` rows of `c.tokens` tokens: some without one, some of fewer experts than
+// their slot. Each row must be what it is alone, bit for bit.
+std::string check_slots(const Case& c, int64_t rows, uint64_t seed) {
+    const Shape& s = c.shape;
+    const DataType type = s.dtype;
+    std::mt19937_64 random(seed);
+    std::normal_distribution<double> normal;
+    const int64_t slots = 1 + static_cast<int64_t>(random() % 4), k = s.num_experts, rank = s.up_rank(), out = s.out();
+    const auto filled = [&](int64_t count, double scale) {
+        Array array(type, count, c.misalignment);
+        for (int64_t i = 0; i < count; ++i) array.set(i, normal(random) * scale);
+        return array;
+    };
+    const int64_t tokens = rows * c.tokens;
+    Array x = filled(tokens * s.in, 1), base = filled(tokens * out, 1);
+    Array down = filled(slots * s.rows() * s.in, 1 / std::sqrt(static_cast<double>(s.in)));
+    Array up = filled(slots * rank * out, 0.5);
+    std::vector<float> mix(slots * s.siblings() * k * k);
+    for (int64_t i = 0; i < static_cast<int64_t>(mix.size()); ++i) {
+        const int64_t from = i / k % k, to = i % k, own = i / (k * k) % (k + 1);
+        // So many experts of the slot are none: of some siblings all.
+        const bool present = from >= own && to >= own;
+        mix[i] = present ? static_cast<float>((from == to) + 0.1 * normal(random) / static_cast<double>(k)) : 0.0F;
+    }
+    if (tokens > 0) x.set(tokens / 2 * s.in + s.in / 2, c.poison + 1);
+    std::vector<int32_t> adapter(random() % 3 ? rows : 1);
+    for (int32_t& index : adapter) index = static_cast<int32_t>(random() % (slots + 1)) - 1;
+
+    for (const Code* code : available_codes()) {
+        const std::string where = std::string(code->name) + ", slots: ";
+        Array given_base = base, y(type, tokens * out, c.misalignment);
+        Array& result = c.in_place ? given_base : y;
+        Workspace workspace;
+        std::fill_n(workspace.floats(1 << 16), 1 << 16, NAN);
+        const auto run = [&](int64_t first, int64_t count, const int32_t* index, bool one, unsigned char* from,
+                             unsigned char* to) {
+            const size_t element = element_size(type);
+            run_slots(s, *code,
+                      {x.data() + first * c.tokens * s.in * element, from, to, down.data(), mix.data(), up.data(),
+                       index, one},
+                      count, c.tokens, workspace, {on_threads, nullptr}, c.threads);
+        };
+        run(0, rows, adapter.data(), adapter.size() == 1, given_base.data(), result.data());
+        if (!given_base.guards_intact() || !y.guards_intact()) return where + "wrote beyond its output";
+        for (int64_t row = 0; row < rows; ++row) {
+            const int32_t index = adapter[adapter.size() == 1 ? 0 : row];
+            Array alone = base;
+            const size_t at = row * c.tokens * out * element_size(type), bytes = c.tokens * out * element_size(type);
+            run(row, 1, &index, false, alone.data() + at, alone.data() + at);
+            if (std::memcmp(alone.data() + at, result.data() + at, bytes) != 0) {
+                return where + "row " + std::to_string(row) + " is another alone";
+            }
+            if (index < 0) {
+                if (std::memcmp(base.data() + at, result.data() + at, bytes) != 0) return where + "the base is changed";
+                continue;
+            }
+            for (int64_t t = row * c.tokens; t < (row + 1) * c.tokens; ++t) {
+                const std::string wrong = compare(s, t, x, base, {down, up, mix.data(), index}, result);
+                if (!wrong.empty()) return where + "row " + std::to_string(row) + ", " + wrong;
             }
         }
     }
@@ -359,6 +445,12 @@ int sweep(int64_t cases, uint64_t seed) {
         if (!problem.empty() && ++failures <= 10) std::printf("FAIL %s\n     %s\n", what.c_str(), problem.c_str());
     };
     for (const Case& c : all) report(describe(c), check(c, random()));
+    for (Case c : all) {
+        // Rows of a few tokens each, and more of one adapter than are computed together.
+        const auto rows = static_cast<int64_t>(1 + random() % 6);
+        if (random() % 8) c.tokens = (c.tokens + rows - 1) / rows;
+        report(describe(c) + ", rows " + std::to_string(rows), check_slots(c, rows, random()));
+    }
     for (const DataType type : {DataType::kFloat16, DataType::kBFloat16}) report("ties", check_ties(type));
     report("eight threads", check_threads());
     std::string names;

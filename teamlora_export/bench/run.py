@@ -10,7 +10,7 @@ from teamlora_export.bench.graphs import Graphs, written_graphs
 from teamlora_export.bench.measure import Benchmark, measure
 from teamlora_export.bench.rows import GraphRow, Row, TorchRow
 from teamlora_export.bench.turns import Workload
-from teamlora_export.bundle import Bundle, check_files
+from teamlora_export.bundle import Bundle, check_files, refuse_shelf
 from teamlora_export.engine.onnxruntime_library import library_for, library_here
 from teamlora_export.errors import ExportError
 from teamlora_export.progress import Reporter
@@ -62,6 +62,7 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, reporter: Reporter | Non
 
     if (options.base is not None or options.adapter is not None) and not (options.pytorch or options.compiled):
         raise ExportError("--base and --adapter are for PyTorch. Add --pytorch or --compile, or leave them out.")
+    refuse_shelf(bundle, "`bench`")
     if bundle.manifest.dtype == "bf16":
         raise ExportError(
             f"{bundle.folder}: is in bfloat16, which ONNX Runtime has no kernels for on a CPU. "
@@ -135,7 +136,7 @@ def _torch_rows(bundle: Bundle, options: BenchOptions) -> Sequence[Row]:
     chosen = [(EAGER, False)] * options.pytorch + [(COMPILED, True)] * options.compiled
     if not chosen:
         return ()
-    from teamlora_export.validate.run import open_sources
+    from teamlora_export.validate.sources import open_sources
 
     manifest = bundle.manifest
     base, adapter = open_sources(bundle, options.base, options.adapter, manifest.adapter["sha256"])

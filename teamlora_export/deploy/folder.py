@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import onnx_ir as ir
 
@@ -25,6 +25,7 @@ from teamlora_export.bundle import (
     Task,
     check_files,
     is_capacity,
+    refuse_shelf,
 )
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
@@ -37,10 +38,25 @@ from teamlora_export.tokens import Tokens
 
 LOGITS_FORMS = ("last", "all")
 DEPLOY_NAME = "deploy.json"
-FORMAT_VERSION = 1
+# 2 is what has a shelf of adapters, which a program that knows none would run the base without.
+FORMAT_VERSION, SHELF_FORMAT_VERSION = 1, 2
 # Fields of configurations that transformers fills with a path or a secret of the machine.
 _ORIGIN = {"_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "auth_token", "use_auth_token", "token"}
 TEMPLATES = Path(__file__).parent / "templates"
+
+
+class DeployedAdapter(TypedDict):
+    """One adapter of a shelf: its file beside the model, in the form of a slot."""
+
+    file: str
+    sha256: Sha256
+
+
+class DeployedShelf(TypedDict):
+    """The adapters that rows can have; `slots`: how many of them are to be in memory at a time."""
+
+    slots: int
+    adapters: dict[str, DeployedAdapter]
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,7 @@ class Description:
     files: Mapping[str, Sha256]
     program: Mapping[str, Sha256]
     format_version: int = FORMAT_VERSION
+    shelf: DeployedShelf | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +131,7 @@ def deployment(
     graph: bool = True,
     logits: str = "last",
     capacity: int | None = None,
+    shelf: str | None = None,
 ) -> Iterator[Deployment]:
     """A folder with the bundle's files in its folder `inside`, to add a target's own to.
 
@@ -125,13 +143,17 @@ def deployment(
         graph: with model.onnx and its weights.
         logits: of which tokens of a prompt the graph of a text generator gives logits: the "last" alone, or "all".
         capacity: of a cache in place, where it is to be a number.
+        shelf: how the target's programs have the adapters of a shelf: "slots", in files as the bundle has them, or
+            "own", in files that the target adds; None: they know no shelf.
 
     Raises:
-        ExportError: the bundle's files are not those that were exported; `logits` is unknown; or `out` is something
-            else, holds somebody's work, or has no room.
+        ExportError: the bundle has a shelf of adapters, and no program here knows one; its files are not those that
+            were exported; `logits` is unknown; or `out` is something else, holds somebody's work, or has no room.
     """
     if logits not in LOGITS_FORMS:
         raise ExportError(f"--logits {logits}: unknown. Use {' or '.join(LOGITS_FORMS)}.")
+    if shelf is None:
+        refuse_shelf(bundle, f"`deploy {target}`")
     check_files(bundle)
     described = Path(inside) / DEPLOY_NAME
     refuse_inside(real_path(out), bundle.folder)
@@ -145,11 +167,14 @@ def deployment(
             made.add(MODEL_NAME, bundle.model if rewritten is None else rewritten.graph)
             for name in bundle.data_names:
                 made.add(name, bundle.folder / name)
+        in_slots = shelf_of(bundle.manifest) if shelf == "slots" else None
+        for adapter in in_slots["adapters"].values() if in_slots is not None else ():
+            made.add(adapter["file"], bundle.folder / adapter["file"])
         for name in COMPANIONS:
             if name in bundle.manifest.sha256:
                 made.add(name, _without_origin(bundle.folder / name, bundle.folder))
         yield made
-        fields = dataclasses.asdict(_describe(made))
+        fields = dataclasses.asdict(_describe(made, in_slots))
         (staging / described).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
@@ -213,7 +238,7 @@ def port_in(port: Port, dtype: str | None) -> Port:
     return port if dtype is None or port.dtype == "int64" else dataclasses.replace(port, dtype=DTYPES[dtype].onnx)
 
 
-def _describe(made: Deployment) -> Description:
+def _describe(made: Deployment, shelf: DeployedShelf | None) -> Description:
     manifest = made.bundle.manifest
     dtype = made.differs.get("dtype")
     return Description(
@@ -229,7 +254,20 @@ def _describe(made: Deployment) -> Description:
         outputs=tuple(port_in(port, dtype) for port in manifest.outputs),
         files={name: sha256_of(made.model / name) for name in sorted(made.files)},
         program={name: sha256_of(made.folder / name) for name in sorted(made.program)},
+        format_version=FORMAT_VERSION if shelf is None else SHELF_FORMAT_VERSION,
+        shelf=shelf,
     )
+
+
+def shelf_of(manifest: Manifest) -> DeployedShelf | None:
+    """Without where the adapters came from."""
+    if manifest.shelf is None:
+        return None
+    adapters: dict[str, DeployedAdapter] = {
+        name: {"file": adapter["file"], "sha256": adapter["sha256"]}
+        for name, adapter in manifest.shelf["adapters"].items()
+    }
+    return {"slots": manifest.shelf["slots"], "adapters": adapters}
 
 
 class Listed(Protocol):
@@ -253,7 +291,7 @@ def our_files(out: Path, described: Path, kind: type[Listed]) -> set[str]:
     """
     refusal = f"{out}: exists and is not a deployment of this kind; it is left as it is. Choose another -o."
     try:
-        found = read_record(out / described, kind, "Choose another -o.", out, newest=FORMAT_VERSION)
+        found = read_record(out / described, kind, "Choose another -o.", out, newest=SHELF_FORMAT_VERSION)
     except FileNotFoundError:
         raise ExportError(refusal) from None
     except ExportError as reason:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from teamlora_export.bundle import MODEL_NAME, Bundle, is_capacity
+import numpy as np
+from safetensors.numpy import load_file
+
+from teamlora_export.bundle import ADAPTER_NAME, ADAPTERS_NAME, MODEL_NAME, Bundle, is_capacity
 from teamlora_export.deploy.folder import Deployment, deployment, require_cpu_dtype
 from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, adds_tokens, tokenizer_config, why_unreadable
 from teamlora_export.deploy.library import add_library
@@ -37,18 +41,39 @@ def deploy_genai(bundle: Bundle, out: Path, library: Path | None = None, logits:
         raise ExportError(f"{bundle.folder}: {problem}. Deploy it with `python` or `triton`.")
     require_cpu_dtype(bundle, "genai")
     name = None
-    with deployment(bundle, out, "genai", logits=logits) as made:
+    with deployment(bundle, out, "genai", logits=logits, shelf="own") as made:
         if library is not None:
             name = add_library(made, library)
         add_genai_files(made, name)
+        shelf = bundle.manifest.shelf
+        for adapter, shelved in shelf["adapters"].items() if shelf is not None else ():
+            made.add(f"{ADAPTERS_NAME}/{adapter}.onnx_adapter", _adapter_file(bundle.folder / shelved["file"]))
         facts = {
             "library": name,
             "buffer_bytes": _buffer_bytes(bundle),
             "context": _context(bundle),
             "adds_tokens": adds_tokens(bundle),
+            "adapters": sorted(shelf["adapters"]) if shelf is not None else None,
         }
         made.write("README.md", render("genai.README.md.j2", bundle, **facts))
     return out
+
+
+def _adapter_file(path: Path) -> bytes:
+    """An adapter of a shelf as ONNX Runtime keeps adapters: values of the inputs that have a default, which are a graph
+    with one slot, and the slot of every row."""
+    import onnxruntime as ort
+
+    values = {name: array[None] for name, array in load_file(path).items()} | {ADAPTER_NAME: np.zeros(1, np.int32)}
+    made = ort.AdapterFormat()
+    # They are what the file is written from.
+    held = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in values.items()}
+    made.set_parameters(held)
+    made.set_adapter_version(1)
+    made.set_model_version(1)
+    with tempfile.TemporaryDirectory() as folder:
+        made.export_adapter(str(Path(folder) / "adapter"))
+        return (Path(folder) / "adapter").read_bytes()
 
 
 def add_genai_files(made: Deployment, library: str | None = None) -> None:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teamlora_export import __version__
-from teamlora_export.bundle import Bundle, Port, Sha256, window_of
+from teamlora_export.bundle import Bundle, Port, Sha256, refuse_shelf, window_of
 from teamlora_export.deploy.folder import DEPLOY_NAME, Description, our_files
 from teamlora_export.deploy.render import render
 from teamlora_export.deploy.triton import REPOSITORY, default_name, deploy_triton
@@ -144,6 +144,7 @@ def deploy_kubernetes(
     Raises:
         ExportError: see `deploy_triton`; or one of these is none.
     """
+    refuse_shelf(bundle, "`deploy kubernetes`")
     least, most = _replicas(replicas)
     if image is not None and not _IMAGE.fullmatch(image):
         raise ExportError(f"--image {image}: give the name of an image, like registry.example/triton:26.07.")

@@ -9,8 +9,8 @@ from teamlora_export.deploy.folder import deployment, require_cpu_dtype
 from teamlora_export.deploy.library import add_library
 from teamlora_export.deploy.render import render
 
-# What runs a model, each file on those before it; the first three read words, the last is a program.
-OPENING = ("cores.py", "session.py", "words.py")
+# What runs a model, each file on those before it; the first five read words, the last is a program.
+OPENING = ("failure.py", "adapter_slots.py", "cores.py", "session.py", "words.py")
 SCHEDULING = ("sampling.py", "slots.py", "scheduler.py")
 PROGRAM = (*OPENING, *SCHEDULING, "runner.py")
 # The oldest that run what we write: ONNX Runtime 1.26 takes one overload of a function for all of them, and refuses a
@@ -29,7 +29,7 @@ def deploy_python(bundle: Bundle, out: Path, logits: str = "last", library: Path
         ExportError: see `deployment` and `add_library`; or the model is in bfloat16.
     """
     require_cpu_dtype(bundle, "python")
-    with deployment(bundle, out, "python", logits=logits) as made:
+    with deployment(bundle, out, "python", logits=logits, shelf="slots") as made:
         for name in PROGRAM:
             made.write(name, Path(__file__).parent / name)
         native = None if library is None else add_library(made, library)

@@ -76,17 +76,20 @@ class Model:
         count: int = 64,
         on_token: Callable[[int, int], object] | None = None,
         sampling: Sampling = GREEDY,
+        adapters: Sequence[str | None] | None = None,
     ) -> list[list[int]]:
         """Up to `count` tokens after each prompt (token ids), until its end-of-text token, which is left out, or until
         the model has no room for more.
 
         Args:
             on_token: called with (row of the batch, token) as soon as a token is known; `True` ends the row.
+            adapters: of a model with a shelf, the name of each prompt's; None: none, for a prompt or for all.
 
         Raises:
-            ModelError: a prompt is empty, too long, or holds what is no token's id; or the model cannot run it.
+            ModelError: a prompt is empty, too long, or holds what is no token's id; or there is no such adapter, or
+                the model cannot run it.
         """
-        scheduler, answers = self.ask(prompts, count, sampling)
+        scheduler, answers = self.ask(prompts, count, sampling, adapters=adapters)
         tokens: list[list[int]] = [[] for _ in prompts]
         for row, token in _arriving(scheduler, answers):
             tokens[row].append(token)
@@ -94,13 +97,15 @@ class Model:
                 answers[row].cancel()
         return tokens
 
-    def stream(self, prompt: Sequence[int], count: int = 64, sampling: Sampling = GREEDY) -> Iterator[int]:
+    def stream(
+        self, prompt: Sequence[int], count: int = 64, sampling: Sampling = GREEDY, adapter: str | None = None
+    ) -> Iterator[int]:
         """The tokens of `generate` for one prompt, as they come.
 
         Raises:
             ModelError: as `generate` does.
         """
-        for _, token in _arriving(*self.ask([prompt], count, sampling)):
+        for _, token in _arriving(*self.ask([prompt], count, sampling, adapters=[adapter])):
             yield token
 
     def ask(
@@ -109,6 +114,7 @@ class Model:
         count: int,
         sampling: Sampling = GREEDY,
         stops: Collection[int] | None = None,
+        adapters: Sequence[str | None] | None = None,
     ) -> tuple[Scheduler, list[Answer]]:
         """The requests of `generate`, each of whose steps is a turn of the scheduler's. The first reads the prompts.
 
@@ -116,10 +122,30 @@ class Model:
             stops: the ids that end a text; None: the model's.
         """
         self.require_room(prompts, count)
+        named = self.require_adapters(len(prompts), adapters)
         longest = max(map(len, prompts))
         slots = open_slots(self._session, min(len(prompts), MOST_SLOTS), _PART, longest + count)
         scheduler = Scheduler(slots, waiting=len(prompts), reading=len(prompts) * longest)
-        return scheduler, [scheduler.submit(prompt, count, sampling, stops=stops) for prompt in prompts]
+        return scheduler, [
+            scheduler.submit(prompt, count, sampling, stops=stops, adapter=adapter)
+            for prompt, adapter in zip(prompts, named, strict=True)
+        ]
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of those that a prompt can have; none where the model has one of its own."""
+        return self._session.adapters.names if self._session.adapters is not None else []
+
+    def require_adapters(self, count: int, adapters: Sequence[str | None] | None) -> list[str | None]:
+        """The adapter of each of `count` prompts; raises as `generate` does, where there is none of a name."""
+        named: list[str | None] = [None] * count if adapters is None else list(adapters)
+        if len(named) != count:
+            raise ModelError(f"{len(named)} adapters for {count} prompts: name one for each.")
+        for name in {name for name in named if name is not None}:
+            if self._session.adapters is None:
+                raise ModelError(f"{self.folder}: has one adapter of its own, and no other ({name!r:.80}).")
+            self._session.adapters.find(name)
+        return named
 
     def slots(self, count: int, part: int = 256, most: int | None = None) -> Slots:
         """Room for `count` texts at a time, for a `Scheduler`; see `Slots`."""
@@ -177,17 +203,20 @@ def answer(
     write: Callable[[str], object],
     sampling: Sampling = GREEDY,
     stops: Sequence[str] = (),
+    adapters: Sequence[str] = (),
 ) -> tuple[int, float]:
     """Answer prompts; a single one is streamed. Returns the number of tokens and the seconds that they took.
 
     Args:
         write: is given the text piece by piece, fit for any terminal.
         stops: strings before the first of which an answer ends.
+        adapters: the name of the prompt's own, of each one's, or of the one that all share; nothing: none.
     """
     ids = [encode_text(model.tokenizer, prompt) for prompt in prompts]
     texts = [StoppedText(TextStream(model.tokenizer, given).add, stops) for given in ids]
     # Before anything is written.
     model.require_room(ids, count)
+    named = model.require_adapters(len(prompts), adapters if len(adapters) > 1 else [*adapters] * len(prompts) or None)
     held: list[list[str]] = [[prompt] for prompt in prompts]
 
     def take(row: int, token: int) -> bool:
@@ -203,7 +232,7 @@ def answer(
     if len(prompts) == 1:
         show(0)
     started = time.perf_counter()
-    tokens = model.generate(ids, count, take, sampling)
+    tokens = model.generate(ids, count, take, sampling, named)
     seconds = time.perf_counter() - started
     for row, text in enumerate(texts):
         held[row] += [text.rest(), "\n"]
@@ -221,6 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that are so likely together")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="of tokens that are there already")
     parser.add_argument("--seed", type=_number, help="the same one draws the same tokens")
+    adapter_help = "of a model with several: the name of the one to answer with; again for each prompt's own"
+    parser.add_argument("--adapter", action="append", default=[], metavar="NAME", help=adapter_help)
     parser.add_argument("--stop", action="append", default=[], help="end an answer before this string; again for more")
     parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="the model's folder")
     library_help = f"a native library with the op; default: {_LIBRARY_NAME} beside this program, if it is there"
@@ -260,12 +291,13 @@ def _answer(given: argparse.Namespace) -> None:
     model = Model(given.model, given.library, not given.no_check, given.threads, given.device)
     drawn = Sampling(given.temperature, given.top_k, given.top_p, given.repetition_penalty, seed=given.seed)
     if given.ids and model.generates:
-        _write(" ".join(map(str, model.generate([given.ids], given.tokens, sampling=drawn)[0])) + "\n")
+        found = model.generate([given.ids], given.tokens, sampling=drawn, adapters=given.adapter or None)
+        _write(" ".join(map(str, found[0])) + "\n")
     elif given.ids:
         _write(" ".join(map(str, np.ravel(model.encode([given.ids])[0]).tolist())) + "\n")
     elif model.generates:
         prompts = [prompt.replace("\\n", "\n") for prompt in given.prompts]
-        count, seconds = answer(model, prompts, given.tokens, _write, drawn, given.stop)
+        count, seconds = answer(model, prompts, given.tokens, _write, drawn, given.stop, given.adapter)
         print(f"({count} tokens, {count / seconds:.1f} a second)", file=sys.stderr)
     else:
         for row in model.encode([encode_text(model.tokenizer, text) for text in given.prompts]):

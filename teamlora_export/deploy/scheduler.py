@@ -28,11 +28,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING or __package__:
+    from teamlora_export.deploy.adapter_slots import Shelved
     from teamlora_export.deploy.sampling import GREEDY, Sampler, Sampling, log_probability
     from teamlora_export.deploy.session import ModelError, brief
     from teamlora_export.deploy.slots import MOST_PADDING, Slots
 else:
     # Deployed: the files lie beside one another.
+    from adapter_slots import Shelved
     from sampling import GREEDY, Sampler, Sampling, log_probability
     from session import ModelError, brief
     from slots import MOST_PADDING, Slots
@@ -42,6 +44,8 @@ else:
 _CALL = 16
 # Seconds that requests which find nothing at work wait for the next: those that come at one moment share a call.
 _MOMENT = 0.003
+# Seconds after which it is asked again whether there is room for an adapter.
+_AGAIN = 0.001
 
 
 class Overloaded(Exception):
@@ -121,7 +125,7 @@ class _Request:
     Attributes:
         unread: of the prompt; when all is read, the one token that the next step reads.
         left: tokens that may follow. stops: ids that end the text. deadline: of the clock.
-        row: of the cache.
+        row: of the cache. adapter: as its name was understood when the request came.
     """
 
     unread: list[int]
@@ -133,6 +137,7 @@ class _Request:
     abandoned: Callable[[], bool] | None
     answer: Answer = field(default_factory=Answer)
     row: int = -1
+    adapter: Shelved | None = None
 
 
 class Scheduler:
@@ -188,6 +193,7 @@ class Scheduler:
         log_probabilities: bool = False,
         seconds: float = float("inf"),
         abandoned: Callable[[], bool] | None = None,
+        adapter: str | None = None,
     ) -> Answer:
         """Up to `count` tokens after a prompt (token ids), until an end-of-text token, or until there is no more room.
 
@@ -195,9 +201,11 @@ class Scheduler:
             stops: the ids that end a text; None: the model's.
             seconds: the answer fails when it is not complete by then.
             abandoned: whether nobody wants the answer any more; asked at every turn, by the scheduler's thread.
+            adapter: by name; None: the model without one, or with the one of its own. What the name stands for now is
+                what the whole answer comes from, whatever it stands for later.
 
         Raises:
-            ModelError: the prompt is empty, too long, or holds what is no token's id.
+            ModelError: the prompt is empty, too long, or holds what is no token's id; or there is no such adapter.
             Overloaded: too many requests wait.
         """
         prompt = self._model.settings.require_ids(prompt)
@@ -207,6 +215,7 @@ class Scheduler:
         sampler, deadline = Sampler(sampling, prompt), self._clock() + seconds
         stops = self._model.settings.stops if stops is None else stops
         request = _Request(prompt, count, stops, sampler, log_probabilities, deadline, abandoned)
+        request.adapter = self._model.find_adapter(adapter)
         with self._changed:
             if self._closing:
                 raise Overloaded("The server is closing.")
@@ -275,11 +284,22 @@ class Scheduler:
         free = set(range(self._model.slots)) - {request.row for request in (*self._writing, *self._reading)}
         with self._changed:
             while free and self._waiting:
-                request = self._waiting.popleft()
                 # The next to be written, most often.
-                request.row = min(free)
+                row, request = min(free), self._waiting[0]
+                try:
+                    if not self._model.equip(row, request.adapter):
+                        # Others wait behind it, or those whose adapters are there would keep it waiting for ever.
+                        break
+                except ModelError as error:
+                    self._waiting.popleft().answer.end(Failed(str(error)))
+                    continue
+                self._waiting.popleft()
+                request.row = row
                 free.remove(request.row)
                 self._reading.append(request)
+        if self._waiting and not self._reading and not self._writing:
+            # For a slot that another scheduler of the same model is to give back.
+            time.sleep(_AGAIN)
         return bool(self._reading)
 
     def _read_prompts(self) -> None:

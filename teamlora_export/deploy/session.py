@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or __package__:
+    from teamlora_export.deploy.adapter_slots import ADAPTER, Adapters
     from teamlora_export.deploy.cores import usable_cores
+    from teamlora_export.deploy.failure import ModelError
 else:
     # Deployed: the files lie beside one another.
+    from adapter_slots import ADAPTER, Adapters
     from cores import usable_cores
+    from failure import ModelError
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
 _NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 # What describes a folder: which of its fields has the hashes, and the newest format that is known.
-_DESCRIPTIONS = {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)}
+_DESCRIPTIONS = {"deploy.json": ("files", 2), "manifest.json": ("sha256", 3)}
 # What is opened here or by a server, so that a list of hashes without one of them is not whole.
 _OPENED = (
     *("model.onnx", "model.onnx.data", "adapter.onnx.data", "model.plan"),
@@ -36,13 +40,10 @@ _OPENED = (
 _LARGEST_TEXT = 512 << 20
 _MOST_THREADS = 1024
 _CUDA = "CUDAExecutionProvider"
+_MOST_SLOTS = 4096
 _SPIN_MICROSECONDS = "20"
 # The names of the axis that holds the tokens of a cache in place, and of one whose layer sees so many tokens only.
 CAPACITY = re.compile(r"capacity|window_([1-9]\d{0,8})")
-
-
-class ModelError(Exception):
-    """The model's folder is not what it should be, or the request is not; the message says what and where."""
 
 
 class Session:
@@ -60,6 +61,7 @@ class Session:
         onnx: ONNX Runtime's own session.
         inputs: by their names, as ONNX Runtime describes them; caches: those that are keys and values.
         outputs: their names.
+        adapters: those that its rows can have; None where it has one of its own.
     """
 
     def __init__(
@@ -79,7 +81,9 @@ class Session:
         self.folder = Path(folder)
         self.settings = read_settings(self.folder)
         if check:
-            check_files(self.folder, self.settings.hashes)
+            # An adapter's is looked at when it is needed: there may be many.
+            shelved = {file for file, _ in self.settings.shelf.values()} if self.settings.shelf is not None else set()
+            check_files(self.folder, {n: sha for n, sha in self.settings.hashes.items() if n not in shelved})
         options = ort.SessionOptions()
         options.log_severity_level = 4
         # A number of its own: left to itself, ONNX Runtime binds each thread to a core, busy or not. Threads that spin
@@ -114,6 +118,32 @@ class Session:
         self.outputs = [value.name for value in self.onnx.get_outputs()]
         self.caches = [value for name, value in self.inputs.items() if name.startswith("past_key_values.")]
         self._check_interface()
+        self.adapters = self._open_adapters(check)
+
+    def _open_adapters(self, check: bool) -> Adapters | None:
+        defaults = {value.name: value for value in self.onnx.get_overridable_initializers()}
+        if (ADAPTER in defaults) != (self.settings.shelf is not None):
+            raise ModelError(f"{self.folder}: its model and its shelf of adapters do not belong together.")
+        if self.settings.shelf is None:
+            return None
+        if self.device[0] != "cpu":
+            raise ModelError(f"{self.folder}: has a shelf of adapters, which is for CPUs so far. Leave --device out.")
+        slots = {name: value for name, value in defaults.items() if name != ADAPTER}
+        for name, value in slots.items():
+            if value.type not in NUMPY or not all(isinstance(size, int) for size in value.shape[1:]):
+                raise ModelError(f"{self.folder}: its model's slots {name!r:.80} are not of a kind that is known here.")
+
+        def listed() -> Mapping[str, tuple[str, str]]:
+            return read_settings(self.folder).shelf or {}
+
+        inputs = {name: (tuple(value.shape[1:]), NUMPY[value.type]) for name, value in slots.items()}
+        stamp = _stamp_of(_description(self.folder))
+        return Adapters(self.folder, inputs, self.settings.slots, listed, stamp, check)
+
+    @property
+    def slot_memory(self) -> dict[str, np.ndarray]:
+        """The inputs of the adapters' slots, where the model takes any."""
+        return {} if self.adapters is None else self.adapters.memory
 
     def taken(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the model has inputs for."""
@@ -161,6 +191,8 @@ class Settings:
         most: tokens that the model takes at most, prompt and answer together; None where there is no limit.
         cut: words are cut to so many tokens; None where a longer input is refused.
         padded: rows of one batch may have padding in front.
+        shelf: the adapters that rows can have, with the file and the SHA-256 of each; None where the model has one of
+            its own. slots: how many of them are to be in memory at a time.
     """
 
     hashes: Mapping[str, str]
@@ -170,6 +202,8 @@ class Settings:
     most: int | None
     cut: int | None
     padded: bool = True
+    shelf: Mapping[str, tuple[str, str]] | None = None
+    slots: int = 0
 
     def require_ids(self, ids: Sequence[int]) -> list[int]:
         """The ids of one input, all of which must exist."""
@@ -207,10 +241,8 @@ def read_settings(folder: Path) -> Settings:
     Raises:
         ModelError: there is none, a newer tool wrote it, or a field is missing or of another type.
     """
-    name = next((name for name in _DESCRIPTIONS if os.path.lexists(folder / name)), None)
-    if name is None:
-        raise ModelError(f"{folder}: holds neither deploy.json nor manifest.json. Is it a model's folder?")
-    path, (entry, newest) = folder / name, _DESCRIPTIONS[name]
+    path = _description(folder)
+    entry, newest = _DESCRIPTIONS[path.name]
     fields = read_json(path)
     version = fields.get("format_version")
     if type(version) is int and version > newest:
@@ -232,6 +264,7 @@ def read_settings(folder: Path) -> Settings:
         and all(_is_whole(stop, 0) for stop in tokens["stops"])
     ):
         raise ModelError(f"{path}: format_version, {entry} or tokens are not as they should be. Copy it again.")
+    shelf, slots = _read_shelf(path, fields.get("shelf"), hashes)
     return Settings(
         hashes,
         tokens["vocabulary"],
@@ -240,7 +273,45 @@ def read_settings(folder: Path) -> Settings:
         tokens["most"],
         tokens["cut"],
         tokens.get("padded") is not False,
+        shelf,
+        slots,
     )
+
+
+def _description(folder: Path) -> Path:
+    name = next((name for name in _DESCRIPTIONS if os.path.lexists(folder / name)), None)
+    if name is None:
+        raise ModelError(f"{folder}: holds neither deploy.json nor manifest.json. Is it a model's folder?")
+    return folder / name
+
+
+def _read_shelf(path: Path, shelf: Any, hashes: Mapping[str, str]) -> tuple[dict[str, tuple[str, str]] | None, int]:
+    """The adapters that a description lists, and the slots that it asks for."""
+    if shelf is None:
+        return None, 0
+    slots, adapters = (shelf.get(name) for name in ("slots", "adapters")) if isinstance(shelf, dict) else (None, None)
+    if type(slots) is not int or not 1 <= slots <= _MOST_SLOTS or not isinstance(adapters, dict):
+        raise ModelError(f"{path}: its shelf of adapters is not as it should be. Copy it again.")
+    found = {}
+    for name, fields in adapters.items():
+        file = fields.get("file") if isinstance(fields, dict) else None
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts or file not in hashes:
+            raise ModelError(f"{path}: its adapter {name!r:.80} is not as it should be. Copy it again.")
+        found[name] = (file, hashes[file])
+    return found, slots
+
+
+def _stamp_of(path: Path) -> Callable[[], object]:
+    """What is another whenever another file has taken a file's place."""
+
+    def stamp() -> object:
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        return found.st_mtime_ns, found.st_ino, found.st_size
+
+    return stamp
 
 
 def _is_whole(value: object, least: int) -> bool:

@@ -8,16 +8,18 @@ reads is the same, whoever shares its calls.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING or __package__:
+    from teamlora_export.deploy.adapter_slots import ADAPTER, NO_ADAPTER, Shelved, rows_adapter
     from teamlora_export.deploy.session import CAPACITY, NUMPY, ModelError, Session, brief, present_of
 else:
     # Deployed: the files lie beside one another.
+    from adapter_slots import ADAPTER, NO_ADAPTER, Shelved, rows_adapter
     from session import CAPACITY, NUMPY, ModelError, Session, brief, present_of
 
 _LEAST_CAPACITY = 256
@@ -51,6 +53,52 @@ class Slots(ABC):
             self.settings = replace(self.settings, most=min(most, self.settings.most or most))
         self.lengths = [0] * slots
         self._session = session
+        # Where the model has each row's adapter.
+        self._adapters = [NO_ADAPTER] * slots
+
+    def __del__(self) -> None:
+        """Who stops in the middle of a text keeps no adapter from making room."""
+        for row, slot in enumerate(getattr(self, "_adapters", ())):
+            if slot != NO_ADAPTER:
+                self._leave_adapter(row)
+
+    def find_adapter(self, name: str | None) -> Shelved | None:
+        """What that name stands for now; None stands for the model without an adapter.
+
+        Raises:
+            ModelError: there is none of that name.
+        """
+        if name is None:
+            return None
+        if self._session.adapters is None:
+            raise ModelError(f"{self._session.folder}: has one adapter of its own, and no other ({name!r:.80}).")
+        return self._session.adapters.find(name)
+
+    def equip(self, row: int, adapter: Shelved | None) -> bool:
+        """The text that begins in a row is this adapter's, until the row is cleared; False: there is no room for the
+        adapter yet.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        if adapter is not None:
+            assert self._session.adapters is not None
+            slot = self._session.adapters.take(adapter)
+            if slot is None:
+                return False
+            self._adapters[row] = slot
+        return True
+
+    def _leave_adapter(self, row: int) -> None:
+        if self._adapters[row] != NO_ADAPTER and self._session.adapters is not None:
+            self._session.adapters.give(self._adapters[row])
+        self._adapters[row] = NO_ADAPTER
+
+    def _adapters_of(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """The model's input that says which adapter each row has, where it takes any."""
+        if self._session.adapters is None:
+            return {}
+        return {ADAPTER: rows_adapter([self._adapters[row] for row in rows])}
 
     def read(self, row: int, ids: Sequence[Sequence[int]]) -> np.ndarray:
         """Read more tokens of each text into the rows from `row` on; the logits of the last, float32 [texts,
@@ -78,10 +126,12 @@ class Slots(ABC):
 
     def swap(self, one: int, other: int) -> None:
         """Two texts exchange their rows."""
+        self._adapters[one], self._adapters[other] = self._adapters[other], self._adapters[one]
         self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
 
     def clear(self, row: int) -> None:
         """Nothing is left of a row's text."""
+        self._leave_adapter(row)
         self.lengths[row] = 0
 
     @abstractmethod
@@ -161,6 +211,8 @@ class InPlaceSlots(Slots):
         binding = self._bound(rows.start, rows.stop)
         for name, value in self._session.taken(given).items():
             binding.bind_cpu_input(name, value)
+        adapters = self._adapters_of(rows)
+        _bind_inputs(binding, adapters)
         # Its size is the call's. It is the first of the outputs, since it was bound first.
         binding.bind_output("logits")
         self._session.onnx.run_with_iobinding(binding)
@@ -210,6 +262,7 @@ class InPlaceSlots(Slots):
                 address = first + start * int(np.prod(shape[1:])) * np.dtype(type_).itemsize
                 for bind, end in ((binding.bind_input, cache.name), (binding.bind_output, present_of(cache.name))):
                     bind(end, *self._session.device, type_, rows, address)
+            _bind_inputs(binding, self._session.slot_memory)
             self._bindings[start, stop] = binding
         return self._bindings[start, stop]
 
@@ -293,6 +346,13 @@ class DeviceSlots(InPlaceSlots):
         return self._values[name].data_ptr(), self._values[name].shape()
 
 
+def _bind_inputs(binding: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Where they are, which must outlive the call. `bind_cpu_input` does not know inputs that have a default (ONNX
+    Runtime 1.32)."""
+    for name, array in arrays.items():
+        binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
 @dataclass
 class _Batch:
     """Rows whose keys and values are one array.
@@ -357,6 +417,8 @@ class GrowingSlots(Slots):
         binding = self._session.onnx.io_binding()
         for name, value in self._session.taken(given).items():
             binding.bind_cpu_input(name, value)
+        adapters = self._session.slot_memory | self._adapters_of(batch.rows)
+        _bind_inputs(binding, adapters)
         binding.bind_output("logits")
         for name, past in batch.past.items():
             binding.bind_ortvalue_input(name, past)

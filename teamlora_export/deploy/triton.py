@@ -156,13 +156,20 @@ def _deploy_continuous(
 ) -> Path:
     if capacity is not None:
         choose_capacity(bundle, capacity)
-    waiting = max(1, sequences - slots)
-    config = triton_config.continuous_config(name, slots=slots, waiting=waiting, capacity=capacity, **options)
-    with deployment(bundle, out, "triton", f"{REPOSITORY}/{config.name}/1", logits=logits) as made:
+    waiting, adapters = max(1, sequences - slots), _adapters_of(bundle)
+    config = triton_config.continuous_config(
+        name, slots=slots, waiting=waiting, capacity=capacity, shelf=adapters is not None, **options
+    )
+    with deployment(bundle, out, "triton", f"{REPOSITORY}/{config.name}/1", logits=logits, shelf="slots") as made:
         _write_python_model(made, config, "continuous.py", *SCHEDULING, "chat.py")
-        facts = {**options, "engine": None, "capacity": capacity}
+        facts = {**options, "adapters": adapters, "engine": None, "capacity": capacity}
         _write_program(made, name, True, continuous=True, slots=slots, sequences=slots + waiting, **facts)
     return out
+
+
+def _adapters_of(bundle: Bundle) -> list[str] | None:
+    """The names of those that a request can ask for; None where the model has one of its own."""
+    return None if bundle.manifest.shelf is None else sorted(bundle.manifest.shelf["adapters"])
 
 
 def default_name(bundle: Bundle) -> str:

@@ -126,6 +126,7 @@ def continuous_config(
     waiting: int,
     capacity: int | None,
     threads: int = 0,
+    shelf: bool = False,
 ) -> Any:
     """A text generator that batches continuously, with the model's files in its own folder.
 
@@ -134,6 +135,7 @@ def continuous_config(
         slots: texts that are written at a time. waiting: requests that may wait for one of them to end.
         capacity: tokens of prompt and answer together, at most; None: what the model takes.
         threads: of ONNX Runtime, for each copy; 0: every core.
+        shelf: a request says which adapter answers it.
     """
     pb = protobuf()
     # Not that it takes batches: the requests of Triton's OpenAI front end have an axis for them.
@@ -159,6 +161,7 @@ def continuous_config(
         ("return_num_input_tokens", pb.TYPE_BOOL, 1),
         ("return_num_output_tokens", pb.TYPE_BOOL, 1),
         ("time_limit", pb.TYPE_FP32, 1),
+        *([("adapter", pb.TYPE_STRING, 1)] if shelf else []),
     ):
         config.input.add(name=key, data_type=kind, dims=[size], optional=True)
     for key, kind, size in (

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from teamlora_export import __version__
-from teamlora_export.bundle import ENGINES_NAME, Bundle, check_files
+from teamlora_export.bundle import ENGINES_NAME, Bundle, check_files, refuse_shelf
 from teamlora_export.cache import cache_folder
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.engine.facts import EngineFacts, EnginePlugin, refuse_foreign_engine, write_engine
@@ -79,6 +79,7 @@ def build_engine(
         ExportError: wrong options or environment, or TensorRT refuses the graph; no file has been touched then.
     """
     reporter = reporter or Reporter()
+    refuse_shelf(bundle, "`trt`")
     dtype = options.dtype or bundle.manifest.dtype
     if dtype not in DTYPES:
         raise ExportError(f"dtype {dtype}: unknown. Use {', '.join(DTYPES)}.")

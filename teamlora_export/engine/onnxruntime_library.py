@@ -218,7 +218,7 @@ def library_here() -> OnnxRuntimeLibrary:
 
 def check_library(library: OnnxRuntimeLibrary) -> None:
     """Refuse a library that does not know the op as this version writes it, or that this ONNX Runtime cannot load."""
-    wanted = (f"{op.DOMAIN}::{op.NAME}", op.VERSION, op.ATTRIBUTES)
+    wanted = (f"{op.DOMAIN}::{op.NAME}", op.ADAPTERS_VERSION, op.ATTRIBUTES)
     if (library.op, library.op_version, library.attributes) != wanted:
         raise ExportError(
             f"{library.path}: implements {library.op} version {library.op_version} ({', '.join(library.attributes)}), "

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from teamlora_export import __version__
-from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, Dtype, Sha256, check_files
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, Dtype, Sha256, check_files, refuse_shelf
 from teamlora_export.engine.profiles import choose_capacity
 from teamlora_export.errors import ExportError
 from teamlora_export.files import link_or_copy, read_record, sha256_of
@@ -62,6 +62,7 @@ def write_graph(
     Raises:
         ExportError: as `prepared_model`; or `out` is something else, or is not as it was written.
     """
+    refuse_shelf(bundle, "`trt graph`")
     capacity = choose_capacity(bundle, capacity)
     check_files(bundle)
     place = real_path(out)

@@ -12,6 +12,15 @@ out: y, T [.., O] = base + the mixed experts. T is float32, float16 or bfloat16.
 Attributes: num_experts (k), shared_down (0: a = k c, expert e reads its chunk; 1: a = c, all read the whole),
 out_splits (G widths).
 
+Version 2 has an optional input, and without it is version 1:
+
+| adapter | int32 [batch] or [1] | the slot of each row's adapter, or of all rows'; below 0: the base alone, y = base |
+
+x and base are then [batch, tokens, ..], and `down`, `mix` and `up` have a leading dimension of N slots, an adapter in
+each. Adapters of fewer experts or a smaller rank share a slot by padding (`adapter/padding.py`), which is exact: an
+expert whose row of `mix` is all zeros is not part of the routing, whatever its logit, and a sibling all of whose rows
+are adds nothing. An index of N or more is an error.
+
 What is computed, and where it is rounded. Sums are in float32, in any order; "to T" is one rounding to nearest, ties to
 even, and none where T is float32:
 
@@ -48,9 +57,12 @@ from teamlora_export.adapter.spec import ExpertProjection
 NAME = "MixedExpertProjection"
 DOMAIN = "teamlora"
 VERSION = 1
+# Of a node that has the optional input.
+ADAPTERS_VERSION = 2
 # What the tracer marks module outputs with; `passes/module_outputs.py` takes the marks out again.
 MARKER = "ModuleOutput"
 INPUTS = ("x", "base", "down", "mix", "up")
+OPTIONAL_INPUTS = ("adapter",)
 ATTRIBUTES = ("num_experts", "shared_down", "out_splits")
 # Of ONNX's own operators: what the body is written in unless a graph is older, what it can be written in at least, and
 # what graphs are traced in (the first with TensorScatter).
@@ -63,10 +75,19 @@ class OpForm:
 
     num_siblings: int
     shared_down: bool
+    adapters: bool = False
 
     @property
     def overload(self) -> str:
-        return f"siblings{self.num_siblings}" + ("_shared" if self.shared_down else "")
+        return f"siblings{self.num_siblings}" + "_shared" * self.shared_down + "_adapters" * self.adapters
+
+    @property
+    def version(self) -> int:
+        return ADAPTERS_VERSION if self.adapters else VERSION
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return INPUTS + OPTIONAL_INPUTS if self.adapters else INPUTS
 
 
 @dataclass(frozen=True)
@@ -82,8 +103,17 @@ def is_op(node: ir.Node) -> bool:
     return node.domain == DOMAIN and node.op_type == NAME
 
 
+def takes_adapters(node: ir.Node) -> bool:
+    """Whether a node of the op has the optional input, and so is of version 2."""
+    return len(node.inputs) > len(INPUTS) and node.inputs[len(INPUTS)] is not None
+
+
 def form_of(node: ir.Node) -> OpForm:
-    return OpForm(len(node.attributes["out_splits"].as_ints()), bool(node.attributes["shared_down"].as_int()))
+    return OpForm(
+        len(node.attributes["out_splits"].as_ints()),
+        bool(node.attributes["shared_down"].as_int()),
+        takes_adapters(node),
+    )
 
 
 def fold(projection: ExpertProjection) -> OpWeights:
@@ -118,11 +148,11 @@ def function(form: OpForm, opset: int = BODY_OPSET, dtype: ir.DataType = ir.Data
 
 
 def _body_text(form: OpForm, opset: int, dtype: ir.DataType) -> str:
-    lines = [*_sizes(form), *_skinny_product(form), *_routing(form), *_experts(form)]
+    lines = [*_sizes(form), *_chosen(form), *_skinny_product(form), *_routing(form), *_experts(form)]
     body = "\n".join(f"    {older}" for line in lines for older in _as_in(opset, line, dtype))
     return (
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"{NAME} <{', '.join(ATTRIBUTES)}> ({', '.join(INPUTS)}) => (y)\n{{\n{body}\n}}"
+        f"{NAME} <{', '.join(ATTRIBUTES)}> ({', '.join(form.inputs)}) => (y)\n{{\n{body}\n}}"
     )
 
 
@@ -135,9 +165,12 @@ def _as_in(opset: int, line: str, dtype: ir.DataType) -> list[str]:
         line = re.sub(r"CastLike \((\w+), x\)", rf"Cast <to = {dtype.value}> (\1)", line)
         if part := re.fullmatch(r"(\w+) = Shape <start = (\d), end = \d> \((\w+)\)", line):
             name, axis, value = part.groups()
-            index = ("zero", "one")[int(axis)]
-            return [f"{name}_of = Shape ({value})", f"{name} = Gather ({name}_of, {index})"]
+            return [f"{name}_of = Shape ({value})", f"{name} = Gather ({name}_of, {_NUMBERS[int(axis)]})"]
     return [line]
+
+
+# Constants of the body, by value.
+_NUMBERS = ("zero", "one", "two", "three", "four")
 
 
 def _each(name: str, form: OpForm) -> list[str]:
@@ -150,42 +183,89 @@ def _join(name: str, form: OpForm) -> list[str]:
     return [] if form.num_siblings == 1 else [f"{name} = Concat <axis = -1> ({', '.join(_each(name, form))})"]
 
 
+def _axis(form: OpForm, axis: int) -> int:
+    """Where an axis of an adapter's weight is: behind that of the slots, or of the rows, where there is one."""
+    return axis + form.adapters
+
+
+def _row(form: OpForm) -> str:
+    """Put before the sizes that Reshape and Expand give: the rows stay as many as they are."""
+    return "zero, " if form.adapters else ""
+
+
+def _row_of_one(form: OpForm) -> str:
+    return "one, " if form.adapters else ""
+
+
 def _sizes(form: OpForm) -> list[str]:
+    def size(name: str, value: str, axis: int) -> str:
+        axis = _axis(form, axis)
+        return f"{name} = Shape <start = {axis}, end = {axis + 1}> ({value})"
+
     return [
-        *(f"{name} = Constant <value_ints = [{i}]> ()" for i, name in enumerate(("zero", "one", "two", "three"))),
+        *(f"{name} = Constant <value_ints = [{i}]> ()" for i, name in enumerate(_NUMBERS[: 5 if form.adapters else 4])),
         f"g_dim = Constant <value_ints = [{form.num_siblings}]> ()",
         "k = Constant <value_int: int = @num_experts> ()",
         "k_dim = Reshape (k, one)",
-        "kc_dim = Shape <start = 0, end = 1> (up)",
+        size("kc_dim", "up", 0),
         "c_dim = Div (kc_dim, k_dim)",
-        "rows = Shape <start = 0, end = 1> (down)",
+        size("rows", "down", 0),
         "sibling_rows = Div (rows, g_dim)",
         "a_dim = Sub (sibling_rows, k_dim)",
     ]
 
 
+def _chosen(form: OpForm) -> list[str]:
+    """What each row's adapter is made of, [batch or 1, ..]; that of the first slot where it has none."""
+    if not form.adapters:
+        return []
+    return [
+        "none = Constant <value = int32[1] {0}> ()",
+        "slot = Max (adapter, none)",
+        *(f"{name}_of = Gather <axis = 0> ({name}, slot)" for name in ("down", "mix", "up")),
+        # Whether a row has an adapter at all, and of it each expert, and each sibling.
+        "has_adapter = GreaterOrEqual (adapter, none)",
+        "by_row = Concat <axis = 0> (zero, one, one)",
+        "has_rows = Reshape (has_adapter, by_row)",
+        "mix_size = Abs (mix_of)",
+        "row_size = ReduceSum <keepdims = 0> (mix_size, three)",
+        "no_size = Constant <value = float[1] {0}> ()",
+        "has_expert = Greater (row_size, no_size)",
+        "expert_count = Cast <to = 1> (has_expert)",
+        "sibling_count = ReduceSum <keepdims = 1> (expert_count, two)",
+        "has_no_sibling = Equal (sibling_count, no_size)",
+        "blank = Cast <to = 1> (has_no_sibling)",
+        "least = Constant <value = float[1] {-3.4028234e38}> ()",
+    ]
+
+
+def _weight(name: str, form: OpForm) -> str:
+    return f"{name}_of" if form.adapters else name
+
+
 def _skinny_product(form: OpForm) -> list[str]:
     """z = x downT, cut into u of all siblings and the logits of each. The rows of A come first, then those of R."""
     lines = []
-    rows = "down"
+    down = rows = _weight("down", form)
+    first = _axis(form, 0)
     if form.num_siblings > 1:
         rows = "regrouped"
         lines = [
-            "in_dim = Shape <start = 1, end = 2> (down)",
+            f"in_dim = Shape <start = {first + 1}, end = {first + 2}> (down)",
             "minus_one = Constant <value_ints = [-1]> ()",
-            "by_sibling = Concat <axis = 0> (g_dim, sibling_rows, in_dim)",
-            "flat = Concat <axis = 0> (minus_one, in_dim)",
+            f"by_sibling = Concat <axis = 0> ({_row(form)}g_dim, sibling_rows, in_dim)",
+            f"flat = Concat <axis = 0> ({_row(form)}minus_one, in_dim)",
             "row_sizes = Concat <axis = 0> (a_dim, k_dim)",
-            "down3 = Reshape (down, by_sibling)",
-            "a3, r3 = Split <axis = 1> (down3, row_sizes)",
+            f"down3 = Reshape ({down}, by_sibling)",
+            f"a3, r3 = Split <axis = {first + 1}> (down3, row_sizes)",
             "a2 = Reshape (a3, flat)",
             "r2 = Reshape (r3, flat)",
-            "regrouped = Concat <axis = 0> (a2, r2)",
+            f"regrouped = Concat <axis = {first}> (a2, r2)",
         ]
     u, u_sizes = (_each("u", form), ["a_dim"] * form.num_siblings) if form.shared_down else (["u"], ["u_dim"])
     return [
         *lines,
-        f"down_t = Transpose <perm = [1, 0]> ({rows})",
+        f"down_t = Transpose <perm = [{'0, 2, 1' if form.adapters else '1, 0'}]> ({rows})",
         "z = MatMul (x, down_t)",
         "u_dim = Mul (a_dim, g_dim)",
         f"z_sizes = Concat <axis = 0> ({', '.join([*u_sizes, *['k_dim'] * form.num_siblings])})",
@@ -195,21 +275,32 @@ def _skinny_product(form: OpForm) -> list[str]:
 
 def _routing(form: OpForm) -> list[str]:
     """w [.., G k c], from the softmax of each sibling and the mixing matrices of all, side by side on a diagonal."""
+    mix, row, row_of_one = _weight("mix", form), _row(form), _row_of_one(form)
+    # Axes of `mix`: its columns, and one behind them.
+    axis_of_columns, axis_behind = (_NUMBERS[_axis(form, axis)] for axis in (2, 3))
     lines = []
-    for p, logits in zip(_each("p", form), _each("logits", form), strict=True):
-        lines += [f"{logits}_32 = Cast <to = 1> ({logits})", f"{p} = Softmax <axis = -1> ({logits}_32)"]
+    if form.adapters and form.num_siblings > 1:
+        parts = ", ".join(_each("has_expert", form))
+        lines.append(f"{parts} = Split <axis = 1, num_outputs = {form.num_siblings}> (has_expert)")
+    for g, (p, logits) in enumerate(zip(_each("p", form), _each("logits", form), strict=True)):
+        routed = f"{logits}_32"
+        lines.append(f"{routed} = Cast <to = 1> ({logits})")
+        if form.adapters:
+            lines.append(f"{logits}_own = Where ({_each('has_expert', form)[g]}, {routed}, least)")
+            routed = f"{logits}_own"
+        lines.append(f"{p} = Softmax <axis = -1> ({routed})")
     lines += [
         *_join("p", form),
-        "mix4 = Unsqueeze (mix, three)",
-        "repeats_c = Concat <axis = 0> (one, one, one, c_dim)",
+        f"mix4 = Unsqueeze ({mix}, {axis_behind})",
+        f"repeats_c = Concat <axis = 0> ({row_of_one}one, one, one, c_dim)",
         "mix_wide4 = Expand (mix4, repeats_c)",
-        "sum3 = ReduceSum <keepdims = 1> (mix, two)",
+        f"sum3 = ReduceSum <keepdims = 1> ({mix}, {axis_of_columns})",
     ]
     if form.num_siblings == 1:
         lines += [
-            "wide_shape = Concat <axis = 0> (k_dim, kc_dim)",
+            f"wide_shape = Concat <axis = 0> ({row}k_dim, kc_dim)",
             "mix_wide = Reshape (mix_wide4, wide_shape)",
-            "mix_sum = Squeeze (sum3, zero)",
+            f"mix_sum = Squeeze (sum3, {_NUMBERS[_axis(form, 0)]})",
         ]
     else:
         n = form.num_siblings
@@ -218,18 +309,30 @@ def _routing(form: OpForm) -> list[str]:
             f"own = Constant <value = float[{n}, 1, {n}, 1] {{{own}}}> ()",
             "gk_dim = Mul (g_dim, k_dim)",
             "gkc_dim = Mul (g_dim, kc_dim)",
-            "row_shape = Concat <axis = 0> (g_dim, k_dim, one, kc_dim)",
-            "wide_shape = Concat <axis = 0> (gk_dim, gkc_dim)",
-            "repeats_kc = Concat <axis = 0> (one, one, one, kc_dim)",
+            f"row_shape = Concat <axis = 0> ({row}g_dim, k_dim, one, kc_dim)",
+            f"wide_shape = Concat <axis = 0> ({row}gk_dim, gkc_dim)",
+            f"repeats_kc = Concat <axis = 0> ({row_of_one}one, one, one, kc_dim)",
             "mix_rows = Reshape (mix_wide4, row_shape)",
             "mix_blocks = Mul (mix_rows, own)",
             "mix_wide = Reshape (mix_blocks, wide_shape)",
-            "sum4 = Unsqueeze (sum3, three)",
+            f"sum4 = Unsqueeze (sum3, {axis_behind})",
             "sum_rows = Expand (sum4, repeats_kc)",
             "sum_blocks = Mul (sum_rows, own)",
             "mix_sum = Reshape (sum_blocks, wide_shape)",
         ]
-    return [*lines, "w_wide = MatMul (p, mix_wide)", "w_sum = MatMul (p, mix_sum)", "w = Div (w_wide, w_sum)"]
+    lines += ["w_wide = MatMul (p, mix_wide)", "w_sum = MatMul (p, mix_sum)"]
+    if not form.adapters:
+        return [*lines, "w = Div (w_wide, w_sum)"]
+    if form.num_siblings > 1:
+        lines += [
+            "repeats_blank = Concat <axis = 0> (one, one, kc_dim)",
+            "blank_rows = Expand (blank, repeats_blank)",
+            "blank_shape = Concat <axis = 0> (zero, one, gkc_dim)",
+            "blank_wide = Reshape (blank_rows, blank_shape)",
+        ]
+    # 0 / 1 for a sibling without experts, in place of 0 / 0.
+    blank = "blank" if form.num_siblings == 1 else "blank_wide"
+    return [*lines, f"w_total = Add (w_sum, {blank})", "w = Div (w_wide, w_total)"]
 
 
 def _experts(form: OpForm) -> list[str]:
@@ -251,12 +354,22 @@ def _experts(form: OpForm) -> list[str]:
         "v32 = Mul (u32, w)",
         "v = CastLike (v32, x)",
     ]
+    ups = [_weight("up", form)]
     if form.num_siblings > 1:
+        ups = _each("up", form)
         lines += [
             f"{', '.join(_each('v', form))} = Split <axis = -1, num_outputs = {form.num_siblings}> (v)",
             "out_sizes = Constant <value_ints: ints = @out_splits> ()",
-            f"{', '.join(_each('up', form))} = Split <axis = 1> (up, out_sizes)",
+            f"{', '.join(ups)} = Split <axis = {_axis(form, 1)}> ({_weight('up', form)}, out_sizes)",
         ]
-    for delta, v, up in zip(_each("delta", form), _each("v", form), _each("up", form), strict=True):
+    for delta, v, up in zip(_each("delta", form), _each("v", form), ups, strict=True):
         lines.append(f"{delta} = MatMul ({v}, {up})")
-    return [*lines, *_join("delta", form), "y = Add (base, delta)"]
+    lines += _join("delta", form)
+    if not form.adapters:
+        return [*lines, "y = Add (base, delta)"]
+    return [
+        *lines,
+        "no_experts = CastLike (no_size, x)",
+        "experts = Where (has_rows, delta, no_experts)",
+        "y = Add (base, experts)",
+    ]

@@ -51,7 +51,7 @@ def read_graph(bundle: Bundle) -> ir.Model:
     if any(function.opset_imports.get("", opset) != opset for function in model.functions.values()):
         raise ExportError(f"{bundle.model}: has functions of another opset than its own. Export the model again.")
     listed = (*bundle.manifest.inputs, *bundle.manifest.outputs)
-    if listed != tuple(map(port_of, (*model.graph.inputs, *model.graph.outputs))):
+    if listed != tuple(map(port_of, (*required_inputs(model.graph), *model.graph.outputs))):
         raise ExportError(
             f"{bundle.model}: has not the inputs and outputs that its manifest lists. Export the model again."
         )
@@ -69,6 +69,11 @@ def read_graph(bundle: Bundle) -> ir.Model:
             name = str(tensor.location)
             value.const_value = stored_in(tensor, bundle.folder / name, sizes[name], _ADVICE)
     return model
+
+
+def required_inputs(graph: ir.Graph) -> list[ir.Value]:
+    """The inputs that have no default."""
+    return [value for value in graph.inputs if value.const_value is None]
 
 
 def port_of(value: ir.Value) -> Port:

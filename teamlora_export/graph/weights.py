@@ -109,6 +109,16 @@ class WeightTensor(ir.LazyTensor):
         raise RuntimeError(f"{self.name}: has no values before the external data is written")
 
 
+class Zeros(ir.LazyTensor):
+    """Nothing but zeros. In a file all of them share the same bytes."""
+
+    def __init__(self, name: str, dtype: ir.DataType, shape: tuple[int, ...]) -> None:
+        def make() -> ir.TensorProtocol:
+            return ir.tensor(np.zeros(shape, np.uint8), dtype=dtype, name=name)
+
+        super().__init__(make, dtype=dtype, shape=ir.Shape(shape), name=name)
+
+
 def recipe_of(value: ir.Value | None) -> Recipe | None:
     """The recipe behind an initializer, or None where it holds numbers or is no initializer."""
     tensor = value.const_value if value is not None else None
@@ -176,11 +186,14 @@ def write_external_data(
     Raises:
         ExportError: a weight is missing, has another shape than the graph, or does not fit the graph's dtype.
     """
-    cook = _Cook(base, adapter)
+    cook, zeros = _Cook(base, adapter), []
     with _HashingWriter(path) as writer, ThreadPoolExecutor(1) as pool:
         pending: Future[int] | None = None
         for value in values:
             tensor = value.const_value
+            if isinstance(tensor, Zeros):
+                zeros.append((value, tensor))
+                continue
             kept_inside = not isinstance(tensor, (WeightTensor, ir.ExternalTensor))
             if tensor is None or (kept_inside and tensor.nbytes < _SMALL):
                 continue
@@ -192,13 +205,23 @@ def write_external_data(
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             offset = writer.place(data.nbytes)
             pending = pool.submit(writer.write, offset, data)
-            shape, name = ir.Shape(tensor.shape.numpy()), tensor.name or ""
-            value.const_value = ir.ExternalTensor(
-                path.name, offset, data.nbytes, tensor.dtype, shape=shape, name=name, base_dir=path.parent
-            )
+            value.const_value = _stored(tensor, path, offset)
         if pending is not None:
             progress(pending.result())
+        if zeros:
+            size = max(tensor.nbytes for _, tensor in zeros)
+            offset = writer.place(size)
+            progress(writer.write(offset, np.zeros(size, np.uint8)))
+            for value, tensor in zeros:
+                value.const_value = _stored(tensor, path, offset)
         return writer.finish()
+
+
+def _stored(tensor: ir.TensorProtocol, path: Path, offset: int) -> ir.ExternalTensor:
+    shape, name = ir.Shape(tensor.shape.numpy()), tensor.name or ""  # type: ignore[union-attr]
+    return ir.ExternalTensor(
+        path.name, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=path.parent
+    )
 
 
 def copy_hashed(source: BinaryIO, path: Path, progress: Callable[[int], None]) -> str:

@@ -6,7 +6,8 @@ The op is run by its body, or by a native library.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import onnx_ir.passes.common as common
 import onnxruntime as ort
 import torch
 
-from teamlora_export.bundle import Bundle, keeps_in_place, window_of
+from teamlora_export.bundle import ADAPTER_NAME, Bundle, keeps_in_place, window_of
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph import op
 from teamlora_export.graph.choices import is_choice
@@ -42,6 +43,18 @@ from teamlora_export.validate.verdict import Departure
 from teamlora_export.validate.widen import widen
 
 
+@dataclass(frozen=True)
+class SlotFill:
+    """What a graph that takes adapters is run with.
+
+    Attributes:
+        arrays: by the input's name, [slots, ..]. indices: `adapter`, int32 [1] or [batch].
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    indices: np.ndarray
+
+
 class OnnxRunner:
     """A bundle's model.
 
@@ -53,6 +66,7 @@ class OnnxRunner:
         library: a native library that runs the op's nodes, not for bfloat16. The bodies are left out then, so that
             nothing else can run them.
         as_deployed: with what the runtime saves on the graph, which would hide faults (`prepare`).
+        fill: what is in the slots of a graph that takes adapters; they are constants then.
 
     Raises:
         ExportError: as `read_graph`.
@@ -64,11 +78,17 @@ class OnnxRunner:
         adapted: Collection[str],
         library: Path | None = None,
         as_deployed: bool = False,
+        fill: SlotFill | None = None,
     ) -> None:
         self.bundle, self.library = bundle, library
+        self._fill = fill
         self._as_deployed = as_deployed
         # As it is in the file, and to be read only; read here, so that what is no graph is found before anything runs.
         self.written = read_graph(bundle)
+        if fill is not None:
+            # What the file of one adapter says, for its weights to be compared.
+            own = {name: array[fill.indices[0]] for name, array in fill.arrays.items()}
+            _fill_slots(self.written, SlotFill(own, fill.indices))
         self._adapted = adapted
         self._session: ort.InferenceSession | None = None
         self._tapped: dict[bool, ort.InferenceSession] = {}
@@ -136,6 +156,9 @@ class OnnxRunner:
         """The model as it runs, the values that experts read, by module, and whether it computes what the file does."""
         model = read_graph(self.bundle)
         as_in_file = not self.prepare(model)
+        if self._fill is not None:
+            _fill_slots(model, self._fill)
+            as_in_file = False
         inputs = expert_inputs(model)
         if self.library is None:
             inline_bodies(model)
@@ -161,6 +184,13 @@ class OnnxRunner:
         """
         return self._named(self._as_growing(lambda given: self._run_tapped(given, wide), feeds), self.taps)
 
+    def refill(self, fill: SlotFill) -> None:
+        """Other adapters in the slots."""
+        self.forget()
+        self._fill = fill
+        for made in ("_opened", "model", "taps", "choices"):
+            self.__dict__.pop(made, None)
+
     def forget(self) -> None:
         """Close all sessions: each holds the weights."""
         self._session = None
@@ -180,7 +210,7 @@ class OnnxRunner:
             in_file = in_file and not self.choices and self.library is None
             as_deployed = self._as_deployed
             self._session = (
-                _open_session(self.bundle.model, as_deployed=as_deployed)
+                open_session(self.bundle.model, as_deployed=as_deployed)
                 if in_file
                 else self._open(self.choices.values())
             )
@@ -211,6 +241,15 @@ class OnnxRunner:
         return self.model.clone()
 
 
+def _fill_slots(model: ir.Model, fill: SlotFill) -> None:
+    """Make the inputs that have a default constants, in place."""
+    for value in [value for value in model.graph.inputs if value.const_value is not None]:
+        array = fill.indices if value.name == ADAPTER_NAME else fill.arrays[str(value.name)]
+        value.const_value = ir.tensor(np.ascontiguousarray(array), dtype=value.dtype, name=value.name)
+        value.shape = ir.Shape(array.shape)
+        model.graph.inputs.remove(value)
+
+
 def _leave_out_bodies(model: ir.Model) -> None:
     """Leave the op's nodes to a library, in place."""
     for identifier in [f for f in model.functions if f[:2] == (op.DOMAIN, op.NAME)]:
@@ -232,10 +271,10 @@ def open_model(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         ir.save(model, path)
-        return _open_session(path, bundle.folder, library, as_deployed)
+        return open_session(path, bundle.folder, library, as_deployed)
 
 
-def _open_session(
+def open_session(
     path: Path, weights_folder: Path | None = None, library: Path | None = None, as_deployed: bool = False
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
@@ -261,13 +300,17 @@ def _open_session(
 _NUMPY_TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def run_session(session: ort.InferenceSession, feeds: Feeds) -> Feeds:
-    """Feed a session what it takes of `feeds`, cast to its types; every output by name."""
+def run_session(session: ort.InferenceSession, feeds: Feeds, more: Mapping[str, np.ndarray] | None = None) -> Feeds:
+    """Feed a session what it takes of `feeds`, cast to its types; every output by name.
+
+    Args:
+        more: inputs that have a default, as they are.
+    """
     types = {value.name: _NUMPY_TYPES[value.type] for value in session.get_inputs()}
     with np.errstate(over="ignore"):
         inputs = {name: feeds[name].astype(kind) for name, kind in types.items()}
     names = [value.name for value in session.get_outputs()]
     try:
-        return dict(zip(names, session.run(names, inputs), strict=True))
+        return dict(zip(names, session.run(names, inputs | dict(more or {})), strict=True))
     except Exception as error:  # ONNX Runtime has no type for what a model makes of its input
         raise ExportError(f"ONNX Runtime {ort.__version__} cannot run the model ({first_line(error)}).") from None

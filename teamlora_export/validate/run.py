@@ -10,49 +10,49 @@ quantisation cost is a question of its own, asked afterwards of the bundle as it
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
-from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
+from teamlora_export.adapter import AdapterSpec
+from teamlora_export.adapter.padding import placed
 from teamlora_export.attach.products import has_codes
-from teamlora_export.bundle import Bundle, Port, QualitySummary, Validation, check_files, write_manifest
-from teamlora_export.dtypes import DTYPES
+from teamlora_export.bundle import Bundle, check_files
 from teamlora_export.engine.facts import EngineFacts, find_engine, read_facts, write_facts
-from teamlora_export.engine.onnxruntime_library import library_for
+from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, library_for
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.read import read_graph
 from teamlora_export.graph.weights import BaseWeights
-from teamlora_export.model.base import BaseModel, LoadedWeights, open_base
+from teamlora_export.model.base import BaseModel, LoadedWeights
 from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights
-from teamlora_export.model.source import weights_sha256
 from teamlora_export.progress import Reporter
+from teamlora_export.shelf import change_manifest, slots_of
 from teamlora_export.validate.attached import AttachedRunner, judge_attached
 from teamlora_export.validate.cases import Case, Step, make_cases
 from teamlora_export.validate.engine_runner import EngineRunner, cases_within
-from teamlora_export.validate.held_as_codes import HeldAsCodes
 from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
 from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.local import LocalJudge
 from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.quality import TOKENIZER, measure_quality
+from teamlora_export.validate.shelf import judge_mixed, keep_shelf, open_shelf_sources, slot_fill
+from teamlora_export.validate.sources import codes_of, fits, open_attached_sources, open_sources, torch_dtype
 from teamlora_export.validate.stored import judge_weights, kept_in_float32, recipes_of
+from teamlora_export.validate.summary import summary
 from teamlora_export.validate.taps import live_values, module_of, whole_of
 from teamlora_export.validate.torch_runner import TorchRunner
-from teamlora_export.validate.verdict import Departure, LocalCheck, Quality, Thresholds, Verdict
+from teamlora_export.validate.verdict import Departure, LocalCheck, Thresholds, Verdict
 
 
 def validate_bundle(
     bundle: Bundle,
     *,
     base_source: str | None = None,
-    adapter_folder: str | Path | None = None,
+    adapter_folder: str | Path | Mapping[str, str | Path] | None = None,
+    only: Sequence[str] = (),
     layer_by_layer: bool | None = None,
     engine_name: str | None = None,
     plugin: Path | None = None,
@@ -64,6 +64,8 @@ def validate_bundle(
     """Judge `bundle` against the base and adapter that it was made of (found by its manifest, or given if they moved).
 
     Args:
+        adapter_folder: of a shelf, the folders of those that moved, by name.
+        only: of a shelf, the names of those that are judged; nothing: all.
         layer_by_layer: hold one layer in memory at a time and run fewer cases; None: only where the whole does not fit.
         engine_name: judge this engine instead of the graph; its verdict goes into its own facts.
         plugin: the library for an engine that needs the plugin.
@@ -81,6 +83,17 @@ def validate_bundle(
         raise ExportError("--library and --engine: an engine does not run the native op. Give one of the two.")
     native = library_for(bundle, library, reporter) if library is not None else None
     check_files(bundle)
+    moved = adapter_folder if isinstance(adapter_folder, Mapping) else {}
+    if manifest.shelf is not None:
+        if engine_name or layer_by_layer or quality or (adapter_folder is not None and not moved):
+            raise ExportError(
+                f"{bundle.folder}: has a shelf of adapters, whose graph is judged as a whole, and on no held-out text. "
+                "Leave out --engine, --layer-by-layer and --quality; give --adapter NAME=FOLDER."
+            )
+        return _judge_shelf(bundle, base_source, moved, only, native, reporter)
+    if moved or only:
+        raise ExportError(f"{bundle.folder}: has one adapter of its own, and no names. Give --adapter FOLDER alone.")
+    assert not isinstance(adapter_folder, Mapping)
     engine: _Engine | None = None
     base: BaseModel | None
     if manifest.attached is not None:
@@ -89,14 +102,14 @@ def validate_bundle(
                 f"{bundle.folder}: its graph is another tool's: no engines are built of it, and its layers are not run "
                 "one by one. Leave out --engine and --layer-by-layer."
             )
-        base, adapter = _open_attached_sources(bundle, base_source, adapter_folder, reporter)
+        base, adapter = open_attached_sources(bundle, base_source, adapter_folder, reporter)
         is_quantised = has_codes(read_graph(bundle).graph)
     else:
         engine = _open_engine(bundle, engine_name, plugin, reporter) if engine_name else None
         adapter_sha256 = engine.facts.adapter_sha256 if engine else manifest.adapter["sha256"]
         base, adapter = open_sources(bundle, base_source, adapter_folder, adapter_sha256)
         if layer_by_layer is None:
-            layer_by_layer = not _fits(base, manifest.inputs)
+            layer_by_layer = not fits(base, manifest.inputs)
         is_quantised = manifest.quantisation is not None
     can_measure = base is not None and not (layer_by_layer or engine)
     if quality is None:
@@ -130,18 +143,29 @@ def _judge_export(
     engine: _Engine | None,
     library: Path | None,
     reporter: Reporter,
+    shelved: str | None = None,
 ) -> Verdict:
-    """Whether the export is right: all of the verdict but what it cost."""
+    """Whether the export is right: all of the verdict but what it cost.
+
+    Args:
+        shelved: the name of `adapter` on the bundle's shelf.
+    """
     manifest = bundle.manifest
     dtype = engine.facts.dtype if engine else manifest.dtype
     weights = _open_streamed(base) if layer_by_layer else None
     if weights is not None:
         reporter.say("Layer by layer: the weights are read from disk on every call")
-    graph = (OnnxRunner if weights is None else LayerwiseOnnxRunner)(bundle, adapter.projections, library)
-    held = _codes_of(graph, base) if manifest.quantisation else None
+    fill, in_file = None, adapter
+    if shelved is not None:
+        fill, in_file = slot_fill(bundle, shelved), placed(adapter, slots_of(manifest.refit))
+    if weights is None:
+        graph = OnnxRunner(bundle, adapter.projections, library, fill=fill)
+    else:
+        graph = LayerwiseOnnxRunner(bundle, adapter.projections, library)
+    held = codes_of(graph, base) if manifest.quantisation else None
     with reporter.step("Preparing PyTorch in float64 and the bundle's dtype"):
         reference = TorchRunner(base, adapter, torch.float64, weights, held)
-        pytorch = TorchRunner(base, adapter, _torch_dtype(dtype), weights, held)
+        pytorch = TorchRunner(base, adapter, torch_dtype(dtype), weights, held)
     multiple = MULTIPLE_OF_CODES if held else MULTIPLE
     judge = Judge(dtype, reference, pytorch, engine.runner if engine else graph, manifest.inputs, multiple)
     cases = make_cases(base.config, base.task, brief=weights is not None, many=library is not None)
@@ -151,7 +175,7 @@ def _judge_export(
     expert_use = {path: _mean_share(share) for path, share in reference.expert_use().items()}
     graph.forget()
     sources = (weights or _open_sources(base, adapter, graph)) if held else reference
-    inside = _Inside(graph, reference, None if engine else pytorch, adapter, sources)
+    inside = _Inside(graph, reference, None if engine else pytorch, in_file, sources)
     # An engine whose adapter was exchanged is no longer what the graph is.
     of_graph = not engine or engine.facts.adapter_sha256 == manifest.adapter["sha256"]
     if of_graph:
@@ -166,6 +190,25 @@ def _judge_export(
         candidate=(engine or graph).label,
         multiple=multiple,
     )
+
+
+def _judge_shelf(
+    bundle: Bundle,
+    base_source: str | None,
+    moved: Mapping[str, str | Path],
+    only: Sequence[str],
+    native: OnnxRuntimeLibrary | None,
+    reporter: Reporter,
+) -> Verdict:
+    """Each adapter by itself, and batches of several; all as one."""
+    base, adapters = open_shelf_sources(bundle, base_source, moved, only)
+    library, digest = (native.path, native.sha256) if native is not None else (None, None)
+    found = {}
+    for name, adapter in adapters.items():
+        reporter.say(f"Adapter {name}:")
+        found[name] = _judge_export(bundle, base, adapter, False, None, library, reporter, name)
+    found[""] = judge_mixed(bundle, base, adapters, library, reporter)
+    return keep_shelf({name: dataclasses.replace(verdict, library=digest) for name, verdict in found.items()}, bundle)
 
 
 class _Inside:
@@ -212,7 +255,7 @@ class _Inside:
     def _local_judge(self) -> LocalJudge:
         manifest = self._graph.bundle.manifest
         kept = kept_in_float32(self._graph.model, self._recipes)
-        self._reference.round_weights(_torch_dtype(manifest.dtype), kept)
+        self._reference.round_weights(torch_dtype(manifest.dtype), kept)
         inexact = self._graph.inexact(self._recipes)
         sums = {name: whole_of(name) for name, tap in self._graph.taps.items() if tap.base is not None}
         return LocalJudge(manifest.dtype, self._reference, self._pytorch, self._graph, manifest.inputs, inexact, sums)
@@ -247,9 +290,9 @@ def _keep(verdict: Verdict, bundle: Bundle, engine: _Engine | None) -> Verdict:
     """Write the verdict beside what was judged; where that cannot be, the verdict says so."""
     try:
         if engine:
-            write_facts(dataclasses.replace(engine.facts, validation=_summary(verdict)), engine.path)
+            write_facts(dataclasses.replace(engine.facts, validation=summary(verdict)), engine.path)
         else:
-            write_manifest(bundle.folder, dataclasses.replace(bundle.manifest, validation=_summary(verdict)))
+            change_manifest(bundle, lambda now: dataclasses.replace(now, validation=summary(verdict)))
     except ExportError as error:
         return dataclasses.replace(verdict, not_kept=str(error))
     return verdict
@@ -291,82 +334,6 @@ def _open_engine(bundle: Bundle, name: str, plugin: Path | None, reporter: Repor
     return _Engine(path, facts, EngineRunner(path, facts, bundle, plugin, reporter))
 
 
-def open_sources(
-    bundle: Bundle, base_source: str | None, adapter_folder: str | Path | None, adapter_sha256: str
-) -> tuple[BaseModel, AdapterSpec]:
-    """The base and the adapter that `bundle` was made of, found by its manifest, or given if they moved.
-
-    Raises:
-        ExportError: they are not there, or are others: another adapter than that of `adapter_sha256`.
-    """
-    manifest = bundle.manifest
-    if not (base_source or manifest.base["source"]):
-        raise ExportError(f"{bundle.folder}: does not say which model its graph was made of. Give it with --base.")
-    adapter = open_adapter(bundle, adapter_folder, adapter_sha256)
-    base = open_base(base_source or manifest.base["source"], manifest.task)
-    if weights_sha256(base.source) != manifest.base["sha256"]:
-        raise ExportError(
-            f"{base.name}: is not the base that {bundle.folder} was made of. Export again, or give --base."
-        )
-    return base, align_with_base(adapter, base.signature)
-
-
-def _open_attached_sources(
-    bundle: Bundle, base_source: str | None, adapter_folder: str | Path | None, reporter: Reporter
-) -> tuple[BaseModel | None, AdapterSpec]:
-    """The adapter that was attached, and the model that the graph was made of, where it is known and fits into memory.
-
-    Raises:
-        ExportError: as `open_adapter`; or the base that is given cannot be opened.
-    """
-    manifest = bundle.manifest
-    adapter = open_adapter(bundle, adapter_folder, manifest.adapter["sha256"])
-    source = base_source or manifest.base["source"]
-    if source and base_source is None and not Path(source).exists():
-        reporter.warn(f"{source}: is not there any more; the model as a whole is not judged. Give --base.")
-        source = ""
-    if not source:
-        return None, adapter
-    base = open_base(source, manifest.task)
-    adapter = align_with_base(adapter, base.signature)
-    if not _fits(base, manifest.inputs):
-        reporter.warn(f"{source}: does not fit into memory in float64; the experts are judged by themselves.")
-        return None, adapter
-    return base, adapter
-
-
-def open_adapter(bundle: Bundle, folder: str | Path | None, sha256: str) -> AdapterSpec:
-    """The adapter that `bundle` was made of, found by its manifest, or given if it moved.
-
-    Raises:
-        ExportError: it is not there, or is another than that of `sha256`.
-    """
-    adapter = read_adapter(folder or bundle.manifest.adapter["source"])
-    if adapter.sha256 != sha256:
-        raise ExportError(
-            f"{adapter.source}: is not the adapter that is judged here. Give that one with --adapter, or export again."
-        )
-    return adapter
-
-
-def _torch_dtype(name: str) -> torch.dtype:
-    return getattr(torch, DTYPES[name].torch)
-
-
-def _fits(base: BaseModel, inputs: Sequence[Port]) -> bool:
-    """Whether PyTorch in float64, PyTorch in the bundle's dtype, and ONNX Runtime fit into what memory is free, each
-    with the cache of the longest case as it was and as it is."""
-    parameters = sum(math.prod(shape) for shape in base.signature.parameters.values())
-    places = max(case.past + case.mask.size for case in make_cases(base.config, base.task))
-    cached = sum(int(p.shape[1]) * int(p.shape[3]) for p in inputs if p.name.startswith("past_key_values.")) * places
-    return (parameters * 1.3 + cached * 2) * (8 + 4 + 4) < psutil.virtual_memory().available
-
-
-def _codes_of(graph: OnnxRunner, base: BaseModel) -> HeldAsCodes:
-    shapes = {name: tuple(tensor.shape) for name, tensor in base.skeleton(torch.float32).state_dict().items()}
-    return HeldAsCodes(graph.written, recipes_of(graph.bundle.manifest), shapes)
-
-
 def _open_sources(base: BaseModel, adapter: AdapterSpec, graph: OnnxRunner) -> BaseWeights:
     """The base's weights as they were before they were quantised."""
     aliases, recipes = base.aliases(), recipes_of(graph.bundle.manifest).values()
@@ -386,29 +353,3 @@ def _open_streamed(base: BaseModel) -> SafetensorsWeights:
 
 def _mean_share(share: np.ndarray) -> list[float]:
     return [float(value) for value in share.reshape(-1, share.shape[-1]).mean(axis=0)]
-
-
-def _summary(verdict: Verdict) -> Validation:
-    worst = verdict.worst
-    tokens = [case for case in verdict.cases if case.greedy_tokens]
-    return {
-        "passed": verdict.passed,
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        "runtime": verdict.candidate,
-        "cases": len(verdict.cases),
-        "worst_output": worst.name,
-        "worst_relative_error": worst.error.relative,
-        "worst_times_pytorch": worst.times_pytorch,
-        "greedy_tokens": sum(case.greedy_tokens for case in tokens),
-        "greedy_equal": sum(case.greedy_equal for case in tokens),
-        "weights": verdict.weights,
-        "module_values": sum(len(check.judgements) for check in verdict.local),
-        "first_departure": verdict.departure.module if verdict.departure else None,
-        "quality": _quality_summary(verdict.quality) if verdict.quality else None,
-    }
-
-
-def _quality_summary(quality: Quality) -> QualitySummary:
-    models = {"adapted": quality.adapted, "quantised": quality.quantised, "without experts": quality.base}
-    figures = {name: dataclasses.asdict(measured) for name, measured in models.items()}
-    return {"passed": quality.passed, "figures": figures}

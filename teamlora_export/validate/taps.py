@@ -147,12 +147,21 @@ def _read_by(experts: ir.Value) -> str | None:
     return None
 
 
+# What moves the numbers of its first input.
+_MOVING = ("Reshape", "Split", "Gather")
+
+
 def _is_weight(value: ir.Value | None) -> bool:
     """A stored weight, or parts of stored weights put together anew."""
     node = value.producer() if value is not None else None
     if node is None:
         return value is not None and value.is_initializer()
-    moved = {"Concat": node.inputs, "Reshape": node.inputs[:1], "Split": node.inputs[:1]}.get(node.op_type, ())
+    moved = {
+        "Concat": node.inputs,
+        "Reshape": node.inputs[:1],
+        "Split": node.inputs[:1],
+        "Gather": node.inputs[:1],
+    }.get(node.op_type, ())
     return len(moved) > 0 and all(map(_is_weight, moved))
 
 

@@ -331,7 +331,9 @@ def _jittered(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def round_experts(layer: ExpertLinear, folded: op.OpWeights, dtype: torch.dtype) -> None:
     """Give `layer` the numbers that the op's inputs hold in `dtype`, with the constants taken out of them again."""
-    stacked = torch.from_numpy(folded.down).to(dtype).to(layer.down.dtype)
+    # By NumPy, as the export rounds: PyTorch rounds float64 to float32 on the way to float16, which gives one weight in
+    # some ten thousand another number.
+    stacked = torch.from_numpy(folded.down.astype(_NUMPY_DTYPES[dtype]).astype(np.float64)).to(layer.down.dtype)
     rows = len(layer.down)
     layer.down.data = stacked[:rows] / (layer.scaling * layer.routing_sum)
     layer.router.data = stacked[rows:]

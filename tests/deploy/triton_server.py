@@ -23,6 +23,8 @@ import onnxruntime as ort
 from google.protobuf import json_format, text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+from teamlora_export.deploy.python import OPENING, SCHEDULING
+
 _ORT_TYPES = {"tensor(int64)": pb.TYPE_INT64, "tensor(float)": pb.TYPE_FP32, "tensor(float16)": pb.TYPE_FP16}
 _NUMPY = {
     pb.TYPE_INT64: np.int64,
@@ -288,7 +290,7 @@ class PythonModel(Model):
         sys.modules["triton_python_backend_utils"] = _backend_utils(self.server)
         path = self.folder / "1" / "model.py"
         # As the back end does: the version's folder is where it imports from.
-        for name in ("opened", "cores", "session", "words", "sampling", "slots", "scheduler", "chat"):
+        for name in ("opened", "chat", *(Path(file).stem for file in (*OPENING, *SCHEDULING))):
             sys.modules.pop(name, None)
         sys.path.append(str(path.parent))
         try:

@@ -31,6 +31,9 @@ def test_the_definition_is_the_same_in_python_and_in_cpp(plugin):
     assert strings["kOpVersionText"] == (str(op.VERSION),)
     assert f"kOpVersion = {op.VERSION};" in text
     assert strings["kOpInputs"] == op.INPUTS
+    assert strings["kOpAdaptersVersionText"] == (str(op.ADAPTERS_VERSION),)
+    assert f"kOpAdaptersVersion = {op.ADAPTERS_VERSION};" in text
+    assert strings["kOpOptionalInputs"] == op.OPTIONAL_INPUTS
     assert strings["kOpAttributes"] == op.ATTRIBUTES
     check_plugin(plugin)
 

@@ -317,7 +317,7 @@ def test_a_verdict_that_cannot_be_kept_is_given_all_the_same(planted, monkeypatc
         raise ExportError("No space left on device")
 
     bundle = planted({}, "llama", "fp16")
-    monkeypatch.setattr("teamlora_export.validate.run.write_manifest", full)
+    monkeypatch.setattr("teamlora_export.shelf.write_manifest", full)
     result = CliRunner().invoke(app, ["validate", str(bundle.folder)])
     assert result.exit_code == 0, result.output
     shown = result.output.index("Passed: 6 cases")

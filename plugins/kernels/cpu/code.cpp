@@ -163,15 +163,35 @@ void down(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t t
     }
 }
 
+// Logits less the largest of those that count. The others, whatever they are, are as good as nothing.
+inline void distances(int64_t k, const float* logits, const float* present, float* e) {
+    int64_t first = 0;
+    while (first + 1 < k && present[first] == 0) ++first;
+    float most = logits[first];
+    for (int64_t i = first; i < k; ++i) most = present[i] != 0 && logits[i] > most ? logits[i] : most;
+    for (int64_t i = 0; i < k; ++i) e[i] = present[i] != 0 ? logits[i] - most : -100;
+}
+
 // A sibling's mixing weights: e = exp(logits - max) of all tokens at once, then one token's w at a time.
-inline void exponentials(const Job& job, int64_t tokens, const float* logits, float* e) {
+inline void exponentials(const Job& job, int64_t tokens, const float* logits, const float* present, float* e) {
     const int64_t k = job.num_experts;
     for (int64_t t = 0; t < tokens; ++t, logits += job.z_stride) {
+        if (present != nullptr) {
+            distances(k, logits, present, e + t * k);
+            continue;
+        }
         float most = logits[0];
         for (int64_t i = 1; i < k; ++i) most = logits[i] > most ? logits[i] : most;
         for (int64_t i = 0; i < k; ++i) e[t * k + i] = logits[i] - most;
     }
     for (int64_t i = 0; i < tokens * k; i += kLanes) store(e + i, exp_of_negative(load(e + i)));
+}
+
+inline bool none_of(int64_t k, const float* present) {
+    for (int64_t i = 0; i < k; ++i) {
+        if (present[i] != 0) return false;
+    }
+    return true;
 }
 
 inline void normalised(int64_t k, const float* e, const float* mix, float* w) {
@@ -194,7 +214,14 @@ void route(const Job& job, int64_t tokens, float* z, float* weights, float* v) {
     float* e = weights + k;
     for (int64_t g = 0; g < job.siblings; ++g) {
         const float* mix = job.mix + g * k * k;
-        exponentials(job, tokens, z + g * rows + job.down_rank, e);
+        const float* present = job.present == nullptr ? nullptr : job.present + g * k;
+        if (present != nullptr && none_of(k, present)) {
+            for (int64_t t = 0; t < tokens; ++t) {
+                for (int64_t i = 0; i < job.up_rank; ++i) v[t * job.v_stride + g * job.up_rank + i] = 0;
+            }
+            continue;
+        }
+        exponentials(job, tokens, z + g * rows + job.down_rank, present, e);
         for (int64_t t = 0; t < tokens; ++t) {
             const float* u = z + t * job.z_stride + g * rows;
             float* to = v + t * job.v_stride + g * job.up_rank;
@@ -236,11 +263,13 @@ constexpr Steps kSteps = {down<T>, route<T>, up<T>};
 
 }  // namespace
 
+extern const SlotSteps kSlotSteps[3];
 extern const Code kCode;
 const Code kCode = {TEAMLORA_TEXT(TEAMLORA_CODE),
                     kLanes,
                     kTileRows,
                     kTileVectors * kLanes,
-                    {kSteps<float>, kSteps<Float16>, kSteps<BFloat16>}};
+                    {kSteps<float>, kSteps<Float16>, kSteps<BFloat16>},
+                    kSlotSteps};
 
 }  // namespace teamlora::cpu::TEAMLORA_CODE

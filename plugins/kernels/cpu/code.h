@@ -21,6 +21,8 @@ struct Job {
     int64_t num_down_panels;
     const Panel* up_panels;
     int64_t num_up_panels;
+    // [G, k]: 1 for experts that take part in the routing, 0 for others, all of whose `mix` is zero; null where all do.
+    const float* present = nullptr;
 };
 
 // One instruction set's code for one T. `tokens` tokens from `first` on.
@@ -33,11 +35,22 @@ struct Steps {
     void (*up)(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t to, const float* v);
 };
 
+// The same on weights as they lie: `job.down` and `job.up` are one slot's, and there are no panels.
+struct SlotSteps {
+    void (*widen)(const void* x, int64_t count, float* to);
+    // z of the rows [from, to) of `down`, from x by token.
+    void (*down)(const Job& job, const float* const* x, int64_t tokens, int64_t from, int64_t to, float* z);
+    // y = base + v up in the columns [from, to), which are the sibling's; base and y by token.
+    void (*up)(const Job& job, const void* const* base, void* const* y, int64_t tokens, int64_t sibling, int64_t from,
+               int64_t to, const float* v);
+};
+
 struct Code {
     const char* name;
     // Floats of a vector; of a full tile, the rows (tokens) and the columns (a panel's width).
     int64_t lanes, tile_rows, panel_width;
     Steps steps[3];  // by DataType
+    const SlotSteps* slots;
 };
 
 // Columns of x that are multiplied before the next are looked at: a panel's part stays in the first cache.

@@ -19,10 +19,10 @@ class AttachFunctions(ir.passes.InPlacePass):
             if op.is_op(node):
                 form = op.form_of(node)
                 node.overload = form.overload
-                forms[form] = node.inputs[-1].dtype  # type: ignore[union-attr,assignment]
+                forms[form] = node.inputs[op.INPUTS.index("up")].dtype  # type: ignore[union-attr,assignment]
         for form in sorted(forms, key=lambda form: form.overload):
             function = op.function(form, model.graph.opset_imports[""], forms[form])
             model.functions[function.identifier()] = function
         model.ir_version = max(model.ir_version or _IR_VERSION, _IR_VERSION)
-        model.graph.opset_imports[op.DOMAIN] = op.VERSION
+        model.graph.opset_imports[op.DOMAIN] = max((form.version for form in forms), default=op.VERSION)
         return ir.passes.PassResult(model, bool(forms))

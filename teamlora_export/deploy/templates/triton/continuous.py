@@ -108,6 +108,7 @@ class TritonPythonModel:
             log_probabilities=shown.log_probabilities,
             seconds=min(float(_first(given, "time_limit", self._longest)), self._longest),
             abandoned=client.is_gone,
+            adapter=given["adapter"][0].decode() if "adapter" in given else None,
         )
         pieces = _pieces(answer, text)
         for piece in pieces if _first(given, "stream", False) else _joined(pieces):

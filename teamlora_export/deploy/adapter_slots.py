@@ -1,0 +1,207 @@
+"""The adapters of a model that takes one for each row of a batch: files beside it, and slots in memory.
+
+    shelf = session.adapters
+    held = shelf.find("support")            what that name stands for now; an unknown one is an error
+    slot = shelf.take(held)                 in one of the slots from now on, until it is given back
+    shelf.give(slot)
+
+What describes the model's folder lists its adapters, and is looked at again whenever it has changed: one that is added,
+replaced or removed while the model serves is so for the requests that come. Those that are at work keep theirs: the
+slot of an adapter that is taken is not written to. Of the others, the one that was given back first makes room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING or __package__:
+    from teamlora_export.deploy.failure import ModelError
+else:
+    # Deployed: the files lie beside one another.
+    from failure import ModelError
+
+# Of the input that has each row's slot, and what it is where a row has no adapter.
+ADAPTER, NO_ADAPTER = "adapter", -1
+# NumPy has no bfloat16: by its bits.
+_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_LARGEST_HEADER = 64 << 20
+
+
+@dataclass(frozen=True)
+class Shelved:
+    """An adapter as it is on the shelf at some time.
+
+    Attributes:
+        sha256: of its file, which is never another for the same.
+    """
+
+    name: str
+    path: Path
+    sha256: str
+
+
+class Adapters:
+    """The shelf of one open model; any number of threads may use it.
+
+    Args:
+        inputs: the model's inputs for slots: name -> shape of one slot, NumPy type.
+        slots: how many adapters are in memory at a time.
+        listed: what describes the folder, read anew: name -> file, SHA-256.
+        stamp: something that is another when the description is.
+        check: compare a file with its hash when it is read.
+
+    Attributes:
+        memory: the slots of each input, [slots, ..]; bind it once.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        inputs: Mapping[str, tuple[tuple[int, ...], type]],
+        slots: int,
+        listed: Callable[[], Mapping[str, tuple[str, str]]],
+        stamp: Callable[[], object],
+        check: bool = True,
+    ) -> None:
+        self.memory: dict[str, np.ndarray] = {
+            name: np.zeros((slots, *shape), kind) for name, (shape, kind) in inputs.items()
+        }
+        self._folder, self._listed, self._stamp, self._check = folder, listed, stamp, check
+        self._lock = threading.Lock()
+        # In each slot: of which file, and how many have taken it. Free ones in the order in which they became so.
+        self._content: list[str | None] = [None] * slots
+        self._users = [0] * slots
+        self._free = list(range(slots))
+        self._seen: object = None
+        self._shelf: dict[str, Shelved] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """What is on the shelf."""
+        with self._lock:
+            return sorted(self._current())
+
+    @property
+    def slots(self) -> int:
+        return len(self._content)
+
+    def find(self, name: str) -> Shelved:
+        """The adapter of that name.
+
+        Raises:
+            ModelError: there is none.
+        """
+        with self._lock:
+            shelf = self._current()
+            if name not in shelf:
+                known = sorted(shelf)
+                some = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+                raise ModelError(f"There is no adapter {name!r:.80}; there are {some or 'none'}.")
+            return shelf[name]
+
+    def take(self, adapter: Shelved) -> int | None:
+        """The slot that it is in; None where others are at work in all of them.
+
+        Raises:
+            ModelError: its file is not what belongs there; no slot has changed.
+        """
+        with self._lock:
+            if adapter.sha256 in self._content:
+                slot = self._content.index(adapter.sha256)
+            elif self._free:
+                # Read and looked at as a whole before the first number is written.
+                tensors = read_slot(adapter, self.memory, self._check)
+                slot = self._free[0]
+                self._content[slot] = None
+                for name, array in tensors.items():
+                    self.memory[name][slot] = array
+                self._content[slot] = adapter.sha256
+            else:
+                return None
+            if self._users[slot] == 0:
+                self._free.remove(slot)
+            self._users[slot] += 1
+            return slot
+
+    def give(self, slot: int) -> None:
+        """One who has taken a slot needs it no more."""
+        with self._lock:
+            self._users[slot] -= 1
+            if self._users[slot] == 0:
+                self._free.append(slot)
+
+    def _current(self) -> dict[str, Shelved]:
+        stamp = self._stamp()
+        if self._seen is None or stamp != self._seen:
+            listed = self._listed()
+            self._shelf = {name: Shelved(name, self._folder / file, sha) for name, (file, sha) in listed.items()}
+            self._seen = stamp
+        return self._shelf
+
+
+def rows_adapter(slots: Sequence[int]) -> np.ndarray:
+    """The model's input for rows whose adapters are in these slots, int32; one number where it is the same for all."""
+    return np.array(slots[:1] if len(set(slots)) == 1 else slots, np.int32)
+
+
+def read_slot(adapter: Shelved, memory: Mapping[str, np.ndarray], check: bool = True) -> dict[str, np.ndarray]:
+    """The tensors of an adapter's file, which fit the slots in `memory`. Nothing is run of what is in it.
+
+    Raises:
+        ModelError: it cannot be read, is another file than it was, or does not fit.
+    """
+    try:
+        with open(adapter.path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(size)
+    except OSError as error:
+        raise ModelError(f"{adapter.path}: cannot be read ({error.strerror}).") from None
+    if check and hashlib.sha256(data).hexdigest() != adapter.sha256:
+        raise ModelError(f"{adapter.path}: is not the file that belongs here (its SHA-256 differs). Copy it again.")
+    try:
+        header, body = _split(data)
+        found = {name: _tensor(fields, body) for name, fields in header.items() if name != "__metadata__"}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{adapter.path}: is no file of an adapter ({error}).") from None
+    for name, slots in memory.items():
+        array = found.get(name)
+        if array is None or array.shape != slots.shape[1:] or array.dtype != slots.dtype:
+            what = "nothing" if array is None else f"{array.dtype} {list(array.shape)}"
+            raise ModelError(
+                f"{adapter.path}: has {what} for {name}, expected {slots.dtype} {list(slots.shape[1:])}. Is it of "
+                "another model?"
+            )
+    if len(found) != len(memory):
+        raise ModelError(f"{adapter.path}: has more than the model takes. Is it of another model?")
+    return found
+
+
+def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
+    """The header and the numbers of a safetensors file."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or not 2 <= length <= min(_LARGEST_HEADER, len(data) - 8):
+        raise ValueError("its header is not in it")
+    header = json.loads(data[8 : 8 + length].decode())
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
+    return header, memoryview(data)[8 + length :]
+
+
+def _tensor(fields: Any, body: memoryview) -> np.ndarray:
+    kind = _TYPES[fields["dtype"]]
+    shape, (start, end) = fields["shape"], fields["data_offsets"]
+    if not all(type(size) is int and size >= 0 for size in (*shape, start, end)):
+        raise ValueError("a size is no whole number")
+    if not start <= end <= len(body) or end - start != math.prod(shape) * np.dtype(kind).itemsize:
+        raise ValueError("a tensor is not where it should be")
+    return np.frombuffer(body[start:end], kind).reshape(shape)

@@ -1,0 +1,312 @@
+"""The adapters of a bundle that takes one for each row: listed, added, removed and replaced, each a file of its own.
+
+    adapters/NAME.HASH.safetensors      in the form of a slot: what a program copies into its memory, as it is
+    manifest.json                       which of these files are on the shelf
+
+An edit writes a file that nothing names yet, then the manifest in one step, and removes what that no longer names. Who
+is killed in between leaves a shelf that is the old one or the new one, whole, and at most a file that the next edit
+removes. Neither the base's weights nor the graph are touched, or read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from teamlora_export.adapter import AdapterSpec, BaseSignature, LinearShape, align_with_base, read_adapter
+from teamlora_export.adapter.padding import Slot, placed
+from teamlora_export.bundle import (
+    ADAPTERS_NAME,
+    Bundle,
+    Manifest,
+    Refit,
+    Shelf,
+    ShelvedAdapter,
+    read_bundle,
+    unlisted_adapters,
+    write_manifest,
+)
+from teamlora_export.errors import ExportError, raise_findings
+from teamlora_export.graph.precision import IR_DTYPES
+from teamlora_export.graph.weights import Recipe, adapter_weights
+from teamlora_export.origin import describe_adapter, warn_of_normalizers
+from teamlora_export.progress import Reporter
+from teamlora_export.staging import require_space, write_aside
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_LINE = 64
+# As a safetensors file calls them.
+_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def add_adapter(folder: Path, name: str, source: Path, reporter: Reporter | None = None) -> Bundle:
+    """Put the adapter in the folder `source` on the shelf of the bundle in `folder`, as `name`.
+
+    Raises:
+        ExportError: there is no shelf, it has one of that name, or the adapter does not fit; nothing is changed then.
+    """
+    return _put(folder, name, source, reporter or Reporter(), replaces=False)
+
+
+def replace_adapter(folder: Path, name: str, source: Path, reporter: Reporter | None = None) -> Bundle:
+    """The same in place of the one of that name.
+
+    Raises:
+        ExportError: as `add_adapter`; or there is none of that name.
+    """
+    return _put(folder, name, source, reporter or Reporter(), replaces=True)
+
+
+def remove_adapter(folder: Path, name: str) -> Bundle:
+    """Take the adapter `name` off the shelf of the bundle in `folder`.
+
+    Raises:
+        ExportError: there is no shelf, or none of that name on it.
+    """
+    with _edited(folder) as bundle:
+        shelf = require_shelf(bundle)
+        _require_known(bundle, shelf, name)
+        left = {other: adapter for other, adapter in shelf["adapters"].items() if other != name}
+        return _keep(bundle, left)
+
+
+def require_shelf(bundle: Bundle) -> Shelf:
+    """The bundle's shelf.
+
+    Raises:
+        ExportError: it has none.
+    """
+    if bundle.manifest.shelf is None:
+        raise ExportError(
+            f"{bundle.folder}: has one adapter of its own, and no shelf. Export it with several --adapter, or with "
+            "--slots."
+        )
+    return bundle.manifest.shelf
+
+
+def require_name(name: str) -> str:
+    """`name`, which can be the name of an adapter.
+
+    Raises:
+        ExportError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise ExportError(
+            f"{name!r:.80}: cannot name an adapter. Use up to 64 letters, digits, dots, dashes and underscores, the "
+            "first a letter or a digit."
+        )
+    return name
+
+
+def slots_of(refit: Refit) -> dict[str, Slot]:
+    """The slot of each module, by its path."""
+    return {
+        path: Slot(sizes[0], sizes[1], sizes[3], sizes[4], sizes[3] > 1 and sizes[2] == sizes[4])
+        for path, sizes in refit["projections"].items()
+    }
+
+
+def fit_adapter(adapter: AdapterSpec, refit: Refit, base: str) -> AdapterSpec:
+    """`adapter` under the base's names, in the form of the slots.
+
+    Args:
+        base: what the base is called.
+
+    Raises:
+        ExportError: it does not fit; every reason listed.
+    """
+    slots = slots_of(refit)
+    signature = BaseSignature(
+        name=base,
+        linears={
+            path: LinearShape(slot.in_features, slot.out_features, has_bias=False, transposed=False)
+            for path, slot in slots.items()
+        },
+        parameters={},
+        body_prefix=refit["body_prefix"],
+    )
+    refuse_overrides(adapter)
+    _refuse_strange_modules(adapter, slots, base, refit["body_prefix"])
+    aligned = align_with_base(adapter, signature)
+    findings = [
+        f"{path}: {reason}" for path, p in aligned.projections.items() if (reason := slots[path].misfit(p)) is not None
+    ]
+    raise_findings(f"The adapter {adapter.source} does not fit the bundle's slots", findings)
+    return placed(aligned, slots)
+
+
+def refuse_overrides(adapter: AdapterSpec) -> None:
+    """Refuse an adapter that is more than its experts.
+
+    Raises:
+        ExportError: it replaces weights of the base.
+    """
+    if adapter.overrides:
+        names = ", ".join(list(adapter.overrides)[:3])
+        raise ExportError(
+            f"{adapter.source}: replaces weights of the base ({names}), which all adapters of a shelf share. Export a "
+            "bundle of its own for it."
+        )
+
+
+def _refuse_strange_modules(adapter: AdapterSpec, slots: Mapping[str, Slot], base: str, prefix: str) -> None:
+    """A module that the base may well have, but that no adapter of the export changed, has no place in the graph."""
+    known = {slot.removeprefix(f"{prefix}.") for slot in slots}
+    strange = [path for path in adapter.projections if not any(path.endswith(name) for name in known)]
+    if strange:
+        targets = sorted({path.rpartition(".")[2] for path in strange})
+        raise ExportError(
+            f"{adapter.source}: changes {len(strange)} modules that have no slots in this bundle of {base} "
+            f"({', '.join(targets)[:200]}; the first is {strange[0]}). Export again with an adapter that changes them."
+        )
+
+
+def slot_file(
+    placed_adapter: AdapterSpec, weights: Mapping[str, str], dtype: str, adapter_sha256: str
+) -> tuple[bytes, str]:
+    """The bytes of an adapter's file, a safetensors file with a tensor for each of the graph's inputs, and their
+    SHA-256.
+
+    Args:
+        placed_adapter: in the form of the slots. weights: the inputs' recipes, by name.
+        adapter_sha256: of the adapter as it was trained, for the file to say.
+    """
+    recipes = {name: Recipe.from_json(text) for name, text in weights.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "teamlora", "adapter_sha256": adapter_sha256}}
+    parts, end = [], 0
+    for name, array in adapter_weights(recipes, placed_adapter, IR_DTYPES[dtype]):
+        data = np.ascontiguousarray(array)
+        header[name] = {
+            "dtype": _TYPES[data.dtype.name],
+            "shape": list(data.shape),
+            "data_offsets": [end, end + data.nbytes],
+        }
+        # The array's memory is used again.
+        parts.append(data.tobytes())
+        end += data.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 8) % _LINE)
+    content = b"".join([len(text).to_bytes(8, "little"), text, *parts])
+    return content, hashlib.sha256(content).hexdigest()
+
+
+def shelve(folder: Path, name: str, content: bytes, sha256: str, adapter: AdapterSpec) -> ShelvedAdapter:
+    """Write an adapter's file into a bundle's folder, beside those that are there."""
+    file = f"{ADAPTERS_NAME}/{name}.{sha256[:16]}.safetensors"
+    (folder / ADAPTERS_NAME).mkdir(exist_ok=True)
+    require_space(folder, len(content))
+    write_aside(folder / file, content, result=False)
+    return {"file": file, "sha256": sha256, "origin": describe_adapter(adapter), "validation": None}
+
+
+def _put(folder: Path, name: str, source: Path, reporter: Reporter, replaces: bool) -> Bundle:
+    require_name(name)
+    bundle = read_bundle(folder)
+    _require_place(bundle, name, replaces)
+    manifest = bundle.manifest
+    adapter = read_adapter(source)
+    _warn_of_base(adapter, manifest, reporter)
+    fitting = fit_adapter(adapter, manifest.refit, str(manifest.base["source"]))
+    warn_of_normalizers(adapter, reporter)
+    content, sha256 = slot_file(fitting, manifest.refit["weights"], manifest.dtype, adapter.sha256)
+    with _edited(folder) as now:
+        if now.manifest.refit != manifest.refit or now.manifest.dtype != manifest.dtype:
+            raise ExportError(f"{folder}: was exported anew meanwhile. Run the command again.")
+        _require_place(now, name, replaces)
+        shelf = require_shelf(now)
+        return _keep(now, {**shelf["adapters"], name: shelve(folder, name, content, sha256, adapter)})
+
+
+def _require_place(bundle: Bundle, name: str, replaces: bool) -> None:
+    shelf = require_shelf(bundle)
+    if replaces:
+        _require_known(bundle, shelf, name)
+    elif name in shelf["adapters"]:
+        raise ExportError(f"{bundle.folder}: has an adapter {name} already. Use `adapters replace`, or another name.")
+
+
+def _require_known(bundle: Bundle, shelf: Shelf, name: str) -> None:
+    if name not in shelf["adapters"]:
+        raise ExportError(f"{bundle.folder}: has no adapter {name!r:.80}; it has {some_names(shelf['adapters'])}.")
+
+
+def some_names(names: Iterable[str]) -> str:
+    """The names of a shelf, in words; of many, some."""
+    listed = sorted(names)
+    return (", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")) or "none"
+
+
+def _warn_of_base(adapter: AdapterSpec, manifest: Manifest, reporter: Reporter) -> None:
+    """Sizes tell a base from most others, and not from one that was trained further."""
+    trained, ours = adapter.config.base_model_name_or_path, manifest.base["source"]
+    if trained and ours and PurePath(trained).name.lower() != PurePath(ours).name.lower():
+        reporter.warn(f"{adapter.source}: says that it was trained on {trained}; the bundle's base is {ours}.")
+
+
+def _keep(bundle: Bundle, adapters: dict[str, ShelvedAdapter]) -> Bundle:
+    """The shelf becomes `adapters`, whose files are there."""
+    manifest = bundle.manifest
+    assert manifest.shelf is not None
+    before = {adapter["file"] for adapter in manifest.shelf["adapters"].values()}
+    files = {adapter["file"]: adapter["sha256"] for adapter in adapters.values()}
+    others = {name: digest for name, digest in manifest.sha256.items() if name not in before}
+    shelf: Shelf = {"slots": manifest.shelf["slots"], "adapters": dict(sorted(adapters.items()))}
+    changed = dataclasses.replace(manifest, shelf=shelf, sha256=dict(sorted({**others, **files}.items())))
+    write_manifest(bundle.folder, changed)
+    _remove_unlisted(bundle.folder)
+    return Bundle(bundle.folder, changed)
+
+
+def _remove_unlisted(folder: Path) -> None:
+    for name in unlisted_adapters(folder):
+        with suppress(OSError):
+            (folder / name).unlink()
+
+
+def change_manifest(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> None:
+    """Write what `change` makes of the manifest of `bundle` as it is by now: its shelf may have changed meanwhile.
+
+    Raises:
+        ExportError: the bundle is another by now, or the manifest cannot be written.
+    """
+    with _edited(bundle.folder) as now:
+        if _graph_files(now.manifest) != _graph_files(bundle.manifest):
+            raise ExportError(f"{bundle.folder}: was exported anew meanwhile.")
+        write_manifest(bundle.folder, change(now.manifest))
+
+
+def _graph_files(manifest: Manifest) -> dict[str, str]:
+    return {name: sha for name, sha in manifest.sha256.items() if not name.startswith(f"{ADAPTERS_NAME}/")}
+
+
+@contextmanager
+def editing(bundle: Bundle) -> Iterator[None]:
+    """Alone with the manifest of `bundle` inside of the block; the system lets go of it where the process is killed."""
+    try:
+        descriptor = os.open(bundle.model, os.O_RDONLY)
+    except OSError as error:
+        raise ExportError(f"{bundle.model}: cannot be opened ({error.strerror}).") from None
+    try:
+        # A file system that has no locks does without.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _edited(folder: Path) -> Iterator[Bundle]:
+    """The bundle as it is when nobody else changes it."""
+    with editing(read_bundle(folder)):
+        yield read_bundle(folder)

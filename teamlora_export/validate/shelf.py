@@ -1,0 +1,312 @@
+"""Judges the adapters of a shelf: each by itself, as any bundle is judged, and several in one batch.
+
+By itself, an adapter stands in the second of two slots, and the first holds no numbers at all.
+
+In a batch, every row must be what PyTorch computes of that row alone, with its own adapter, in float64. The slots are
+filled as the deployed programs fill them, from the files, by the same code; where there are more adapters than slots,
+they make room for one another, and the first come back once more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
+from teamlora_export.bundle import ADAPTER_NAME, Bundle, Manifest, Port
+from teamlora_export.deploy.adapter_slots import NO_ADAPTER, Adapters, read_slot
+from teamlora_export.deploy.failure import ModelError
+from teamlora_export.errors import ExportError
+from teamlora_export.graph.read import read_graph
+from teamlora_export.model.base import BaseModel
+from teamlora_export.progress import Reporter
+from teamlora_export.shelf import change_manifest, require_shelf, some_names
+from teamlora_export.validate.cases import Case, Feeds, Step, first_step, make_cases, next_step
+from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
+from teamlora_export.validate.onnx_runner import OnnxRunner, SlotFill, open_session, run_session
+from teamlora_export.validate.sources import codes_of, fits, open_base_of, torch_dtype
+from teamlora_export.validate.summary import summary
+from teamlora_export.validate.torch_runner import HeldWeights, TorchRunner
+from teamlora_export.validate.verdict import CaseResult, Departure, Verdict
+
+# Beside those without an adapter, and the second of the first one's.
+_MOST_IN_A_BATCH = 6
+
+
+def open_shelf_sources(
+    bundle: Bundle, base_source: str | None, moved: Mapping[str, str | Path], only: Sequence[str]
+) -> tuple[BaseModel, dict[str, AdapterSpec]]:
+    """The base, and the adapters that are to be judged, by name, as the base names their modules.
+
+    Args:
+        moved, only: as `validate_bundle` takes them.
+
+    Raises:
+        ExportError: a name is not on the shelf, or what it stands for is not there, or is another.
+    """
+    manifest, shelf = bundle.manifest, require_shelf(bundle)
+    for name in (*only, *moved):
+        if name not in shelf["adapters"]:
+            raise ExportError(f"{bundle.folder}: has no adapter {name!r:.80}; it has {some_names(shelf['adapters'])}.")
+    names = list(dict.fromkeys(only)) or list(shelf["adapters"])
+    if not names:
+        raise ExportError(f"{bundle.folder}: its shelf is empty, so that there is nothing to judge.")
+    base = open_base_of(bundle, base_source)
+    if not fits(base, manifest.inputs):
+        raise ExportError(f"{base.name}: does not fit into memory in float64, which the adapters of a shelf need.")
+    adapters = {}
+    for name in names:
+        origin = shelf["adapters"][name]["origin"]
+        adapter = read_adapter(moved.get(name) or origin["source"])
+        if adapter.sha256 != origin["sha256"]:
+            raise ExportError(
+                f"{adapter.source}: is not the adapter {name} that is judged here. Give that one with --adapter "
+                f"{name}=FOLDER, or replace it."
+            )
+        adapters[name] = align_with_base(adapter, base.signature)
+    return base, adapters
+
+
+def judge_mixed(
+    bundle: Bundle, base: BaseModel, adapters: Mapping[str, AdapterSpec], library: Path | None, reporter: Reporter
+) -> Verdict:
+    """Batches whose rows have adapters of their own: each row as it is alone."""
+    manifest, slots = bundle.manifest, require_shelf(bundle)["slots"]
+    runner = MixedRunner(bundle, open_shelf(bundle, min(slots, len(adapters))), library)
+    held = codes_of(runner, base) if manifest.quantisation else None
+    multiple = MULTIPLE_OF_CODES if held else MULTIPLE
+    [sample] = make_cases(base.config, base.task, brief=True)
+    pad, vocabulary = int(sample.ids[sample.mask == 0][0]), base.config.get_text_config().vocab_size
+    results: list[CaseResult] = []
+    departures = []
+    for number, rows in enumerate(mixed_batches(list(adapters), slots)):
+        case = mixed_case(rows, vocabulary, pad, sample.steps, number)
+        with reporter.step(f"Batch: {case.name}"):
+            runner.seat(rows)
+            apart = RowsApart(base, adapters, rows, case, manifest.inputs, held)
+            reference, pytorch = apart.follow((torch.float64, torch_dtype(manifest.dtype)))
+            judge = Judge(manifest.dtype, reference, pytorch, runner, manifest.inputs, multiple)
+            judge.add_case(case)
+            results += judge.results()
+        if (failure := judge.first_failure()) is not None:
+            _, _, judgement = failure
+            reason = f"errs by {judgement.error.rms:.2e}, allowed is {judgement.allowed:.2e} ({case.name})"
+            departures.append(Departure("rows", judgement.name, "none", f"{judgement.name} {reason}"))
+    return Verdict(manifest.dtype, tuple(results), tuple(departures), candidate=runner.label, multiple=multiple)
+
+
+def keep_shelf(found: Mapping[str, Verdict], bundle: Bundle) -> Verdict:
+    """All verdicts as one, each written beside what it judged.
+
+    Args:
+        found: by the adapter's name; under "" that of batches of several.
+    """
+    first = next(iter(found.values()))
+    parts = [(f"{name}: " if name else "", verdict) for name, verdict in found.items()]
+    whole = dataclasses.replace(
+        first,
+        cases=tuple(dataclasses.replace(c, name=f"{of}{c.name}") for of, verdict in parts for c in verdict.cases),
+        departures=tuple(
+            dataclasses.replace(d, reason=f"{of}{d.reason}") for of, verdict in parts for d in verdict.departures
+        ),
+        local=tuple(dataclasses.replace(c, case=f"{of}{c.case}") for of, verdict in parts for c in verdict.local),
+        weights=sum(verdict.weights for verdict in found.values()),
+        expert_use={},
+    )
+
+    def judged(now: Manifest) -> Manifest:
+        shelf = now.shelf
+        assert shelf is not None
+        adapters = dict(shelf["adapters"])
+        for name, verdict in found.items():
+            ours = bundle.manifest.shelf["adapters"].get(name) if bundle.manifest.shelf is not None else None
+            if ours is not None and name in adapters and adapters[name]["sha256"] == ours["sha256"]:
+                adapters[name] = {**adapters[name], "validation": summary(verdict)}
+        return dataclasses.replace(
+            now, validation=summary(whole), shelf={"slots": shelf["slots"], "adapters": adapters}
+        )
+
+    try:
+        change_manifest(bundle, judged)
+    except ExportError as error:
+        return dataclasses.replace(whole, not_kept=str(error))
+    return whole
+
+
+def slot_fill(bundle: Bundle, name: str) -> SlotFill:
+    """A graph's slots with the adapter `name` in the second.
+
+    Raises:
+        ExportError: its file is damaged, or does not fit the graph.
+    """
+    shelf = open_shelf(bundle, 2)
+    try:
+        tensors = read_slot(shelf.find(name), shelf.memory)
+    except ModelError as error:
+        raise ExportError(str(error)) from None
+    arrays = {}
+    for key, array in tensors.items():
+        own = _numbers(array, bundle)
+        arrays[key] = np.stack([np.full_like(own, np.nan), own])
+    return SlotFill(arrays, np.array([1], np.int32))
+
+
+def open_shelf(bundle: Bundle, slots: int) -> Adapters:
+    """The shelf of a bundle in memory, as the deployed programs have it."""
+    inputs = {}
+    for value in read_graph(bundle).graph.inputs:
+        if value.const_value is not None and value.name != ADAPTER_NAME:
+            assert value.dtype is not None and value.shape is not None
+            # bfloat16 by its bits.
+            kind = np.uint16 if value.dtype == ir.DataType.BFLOAT16 else value.dtype.numpy().type
+            inputs[str(value.name)] = (tuple(int(size) for size in value.shape[1:]), kind)  # type: ignore[arg-type]
+    adapters = require_shelf(bundle)["adapters"]
+    listed = {name: (adapter["file"], adapter["sha256"]) for name, adapter in adapters.items()}
+    return Adapters(bundle.folder, inputs, slots, lambda: listed, lambda: 0)
+
+
+def mixed_batches(names: Sequence[str], slots: int) -> Iterator[list[str | None]]:
+    """The adapter of each row of each batch: all of `names`, so many of them at a time as there are slots for."""
+    size = min(slots, _MOST_IN_A_BATCH)
+    groups = [list(names[start : start + size]) for start in range(0, len(names), size)]
+    if len(groups) > 1:
+        # What is left of others in their slots would show.
+        groups.append(groups[0])
+    for group in groups:
+        yield [*group[:1], None, *group[1:], group[0]]
+
+
+def mixed_case(rows: Sequence[str | None], vocabulary: int, pad: int, steps: int, seed: int) -> Case:
+    """Rows of unlike lengths, padded left."""
+    rng = np.random.default_rng(seed)
+    lengths = [int(n) for n in rng.integers(3, 15, len(rows))]
+    mask = np.zeros((len(rows), max(lengths)), np.int64)
+    for row, length in zip(mask, lengths, strict=True):
+        row[-length:] = 1
+    ids = rng.integers(0, vocabulary, mask.shape)
+    ids[ids == pad] = (pad + 1) % vocabulary
+    named = ", ".join(name or "none" for name in rows)
+    return Case(f"rows of {named}", np.where(mask > 0, ids, pad), mask, steps)
+
+
+class MixedRunner(OnnxRunner):
+    """A bundle's model with an adapter for each row, as the deployed programs run it."""
+
+    def __init__(self, bundle: Bundle, adapters: Adapters, library: Path | None) -> None:
+        super().__init__(bundle, (), library)
+        self._adapters = adapters
+        self._rows = np.array([NO_ADAPTER], np.int32)
+
+    def seat(self, rows: Sequence[str | None]) -> None:
+        """From now on, the rows of a batch have these adapters.
+
+        Raises:
+            ExportError: an adapter's file is damaged.
+        """
+        taken: dict[str, int] = {}
+        try:
+            for name in dict.fromkeys(name for name in rows if name is not None):
+                slot = self._adapters.take(self._adapters.find(name))
+                assert slot is not None
+                taken[name] = slot
+        except ModelError as error:
+            raise ExportError(str(error)) from None
+        for slot in taken.values():
+            # For the batch after this one.
+            self._adapters.give(slot)
+        self._rows = np.array([NO_ADAPTER if name is None else taken[name] for name in rows], np.int32)
+        if self._is_rewritten:
+            memory = {name: _numbers(array, self.bundle).copy() for name, array in self._adapters.memory.items()}
+            self.refill(SlotFill(memory, self._rows))
+
+    @property
+    def _is_rewritten(self) -> bool:
+        """The graph is not run as it is in the file, but in another arithmetic, and with slots that are constants."""
+        return self.bundle.manifest.dtype == "bf16" or self.bundle.manifest.quantisation is not None
+
+    def _run(self, feeds: Feeds) -> Feeds:
+        if self._is_rewritten:
+            return super()._run(feeds)
+        if self._session is None:
+            self._session = open_session(self.bundle.model, library=self.library)
+        return run_session(self._session, feeds, {**self._adapters.memory, ADAPTER_NAME: self._rows})
+
+
+class RowsApart:
+    """What PyTorch computes of each row of one case alone, with the row's own adapter.
+
+    Args:
+        adapters: those that rows have, as the base names their modules.
+        held: see `TorchRunner`.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapters: Mapping[str, AdapterSpec],
+        rows: Sequence[str | None],
+        case: Case,
+        inputs: Sequence[Port],
+        held: HeldWeights | None = None,
+    ) -> None:
+        self._base, self._adapters, self._rows, self._held = base, adapters, rows, held
+        self._case, self._inputs = case, inputs
+
+    def follow(self, dtypes: Sequence[Any]) -> list[Recorded]:
+        """The steps of the case in each of `dtypes`, along the likeliest tokens of the first, float64."""
+        found: dict[Any, list[list[Feeds]]] = {dtype: [[] for _ in self._rows] for dtype in dtypes}
+        for name in dict.fromkeys(self._rows):
+            adapter = self._adapters[name] if name is not None else next(iter(self._adapters.values()))
+            runners = {dtype: TorchRunner(self._base, adapter, dtype, None, self._held) for dtype in dtypes}
+            for row in [row for row, own in enumerate(self._rows) if own == name]:
+                for dtype, outputs in self._steps(row, runners, plain=name is None).items():
+                    found[dtype][row] = outputs
+        return [Recorded(_joined(found[dtype])) for dtype in dtypes]
+
+    def _steps(self, row: int, runners: Mapping[Any, TorchRunner], plain: bool) -> dict[Any, list[Feeds]]:
+        case = replace(self._case, ids=self._case.ids[row : row + 1], mask=self._case.mask[row : row + 1])
+        steps: dict[Any, Step] = dict.fromkeys(runners, first_step(self._inputs, case))
+        found: dict[Any, list[Feeds]] = {dtype: [] for dtype in runners}
+        for remaining in reversed(range(case.calls)):
+            for dtype, runner in runners.items():
+                found[dtype].append(_plain(runner, steps[dtype].feeds) if plain else runner.run(steps[dtype].feeds))
+            logits = next(iter(found.values()))[-1].get("logits")
+            if remaining and logits is not None:
+                steps = {d: next_step(self._inputs, step, found[d][-1], logits) for d, step in steps.items()}
+        return found
+
+
+def _plain(runner: TorchRunner, feeds: Feeds) -> Feeds:
+    with runner.without_experts():
+        return runner.run(feeds)
+
+
+def _joined(rows: Sequence[Sequence[Feeds]]) -> list[Feeds]:
+    """Rows of outputs, [step], as one batch."""
+    return [
+        {name: np.concatenate([outputs[name] for outputs in step]) for name in step[0]}
+        for step in zip(*rows, strict=True)
+    ]
+
+
+class Recorded:
+    """Outputs that were computed before, step by step; for a `Judge`."""
+
+    def __init__(self, steps: Sequence[Feeds]) -> None:
+        self._steps = iter(steps)
+
+    def run(self, _feeds: Feeds, _choices: Feeds | None = None) -> Feeds:
+        return next(self._steps)
+
+
+def _numbers(array: np.ndarray, bundle: Bundle) -> np.ndarray:
+    """bfloat16 that is held by its bits, as what it is."""
+    return array.view(ml_dtypes.bfloat16) if bundle.manifest.dtype == "bf16" and array.dtype == np.uint16 else array

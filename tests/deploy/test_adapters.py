@@ -1,0 +1,284 @@
+"""Requests of a bundle with a shelf: each is answered by its own adapter, as PyTorch answers with that one alone,
+whoever shares its steps; and what happens to the shelf meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnxruntime_genai as og
+import pytest
+import torch
+from conftest import pytorch_greedy
+from shelves import SHELF
+from typer.testing import CliRunner
+
+sys.path.append(str(Path(__file__).parent))
+from triton_server import RequestError, Server
+
+from teamlora_export.bundle import read_bundle
+from teamlora_export.cli import app
+from teamlora_export.deploy.adapter_slots import rows_adapter
+from teamlora_export.deploy.genai import deploy_genai
+from teamlora_export.deploy.publish import publish_shelf
+from teamlora_export.deploy.python import deploy_python
+from teamlora_export.deploy.runner import Model
+from teamlora_export.deploy.scheduler import Failed, Scheduler
+from teamlora_export.deploy.session import ModelError, Session
+from teamlora_export.deploy.slots import open_slots
+from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.errors import ExportError
+from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
+from teamlora_export.staging import entries
+
+PROMPTS = [[5, 6, 7], [9, 3], [200, 100, 50, 25, 12], [5, 6, 7], [7] * 9, [44, 45, 46, 47], [5, 6, 7]]
+# More than the three slots that there are.
+NAMES = ["team", "small", None, "lora", "hydra", "moe", "team"]
+COUNT = 12
+
+
+@pytest.fixture(scope="module")
+def answers(make_base, shelf_adapters) -> dict[tuple[str | None, tuple[int, ...]], list[int]]:
+    """What PyTorch answers, by adapter and prompt."""
+    base, found = make_base("llama"), {}
+    for prompt, name in zip(PROMPTS, NAMES, strict=True):
+        if name is None:
+            model = base.load(torch.float32)
+            options = {"max_new_tokens": COUNT, "do_sample": False, "eos_token_id": None}
+            tokens = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        else:
+            tokens = pytorch_greedy(base, shelf_adapters[name], prompt, COUNT)
+        found[name, tuple(prompt)] = tokens
+    return found
+
+
+def expected(answers, names=NAMES) -> list[list[int]]:  # type: ignore[no-untyped-def]
+    return [answers[name, tuple(prompt)] for name, prompt in zip(names, PROMPTS, strict=True)]
+
+
+def own_copy(bundle, folder: Path) -> Path:  # type: ignore[no-untyped-def]
+    shutil.copytree(bundle.folder, folder)
+    return folder
+
+
+@pytest.mark.parametrize("cache", ["growing", "in-place"])
+def test_each_prompt_of_a_batch_is_answered_by_its_own_adapter(cache, make_shelf, answers):
+    model = Model(make_shelf(cache=cache).folder)
+    assert model.adapters == ["hydra", "lora", "moe", "small", "team"]
+    assert model.generate(PROMPTS, COUNT, adapters=NAMES) == expected(answers)
+    assert len({tuple(tokens) for tokens in expected(answers)}) == len(answers), "the adapters answer alike"
+    for prompt, name in zip(PROMPTS, NAMES, strict=True):
+        assert list(model.stream(prompt, COUNT, adapter=name)) == answers[name, tuple(prompt)]
+
+
+def test_eight_threads_of_one_model_keep_their_adapters(make_shelf, answers):
+    """Three slots, five adapters: they make room for one another all the time."""
+    model = Model(make_shelf().folder)
+    wrong: list[object] = []
+
+    def ask(first: int) -> None:
+        order = [(first + i) % len(PROMPTS) for i in range(6)]
+        found = [model.generate([PROMPTS[i]], COUNT, adapters=[NAMES[i]])[0] for i in order]
+        wrong.extend(
+            i for i, tokens in zip(order, found, strict=True) if tokens != answers[NAMES[i], tuple(PROMPTS[i])]
+        )
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_name_that_is_not_on_the_shelf_is_an_error_and_never_the_base(make_shelf, make_bundle):
+    model = Model(make_shelf().folder)
+    with pytest.raises(ModelError, match="There is no adapter 'nobody'; there are hydra, lora, moe, small, team"):
+        model.generate([[5]], 2, adapters=["nobody"])
+    with pytest.raises(ModelError, match="2 adapters for 1 prompts"):
+        model.generate([[5]], 2, adapters=["team", "lora"])
+    with pytest.raises(ModelError, match="has one adapter of its own, and no other"):
+        Model(make_bundle("llama").folder).generate([[5]], 2, adapters=["team"])
+
+
+def test_what_is_replaced_while_it_serves_is_new_for_those_that_come(make_shelf, shelf_adapters, answers, tmp_path):
+    folder = own_copy(make_shelf(), tmp_path / "bundle")
+    scheduler = Scheduler(open_slots(Session(folder), 4))
+    first = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="team")
+    for _ in range(4):
+        scheduler.turn()
+    replace_adapter(folder, "team", shelf_adapters["small"])
+    add_adapter(folder, "new", shelf_adapters["lora"])
+    remove_adapter(folder, "lora")
+    second = scheduler.submit(PROMPTS[1], COUNT, stops=(), adapter="team")
+    third = scheduler.submit(PROMPTS[3], COUNT, stops=(), adapter="new")
+    with pytest.raises(ModelError, match="no adapter 'lora'"):
+        scheduler.submit(PROMPTS[3], COUNT, adapter="lora")
+    while scheduler.busy:
+        scheduler.turn()
+    found = [[token.id for token in answer] for answer in (first, second, third)]
+    assert found == [answers[name, tuple(PROMPTS[i])] for i, name in ((0, "team"), (1, "small"), (3, "lora"))]
+
+
+def test_a_request_whose_adapter_cannot_be_read_fails_alone(make_shelf, answers, tmp_path):
+    folder = own_copy(make_shelf(), tmp_path / "bundle")
+    damaged = folder / read_bundle(folder).manifest.shelf["adapters"]["lora"]["file"]
+    data = bytearray(damaged.read_bytes())
+    data[-3] ^= 1
+    damaged.write_bytes(data)
+    scheduler = Scheduler(open_slots(Session(folder), 4))
+    good, bad = (scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter=name) for name in ("team", "lora"))
+    while scheduler.busy:
+        scheduler.turn()
+    assert [token.id for token in good] == answers["team", tuple(PROMPTS[0])]
+    with pytest.raises(Failed, match="SHA-256 differs"):
+        list(bad)
+
+
+def test_a_request_waits_for_a_slot_while_others_are_at_work_in_all_of_them(make_shelf, answers):
+    """And one that stops in the middle gives its slot back."""
+    session = Session(make_shelf().folder)
+    scheduler = Scheduler(open_slots(session, 6))
+    order = [0, 1, 3, 4, 5]
+    asked = [scheduler.submit(PROMPTS[i], COUNT, stops=(), adapter=NAMES[i]) for i in order]
+    scheduler.turn()
+    asked[0].cancel()
+    while scheduler.busy:
+        scheduler.turn()
+    for i, answer in list(zip(order, asked, strict=True))[1:]:
+        assert [token.id for token in answer] == answers[NAMES[i], tuple(PROMPTS[i])]
+    adapters = session.adapters
+    assert adapters._users == [0, 0, 0]
+    model = Model(make_shelf().folder)
+    stream = model.stream([5, 6, 7], COUNT, adapter="team")
+    next(stream)
+    assert sum(model._session.adapters._users) == 1
+    del stream
+    assert sum(model._session.adapters._users) == 0
+
+
+def test_the_slots_memory_is_what_the_adapters_are(make_shelf):
+    session = Session(make_shelf().folder)
+    adapters = session.adapters
+    taken = [adapters.take(adapters.find(name)) for name in ("team", "lora", "moe")]
+    assert sorted(taken) == [0, 1, 2]
+    assert adapters.take(adapters.find("small")) is None
+    assert adapters.take(adapters.find("lora")) == taken[1]
+    adapters.give(taken[1])
+    assert adapters.take(adapters.find("small")) is None, "one of two has it still"
+    before = {name: memory.copy() for name, memory in adapters.memory.items()}
+    adapters.give(taken[1])
+    assert adapters.take(adapters.find("small")) == taken[1]
+    for name, memory in adapters.memory.items():
+        others = [taken[0], taken[2]]
+        assert (memory[others] == before[name][others]).all()
+    assert any((memory[taken[1]] != before[name][taken[1]]).any() for name, memory in adapters.memory.items())
+
+
+def test_rows_of_one_adapter_are_one_number():
+    assert rows_adapter([2, 2, 2]).tolist() == [2]
+    assert rows_adapter([2, -1]).tolist() == [2, -1]
+    assert rows_adapter([2, -1]).dtype == np.int32
+
+
+def test_a_deployment_in_python_answers_by_name_and_takes_over_what_the_bundle_has_later(
+    make_shelf, shelf_adapters, answers, tmp_path
+):
+    """Without this package; while it serves."""
+    folder = own_copy(make_shelf(), tmp_path / "bundle")
+    out = deploy_python(read_bundle(folder), tmp_path / "out")
+    assert not [name for name in entries(out) if bytes(tmp_path) in (out / name).read_bytes()], "a path from here"
+    program = """
+import sys
+from runner import Model
+model = Model(".", threads=1)
+print(model.adapters)
+print(model.generate([[5, 6, 7], [9, 3]], 12, adapters=["team", "small"]))
+sys.stdout.flush()
+sys.stdin.readline()
+print(model.adapters)
+print(model.generate([[9, 3], [9, 3]], 12, adapters=["team", "late"]))
+"""
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ""}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=out, env=environment, text=True, **pipes)
+    assert json.loads(process.stdout.readline().replace("'", '"')) == sorted(SHELF)
+    first = json.loads(process.stdout.readline())
+    replace_adapter(folder, "team", shelf_adapters["small"])
+    add_adapter(folder, "late", shelf_adapters["small"])
+    remove_adapter(folder, "moe")
+    done = CliRunner().invoke(app, ["adapters", "publish", str(folder), str(out)])
+    assert done.output == f"{out}: hydra, late, lora, small, team\n"
+    process.stdin.write("\n")
+    names, second = process.communicate()[0].splitlines()
+    assert names == "['hydra', 'late', 'lora', 'small', 'team']"
+    small = until_stop(answers["small", (9, 3)])
+    assert first == [until_stop(answers["team", (5, 6, 7)]), small]
+    assert json.loads(second) == [small, small]
+    files = {name for name in entries(out) if name.startswith("adapters/")}
+    assert files == {a["file"] for a in read_bundle(folder).manifest.shelf["adapters"].values()}
+    with pytest.raises(ExportError, match="was not made of"):
+        publish_shelf(make_shelf(dtype="fp16"), out)
+    with pytest.raises(ExportError, match="is not a deployment"):
+        publish_shelf(make_shelf(), tmp_path)
+
+
+def test_triton_answers_each_request_by_its_adapter(make_shelf, answers, tmp_path):
+    """In the tests' stand-in for the server."""
+    bundle = make_shelf(cache="in-place")
+    out = deploy_triton(bundle, tmp_path / "out", name="m", batch=4)
+    assert "the name of the adapter that answers (hydra, lora, moe, small, team)" in (out / "README.md").read_text()
+    server = Server(out / "models")
+
+    def ask(i: int) -> list[int]:
+        given = {"input_ids": np.array([PROMPTS[i]]), "max_tokens": np.array([[COUNT]], np.int32)}
+        if NAMES[i] is not None:
+            given["adapter"] = np.array([[NAMES[i].encode()]], np.object_)
+        (answer,) = server.stream("m_text", given)
+        return answer["token_ids"][0].tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(ask, range(len(PROMPTS))))
+    assert found == [until_stop(tokens) for tokens in expected(answers)]
+    unknown = {"input_ids": np.array([[5]]), "adapter": np.array([[b"nobody"]], np.object_)}
+    with pytest.raises(RequestError, match="INVALID_ARG: There is no adapter 'nobody'"):
+        list(server.stream("m_text", unknown))
+    server.models["m_text"].unload()
+
+
+@pytest.mark.parametrize("cache", ["growing", "in-place"])
+def test_onnxruntime_genais_own_adapters_are_ours(cache, make_shelf, answers, tmp_path):
+    """One for all rows of a generator, by its `Adapters`; any of them beside another generator's."""
+    out = deploy_genai(make_shelf(cache=cache), tmp_path / "out")
+    assert "(hydra, lora, moe, small, team)" in (out / "README.md").read_text()
+    assert not [name for name in entries(out) if name.endswith(".safetensors")]
+    model = og.Model(str(out))
+    adapters = og.Adapters(model)
+    generators = []
+    for prompt, name in zip(PROMPTS, NAMES, strict=True):
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(prompt) + COUNT, do_sample=False)
+        generators.append(og.Generator(model, parameters))
+        if name is not None:
+            if NAMES.index(name) == len(generators) - 1:
+                adapters.load(str(out / "adapters" / f"{name}.onnx_adapter"), name)
+            generators[-1].set_active_adapter(adapters, name)
+        generators[-1].append_tokens(np.array([prompt], np.int32))
+    found: list[list[int]] = [[] for _ in generators]
+    for _ in range(COUNT):
+        for tokens, generator in zip(found, generators, strict=True):
+            if not generator.is_done():
+                generator.generate_next_token()
+                tokens.append(int(generator.get_next_tokens()[0]))
+    assert [until_stop(tokens) for tokens in found] == [until_stop(tokens) for tokens in expected(answers)]
+
+
+def until_stop(tokens: list[int], stop: int = 2) -> list[int]:
+    return tokens[: tokens.index(stop)] if stop in tokens else tokens

@@ -1,0 +1,367 @@
+"""Bundles with a shelf of adapters: what an export writes, and what edits of the shelf do and refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from conftest import _ALL, random_adapter
+from safetensors.numpy import load_file, save_file
+from shelves import SHELF, write_family
+from typer.testing import CliRunner
+
+from teamlora_export.adapter import AdapterConfig, read_adapter, write_adapter
+from teamlora_export.bundle import Bundle, check_files, listed_files, read_bundle
+from teamlora_export.cli import app
+from teamlora_export.cli_adapters import adapters_given
+from teamlora_export.deploy import session
+from teamlora_export.deploy.runner import Model
+from teamlora_export.deploy.session import ModelError
+from teamlora_export.errors import ExportError
+from teamlora_export.export import export_onnx
+from teamlora_export.inspect import inspect_path
+from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
+from teamlora_export.staging import entries
+
+
+@pytest.fixture
+def bundle(make_shelf, tmp_path) -> Bundle:
+    """One of its own."""
+    shutil.copytree(make_shelf().folder, tmp_path / "bundle")
+    return read_bundle(tmp_path / "bundle")
+
+
+def names(folder: Path) -> list[str]:
+    return list(read_bundle(folder).manifest.shelf["adapters"])
+
+
+def test_the_base_is_written_once_and_each_adapter_is_a_file_beside_it(make_shelf, make_bundle):
+    bundle, plain = make_shelf(), make_bundle("llama")
+    check_files(bundle)
+    manifest = bundle.manifest
+    assert list(manifest.shelf["adapters"]) == list(SHELF)
+    assert (manifest.op["version"], manifest.shelf["slots"], manifest.format_version) == (2, 3, 3)
+    assert (plain.manifest.op["version"], plain.manifest.shelf, plain.manifest.format_version) == (1, None, 2)
+    assert manifest.inputs == plain.manifest.inputs, "what a caller must give is what it was"
+    sizes = {(bundle.folder / adapter["file"]).stat().st_size for adapter in manifest.shelf["adapters"].values()}
+    assert len(sizes) == 1, "all have the form of a slot"
+    # The default of all slots is one run of zeros, as long as the longest of them.
+    model = onnx.load(bundle.model, load_external_data=False)
+    inputs, weights = {value.name for value in model.graph.input}, {t.name: t for t in model.graph.initializer}
+    slots = [weights[name] for name in inputs & weights.keys() if name != "adapter"]
+    offsets = {entry.value for t in slots for entry in t.external_data if entry.key == "offset"}
+    assert len(slots) == 48 and len(offsets) == 1
+    assert bundle.data.stat().st_size < plain.data.stat().st_size
+    stored = load_file(bundle.folder / manifest.shelf["adapters"]["team"]["file"])
+    assert stored.keys() == {tensor.name for tensor in slots}
+
+
+def test_the_graph_by_itself_is_the_base_and_onnx_runtimes_own_adapters_fit_it(make_shelf, make_base, tmp_path):
+    """Without our programs: `adapter` is left out, or set by a file of ONNX Runtime's own kind."""
+    bundle, base = make_shelf(), make_base("llama")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    session = ort.InferenceSession(bundle.model, options, providers=["CPUExecutionProvider"])
+    ids = np.array([[5, 6, 7, 8]])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(4)[None]}
+    feeds |= {v.name: np.zeros((1, 2, 0, 8), np.float32) for v in session.get_inputs() if v.name.startswith("past")}
+    expected = base.load(torch.float32)(torch.tensor(ids)).logits.detach().numpy()
+    assert np.abs(session.run(["logits"], feeds)[0] - expected).max() < 1e-4
+    stored = load_file(bundle.folder / bundle.manifest.shelf["adapters"]["team"]["file"])
+    parameters = {name: ort.OrtValue.ortvalue_from_numpy(array[None]) for name, array in stored.items()}
+    parameters["adapter"] = ort.OrtValue.ortvalue_from_numpy(np.int32([0]))
+    file = ort.AdapterFormat()
+    file.set_parameters(parameters)
+    file.export_adapter(str(tmp_path / "team.onnx_adapter"))
+    loaded, run = ort.LoraAdapter(), ort.RunOptions()
+    loaded.Load(str(tmp_path / "team.onnx_adapter"))
+    run.add_active_adapter(loaded)
+    found = session.run(["logits"], feeds, run)[0][0, -1].argmax()
+    assert [found] == Model(bundle.folder).generate([[5, 6, 7, 8]], 1, adapters=["team"])[0]
+    assert found != expected[0, -1].argmax()
+
+
+def test_a_shelf_is_edited_by_commands_that_import_no_torch(bundle, shelf_adapters):
+    """In a process of its own, as a user does it."""
+    program = """
+import sys
+from teamlora_export.cli import app
+for words in (["add", "late", "-a", sys.argv[2]], ["replace", "late", "-a", sys.argv[3]], ["remove", "lora"]):
+    app(["adapters", words[0], sys.argv[1], *words[1:]], standalone_mode=False)
+app(["adapters", "list", sys.argv[1]], standalone_mode=False)
+print(sorted({"torch", "transformers", "onnxruntime", "pickle_torch"} & set(sys.modules)))
+"""
+    given = [str(bundle.folder), str(shelf_adapters["lora"]), str(shelf_adapters["small"])]
+    before = {name: (bundle.folder / name).stat() for name in ("model.onnx", "model.onnx.data")}
+    done = subprocess.run([sys.executable, "-c", program, *given], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:3] == [f"{given[0]}: late is {what}" for what in ("added", "replaced")] + [
+        f"{given[0]}: lora is removed"
+    ]
+    assert lines[3] == f"{given[0]}: 5 adapters, 3 slots"
+    assert lines[-1] == "[]"
+    assert {name: (bundle.folder / name).stat() for name in before} == before, "the base's files are not touched"
+    check_files(read_bundle(bundle.folder))
+    assert set(entries(bundle.folder)) == {"manifest.json", *read_bundle(bundle.folder).manifest.sha256}
+    model, prompt = Model(bundle.folder), [5, 6, 7]
+    assert (
+        model.generate([prompt] * 2, 8, adapters=["late", "small"])[0]
+        == model.generate([prompt], 8, adapters=["small"])[0]
+    )
+
+
+def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle, make_base, tmp_path):
+    base, before = make_base("llama"), (bundle.folder / "manifest.json").read_bytes()
+    write_family(tmp_path / "experts", base, "teamlora", ["q_proj"], 16, 8)
+    write_family(tmp_path / "rank", base, "teamlora", ["q_proj"], 32, 4)
+    write_adapter(random_adapter(make_base("gpt2"), _ALL["gpt2"].targets), tmp_path / "gpt2")
+    write_family(tmp_path / "biased", base, "teamlora", ["q_proj"], 8, 4)
+    tensors = load_file(tmp_path / "biased" / "adapter_model.safetensors")
+    tensors["base_model.model.model.embed_tokens.weight"] = np.zeros((384, 32), np.float32)
+    save_file(tensors, tmp_path / "biased" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "biased" / "adapter_config.json").read_text())
+    config["modules_to_save"] = ["embed_tokens"]
+    (tmp_path / "biased" / "adapter_config.json").write_text(json.dumps(config))
+    wide = write_family(tmp_path / "wide", base, "teamlora", ["q_proj"], 8, 4)
+    changed = {
+        n: np.pad(a, ((0, 0), (0, 8))) if a.shape[1] == 32 else a
+        for n, a in load_file(wide / "adapter_model.safetensors").items()
+    }
+    save_file(changed, wide / "adapter_model.safetensors")
+    for name, words in (
+        ("experts", r"q_proj: has 8 experts, the bundle's slots have room for 4"),
+        ("rank", r"q_proj: has 4 experts of rank 8, the bundle's slots have room for 4 of rank 2"),
+        ("gpt2", r"changes 16 modules that have no slots in this bundle of .*\(c_attn, c_fc, c_proj"),
+        ("biased", r"replaces weights of the base \(model.embed_tokens.weight\)"),
+        ("wide", r"q_proj: the adapter maps 40 to 32 features, the base 32 to 32"),
+        ("none", r"no such folder"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            add_adapter(bundle.folder, "new", tmp_path / name)
+    lora = tmp_path / "experts"
+    for edit, words in (
+        (lambda: add_adapter(bundle.folder, "../out", lora), "cannot name an adapter"),
+        (lambda: add_adapter(bundle.folder, "team", lora), "has an adapter team already"),
+        (lambda: replace_adapter(bundle.folder, "nobody", lora), "has no adapter 'nobody'; it has hydra, lora, moe"),
+        (lambda: remove_adapter(bundle.folder, "nobody"), "has no adapter 'nobody'"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            edit()
+    assert (bundle.folder / "manifest.json").read_bytes() == before
+    assert set(entries(bundle.folder)) == {"manifest.json", *bundle.manifest.sha256}
+
+
+def test_a_bundle_with_one_adapter_of_its_own_has_no_shelf(make_bundle, shelf_adapters):
+    with pytest.raises(ExportError, match="has one adapter of its own, and no shelf"):
+        add_adapter(make_bundle("llama").folder, "new", shelf_adapters["lora"])
+
+
+_KILLED_AT_EVERY_OPERATION = """
+import os, shutil, signal, sys
+from pathlib import Path
+from teamlora_export.bundle import check_files, read_bundle
+from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
+from teamlora_export.staging import entries
+
+source, root, lora, small = map(Path, sys.argv[1:])
+OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.listdir", "fcntl.flock")
+EDITS = {
+    "add": lambda folder: add_adapter(folder, "late", lora),
+    "replace": lambda folder: replace_adapter(folder, "team", small),
+    "remove": lambda folder: remove_adapter(folder, "moe"),
+}
+
+def shelf(folder):
+    bundle = read_bundle(folder)
+    check_files(bundle)
+    return {name: adapter["sha256"] for name, adapter in bundle.manifest.shelf["adapters"].items()}
+
+def end_at(number):
+    left = number
+    def watch(event, arguments):
+        nonlocal left
+        # What is read of the adapter, and what Python imports, changes nothing.
+        if event in OPERATIONS and root.name in str(arguments):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(watch)
+
+for name, edit in EDITS.items():
+    old, done = shelf(source), shutil.copytree(source, root / f"{name}-done")
+    edit(done)
+    new, number, code = shelf(done), 0, None
+    assert new != old
+    while code != 0:
+        number += 1
+        folder = shutil.copytree(source, root / f"{name}{number}")
+        pid = os.fork()
+        if pid == 0:
+            end_at(number)
+            edit(folder)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (0, -signal.SIGKILL), code
+        found = shelf(folder)
+        assert found in (old, new), (name, number)
+        # The next edit leaves nothing behind of the one that was killed.
+        add_adapter(folder, "next", lora)
+        assert shelf(folder).keys() == {*found, "next"}
+        files = set(entries(folder)) - {"manifest.json"}
+        assert files == set(read_bundle(folder).manifest.sha256), (name, number, files)
+        shutil.rmtree(folder)
+    assert number > 8, number
+    print(name, number)
+"""
+
+
+def test_an_edit_that_is_killed_at_any_moment_leaves_the_old_shelf_or_the_new(bundle, shelf_adapters, tmp_path):
+    root = tmp_path / "killed-runs"
+    root.mkdir()
+    given = [bundle.folder, root, shelf_adapters["lora"], shelf_adapters["small"]]
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED_AT_EVERY_OPERATION, *map(str, given)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_edits_at_once_lose_none(bundle, shelf_adapters):
+    threads = [
+        threading.Thread(target=add_adapter, args=(bundle.folder, f"new{i}", shelf_adapters["lora"])) for i in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(names(bundle.folder)) == {*SHELF, *(f"new{i}" for i in range(6))}
+    check_files(read_bundle(bundle.folder))
+
+
+def test_what_a_killed_edit_left_is_ours_and_nothing_else_is(bundle, make_base, shelf_adapters):
+    """An export over the bundle replaces it."""
+    left = bundle.folder / "adapters" / f"late.{'0' * 16}.safetensors"
+    left.write_bytes(b"half")
+    assert "adapters/" + left.name in listed_files(bundle.folder)
+    again = export_onnx(make_base("llama").name, {"lora": shelf_adapters["lora"]}, bundle.folder)
+    assert names(again.folder) == ["lora"]
+    assert not left.exists()
+    (again.folder / "adapters" / "mine.safetensors").write_bytes(b"mine")
+    with pytest.raises(ExportError, match=r"mine.safetensors: is not a file that teamlora-export wrote"):
+        export_onnx(make_base("llama").name, {"lora": shelf_adapters["lora"]}, bundle.folder)
+
+
+def test_files_of_adapters_are_read_with_care(bundle):
+    """They are data, and whatever is in them is a sentence."""
+    file = bundle.folder / bundle.manifest.shelf["adapters"]["team"]["file"]
+    good = file.read_bytes()
+    length = int.from_bytes(good[:8], "little")
+    header = json.loads(good[8 : 8 + length])
+    first = next(name for name in header if name != "__metadata__")
+
+    def with_header(fields: dict[str, object]) -> bytes:
+        text = json.dumps(fields).encode()
+        return len(text).to_bytes(8, "little") + text + good[8 + length :]
+
+    other = {**header, first: {**header[first], "dtype": "F16"}}
+    beyond = {**header, first: {**header[first], "data_offsets": [0, 1 << 40]}}
+    negative = {**header, first: {**header[first], "shape": [-1, -1]}}
+    less = {name: fields for name, fields in header.items() if name != first}
+    more = {**header, "more": header[first]}
+    for content in (
+        *(b"", good[:5], good[: length // 2], (1 << 62).to_bytes(8, "little") + good[8:], b"\x80\x04K\x01."),
+        *(with_header(fields) for fields in (other, beyond, negative, less, more, {first: 3})),
+        (8).to_bytes(8, "little") + b"[1, 2, 3" + good,
+    ):
+        file.write_bytes(content)
+        model = Model(bundle.folder, check=False)
+        with pytest.raises(ModelError, match=r"is no file of an adapter|for .* expected|more than the model takes"):
+            model.generate([[5]], 1, adapters=["team"])
+
+
+def test_a_manifest_that_lists_a_file_elsewhere_is_refused(bundle):
+    fields = json.loads((bundle.folder / "manifest.json").read_text())
+    for file in ("../team.safetensors", "/etc/passwd", "adapters/../x.0000000000000000.safetensors"):
+        fields["shelf"]["adapters"]["team"]["file"] = file
+        (bundle.folder / "manifest.json").write_text(json.dumps(fields))
+        with pytest.raises(ExportError):
+            read_bundle(bundle.folder)
+        with pytest.raises(ModelError, match="'team' is not as it should be"):
+            Model(bundle.folder)
+
+
+def test_options_name_adapters_or_folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two", "a=b"):
+        Path(name).mkdir()
+    assert adapters_given(["one"], None) == Path("one")
+    assert adapters_given(["one"], 4) == {"one": Path("one")}
+    assert adapters_given(["x=one"], None) == {"x": Path("one")}
+    assert adapters_given(["one", "x=two"], None) == {"one": Path("one"), "x": Path("two")}
+    assert adapters_given(["a=b"], None) == Path("a=b"), "a folder of that name"
+    with pytest.raises(ExportError, match="two are called one"):
+        adapters_given(["one", "one=two"], None)
+
+
+def test_exports_that_cannot_be_are_refused_before_anything_is_traced(make_base, shelf_adapters, tmp_path):
+    base = make_base("llama").name
+    for adapters, slots, words in (
+        ({"team": shelf_adapters["team"]}, 0, "--slots 0: give 1 to 4096"),
+        ({}, None, "There is no adapter"),
+        ({"no name": shelf_adapters["team"]}, None, "'no name': cannot name an adapter"),
+        (shelf_adapters["team"], 3, "--slots: is for adapters that have names"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            export_onnx(base, adapters, tmp_path / "out", slots=slots)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trt", "BUNDLE"],
+        ["trt", "graph", "BUNDLE", "-o", "OUT"],
+        ["bench", "BUNDLE"],
+        *(["deploy", target, "BUNDLE", "-o", "OUT"] for target in ("cpp", "kubernetes")),
+        ["deploy", "triton", "BUNDLE", "-o", "OUT", "--batching", "sequence"],
+    ],
+)
+def test_what_knows_no_shelf_refuses_one_in_a_sentence(words, make_shelf, tmp_path):
+    known = {"BUNDLE": str(make_shelf().folder), "OUT": str(tmp_path / "out")}
+    done = CliRunner().invoke(app, [known.get(word, word) for word in words])
+    assert isinstance(done.exception, ExportError)
+    assert "has a shelf of adapters, and `" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_older_program_is_told_that_it_is_older(make_shelf, monkeypatch):
+    """Before it runs the base without an adapter."""
+    monkeypatch.setattr(session, "_DESCRIPTIONS", {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)})
+    with pytest.raises(ModelError, match="was written by a newer teamlora-export"):
+        Model(make_shelf().folder)
+
+
+def test_inspect_tells_what_is_on_the_shelf(make_shelf):
+    rows = dict(inspect_path(make_shelf().folder).rows)
+    assert rows["slots"] == "3, of 4 experts of r=8 at most"
+    assert rows["adapter hydra"].startswith("hydralora, r=2, k=3, 12 modules")
+    assert rows["adapter hydra"].endswith("not validated")
+
+
+def test_an_adapter_config_that_names_another_base_is_a_warning(bundle, make_base, tmp_path, capsys):
+    folder = write_family(tmp_path / "other", make_base("llama"), "lora", ["q_proj"], 4)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "somebody/another-llama"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    add_adapter(bundle.folder, "other", folder)
+    assert "says that it was trained on somebody/another-llama" in capsys.readouterr().err
+    assert isinstance(read_adapter(folder).config, AdapterConfig)

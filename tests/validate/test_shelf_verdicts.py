@@ -1,0 +1,179 @@
+"""The verdict on a shelf: every adapter by itself, rows of several in one batch, and the faults that it must find."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from faults import judged
+from onnx import helper
+from safetensors.numpy import load_file, save_file
+
+from teamlora_export.bundle import Bundle, hash_files, read_bundle, write_manifest
+from teamlora_export.deploy.adapter_slots import Adapters, Shelved
+from teamlora_export.engine.onnxruntime_library import build_library
+from teamlora_export.errors import ExportError
+from teamlora_export.shelf import add_adapter
+from teamlora_export.validate.metrics import ErrorStats
+from teamlora_export.validate.shelf import MixedRunner, mixed_batches
+from teamlora_export.validate.verdict import CaseResult, Judgement, Verdict
+
+
+@pytest.fixture
+def shelf(make_shelf, tmp_path) -> Bundle:
+    """A bundle of its own, of two adapters unlike each other."""
+    shutil.copytree(make_shelf().folder, tmp_path / "bundle")
+    return read_bundle(tmp_path / "bundle")
+
+
+def rehashed(bundle: Bundle) -> Bundle:
+    """As somebody exported it who made the fault."""
+    hashes = hash_files(bundle.folder)
+    shelf = bundle.manifest.shelf
+    adapters = {name: {**a, "sha256": hashes[a["file"]]} for name, a in shelf["adapters"].items()}
+    changed = dataclasses.replace(bundle.manifest, sha256=hashes, shelf={**shelf, "adapters": adapters})
+    write_manifest(bundle.folder, changed)
+    return read_bundle(bundle.folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache", "only"),
+    [
+        ("fp32", "growing", ["small", "hydra"]),
+        ("fp16", "in-place", ["team"]),
+        ("bf16", "growing", ["moe"]),
+    ],
+)
+def test_a_healthy_shelf_passes_with_every_adapter_and_in_batches_of_several(dtype, cache, only, make_shelf, tmp_path):
+    shutil.copytree(make_shelf(dtype=dtype, cache=cache).folder, tmp_path / "bundle")
+    bundle = read_bundle(tmp_path / "bundle")
+    verdict = judged(bundle, only=only)
+    assert verdict.passed, [*verdict.departures, *(case for case in verdict.cases if not case.passed)]
+    names = [case.name for case in verdict.cases]
+    assert all(sum(name.startswith(f"{each}: ") for name in names) == 6 for each in only)
+    assert names[-1] == f"rows of {', '.join([only[0], 'none', *only[1:], only[0]])}"
+    kept = read_bundle(bundle.folder).manifest
+    assert kept.validation["passed"]
+    assert {name for name, adapter in kept.shelf["adapters"].items() if adapter["validation"]} == set(only)
+
+
+def test_with_the_native_op_too(make_shelf, tmp_path):
+    shutil.copytree(make_shelf().folder, tmp_path / "bundle")
+    verdict = judged(read_bundle(tmp_path / "bundle"), only=["lora", "team"], library=build_library().path)
+    assert verdict.passed, verdict.departures
+    assert verdict.library
+
+
+def test_more_adapters_than_slots_make_room_for_one_another():
+    batches = list(mixed_batches(["a", "b", "c", "d", "e"], 3))
+    assert batches == [["a", None, "b", "c", "a"], ["d", None, "e", "d"], ["a", None, "b", "c", "a"]]
+    assert list(mixed_batches(["a"], 8)) == [["a", None, "a"]]
+
+
+def edit_graph(bundle: Bundle, change) -> Bundle:  # type: ignore[no-untyped-def]
+    model = onnx.load(bundle.model, load_external_data=False)
+    change(model)
+    onnx.save(model, bundle.model)
+    return rehashed(bundle)
+
+
+def take_the_next_slot(model: onnx.ModelProto) -> None:
+    """The index off by one, where there is a slot before it."""
+    less = helper.make_tensor("one_less", onnx.TensorProto.INT32, [1], [1])
+    model.graph.initializer.append(less)
+    for node in model.graph.node:
+        if node.op_type == "MixedExpertProjection" and "layers.2.mlp.down_proj" in node.output[0]:
+            node.input[5] = "wrong_slot"
+    model.graph.node.insert(0, helper.make_node("Sub", ["adapter", "one_less"], ["wrong_slot"], name="fault"))
+
+
+def test_an_index_that_is_off_by_one_in_one_module_is_found_and_located(shelf):
+    """The slot before holds no numbers when an adapter is judged by itself."""
+    verdict = judged(edit_graph(shelf, take_the_next_slot), only=["team"])
+    assert not verdict.passed
+    assert any("layers.2.mlp.down_proj" in departure.module for departure in verdict.departures)
+
+
+def test_numbers_in_the_padding_of_a_smaller_adapter_are_found(shelf):
+    """An expert that it does not have takes part in the routing."""
+    file = shelf.folder / shelf.manifest.shelf["adapters"]["small"]["file"]
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.startswith("model.layers.1.self_attn.o_proj") and key.endswith("mix"))
+    leaking = tensors[name].copy()
+    leaking[0, 3, 3] = 1.0
+    save_file({**tensors, name: leaking}, file)
+    verdict = judged(rehashed(shelf), only=["small"])
+    assert not verdict.passed
+    assert {departure.module for departure in verdict.departures if departure.check == "weights"} == {
+        "model.layers.1.self_attn.o_proj"
+    }
+    assert {departure.check for departure in verdict.departures} == {"weights", "modules", "rows"}
+
+
+def test_a_slot_that_is_stale_after_a_swap_is_found(shelf, monkeypatch):
+    """Only the first adapter of each slot is ever copied into it."""
+    take = Adapters.take
+
+    def stale(self: Adapters, adapter: Shelved) -> int | None:
+        held = {name: array.copy() for name, array in self.memory.items()}
+        used = list(self._content)
+        slot = take(self, adapter)
+        if slot is not None and used[slot] not in (None, adapter.sha256):
+            for name, array in held.items():
+                self.memory[name][slot] = array[slot]
+        return slot
+
+    monkeypatch.setattr(Adapters, "take", stale)
+    monkeypatch.setattr("teamlora_export.validate.run._judge_export", lambda *_: judged_before(shelf))
+    verdict = judged(shelf)
+    assert not verdict.passed
+    batches = [case for case in verdict.cases if case.name.startswith("rows of ")]
+    assert [case.passed for case in batches] == [True, False, False], "the first three have slots of their own"
+    assert {departure.check for departure in verdict.departures} == {"rows"}
+
+
+def judged_before(bundle: Bundle) -> Verdict:
+    """Stands for what is judged of each adapter by itself."""
+    nothing = ErrorStats(0.0, 0.0, 1.0)
+    case = CaseResult("before", (Judgement("logits", nothing, nothing, 1.0),))
+    return Verdict(bundle.manifest.dtype, (case,))
+
+
+def test_two_rows_that_are_exchanged_are_found(shelf, monkeypatch):
+    """Each of two tenants has the other's adapter."""
+    seat = MixedRunner.seat
+
+    def exchanged(self: MixedRunner, rows: list[str | None]) -> None:
+        seat(self, rows)
+        self._rows[[0, 2]] = self._rows[[2, 0]]
+
+    monkeypatch.setattr(MixedRunner, "seat", exchanged)
+    monkeypatch.setattr("teamlora_export.validate.run._judge_export", lambda *_: judged_before(shelf))
+    verdict = judged(shelf, only=["team", "lora"])
+    assert [departure.check for departure in verdict.departures] == ["rows"]
+
+
+def test_another_adapter_under_a_name_is_refused_before_anything_runs(shelf, shelf_adapters):
+    with pytest.raises(ExportError, match="is not the adapter small that is judged here"):
+        judged(shelf, adapter_folder={"small": shelf_adapters["lora"]})
+    with pytest.raises(ExportError, match="has no adapter 'nobody'; it has hydra, lora, moe, small, team"):
+        judged(shelf, only=["nobody"])
+    with pytest.raises(ExportError, match="has a shelf of adapters"):
+        judged(shelf, layer_by_layer=True)
+
+
+def test_an_adapter_that_is_added_while_another_is_judged_stays_on_the_shelf(shelf, shelf_adapters, monkeypatch):
+    def add_meanwhile(*_: object):  # type: ignore[no-untyped-def]
+        add_adapter(Path(shelf.folder), "late", shelf_adapters["moe"])
+        return judged_before(shelf)
+
+    monkeypatch.setattr("teamlora_export.validate.run._judge_export", add_meanwhile)
+    assert judged(shelf, only=["lora"]).not_kept is None
+    kept = json.loads((shelf.folder / "manifest.json").read_text())["shelf"]["adapters"]
+    assert kept["late"]["validation"] is None
+    assert np.isfinite(kept["lora"]["validation"]["cases"])
