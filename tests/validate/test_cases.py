@@ -58,4 +58,4 @@ def test_the_cache_of_a_wide_window_counts_as_memory(window, fits, monkeypatch):
     names = (f"past_key_values.{layer}.{kind}" for layer in range(32) for kind in ("key", "value"))
     inputs = [Port(name, "float", ("batch_size", 32, "past", 96)) for name in names]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
-    assert fits(base, inputs) == fits
+    assert sources.fits(base, inputs) == fits
