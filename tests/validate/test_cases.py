@@ -11,6 +11,7 @@ import transformers
 
 from teamlora_export.bundle import Port
 from teamlora_export.errors import ExportError
+from teamlora_export.validate import sources
 from teamlora_export.validate.cases import first_step, make_cases, next_step
 
 TEXT = {"vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 5}
