@@ -351,10 +351,15 @@ def listed_files(folder: Path) -> set[str]:
 def unlisted_adapters(folder: Path) -> set[str]:
     """Files of adapters that a shelf does not list: what a killed change of it left behind."""
     manifest = _read_manifest(folder)
-    if manifest.shelf is None or not (folder / ADAPTERS_NAME).is_dir():
+    return set() if manifest.shelf is None else shelved_files(folder) - manifest.sha256.keys()
+
+
+def shelved_files(folder: Path) -> set[str]:
+    """Files in `folder` that have the names of shelved adapters, relative to it."""
+    place = folder / ADAPTERS_NAME
+    if not place.is_dir():
         return set()
-    names = {f"{ADAPTERS_NAME}/{name}" for name in entries(folder / ADAPTERS_NAME) if _SHELVED.fullmatch(name)}
-    return names - manifest.sha256.keys()
+    return {f"{ADAPTERS_NAME}/{name}" for name in entries(place) if _SHELVED.fullmatch(name)}
 
 
 def refuse_shelf(bundle: Bundle, what: str) -> None:

@@ -332,18 +332,23 @@ def generate(
 def embed(
     bundle: Annotated[Path, typer.Argument(parser=given_path, metavar="BUNDLE", help="Folder of the bundle.")],
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Of the shelf: what reads them; give it again for each text's own."),
+    ] = None,
     library: NativeLibraryOption = None,
     device: DeviceOption = "cpu",
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
     """Try a bundle that does not generate text: a line of JSON for each text, with its vector or scores."""
-    from teamlora_export.deploy.runner import Model, encode_text
+    from teamlora_export.deploy.runner import Model, encode_text, shared_adapters
     from teamlora_export.deploy.session import ModelError
 
     native = native_library(library)
     try:
         model = Model(bundle, native, check, device=device)
-        rows = model.encode([encode_text(model.tokenizer, text) for text in texts])
+        ids = [encode_text(model.tokenizer, text) for text in texts]
+        rows = model.encode(ids, shared_adapters(adapter or (), len(ids)))
     except ModelError as error:
         raise ExportError(str(error)) from None
     for row in rows:

@@ -8,6 +8,7 @@ graph and safetensors weights, torch is never imported.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import importlib.metadata
 from collections.abc import Iterator, Mapping
@@ -50,7 +51,7 @@ from teamlora_export.model.checkpoint import open_safetensors_weights
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
 from teamlora_export.origin import MOST_WARNINGS, describe_adapter, describe_refit, warn_of_normalizers
 from teamlora_export.progress import Reporter
-from teamlora_export.shelf import fit_adapter, refuse_overrides, require_name, shelve, slot_file
+from teamlora_export.shelf import fit_adapter, refuse_overrides, require_name, shelve, slot_file, some_names
 from teamlora_export.staging import real_path, refuse_foreign, require_space, staged
 from teamlora_export.tokens import read_tokens
 
@@ -109,7 +110,8 @@ def export_onnx(
         adapter, folders = read_adapter(adapter_folder), [Path(adapter_folder)]
     else:
         assert isinstance(adapter_folder, Mapping)
-        adapter, folders = as_adapter(slots_for(shelved.values())), list(map(Path, adapter_folder.values()))
+        folders = list(map(Path, adapter_folder.values()))
+        adapter = as_adapter(slots_for(shelved.values()), f"(one of {some_names(shelved)})")
     source = find_base(base_name)
     # Once: the folder that a relative path starts from may be the one that is replaced.
     given, out, inputs = Path(out), real_path(Path(out)), (source.folder, *folders)
@@ -154,7 +156,7 @@ def export_onnx(
             manifest = Manifest(
                 tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
                 base={"source": source.origin, "model_type": traced.model_type, "sha256": finish_hashing()},
-                adapter=describe_adapter(adapter),
+                adapter=describe_adapter(adapter if shelved is None else dataclasses.replace(adapter, source="")),
                 op={"domain": op.DOMAIN, "name": op.NAME, "version": version, "nodes": nodes, "form": op_form},
                 task=traced.task,
                 dtype=dtype,

@@ -36,6 +36,7 @@ from teamlora_export.bundle import (
     unlisted_adapters,
     write_manifest,
 )
+from teamlora_export.disk import sync, sync_names
 from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import Recipe, adapter_weights
@@ -206,6 +207,9 @@ def shelve(folder: Path, name: str, content: bytes, sha256: str, adapter: Adapte
     (folder / ADAPTERS_NAME).mkdir(exist_ok=True)
     require_space(folder, len(content))
     write_aside(folder / file, content, result=False)
+    # Before anything names it, should the power fail.
+    sync(folder / file)
+    sync_names(folder / ADAPTERS_NAME)
     return {"file": file, "sha256": sha256, "origin": describe_adapter(adapter), "validation": None}
 
 

@@ -10,6 +10,8 @@ sessions    one session with a shelf against one of a bundle with one adapter fo
 swap        eight clients, while adapters are replaced all the time: requests that failed, and the longest time between
             two tokens, in steps
 many        1, 8, 64 and 512 adapters on the shelf: bytes on disk, seconds to add one, memory with so many slots
+zipf        1,000 tenants, the n-th of whom asks 1/n as often as the first: how many requests find their adapter in a
+            slot, with the rule that the programs have (the one given back first makes room); simulated
 
 Targets stand behind what was measured.
 """
@@ -17,6 +19,7 @@ Targets stand behind what was measured.
 from __future__ import annotations
 
 import argparse
+import collections
 import itertools
 import json
 import multiprocessing
@@ -74,6 +77,8 @@ class Bench:
 
     def __init__(self, folder: Path, given: argparse.Namespace) -> None:
         self.folder, self.given = folder, given
+        if set(given.parts) == {"zipf"}:
+            return
         self.library = None if given.body else build_library().path
         base = open_base(str(get_model("smollm2")))
         config = AdapterConfig(r=given.rank, lora_alpha=2.0 * given.rank, lora_nums=4, target_modules=_TARGETS)
@@ -278,6 +283,32 @@ def _hold(folder: Path, count: int, library: Path | None, threads: int) -> tuple
     return _resident() - before, sum(array[0].nbytes for array in adapters.memory.values())
 
 
+def zipf(bench: Bench) -> dict[str, Any]:
+    rng, tenants, requests, at_work = np.random.default_rng(0), 1000, 100_000, 32
+    shares = 1 / np.arange(1, tenants + 1)
+    asked = rng.choice(tenants, requests, p=shares / shares.sum()).tolist()
+    found = {}
+    print(f"zipf: {tenants} tenants, {at_work} texts at a time: share of requests whose adapter is in a slot")
+    for slots in (32, 64, 128, 256, 512):
+        # Of each adapter in a slot, how many texts it has; those without one in the order in which they became free.
+        users: collections.OrderedDict[int, int] = collections.OrderedDict()
+        texts: collections.deque[int] = collections.deque()
+        hits = 0
+        for tenant in asked:
+            if len(texts) == at_work:
+                users[texts[0]] -= 1
+                users.move_to_end(texts.popleft())
+            if tenant in users:
+                hits += 1
+            elif len(users) == slots:
+                del users[next(other for other, count in users.items() if count == 0)]
+            users[tenant] = users.get(tenant, 0) + 1
+            texts.append(tenant)
+        found[slots] = hits / requests
+        print(f"  {slots:4} slots: {hits / requests:.3f}")
+    return found
+
+
 def _in_a_process(work: Callable[..., Any], *given: Any) -> Any:
     """What `work` gives in a fresh process; the last of `given` is the bench."""
     *arguments, bench = given
@@ -290,7 +321,7 @@ def _resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-PARTS = {"mixed": mixed, "sessions": sessions, "swap": swap, "many": many}
+PARTS = {"mixed": mixed, "sessions": sessions, "swap": swap, "many": many, "zipf": zipf}
 
 
 if __name__ == "__main__":

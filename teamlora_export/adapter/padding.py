@@ -76,11 +76,15 @@ def placed(adapter: AdapterSpec, slots: Mapping[str, Slot]) -> AdapterSpec:
     return replace(adapter, projections=projections)
 
 
-def as_adapter(slots: Mapping[str, Slot]) -> AdapterSpec:
-    """What a graph with slots is traced with: an adapter of their shapes, and of no numbers."""
+def as_adapter(slots: Mapping[str, Slot], source: str = "") -> AdapterSpec:
+    """What a graph with slots is traced with: an adapter of their shapes, and of no numbers.
+
+    Args:
+        source: what it is called where it does not fit.
+    """
     projections = {path: _nothing(path, slot) for path, slot in slots.items()}
     rank = max((slot.num_experts * slot.expert_rank for slot in slots.values()), default=1)
-    return AdapterSpec("slots", AdapterConfig(rank, 1.0), projections, {}, "", "0" * 64)
+    return AdapterSpec("slots", AdapterConfig(rank, 1.0), projections, {}, source, "0" * 64)
 
 
 def place(projection: ExpertProjection, slot: Slot) -> ExpertProjection:

@@ -16,9 +16,11 @@ import hashlib
 import json
 import math
 import os
+import stat
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,17 +39,18 @@ _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _LARGEST_HEADER = 64 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shelved:
-    """An adapter as it is on the shelf at some time.
+    """An adapter as it was on the shelf when somebody asked for it.
 
     Attributes:
-        sha256: of its file, which is never another for the same.
+        file: its file, open: it can be read when it is on the shelf no more. sha256: of it.
     """
 
     name: str
     path: Path
     sha256: str
+    file: BufferedReader
 
 
 class Adapters:
@@ -83,7 +86,7 @@ class Adapters:
         self._users = [0] * slots
         self._free = list(range(slots))
         self._seen: object = None
-        self._shelf: dict[str, Shelved] = {}
+        self._shelf: Mapping[str, tuple[str, str]] = {}
 
     @property
     def names(self) -> list[str]:
@@ -99,15 +102,25 @@ class Adapters:
         """The adapter of that name.
 
         Raises:
-            ModelError: there is none.
+            ModelError: there is none, or its file cannot be opened.
         """
         with self._lock:
-            shelf = self._current()
-            if name not in shelf:
-                known = sorted(shelf)
-                some = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
-                raise ModelError(f"There is no adapter {name!r:.80}; there are {some or 'none'}.")
-            return shelf[name]
+            before = None
+            while True:
+                shelf = self._current()
+                if name not in shelf:
+                    known = sorted(shelf)
+                    some = ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+                    raise ModelError(f"There is no adapter {name!r:.80}; there are {some or 'none'}.")
+                file, sha256 = shelf[name]
+                path = self._folder / file
+                try:
+                    return Shelved(name, path, sha256, open_regular(path))
+                except OSError as error:
+                    # It may have been replaced since the list was read.
+                    if self._seen == before:
+                        raise ModelError(f"{path}: cannot be read ({error.strerror or error}).") from None
+                    before, self._seen = self._seen, None
 
     def take(self, adapter: Shelved) -> int | None:
         """The slot that it is in; None where others are at work in all of them.
@@ -140,13 +153,21 @@ class Adapters:
             if self._users[slot] == 0:
                 self._free.append(slot)
 
-    def _current(self) -> dict[str, Shelved]:
+    def _current(self) -> Mapping[str, tuple[str, str]]:
+        """By name, the file of each adapter and its SHA-256."""
         stamp = self._stamp()
         if self._seen is None or stamp != self._seen:
-            listed = self._listed()
-            self._shelf = {name: Shelved(name, self._folder / file, sha) for name, (file, sha) in listed.items()}
-            self._seen = stamp
+            self._shelf, self._seen = self._listed(), stamp
         return self._shelf
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """A regular file for reading; opening a FIFO would wait for a writer."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("it is not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def rows_adapter(slots: Sequence[int]) -> np.ndarray:
@@ -161,9 +182,8 @@ def read_slot(adapter: Shelved, memory: Mapping[str, np.ndarray], check: bool = 
         ModelError: it cannot be read, is another file than it was, or does not fit.
     """
     try:
-        with open(adapter.path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            data = file.read(size)
+        adapter.file.seek(0)
+        data = adapter.file.read()
     except OSError as error:
         raise ModelError(f"{adapter.path}: cannot be read ({error.strerror}).") from None
     if check and hashlib.sha256(data).hexdigest() != adapter.sha256:

@@ -7,8 +7,9 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from teamlora_export.bundle import ADAPTERS_NAME, DATA_NAME, Bundle
+from teamlora_export.bundle import ADAPTERS_NAME, DATA_NAME, Bundle, shelved_files
 from teamlora_export.deploy.folder import DEPLOY_NAME, SHELF_FORMAT_VERSION, Description, shelf_of
+from teamlora_export.disk import sync, sync_names
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_bytes, read_record
 from teamlora_export.shelf import require_shelf
@@ -36,12 +37,16 @@ def publish_shelf(bundle: Bundle, out: Path) -> list[str]:
         if described.files.get(adapter["file"]) != adapter["sha256"]:
             content = read_bytes(bundle.folder / adapter["file"], bundle.folder)
             require_space(folder, len(content))
+            (folder / ADAPTERS_NAME).mkdir(exist_ok=True)
             write_aside(folder / adapter["file"], content, result=False)
+            sync(folder / adapter["file"])
+            sync_names(folder / ADAPTERS_NAME)
     kept = {name: sha for name, sha in described.files.items() if not name.startswith(f"{ADAPTERS_NAME}/")}
     files = kept | {adapter["file"]: adapter["sha256"] for adapter in shelf["adapters"].values()}
     changed = dataclasses.replace(described, shelf=shelf, files=dict(sorted(files.items())))
     write_aside(path, json.dumps(dataclasses.asdict(changed), indent=2) + "\n")
-    for name in described.files.keys() - files.keys():
+    # What an earlier one left that was killed, too.
+    for name in shelved_files(folder) - files.keys():
         with suppress(OSError):
             (folder / name).unlink()
     return list(shelf["adapters"])

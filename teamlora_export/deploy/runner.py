@@ -157,10 +157,17 @@ class Model:
             raise ModelError(f"{self.folder}: does not generate text.")
         self.settings.room([self.settings.require_ids(prompt) for prompt in prompts], count)
 
-    def encode(self, inputs: Sequence[Sequence[int]]) -> np.ndarray:
+    def encode(self, inputs: Sequence[Sequence[int]], adapters: Sequence[str | None] | None = None) -> np.ndarray:
         """Tasks other than generation: one row for each input (token ids).
 
         Sentence embeddings [batch, hidden], class logits [batch, classes], or hidden states [batch, tokens, hidden].
+
+        Args:
+            adapters: see `generate`.
+
+        Raises:
+            ModelError: an input is empty, too long, or holds what is no token's id; or there is no such adapter, there
+                are more of them than slots, or the model cannot run it.
         """
         if self.generates:
             raise ModelError(f"{self.folder}: generates text; it gives no vectors.")
@@ -174,10 +181,11 @@ class Model:
         }
         feeds = self._session.taken({name: np.array(value, np.int64) for name, value in given.items()})
         wanted = next(name for name in RESULTS if name in self._session.outputs)
-        try:
-            found = self._session.onnx.run([wanted], feeds)[0]
-        except Exception as error:
-            raise ModelError(f"{self.folder}: ONNX Runtime cannot run the model ({brief(error)}).") from None
+        with self._session.rows_of(self.require_adapters(len(inputs), adapters)) as chosen:
+            try:
+                found = self._session.onnx.run([wanted], feeds | chosen)[0]
+            except Exception as error:
+                raise ModelError(f"{self.folder}: ONNX Runtime cannot run the model ({brief(error)}).") from None
         seen = found[feeds["attention_mask"] > 0] if wanted == "last_hidden_state" else found
         if np.isnan(seen).any():
             raise ModelError(f"{self.folder}: the model's answer to this is no number (NaN).")
@@ -194,6 +202,11 @@ def _arriving(scheduler: Scheduler, answers: Sequence[Answer]) -> Iterator[tuple
                     yield row, token.id
             except Failed as error:
                 raise ModelError(str(error)) from None
+
+
+def shared_adapters(adapters: Sequence[str], count: int) -> Sequence[str] | None:
+    """One that is named once is that of all `count` prompts; None: there is none."""
+    return [*adapters] * count if len(adapters) == 1 else adapters or None
 
 
 def answer(
@@ -216,7 +229,7 @@ def answer(
     texts = [StoppedText(TextStream(model.tokenizer, given).add, stops) for given in ids]
     # Before anything is written.
     model.require_room(ids, count)
-    named = model.require_adapters(len(prompts), adapters if len(adapters) > 1 else [*adapters] * len(prompts) or None)
+    named = model.require_adapters(len(prompts), shared_adapters(adapters, len(prompts)))
     held: list[list[str]] = [[prompt] for prompt in prompts]
 
     def take(row: int, token: int) -> bool:
@@ -294,13 +307,14 @@ def _answer(given: argparse.Namespace) -> None:
         found = model.generate([given.ids], given.tokens, sampling=drawn, adapters=given.adapter or None)
         _write(" ".join(map(str, found[0])) + "\n")
     elif given.ids:
-        _write(" ".join(map(str, np.ravel(model.encode([given.ids])[0]).tolist())) + "\n")
+        _write(" ".join(map(str, np.ravel(model.encode([given.ids], given.adapter or None)[0]).tolist())) + "\n")
     elif model.generates:
         prompts = [prompt.replace("\\n", "\n") for prompt in given.prompts]
         count, seconds = answer(model, prompts, given.tokens, _write, drawn, given.stop, given.adapter)
         print(f"({count} tokens, {count / seconds:.1f} a second)", file=sys.stderr)
     else:
-        for row in model.encode([encode_text(model.tokenizer, text) for text in given.prompts]):
+        texts = [encode_text(model.tokenizer, text) for text in given.prompts]
+        for row in model.encode(texts, shared_adapters(given.adapter, len(texts))):
             _write(json.dumps(row.astype(float).tolist()) + "\n")
 
 

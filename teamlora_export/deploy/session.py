@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import re
-import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.adapter_slots import ADAPTER, Adapters
+    from teamlora_export.deploy.adapter_slots import ADAPTER, NO_ADAPTER, Adapters, open_regular, rows_adapter
     from teamlora_export.deploy.cores import usable_cores
     from teamlora_export.deploy.failure import ModelError
 else:
     # Deployed: the files lie beside one another.
-    from adapter_slots import ADAPTER, Adapters
+    from adapter_slots import ADAPTER, NO_ADAPTER, Adapters, open_regular, rows_adapter
     from cores import usable_cores
     from failure import ModelError
 
@@ -144,6 +144,28 @@ class Session:
     def slot_memory(self) -> dict[str, np.ndarray]:
         """The inputs of the adapters' slots, where the model takes any."""
         return {} if self.adapters is None else self.adapters.memory
+
+    @contextmanager
+    def rows_of(self, names: Sequence[str | None]) -> Iterator[dict[str, np.ndarray]]:
+        """What the model is given for rows with these adapters, which are in slots inside of the block.
+
+        Raises:
+            ModelError: there are more of them than slots, others are at work in these, or one cannot be read.
+        """
+        slots: dict[str, int] = {}
+        try:
+            for name in {name for name in names if name is not None}:
+                assert self.adapters is not None
+                slot = self.adapters.take(self.adapters.find(name))
+                if slot is None:
+                    raise ModelError(f"{self.folder}: has {self.adapters.slots} slots, and others are at work in them.")
+                slots[name] = slot
+            rows = [NO_ADAPTER if name is None else slots[name] for name in names]
+            yield {} if self.adapters is None else self.slot_memory | {ADAPTER: rows_adapter(rows)}
+        finally:
+            for slot in slots.values():
+                assert self.adapters is not None
+                self.adapters.give(slot)
 
     def taken(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What the model has inputs for."""
@@ -344,7 +366,7 @@ def _is_engine(name: str) -> bool:
 
 def _sha256(path: Path) -> str:
     try:
-        with _open(path) as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({error}). Copy the folder again.") from None
@@ -360,18 +382,9 @@ def brief(error: BaseException) -> str:
     return line if len(line) <= 300 else f"{line[:300]}..."
 
 
-def _open(path: Path) -> Any:
-    """A regular file for reading; opening a FIFO would wait for a writer."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError("it is not a regular file")
-    return os.fdopen(descriptor, "rb")
-
-
 def read_bytes(path: Path) -> bytes:
     try:
-        with _open(path) as file:
+        with open_regular(path) as file:
             # Python makes room for all that is asked for.
             data = file.read(min(os.fstat(file.fileno()).st_size, _LARGEST_TEXT) + 1)
     except (OSError, ValueError) as error:

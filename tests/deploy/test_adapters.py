@@ -25,14 +25,14 @@ from triton_server import RequestError, Server
 
 from teamlora_export.bundle import read_bundle
 from teamlora_export.cli import app
-from teamlora_export.deploy.adapter_slots import rows_adapter
+from teamlora_export.deploy.adapter_slots import ADAPTER, Adapters, rows_adapter
 from teamlora_export.deploy.genai import deploy_genai
 from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.scheduler import Failed, Scheduler
 from teamlora_export.deploy.session import ModelError, Session
-from teamlora_export.deploy.slots import open_slots
+from teamlora_export.deploy.slots import Slots, open_slots
 from teamlora_export.deploy.triton import deploy_triton
 from teamlora_export.errors import ExportError
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
@@ -125,6 +125,77 @@ def test_what_is_replaced_while_it_serves_is_new_for_those_that_come(make_shelf,
         scheduler.turn()
     found = [[token.id for token in answer] for answer in (first, second, third)]
     assert found == [answers[name, tuple(PROMPTS[i])] for i, name in ((0, "team"), (1, "small"), (3, "lora"))]
+
+
+def test_a_request_that_waits_gets_what_the_name_stood_for_though_its_file_is_gone(
+    make_shelf, shelf_adapters, answers, tmp_path
+):
+    """No request fails for a swap."""
+    folder = own_copy(make_shelf(), tmp_path / "bundle")
+    scheduler = Scheduler(open_slots(Session(folder), 1))
+    asked = [scheduler.submit(PROMPTS[i], COUNT, stops=(), adapter=NAMES[i]) for i in (0, 1, 3)]
+    scheduler.turn()
+    for name in ("small", "lora"):
+        replace_adapter(folder, name, shelf_adapters["moe"])
+    remove_adapter(folder, "team")
+    while scheduler.busy:
+        scheduler.turn()
+    for i, answer in zip((0, 1, 3), asked, strict=True):
+        assert [token.id for token in answer] == answers[NAMES[i], tuple(PROMPTS[i])]
+
+
+def off_by_one(self, rows):  # type: ignore[no-untyped-def]
+    return {ADAPTER: (_ADAPTERS_OF(self, rows)[ADAPTER] + 1) % self._session.adapters.slots}
+
+
+def first_rows(self, rows):  # type: ignore[no-untyped-def]
+    """Of the first rows, whichever are asked for."""
+    return _ADAPTERS_OF(self, range(len(rows)))
+
+
+def swap_texts_alone(self, one, other):  # type: ignore[no-untyped-def]
+    _SWAP(self, one, other)
+    self._adapters[one], self._adapters[other] = self._adapters[other], self._adapters[one]
+
+
+def copy_nothing(self, adapter):  # type: ignore[no-untyped-def]
+    """Into a slot that has had another."""
+    held = {name: array.copy() for name, array in self.memory.items()}
+    used = list(self._content)
+    slot = _TAKE(self, adapter)
+    if slot is not None and used[slot] not in (None, adapter.sha256):
+        for name, array in held.items():
+            self.memory[name][slot] = array[slot]
+    return slot
+
+
+_ADAPTERS_OF, _SWAP, _TAKE = Slots._adapters_of, Slots.swap, Adapters.take
+# What goes wrong -> a place of the programs, and what it does in place of what it should.
+FAULTS = {
+    "index off by one": (Slots, "_adapters_of", off_by_one),
+    "another row's adapter": (Slots, "_adapters_of", first_rows),
+    "a text that moves without its adapter": (Slots, "swap", swap_texts_alone),
+    "a stale slot": (Adapters, "take", copy_nothing),
+}
+
+
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_faults_of_the_programs_show_in_what_they_answer(fault, make_shelf, answers, monkeypatch):
+    """Texts of unlike lengths in three rows, which change their places; five adapters in three slots."""
+    session = Session(make_shelf(cache="in-place").folder)
+    if fault is not None:
+        monkeypatch.setattr(*FAULTS[fault])
+    scheduler = Scheduler(open_slots(session, 3), waiting=8)
+    counts = [COUNT, 3, 7, COUNT, 2, 9, 5]
+    asked = [
+        scheduler.submit(prompt, count, stops=(), adapter=name)
+        for prompt, count, name in zip(PROMPTS, counts, NAMES, strict=True)
+    ]
+    while scheduler.busy:
+        scheduler.turn()
+    found = [[token.id for token in answer] for answer in asked]
+    right = [tokens[:count] for tokens, count in zip(expected(answers), counts, strict=True)]
+    assert (found == right) == (fault is None), found
 
 
 def test_a_request_whose_adapter_cannot_be_read_fails_alone(make_shelf, answers, tmp_path):

@@ -30,7 +30,7 @@ from conftest import (
 from systems import SYSTEMS, write_system
 from typer.testing import CliRunner
 
-from teamlora_export.bundle import MANIFEST_NAME, SHELF_FORMAT_VERSION, Bundle, window_of, write_manifest
+from teamlora_export.bundle import MANIFEST_NAME, MOST_SLOTS, SHELF_FORMAT_VERSION, Bundle, window_of, write_manifest
 from teamlora_export.cli import app
 from teamlora_export.deploy import runner, session, slots
 from teamlora_export.deploy.cores import cores_of_quota, usable_cores
@@ -39,7 +39,7 @@ from teamlora_export.deploy.folder import SHELF_FORMAT_VERSION as DEPLOY_VERSION
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.sampling import Sampling
-from teamlora_export.deploy.session import _DESCRIPTIONS, ModelError
+from teamlora_export.deploy.session import _DESCRIPTIONS, _MOST_SLOTS, ModelError
 from teamlora_export.deploy.slots import InPlaceSlots
 from teamlora_export.deploy.words import TextStream, encode_text
 from teamlora_export.errors import ExportError
@@ -451,4 +451,6 @@ def test_no_text_of_a_model_or_a_library_commands_the_terminal(make_bundle, tmp_
 
 
 def test_what_it_reads_is_what_is_written_today():
-    assert _DESCRIPTIONS == {DEPLOY_NAME: ("files", DEPLOY_VERSION), MANIFEST_NAME: ("sha256", SHELF_FORMAT_VERSION)}
+    newest = {DEPLOY_NAME: ("files", DEPLOY_VERSION), MANIFEST_NAME: ("sha256", SHELF_FORMAT_VERSION)}
+    assert newest == _DESCRIPTIONS
+    assert _MOST_SLOTS == MOST_SLOTS

@@ -11,6 +11,7 @@ import transformers
 
 from teamlora_export.bundle import Port
 from teamlora_export.errors import ExportError
+from teamlora_export.validate import sources
 from teamlora_export.validate.cases import first_step, make_cases, next_step
 
 TEXT = {"vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 5}
@@ -58,4 +59,4 @@ def test_the_cache_of_a_wide_window_counts_as_memory(window, fits, monkeypatch):
     names = (f"past_key_values.{layer}.{kind}" for layer in range(32) for kind in ("key", "value"))
     inputs = [Port(name, "float", ("batch_size", 32, "past", 96)) for name in names]
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=16 << 30))
-    assert fits(base, inputs) == fits
+    assert sources.fits(base, inputs) == fits
