@@ -24,6 +24,7 @@ from teamlora_export.cli_engine import PluginOption, plugins_app, trt_app
 from teamlora_export.cli_output import (
     STANDARD_OUTPUT,
     THIS_FOLDER,
+    AdapterDtypeOption,
     AdapterOption,
     BundleArgument,
     JsonOption,
@@ -106,6 +107,7 @@ def onnx(
     zero_points: Annotated[
         bool, typer.Option("--zero-points", help="With --weights: each block of codes has a zero point.")
     ] = False,
+    adapter_dtype: AdapterDtypeOption = None,
     retrace: Annotated[
         bool, typer.Option("--retrace", help="Trace the graph even where one is kept from an earlier export.")
     ] = False,
@@ -125,6 +127,7 @@ def onnx(
         weights_form=weights,
         head_form=head,
         zero_points=zero_points,
+        adapter_dtype=adapter_dtype,
         retrace=retrace,
     )
     made = bundle.manifest
@@ -156,12 +159,13 @@ def attach(
         str | None,
         typer.Option("--base", help="The model that the graph was made of: its weights then prove each module."),
     ] = None,
+    adapter_dtype: AdapterDtypeOption = None,
     json: JsonOption = None,
 ) -> None:
     """Attach an adapter to a graph that was exported or quantised elsewhere."""
     from teamlora_export.attach.run import attach as attach_adapter
 
-    bundle = attach_adapter(base, adapter, output, base_source=source)
+    bundle = attach_adapter(base, adapter, output, base_source=source, adapter_dtype=adapter_dtype)
     made = bundle.manifest
     show(
         f"{bundle.folder}: {made.task}, {made.dtype}, {made.op['nodes']} expert nodes",

@@ -44,7 +44,7 @@ from teamlora_export.graph import op, weights
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
 from teamlora_export.graph.read import StoredWeight
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
-from teamlora_export.origin import describe_adapter, describe_refit, warn_of_normalizers
+from teamlora_export.origin import describe_adapter, describe_op, describe_refit, narrowing, warn_of_normalizers
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import real_path, refuse_foreign, require_space, staged
 
@@ -59,6 +59,7 @@ def attach(
     out: str | Path,
     *,
     base_source: str | None = None,
+    adapter_dtype: str | None = None,
     reporter: Reporter | None = None,
 ) -> Bundle:
     """Attach the adapter in `adapter_folder` to the graph `base` (a file, or a folder with one), as the bundle `out`.
@@ -66,6 +67,7 @@ def attach(
     Args:
         base_source: the model that the graph was made of (a Hugging Face folder, or a hub name), whose weights then
             have to be those of the graph's products.
+        adapter_dtype: fp16 or bf16: the adapter's matrices are in that type, beside a graph in fp32.
 
     Raises:
         ExportError: wrong input; a module has no product, or several; nothing has been written then.
@@ -98,6 +100,9 @@ def attach(
         )
     nodes = insert(foreign.model, adapter, found)
     AttachFunctions()(foreign.model)
+    narrow = narrowing(adapter_dtype, interface.dtype)
+    if narrow is not None:
+        narrow(foreign.model)
     recipes = {
         value: recipe
         for value in foreign.graph.initializers.values()
@@ -115,7 +120,7 @@ def attach(
             tool={"teamlora-export": __version__, "onnx-ir": importlib.metadata.version("onnx-ir")},
             base=_describe_base(source, folder, foreign),
             adapter=describe_adapter(adapter),
-            op={"domain": op.DOMAIN, "name": op.NAME, "version": op.VERSION, "nodes": nodes, "form": "function"},
+            op=describe_op(nodes, "function", adapter_dtype),
             task=interface.task,
             dtype=interface.dtype,
             inputs=interface.inputs,

@@ -65,7 +65,7 @@ def judge_attached(
     departures = [*graph.departures(), *_wiring(graph.written)]
     with reporter.step(f"Comparing {len(recipes)} weights with the adapter"):
         live = live_values(graph.written)
-        departures += judge_weights(graph.written, recipes, NoBase(), adapter, live, manifest.dtype)
+        departures += judge_weights(graph.written, recipes, NoBase(), adapter, live, manifest)
     dtypes = (torch.float64, getattr(torch, DTYPES[manifest.dtype].torch))
     multiple = MULTIPLE_OF_CODES if has_codes(graph.written.graph) else MULTIPLE
     results: list[CaseResult] = []

@@ -42,7 +42,7 @@ from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.local import LocalJudge
 from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.quality import TOKENIZER, measure_quality
-from teamlora_export.validate.stored import judge_weights, kept_in_float32, recipes_of
+from teamlora_export.validate.stored import as_held, judge_weights, kept_in_float32, recipes_of
 from teamlora_export.validate.taps import live_values, module_of, whole_of
 from teamlora_export.validate.torch_runner import TorchRunner
 from teamlora_export.validate.verdict import Departure, LocalCheck, Quality, Thresholds, Verdict
@@ -98,18 +98,20 @@ def validate_bundle(
         if layer_by_layer is None:
             layer_by_layer = not _fits(base, manifest.inputs)
         is_quantised = manifest.quantisation is not None
+    is_rounded = is_quantised or "adapter_dtype" in manifest.op
+    held = as_held(adapter, manifest)
     can_measure = base is not None and not (layer_by_layer or engine)
     if quality is None:
-        quality = is_quantised and TOKENIZER in manifest.sha256 and can_measure
+        quality = is_rounded and TOKENIZER in manifest.sha256 and can_measure
     elif quality and not can_measure:
         raise ExportError(
             "--quality: is measured beside a base that fits into memory, and not on engines. Give --base, or leave it "
             "out."
         )
     if base is None or manifest.attached is not None:
-        verdict = judge_attached(bundle, adapter, base, library, reporter)
+        verdict = judge_attached(bundle, held, base, library, reporter)
     else:
-        verdict = _judge_export(bundle, base, adapter, bool(layer_by_layer), engine, library, reporter)
+        verdict = _judge_export(bundle, base, held, bool(layer_by_layer), engine, library, reporter)
     if native is not None:
         verdict = dataclasses.replace(verdict, library=native.sha256)
     if quality:
@@ -194,8 +196,8 @@ class _Inside:
         with reporter.step(f"Comparing {len(self._recipes)} weights with their sources"):
             model = self._graph.written
             live = live_values(model)
-            dtype = self._graph.bundle.manifest.dtype
-            self.departures += judge_weights(model, self._recipes, self._sources, self._adapter, live, dtype)
+            manifest = self._graph.bundle.manifest
+            self.departures += judge_weights(model, self._recipes, self._sources, self._adapter, live, manifest)
             self.weights = len(self._recipes)
         with reporter.step("Comparing module by module"):
             for check in self._local_judge().check(case):
