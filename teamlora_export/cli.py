@@ -287,10 +287,12 @@ def generate(
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
     """Try a bundle: text in ONNX Runtime, greedy by default, with the tokens a second at the end."""
+    from teamlora_export.attach.interface import refuse_window_caches
     from teamlora_export.deploy.runner import Model, Sampling, answer
     from teamlora_export.deploy.session import ModelError
 
     native = native_library(library)
+    refuse_window_caches(bundle)
     try:
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed=seed)
         model = Model(bundle, native, check)

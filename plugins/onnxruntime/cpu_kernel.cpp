@@ -64,8 +64,7 @@ int64_t num_threads() {
 CpuKernel::CpuKernel(const OrtKernelInfo* raw, ONNXTensorElementDataType type)
     : dtype_(data_type_of<cpu::DataType>(type)), attributes_(raw) {
     const Ort::ConstKernelInfo info(raw);
-    weights_ = data_type_of<cpu::DataType>(
-        info.GetInputTypeInfo(kDown).GetTensorTypeAndShapeInfo().GetElementType());
+    weights_ = data_type_of<cpu::DataType>(info.GetInputTypeInfo(kDown).GetTensorTypeAndShapeInfo().GetElementType());
     Ort::ConstValue weights[kNumInputs];
     bool constant = true;
     for (const Input input : {kDown, kMix, kUp}) {

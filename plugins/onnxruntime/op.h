@@ -66,8 +66,8 @@ OrtStatusPtr as_status(const Work& work) noexcept {
 // nobody else reads `base`, it may have its memory.
 void let_output_be_base(OrtCustomOp& op);
 
-// `Kernel` names its provider as kProvider, is made of an OrtKernelInfo and T, and has ComputeV2. `weights` is the type of
-// down and up, where it is not T.
+// `Kernel` names its provider as kProvider, is made of an OrtKernelInfo and T, and has ComputeV2. `weights` is the type
+// of down and up, where it is not T.
 template <class Kernel>
 struct MixedExpertOp : Ort::CustomOpBase<MixedExpertOp<Kernel>, Kernel, true> {
     explicit MixedExpertOp(ONNXTensorElementDataType type) : MixedExpertOp(type, type) {}

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from teamlora_export import __version__
 from teamlora_export.adapter import AdapterSpec, read_adapter
 from teamlora_export.attach.insert import insert
-from teamlora_export.attach.interface import WINDOW_CACHE, read_interface
+from teamlora_export.attach.interface import read_interface, window_caches
 from teamlora_export.attach.match import match
 from teamlora_export.attach.read import GENAI_NAME, Foreign, external_values, open_foreign
 from teamlora_export.attach.weigh import Weigher
@@ -92,11 +92,11 @@ def attach(
         found = match(foreign.graph, adapter, str(foreign.path), weigher)
     warn_of_normalizers(adapter, reporter)
     interface = read_interface(foreign, source.folder if source is not None else None)
-    windows = sum(node.attributes.get_int(WINDOW_CACHE, 0) != 0 for node in foreign.graph)
+    windows = len(window_caches(foreign.graph))
     if windows:
         reporter.warn(
             f"{foreign.path}: {windows} layers keep their cache in buffers of their window, which onnxruntime-genai's "
-            "generator provides, and this tool's programs do not."
+            "generator provides. What `deploy python`, `cpp` and `triton` write lets them grow; `generate` does not."
         )
     nodes = insert(foreign.model, adapter, found)
     AttachFunctions()(foreign.model)

@@ -254,13 +254,13 @@ void up(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t to,
             const Panel& panel = job.up_panels[p];
             const int64_t at = (first + t) * job.out + panel.column;
             const UpTile<T, S> work{v + t * job.v_stride + panel.sibling * job.up_rank,
-                                 job.v_stride,
-                                 static_cast<const S*>(job.up) + panel.offset,
-                                 panel.width,
-                                 job.up_rank,
-                                 static_cast<const T*>(job.base) + at,
-                                 static_cast<T*>(job.y) + at,
-                                 job.out};
+                                    job.v_stride,
+                                    static_cast<const S*>(job.up) + panel.offset,
+                                    panel.width,
+                                    job.up_rank,
+                                    static_cast<const T*>(job.base) + at,
+                                    static_cast<T*>(job.y) + at,
+                                    job.out};
             with_size(work, least(kTileRows, tokens - t), panel.width);
         }
     }

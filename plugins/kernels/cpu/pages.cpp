@@ -1,10 +1,10 @@
+#include "projection.h"
+
 #include <algorithm>
 #include <cstdlib>
 #include <list>
 #include <mutex>
 #include <new>
-
-#include "projection.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -13,26 +13,9 @@
 namespace teamlora::cpu {
 namespace {
 
-constexpr size_t kPage = 2 << 20, kLine = 64;
+constexpr size_t kLine = 64;
 
 size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
-
-// Pieces one behind the other, which come back in any order.
-struct Block {
-    unsigned char* begin;
-    size_t size, used, pieces;
-};
-
-std::mutex& lock() {
-    static std::mutex mutex;
-    return mutex;
-}
-
-// Never destroyed: sessions may end after the library's own statics.
-std::list<Block>& blocks() {
-    static auto* const all = new std::list<Block>;
-    return *all;
-}
 
 }  // namespace
 
@@ -45,6 +28,29 @@ void* take_pages(size_t bytes) {
 }
 void give_pages(void* memory) noexcept { std::free(memory); }
 #else
+namespace {
+
+constexpr size_t kPage = 2 << 20;
+
+// Pieces one behind the other, which come back in any order.
+struct Block {
+    unsigned char* begin;
+    size_t size, used, pieces;
+};
+
+std::mutex& lock() {
+    static auto* const mutex = new std::mutex;
+    return *mutex;
+}
+
+// Neither is ever destroyed: sessions may end after the library's own statics.
+std::list<Block>& blocks() {
+    static auto* const all = new std::list<Block>;
+    return *all;
+}
+
+}  // namespace
+
 void* take_pages(size_t bytes) {
     const size_t wanted = round_up(std::max<size_t>(bytes, 1), kLine);
     const std::lock_guard<std::mutex> guard(lock());
@@ -71,9 +77,8 @@ void give_pages(void* memory) noexcept {
     const std::lock_guard<std::mutex> guard(lock());
     std::list<Block>& all = blocks();
     const auto* piece = static_cast<const unsigned char*>(memory);
-    const auto found = std::find_if(all.begin(), all.end(), [&](const Block& b) {
-        return !(piece < b.begin) && piece < b.begin + b.size;
-    });
+    const auto found = std::find_if(all.begin(), all.end(),
+                                    [&](const Block& b) { return !(piece < b.begin) && piece < b.begin + b.size; });
     if (found == all.end() || --found->pieces > 0) return;
     std::free(found->begin);
     all.erase(found);

@@ -5,9 +5,9 @@
 //     v = w_e u_e                              [tokens, G k c]         in float32, rounded to T
 //     y = base + v up                          [tokens, O]             summed in float32, rounded to T
 //
-// The op's definition is teamlora_export/graph/op.py. Where T is float32, downT and up may have 16 bits. Weights are packed once, into panels of as many columns as a tile
-// of the instruction set's registers has; a panel of `down` holds some of its rows, one of `up` some columns of one
-// sibling.
+// The op's definition is teamlora_export/graph/op.py. Where T is float32, downT and up may have 16 bits. Weights are
+// packed once, into panels of as many columns as a tile of the instruction set's registers has; a panel of `down` holds
+// some of its rows, one of `up` some columns of one sibling.
 //
 // Few tokens read each weight once, and that is what takes the time: the depth of the first product, then the columns
 // of the second, are shared out to the threads. Many tokens are cut into blocks that go through all four steps while
@@ -62,8 +62,8 @@ struct Code;
 void* take_pages(size_t bytes);
 void give_pages(void* memory) noexcept;
 
-// Memory that begins at a cache line, in pages of two megabytes where the system has them, which many share: a processor
-// that reads weights of a few kilobytes here and there would otherwise look up a page for each.
+// Memory that begins at a cache line, in pages of two megabytes where the system has them, which many share: a
+// processor that reads weights of a few kilobytes here and there would otherwise look up a page for each.
 template <class T>
 struct LargePages {
     using value_type = T;
