@@ -72,6 +72,22 @@ def test_products_of_integers_are_judged_as_what_they_mean(form, rng, tmp_path):
     assert np.abs(rounded - found).max() > 1e-3
 
 
+@pytest.mark.parametrize("form", [name for name in FORMS if "Bnb4" in name])
+def test_codes_of_bitsandbytes_are_read_and_prove_a_module(form, rng, tmp_path):
+    graph, w = Graph(), weight(rng)
+    foreign = graph.save(tmp_path / "foreign", FORMS[form](graph, graph.embed(rng), w))
+    x, found = run(foreign, "embedded", "last_hidden_state")
+    (product,) = find_products(ir.load(foreign).graph)
+    meant = dequantised(product.node, np.float64)
+    np.testing.assert_allclose(x.astype(np.float64) @ meant, found, atol=2e-5)
+    spec = adapter_of(rng, tmp_path / "adapter", {PATH: (IN, OUT)})
+    bundle = attach(
+        foreign, tmp_path / "adapter", tmp_path / "out", base_source=str(save_base(tmp_path / "base", {PATH: w}))
+    )
+    assert "weights" in bundle.manifest.attached["projections"][PATH]
+    assert_adds_experts(spec, foreign, bundle.folder)
+
+
 def test_other_nodes_stay_byte_for_byte(rng, tmp_path):
     graph = Graph()
     foreign = graph.save(tmp_path / "foreign", biased(graph, graph.embed(rng), weight(rng)))
