@@ -165,6 +165,7 @@ class QualitySummary(TypedDict):
 
     passed: bool
     figures: dict[str, dict[str, float | None]]
+    scores: NotRequired[dict[str, dict[str, float]]]
 
 
 class Validation(TypedDict):

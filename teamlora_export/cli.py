@@ -209,6 +209,17 @@ def validate(
     least_agreement: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Fail below this share of unchanged likeliest tokens, or labels.")
     ] = 0.6,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Score this task of lm-eval as well; may be given again."),
+    ] = None,
+    lm_eval_tasks: Annotated[
+        Path | None,
+        typer.Option(parser=given_path, metavar="FOLDER", help="With --lm-eval: a folder with tasks of your own."),
+    ] = None,
+    lm_eval_limit: Annotated[
+        int | None, typer.Option(min=1, help="With --lm-eval: so many documents of each task.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(parser=given_path, metavar="FILE", help="Write a self-contained HTML report here.")
     ] = None,
@@ -218,6 +229,7 @@ def validate(
     from teamlora_export.bundle import read_bundle
     from teamlora_export.page import refuse_foreign_report, refuse_same_file
     from teamlora_export.progress import Reporter
+    from teamlora_export.validate.lm_eval_tasks import LmEval
     from teamlora_export.validate.report import print_verdict, verdict_fields, write_html
     from teamlora_export.validate.run import validate_bundle
     from teamlora_export.validate.verdict import Thresholds
@@ -225,6 +237,8 @@ def validate(
     if engine == "":
         # A variable that a script forgot to set: not the wish to judge the graph.
         raise ExportError("--engine is empty. Give an engine's name, or leave the option out.")
+    if not lm_eval and (lm_eval_tasks is not None or lm_eval_limit is not None):
+        raise ExportError("--lm-eval-tasks and --lm-eval-limit: say more of --lm-eval. Give a task with it.")
     opened = read_bundle(bundle)
     if report is not None:
         refuse_foreign_report(report)
@@ -239,6 +253,7 @@ def validate(
         library=native_library(library),
         quality=quality,
         thresholds=Thresholds(most_perplexity, least_agreement),
+        tasks=LmEval(tuple(lm_eval), lm_eval_tasks, lm_eval_limit) if lm_eval else None,
     )
     if json != STANDARD_OUTPUT:
         with writing_to_standard_output():

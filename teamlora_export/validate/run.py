@@ -39,6 +39,7 @@ from teamlora_export.validate.engine_runner import EngineRunner, cases_within
 from teamlora_export.validate.held_as_codes import HeldAsCodes
 from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
 from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
+from teamlora_export.validate.lm_eval_tasks import LmEval
 from teamlora_export.validate.local import LocalJudge
 from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.quality import TOKENIZER, measure_quality
@@ -59,6 +60,7 @@ def validate_bundle(
     library: Path | None = None,
     quality: bool | None = None,
     thresholds: Thresholds | None = None,
+    tasks: LmEval | None = None,
     reporter: Reporter | None = None,
 ) -> Verdict:
     """Judge `bundle` against the base and adapter that it was made of (found by its manifest, or given if they moved).
@@ -70,6 +72,7 @@ def validate_bundle(
         library: judge the graph as it runs with this native library of the op, not with the op's body.
         quality: measure on held-out text what the bundle lost, by `thresholds`; None: where it is quantised, has a
             tokenizer, and fits into memory.
+        tasks: of lm-eval, scored beside that text.
 
     Raises:
         ExportError: base or adapter are not there, or are not those that the bundle was made of; the bundle's own files
@@ -77,6 +80,11 @@ def validate_bundle(
     """
     reporter = reporter or Reporter()
     manifest = bundle.manifest
+    if tasks is not None:
+        if manifest.task != "text-generation" or quality is False:
+            raise ExportError("--lm-eval: scores text that is generated, with --quality. Leave one of them out.")
+        tasks.require()
+        quality = True
     if library is not None and engine_name:
         raise ExportError("--library and --engine: an engine does not run the native op. Give one of the two.")
     native = library_for(bundle, library, reporter) if library is not None else None
@@ -119,7 +127,7 @@ def validate_bundle(
         with reporter.step("Reading held-out text, to see what quantisation cost"):
             runner = OnnxRunner if manifest.attached is None else AttachedRunner
             graph = runner(bundle, adapter.projections, library, as_deployed=True)
-            measured = measure_quality(graph, base, adapter, thresholds or Thresholds())
+            measured = measure_quality(graph, base, adapter, thresholds or Thresholds(), tasks)
         verdict = dataclasses.replace(verdict, quality=measured)
     return _keep(verdict, bundle, engine)
 
@@ -413,4 +421,10 @@ def _summary(verdict: Verdict) -> Validation:
 def _quality_summary(quality: Quality) -> QualitySummary:
     models = {"adapted": quality.adapted, "quantised": quality.quantised, "without experts": quality.base}
     figures = {name: dataclasses.asdict(measured) for name, measured in models.items()}
-    return {"passed": quality.passed, "figures": figures}
+    summary: QualitySummary = {"passed": quality.passed, "figures": figures}
+    if quality.scores:
+        summary["scores"] = {
+            f"{s.task}, {s.metric}": {"adapted": s.adapted, "quantised": s.quantised, "without experts": s.base}
+            for s in quality.scores
+        }
+    return summary
