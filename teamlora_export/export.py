@@ -49,7 +49,14 @@ from teamlora_export.graph.read import port_of, required_inputs
 from teamlora_export.graph.traced import LIBRARIES, TracedGraph, graph_key, keep_graph, load_graph
 from teamlora_export.model.checkpoint import open_safetensors_weights
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
-from teamlora_export.origin import MOST_WARNINGS, describe_adapter, describe_refit, warn_of_normalizers
+from teamlora_export.origin import (
+    MOST_WARNINGS,
+    describe_adapter,
+    describe_op,
+    describe_refit,
+    narrowing,
+    warn_of_normalizers,
+)
 from teamlora_export.progress import Reporter
 from teamlora_export.shelf import fit_adapter, refuse_overrides, require_name, shelve, slot_file, some_names
 from teamlora_export.staging import real_path, refuse_foreign, require_space, staged
@@ -74,6 +81,7 @@ def export_onnx(
     weights_form: str | None = None,
     head_form: str | None = None,
     zero_points: bool = False,
+    adapter_dtype: str | None = None,
     retrace: bool = False,
     reporter: Reporter | None = None,
 ) -> Bundle:
@@ -91,6 +99,7 @@ def export_onnx(
             adapter, norms, embeddings and the head stay in `dtype`. None: all weights do.
         head_form: the same for the head, with `weights_form` only.
         zero_points: each block of codes has a zero point.
+        adapter_dtype: fp16 or bf16: the adapter's matrices are in that type, beside a graph in fp32.
         retrace: trace the graph even where one is kept from before, and keep none.
 
     Raises:
@@ -104,12 +113,17 @@ def export_onnx(
     if cache not in CACHE_FORMS:
         raise ExportError(f"--cache {cache}: unknown. Use {' or '.join(CACHE_FORMS)}.")
     quantise = _quantiser(weights_form, head_form, zero_points)
+    narrow = narrowing(adapter_dtype, dtype)
     shelved = _read_shelved(adapter_folder, slots)
     if shelved is None:
         assert not isinstance(adapter_folder, Mapping)
         adapter, folders = read_adapter(adapter_folder), [Path(adapter_folder)]
     else:
         assert isinstance(adapter_folder, Mapping)
+        if narrow is not None:
+            raise ExportError(
+                "--adapter-dtype: is for one adapter, not for a shelf with --slots. Leave one of them out."
+            )
         folders = list(map(Path, adapter_folder.values()))
         adapter = as_adapter(slots_for(shelved.values()), f"(one of {some_names(shelved)})")
     source = find_base(base_name)
@@ -127,6 +141,8 @@ def export_onnx(
         _warn_of_unused(model, adapter, reporter)
         if quantise is not None and not quantise(model).modified:
             raise ExportError(f"--weights {weights_form}: {source.name} has no linear weights of its own to quantise.")
+        if narrow is not None:
+            narrow(model)
         nodes = sum(op.is_op(node) for node in model.graph)
         recipes = {
             value.name or "": recipe
@@ -157,7 +173,7 @@ def export_onnx(
                 tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
                 base={"source": source.origin, "model_type": traced.model_type, "sha256": finish_hashing()},
                 adapter=describe_adapter(adapter if shelved is None else dataclasses.replace(adapter, source="")),
-                op={"domain": op.DOMAIN, "name": op.NAME, "version": version, "nodes": nodes, "form": op_form},
+                op=describe_op(nodes, op_form, adapter_dtype, version),
                 task=traced.task,
                 dtype=dtype,
                 inputs=tuple(port_of(value) for value in required_inputs(model.graph)),

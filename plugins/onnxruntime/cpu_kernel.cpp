@@ -64,8 +64,12 @@ int64_t num_threads() {
 
 CpuKernel::CpuKernel(const OrtKernelInfo* raw, ONNXTensorElementDataType type)
     : dtype_(data_type_of<cpu::DataType>(type)), attributes_(raw), takes_adapters_(takes_adapters(raw)) {
-    if (takes_adapters_) return;
     const Ort::ConstKernelInfo info(raw);
+    weights_ = data_type_of<cpu::DataType>(info.GetInputTypeInfo(kDown).GetTensorTypeAndShapeInfo().GetElementType());
+    if (takes_adapters_) {
+        if (weights_ != dtype_) refuse("slots of adapters have another type than x.");
+        return;
+    }
     Ort::ConstValue weights[kNumInputs];
     bool constant = true;
     for (const Input input : {kDown, kMix, kUp}) {
@@ -89,7 +93,8 @@ cpu::Shape CpuKernel::shape_of(const Widths& widths) const {
             attributes_.num_experts,
             widths.expert_rank,
             attributes_.shared_down,
-            attributes_.out_splits};
+            attributes_.out_splits,
+            weights_};
 }
 
 OrtStatusPtr CpuKernel::ComputeV2(OrtKernelContext* context) noexcept {

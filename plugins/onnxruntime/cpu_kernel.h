@@ -31,7 +31,7 @@ private:
     template <class Get>
     Packed pack(const Get& input) const;
 
-    cpu::DataType dtype_;
+    cpu::DataType dtype_, weights_;
     Attributes attributes_;
     bool takes_adapters_;
     std::optional<Packed> packed_;

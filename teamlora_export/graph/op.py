@@ -8,7 +8,8 @@
 | mix | float32 [G, k, k] | per sibling: I + M |
 | up | T [k c, O] | expert-major; the columns of sibling g serve sibling g alone |
 
-out: y, T [.., O] = base + the mixed experts. T is float32, float16 or bfloat16.
+out: y, T [.., O] = base + the mixed experts. T is float32, float16 or bfloat16. Where T is float32, `down` and `up` may
+be float16 or bfloat16, both of one type; they are widened, which is exact.
 Attributes: num_experts (k), shared_down (0: a = k c, expert e reads its chunk; 1: a = c, all read the whole),
 out_splits (G widths).
 
@@ -45,7 +46,7 @@ in the weights of all; they read the same x.)
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -63,6 +64,8 @@ ADAPTERS_VERSION = 2
 MARKER = "ModuleOutput"
 INPUTS = ("x", "base", "down", "mix", "up")
 OPTIONAL_INPUTS = ("adapter",)
+# May have 16 bits where T is float32.
+NARROW_INPUTS = ("down", "up")
 ATTRIBUTES = ("num_experts", "shared_down", "out_splits")
 # Of ONNX's own operators: what the body is written in unless a graph is older, what it can be written in at least, and
 # what graphs are traced in (the first with TensorScatter).
@@ -76,10 +79,17 @@ class OpForm:
     num_siblings: int
     shared_down: bool
     adapters: bool = False
+    # `down` and `up` have 16 bits, and T is float32.
+    narrow: bool = False
 
     @property
     def overload(self) -> str:
-        return f"siblings{self.num_siblings}" + "_shared" * self.shared_down + "_adapters" * self.adapters
+        return (
+            f"siblings{self.num_siblings}"
+            + "_shared" * self.shared_down
+            + "_adapters" * self.adapters
+            + "_narrow" * self.narrow
+        )
 
     @property
     def version(self) -> int:
@@ -113,7 +123,14 @@ def form_of(node: ir.Node) -> OpForm:
         len(node.attributes["out_splits"].as_ints()),
         bool(node.attributes["shared_down"].as_int()),
         takes_adapters(node),
+        has_narrow_weights(node),
     )
+
+
+def has_narrow_weights(node: ir.Node) -> bool:
+    """Whether a node's `down` and `up` have 16 bits, and its T is float32."""
+    up = node.inputs[INPUTS.index("up")]
+    return up is not None and up.dtype != ir.DataType.FLOAT and node.outputs[0].dtype == ir.DataType.FLOAT
 
 
 def fold(projection: ExpertProjection) -> OpWeights:
@@ -125,6 +142,16 @@ def fold(projection: ExpertProjection) -> OpWeights:
         mix=(np.eye(k) + projection.interaction.astype(np.float64))[None],
         up=np.concatenate([up.astype(np.float64).T for up in projection.ups]),
     )
+
+
+def as_held(projection: ExpertProjection, dtype: np.dtype) -> ExpertProjection:
+    """The projection that `down` and `up` of `dtype` stand for, in float64: folding it again gives their numbers."""
+    weights = fold(projection)
+    constant = projection.scaling * projection.routing_sum
+    down = weights.down.astype(dtype).astype(np.float64)
+    ups = (up.astype(np.float64).astype(dtype).astype(np.float64) for up in projection.ups)
+    rows = projection.down_rank
+    return replace(projection, down=down[:rows] / constant, router=down[rows:], ups=tuple(ups))
 
 
 def weight_shapes(projection: ExpertProjection) -> dict[str, tuple[int, ...]]:
@@ -148,12 +175,23 @@ def function(form: OpForm, opset: int = BODY_OPSET, dtype: ir.DataType = ir.Data
 
 
 def _body_text(form: OpForm, opset: int, dtype: ir.DataType) -> str:
-    lines = [*_sizes(form), *_chosen(form), *_skinny_product(form), *_routing(form), *_experts(form)]
+    lines = [*_widened(form), *_sizes(form), *_chosen(form), *_skinny_product(form), *_routing(form), *_experts(form)]
     body = "\n".join(f"    {older}" for line in lines for older in _as_in(opset, line, dtype))
+    inputs = ", ".join(_held(name, form) for name in form.inputs)
     return (
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"{NAME} <{', '.join(ATTRIBUTES)}> ({', '.join(form.inputs)}) => (y)\n{{\n{body}\n}}"
+        f"{NAME} <{', '.join(ATTRIBUTES)}> ({inputs}) => (y)\n{{\n{body}\n}}"
     )
+
+
+def _held(name: str, form: OpForm) -> str:
+    """What the body calls an input."""
+    return f"{name}_held" if form.narrow and name in NARROW_INPUTS else name
+
+
+def _widened(form: OpForm) -> list[str]:
+    """Weights of 16 bits as numbers of T: constants, folded when the model is loaded."""
+    return [f"{name} = CastLike ({_held(name, form)}, x)" for name in NARROW_INPUTS if form.narrow]
 
 
 def _as_in(opset: int, line: str, dtype: ir.DataType) -> list[str]:

@@ -115,12 +115,14 @@ def dequantised(node: ir.Node, dtype: type[np.floating] = np.float32) -> np.ndar
     """The weight that a product multiplies by, [in, out]; exact in float64, in float32 as a runtime computes it. None
     where the node is no product with a stored 2-D weight in a known form.
 
-    Known are MatMul, Gemm (of a first input that is not transposed; its alpha is part of the weight) and
-    `com.microsoft.MatMulNBits` of 2, 4 or 8 bits without `g_idx`. The weight of the former two may come through
-    DequantizeLinear (for a tensor, an axis, or in blocks), Transpose and Cast.
+    Known are MatMul, Gemm (of a first input that is not transposed; its alpha is part of the weight),
+    `com.microsoft.MatMulNBits` of 2, 4 or 8 bits without `g_idx`, and `com.microsoft.MatMulBnb4`. The weight of the
+    former two may come through DequantizeLinear (for a tensor, an axis, or in blocks), Transpose and Cast.
     """
     if is_quantised(node):
         return _of_blocks(node, dtype)
+    if (node.domain, node.op_type) == (DOMAIN, "MatMulBnb4"):
+        return _of_bnb4(node, dtype)
     is_turned = node.attributes.get_int("transA", 0) != 0
     if node.domain != "" or node.op_type not in ("MatMul", "Gemm") or is_turned:
         return None
@@ -149,6 +151,31 @@ def _of_blocks(node: ir.Node, dtype: type[np.floating]) -> np.ndarray | None:
         scales.reshape(scheme.scales_shape(inputs, outputs)),
     )
     return Codes(codes, scales, zeros).dequantised(inputs, scheme.bits, dtype)
+
+
+# What bitsandbytes' codes of 4 bits stand for, times a block's largest size: FP4, whose fourth bit is a sign, and NF4.
+_FP4 = (0.0, 0.00520833333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_BNB4 = {0: (*_FP4, *(-number for number in _FP4)), 1: _NF4}
+
+
+def _of_bnb4(node: ir.Node, dtype: type[np.floating]) -> np.ndarray | None:
+    """Blocks of the flattened weight [out, in], two codes a byte, the first in the upper half."""
+    codes, sizes = (_constant(value, dtype) for value in node.inputs[1:3])
+    table = _BNB4.get(node.attributes.get_int("quant_type", 1))
+    if codes is None or sizes is None or table is None or not node.attributes.get_int("transB", 1):
+        return None
+    inputs, outputs, block = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
+    packed = codes.reshape(-1).view(np.uint8)
+    numbers = np.array(table, np.float32).astype(dtype)[np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)]
+    scales = np.repeat(sizes.reshape(-1).astype(dtype), block)
+    count = inputs * outputs
+    return (numbers[:count] * scales[:count]).reshape(outputs, inputs).T
 
 
 def _constant(value: ir.Value | None, dtype: type[np.floating]) -> np.ndarray | None:

@@ -21,7 +21,7 @@ from teamlora_export.adapter.check import LinearShape
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.attach.exact import DequantizeProducts
 from teamlora_export.attach.insert import detach
-from teamlora_export.attach.interface import WINDOW_CACHE
+from teamlora_export.attach.interface import grow_window_caches
 from teamlora_export.attach.match import Found, find_modules
 from teamlora_export.attach.names import is_outside
 from teamlora_export.attach.products import Product, find_products, has_codes, readers_of, release
@@ -65,7 +65,7 @@ def judge_attached(
     departures = [*graph.departures(), *_wiring(graph.written)]
     with reporter.step(f"Comparing {len(recipes)} weights with the adapter"):
         live = live_values(graph.written)
-        departures += judge_weights(graph.written, recipes, NoBase(), adapter, live, manifest.dtype)
+        departures += judge_weights(graph.written, recipes, NoBase(), adapter, live, manifest)
     dtypes = (torch.float64, getattr(torch, DTYPES[manifest.dtype].torch))
     multiple = MULTIPLE_OF_CODES if has_codes(graph.written.graph) else MULTIPLE
     results: list[CaseResult] = []
@@ -114,9 +114,8 @@ class AttachedRunner(OnnxRunner):
     Sigmoid, which errs seven times as much as PyTorch's in float32, and is written out."""
 
     def prepare(self, model: ir.Model) -> bool:
-        # A cache of a window is seen as one that grows, whose tokens beyond the window are hidden.
-        windows = [node for node in model.graph if node.attributes.pop(WINDOW_CACHE, None) is not None]
-        changed = super().prepare(model) or bool(windows)
+        grown = grow_window_caches(model)
+        changed = super().prepare(model) or grown
         if self._as_deployed:
             return changed
         changed = bool(DequantizeProducts()(model).modified) or changed

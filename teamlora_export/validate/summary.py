@@ -32,4 +32,10 @@ def summary(verdict: Verdict) -> Validation:
 def _quality_summary(quality: Quality) -> QualitySummary:
     models = {"adapted": quality.adapted, "quantised": quality.quantised, "without experts": quality.base}
     figures = {name: dataclasses.asdict(measured) for name, measured in models.items()}
-    return {"passed": quality.passed, "figures": figures}
+    summary: QualitySummary = {"passed": quality.passed, "figures": figures}
+    if quality.scores:
+        summary["scores"] = {
+            f"{s.task}, {s.metric}": {"adapted": s.adapted, "quantised": s.quantised, "without experts": s.base}
+            for s in quality.scores
+        }
+    return summary

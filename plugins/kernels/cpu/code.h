@@ -25,7 +25,7 @@ struct Job {
     const float* present = nullptr;
 };
 
-// One instruction set's code for one T. `tokens` tokens from `first` on.
+// One instruction set's code for one T and one type of weights. `tokens` tokens from `first` on.
 struct Steps {
     // z = x downT over the columns [from, to) of x. `wide` holds tokens x kDepthBlock floats where T has 16 bits.
     void (*down)(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t to, float* wide, float* z);
@@ -49,7 +49,8 @@ struct Code {
     const char* name;
     // Floats of a vector; of a full tile, the rows (tokens) and the columns (a panel's width).
     int64_t lanes, tile_rows, panel_width;
-    Steps steps[3];  // by DataType
+    Steps steps[3];   // by DataType, of T and of the weights
+    Steps narrow[3];  // by DataType of the weights, where T is float32
     const SlotSteps* slots;
 };
 
