@@ -36,7 +36,12 @@ def get_perf_analyzer() -> Path:
             # The server's package brings it, under a name of its own.
             shutil.copyfile(next((get_triton_server() / "server").glob("*.libs/libb64-*")), made / _BASE64)
             (made / _PROGRAM).chmod(0o755)
-            os.replace(made, kept)
+            try:
+                os.replace(made, kept)
+            except OSError:
+                # Another process may have made it meanwhile.
+                if not kept.is_dir():
+                    raise
     return kept / _PROGRAM
 
 

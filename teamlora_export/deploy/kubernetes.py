@@ -29,6 +29,7 @@ from teamlora_export import __version__
 from teamlora_export.bundle import Bundle, Port, Sha256, refuse_shelf, window_of
 from teamlora_export.deploy.folder import DEPLOY_NAME, Description, our_files
 from teamlora_export.deploy.render import render
+from teamlora_export.deploy.slots import MOST_PADDING
 from teamlora_export.deploy.triton import REPOSITORY, default_name, deploy_triton
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
@@ -298,7 +299,8 @@ def _row_bytes(port: Port) -> int:
 
 def _rows(port: Port, tokens: int, continuous: bool) -> int:
     window = window_of(port.shape[2]) if continuous else None
-    return tokens if window is None else min(tokens, window - 1 + _PART)
+    longest = tokens + (MOST_PADDING if continuous else 0)
+    return longest if window is None else min(longest, window - 1 + _PART)
 
 
 def _replicas(text: str) -> tuple[int, int]:

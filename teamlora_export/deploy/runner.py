@@ -125,7 +125,8 @@ class Model:
         named = self.require_adapters(len(prompts), adapters)
         longest = max(map(len, prompts))
         slots = open_slots(self._session, min(len(prompts), MOST_SLOTS), _PART, longest + count)
-        scheduler = Scheduler(slots, waiting=len(prompts), reading=len(prompts) * longest)
+        # All of them in one turn.
+        scheduler = Scheduler(slots, waiting=len(prompts), reading=len(prompts) * (longest + _PART))
         return scheduler, [
             scheduler.submit(prompt, count, sampling, stops=stops, adapter=adapter)
             for prompt, adapter in zip(prompts, named, strict=True)
@@ -268,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--stop", action="append", default=[], help="end an answer before this string; again for more")
     parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="the model's folder")
     library_help = f"a native library with the op; default: {_LIBRARY_NAME} beside this program, if it is there"
-    parser.add_argument("--library", type=Path, default=_library_beside(), help=library_help)
+    parser.add_argument("--library", type=Path, help=library_help)
     parser.add_argument("--threads", type=_number, default=0, help="of ONNX Runtime; 0: every core")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, or cuda:1 and so on, with onnxruntime-gpu")
     parser.add_argument("--no-check", action="store_true", help="do not compare the files with their hashes")
@@ -294,14 +295,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(f"{error.filename or 'The output'}: {error.strerror or error}.")
 
 
-def _library_beside() -> Path | None:
+def _library_beside(device: str = "cpu") -> Path | None:
     """What was deployed with this program. A model's folder is never searched for code."""
     path = Path(__file__).parent / _LIBRARY_NAME
-    return path if path.is_file() else None
+    return path if path.is_file() and device == "cpu" else None
 
 
 def _answer(given: argparse.Namespace) -> None:
-    model = Model(given.model, given.library, not given.no_check, given.threads, given.device)
+    model = Model(
+        given.model, given.library or _library_beside(given.device), not given.no_check, given.threads, given.device
+    )
     drawn = Sampling(given.temperature, given.top_k, given.top_p, given.repetition_penalty, seed=given.seed)
     if given.ids and model.generates:
         found = model.generate([given.ids], given.tokens, sampling=drawn, adapters=given.adapter or None)

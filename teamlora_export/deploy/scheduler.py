@@ -31,19 +31,19 @@ if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import Shelved
     from teamlora_export.deploy.sampling import GREEDY, Sampler, Sampling, log_probability
     from teamlora_export.deploy.session import ModelError, brief
-    from teamlora_export.deploy.slots import MOST_PADDING, Slots
+    from teamlora_export.deploy.slots import Slots
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import Shelved
     from sampling import GREEDY, Sampler, Sampling, log_probability
     from session import ModelError, brief
-    from slots import MOST_PADDING, Slots
+    from slots import Slots
 
 
 # Tokens whose computation takes about as long as a call takes beside its tokens, for reading all weights.
 _CALL = 16
 # Seconds that requests which find nothing at work wait for the next: those that come at one moment share a call.
-_MOMENT = 0.003
+_MOMENT, _MOMENTS = 0.003, 8
 # Seconds after which it is asked again whether there is room for an adapter.
 _AGAIN = 0.001
 
@@ -167,6 +167,8 @@ class Scheduler:
         self._writing: list[_Request] = []
         self._changed = threading.Condition()
         self._closing = False
+        # Why no row can be cleared any more.
+        self._broken = ""
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Scheduler:
@@ -217,8 +219,8 @@ class Scheduler:
         request = _Request(prompt, count, stops, sampler, log_probabilities, deadline, abandoned)
         request.adapter = self._model.find_adapter(adapter)
         with self._changed:
-            if self._closing:
-                raise Overloaded("The server is closing.")
+            if self._closing or self._broken:
+                raise Overloaded(self._broken or "The server is closing.")
             # Some of those that wait may have rows already at the next turn.
             beyond = len(self._waiting) + len(self._reading) + len(self._writing) - self._model.slots
             if beyond >= self._most_waiting:
@@ -254,8 +256,8 @@ class Scheduler:
     def _wait_for_first(self) -> None:
         """Until there are requests, as many as come at one moment. Called with the lock."""
         self._changed.wait_for(lambda: self._closing or self.busy)
-        come = 0
-        while not self._closing and come < len(self._waiting) < self._model.slots:
+        come, until = 0, time.monotonic() + _MOMENTS * _MOMENT
+        while not self._closing and come < len(self._waiting) < self._model.slots and time.monotonic() < until:
             come = len(self._waiting)
             self._changed.wait(_MOMENT)
 
@@ -307,33 +309,35 @@ class Scheduler:
         budget = self._most_read
         # Others may have come meanwhile.
         while budget > 0 and self._admit():
-            most = min(budget, self._model.part)
-            if len(self._reading[0].unread) <= most:
+            most, count = min(budget, self._model.part), len(self._reading[0].unread)
+            if count <= most:
                 together = self._sharing(most)
-                budget -= sum(len(request.unread) for request in together)
+                budget -= max(len(request.unread) for request in together) * len(together)
                 for request in together:
                     self._reading.remove(request)
                     self._begin_to_write(request)
                 self._read_together(together)
+            elif count <= self._model.part and budget < self._most_read:
+                # The next turn reads it whole, with others.
+                return
             else:
                 budget -= most
                 self._read_part(self._reading[0], most)
+            budget -= _CALL
 
     def _sharing(self, most: int) -> list[_Request]:
         """The prompt whose turn it is, and those that share its call, of `most` tokens with padding: each whose padding
         costs less than a call of its own."""
         first, *others = self._reading
-        together, allowed = [first], MOST_PADDING if self._model.settings.padded else 0
+        together, shortest, longest = [first], len(first.unread), len(first.unread)
         for request in others if self._begins(first) else ():
-            counts = [len(each.unread) for each in together]
-            counts_with = [*counts, len(request.unread)]
-            tokens, tokens_with = (max(each) * len(each) for each in (counts, counts_with))
-            if (
-                self._begins(request)
-                and max(counts_with) - min(counts_with) <= allowed
-                and tokens_with <= min(most, tokens + len(request.unread) + _CALL)
-            ):
+            count = len(request.unread)
+            least, longer = min(shortest, count), max(longest, count)
+            tokens = longer * (len(together) + 1)
+            allowed = longer - least <= self._model.padding and tokens <= longest * len(together) + count + _CALL
+            if self._begins(request) and allowed and tokens <= most:
                 together.append(request)
+                shortest, longest = least, longer
         return together
 
     def _begins(self, request: _Request) -> bool:
@@ -400,22 +404,28 @@ class Scheduler:
 
     def _retire(self, request: _Request, how: str | Exception) -> None:
         """Its row is cleared; the last of those that are being written moves into it."""
-        self._model.clear(request.row)
-        if request in self._reading:
-            self._reading.remove(request)
-        else:
-            last = self._writing.pop()
-            if last is not request:
-                self._model.swap(request.row, last.row)
-                self._writing[request.row], last.row = last, request.row
-        request.answer.end(how)
+        try:
+            self._model.clear(request.row)
+            if request in self._reading:
+                self._reading.remove(request)
+            else:
+                last = self._writing.pop()
+                if last is not request:
+                    self._model.swap(request.row, last.row)
+                    self._writing[request.row], last.row = last, request.row
+        finally:
+            request.answer.end(how)
 
     def _end_all(self, how: Exception) -> None:
         with self._changed:
             requests = [*self._writing, *self._reading, *self._waiting]
             for held in (self._writing, self._reading, self._waiting):
                 held.clear()
-        for row in range(self._model.slots):
-            self._model.clear(row)
         for request in requests:
             request.answer.end(how)
+        try:
+            for row in range(self._model.slots):
+                self._model.clear(row)
+        except Exception as error:
+            # As on a GPU that has failed: what a row holds would reach the next text.
+            self._broken = f"The model cannot be run any more ({brief(error)}). Load it again."

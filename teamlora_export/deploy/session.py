@@ -40,6 +40,7 @@ _OPENED = (
 _LARGEST_TEXT = 512 << 20
 _MOST_THREADS = 1024
 _CUDA = "CUDAExecutionProvider"
+_CPU_LIBRARY = "libteamlora_onnxruntime.so"
 _MOST_SLOTS = 4096
 _SPIN_MICROSECONDS = "20"
 # The names of the axis that holds the tokens of a cache in place, and of one whose layer sees so many tokens only.
@@ -76,6 +77,11 @@ class Session:
         import onnxruntime as ort
 
         self.device = _device(device)
+        if library is not None and self.device[0] != "cpu" and Path(library).name == _CPU_LIBRARY:
+            raise ModelError(
+                f"{library}: has the op for a CPU, and --device {device} is a GPU. Build the other one: "
+                "teamlora-export plugins build --onnxruntime --cuda"
+            )
         if not 0 <= threads <= _MOST_THREADS:
             raise ModelError(f"{threads} threads: give 0 to {_MOST_THREADS}.")
         self.folder = Path(folder)
@@ -102,7 +108,7 @@ class Session:
             raise ModelError(f"{library}: cannot be loaded as a library of ops ({brief(error)}).") from None
         providers: list[Any] = ["CPUExecutionProvider"]
         if self.device[0] != "cpu":
-            providers.insert(0, (_CUDA, {"device_id": self.device[1]}))
+            providers.insert(0, (_CUDA, {"device_id": self.device[1], "use_tf32": 0}))
         try:
             self.onnx = ort.InferenceSession(self.folder / "model.onnx", options, providers)
         except Exception as error:
@@ -197,8 +203,12 @@ def _device(name: str) -> tuple[str, int]:
         raise ModelError(f"--device {name!r:.40}: give cpu, cuda, or cuda:1 and so on.")
     if found[1] == "cuda" and _CUDA not in ort.get_available_providers():
         raise ModelError(
-            f"--device {name}: ONNX Runtime {ort.__version__} here is for CPUs. Install onnxruntime-gpu in its place."
+            f"--device {name}: ONNX Runtime {ort.__version__} here is for CPUs. Install onnxruntime-gpu[cuda,cudnn] in "
+            "its place."
         )
+    if found[1] == "cuda" and hasattr(ort, "preload_dlls"):
+        # CUDA from packages, which the loader does not find by itself.
+        ort.preload_dlls()
     return found[1], int(found[2] or 0)
 
 

@@ -2,7 +2,7 @@
 
 `open_slots` gives the one that fits the model: `InPlaceSlots` where the model writes into buffers that it is given
 (`DeviceSlots` where they are a GPU's), `GrowingSlots` where it gives back the past and what is new, as one. What a row
-reads is the same, whoever shares its calls.
+reads is the same, whoever shares its calls, but for rounding.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ _LEAST_CAPACITY = 256
 MOST_SLOTS = 1024
 # Tokens of padding in front of a text, at most.
 MOST_PADDING = 16
+_MOST_BINDINGS = 64
+# A GPU's fast kernels want rows of keys in such numbers.
+_ALIGNED = 16
 # The mark of a row that went elsewhere.
 _GONE = -1
 
@@ -39,6 +42,7 @@ class Slots(ABC):
 
     Attributes:
         lengths: tokens that each row holds.
+        padding: tokens that may be in front of a text in a call, at most.
     """
 
     def __init__(self, session: Session, slots: int, part: int, most: int | None) -> None:
@@ -52,6 +56,7 @@ class Slots(ABC):
         if most is not None:
             self.settings = replace(self.settings, most=min(most, self.settings.most or most))
         self.lengths = [0] * slots
+        self.padding = MOST_PADDING if self.settings.padded else 0
         self._session = session
         # Where the model has each row's adapter.
         self._adapters = [NO_ADAPTER] * slots
@@ -104,25 +109,39 @@ class Slots(ABC):
         """Read more tokens of each text into the rows from `row` on; the logits of the last, float32 [texts,
         vocabulary].
 
-        Texts that begin may have fewer tokens than others, by `MOST_PADDING` at most, where the model takes padding.
-        Where it fails, the same call may be made again.
+        Texts that begin may have fewer tokens than others, by `padding` at most. Where it fails, the same call may be
+        made again.
         """
         rows, counts = range(row, row + len(ids)), [len(some) for some in ids]
         longest = max(counts)
         if longest > self.part:
             raise ModelError(f"{longest} tokens in one call: give parts of {self.part}.")
-        given = np.full((len(ids), longest), self.settings.padding, np.int64)
+        given = np.empty((len(ids), longest), np.int64)
         for into, some, each in zip(given, ids, rows, strict=True):
             padding = longest - len(some)
-            if padding > MOST_PADDING or (padding and (self.lengths[each] or not self.settings.padded)):
+            if padding and (padding > self.padding or self.lengths[each]):
                 raise ModelError(
                     f"{len(some)} tokens of a text beside {longest} of another's: this one takes no padding."
                 )
-            into[padding:] = some
-        logits = self._run(rows, given, np.array(counts))
+            # A text's own first token in front of it: another may be what makes numbers that are none.
+            into[:padding], into[padding:] = some[0], some
+        logits = self._run(rows, given, np.array(counts))[:, -1].astype(np.float32, copy=False)
+        for index, some in enumerate(ids):
+            if len(some) < longest and not np.isfinite(logits[index].max()):
+                logits[index] = self._read_alone(rows[index], some)
         for each, count in zip(rows, counts, strict=True):
             self.lengths[each] += count
-        return logits[:, -1].astype(np.float32, copy=False)
+        return logits
+
+    def _read_alone(self, row: int, ids: Sequence[int]) -> np.ndarray:
+        """A text that began behind padding and gave no number: some models make none of a token that sees nothing."""
+        adapter, self._adapters[row] = self._adapters[row], NO_ADAPTER
+        self.clear(row)
+        self._adapters[row] = adapter
+        alone = self._run(range(row, row + 1), np.array([ids], np.int64), np.array([len(ids)]))[0, -1]
+        if np.isfinite(alone.max()):
+            self.padding = 0
+        return alone.astype(np.float32, copy=False)
 
     def swap(self, one: int, other: int) -> None:
         """Two texts exchange their rows."""
@@ -213,10 +232,11 @@ class InPlaceSlots(Slots):
             binding.bind_cpu_input(name, value)
         adapters = self._adapters_of(rows)
         _bind_inputs(binding, adapters)
-        # Its size is the call's. It is the first of the outputs, since it was bound first.
-        binding.bind_output("logits")
         self._session.onnx.run_with_iobinding(binding)
-        return binding.get_outputs()[0].numpy()
+        # The first of the outputs, since it was bound first. Bound anew, it is not kept until the next call.
+        logits = binding.get_outputs()[0].numpy()
+        binding.bind_output("logits")
+        return logits
 
     def _ends(self) -> list[int]:
         """One past the last place of each row's text."""
@@ -225,7 +245,7 @@ class InPlaceSlots(Slots):
     def _fit(self, needed: int) -> None:
         """Make the buffers long enough, and not much longer: a step's time grows with them."""
         if needed > self.capacity:
-            most = max(needed, self.settings.most or needed)
+            most = max(needed, (self.settings.most or needed) + MOST_PADDING)
             self._resize(min(max(needed, self.capacity * 5 // 4, _LEAST_CAPACITY), most))
         elif self.capacity > max(4 * needed, _LEAST_CAPACITY):
             self._resize(max(2 * needed, _LEAST_CAPACITY))
@@ -254,6 +274,8 @@ class InPlaceSlots(Slots):
     def _bound(self, start: int, stop: int) -> Any:
         """The rows of each buffer at both of its ends."""
         if (start, stop) not in self._bindings:
+            if len(self._bindings) >= _MOST_BINDINGS:
+                self._bindings.clear()
             binding = self._session.onnx.io_binding()
             binding.bind_output("logits")
             for cache in self._session.caches:
@@ -283,7 +305,8 @@ class DeviceSlots(InPlaceSlots):
         super().__init__(session, slots, part, most)
         if self.settings.most is None:
             raise ModelError(f"{session.folder}: takes texts of any length. Say how long they are at most (capacity).")
-        self.capacity = self.settings.most + MOST_PADDING + 1
+        _require_memory(session)
+        self.capacity = _aligned(self.settings.most + MOST_PADDING + 1)
         shapes = {cache.name: self._shape(cache, self.capacity) for cache in session.caches}
         try:
             self._values = {
@@ -326,24 +349,44 @@ class DeviceSlots(InPlaceSlots):
         begins, lengths = self._with(rows, longest, counts)
         places = [self._places[row] for row in rows]
         # As the buffers' rows lie; those that this is not for get another token, in the place of their next.
-        all_ids = np.full((self.slots, longest), self.settings.padding, np.int64)
+        all_ids = np.full((self.slots, longest), ids[0, -1], np.int64)
         all_begins, all_lengths = np.zeros(self.slots, np.int64), np.zeros(self.slots, np.int64)
         all_begins[self._places], all_lengths[self._places] = self._begins, np.array(self.lengths) + longest
         all_ids[places], all_begins[places], all_lengths[places] = ids, begins, lengths
-        self._spoilt.update(places)
         found: dict[int, np.ndarray] = {}
         for some in [range(min(places), max(places) + 1)] if longest == 1 else _neighbours(places):
-            part = slice(some.start, some.stop)
+            part, before = slice(some.start, some.stop), set(self._spoilt)
+            self._spoilt.update(some)
             logits = self._call(some, all_ids[part], all_begins[part], all_lengths[part])
+            whole = {place for place, row in zip(some, logits, strict=True) if np.isfinite(row[-1].max())}
+            self._spoilt -= whole - before
             found.update(zip(some, logits, strict=True))
-        given = np.stack([found[place] for place in places])
-        whole = np.isfinite(given[:, -1].max(-1))
-        self._spoilt.difference_update(place for place, is_whole in zip(places, whole, strict=True) if is_whole)
         self._begins[rows.start : rows.stop] = begins.tolist()
-        return given
+        return np.stack([found[place] for place in places])
+
+    def _shape(self, cache: Any, capacity: int) -> tuple[int, ...]:
+        slots, heads, places, size = super()._shape(cache, capacity)
+        return slots, heads, _aligned(places), size
 
     def _memory(self, name: str) -> tuple[int, Sequence[int]]:
         return self._values[name].data_ptr(), self._values[name].shape()
+
+
+def _aligned(places: int) -> int:
+    return -(-places // _ALIGNED) * _ALIGNED
+
+
+def _require_memory(session: Session) -> None:
+    """Refuse a model that ONNX Runtime reads elsewhere than on the device: what is bound once would be copied once."""
+    kind, number = session.device
+    named = {"cpu": "Cpu", "cuda": "Cuda"}[kind]
+    places = zip(session.onnx.get_inputs(), session.onnx.get_input_memory_infos(), strict=True)
+    for value, memory in places:
+        if value.name.startswith("past_key_values.") and (memory.name, memory.device_id) != (named, number):
+            raise ModelError(
+                f"{session.folder}: ONNX Runtime's provider for {kind} leaves {value.name} to the CPU. Use a newer "
+                "one, or a model with a growing cache."
+            )
 
 
 def _bind_inputs(binding: Any, arrays: Mapping[str, np.ndarray]) -> None:

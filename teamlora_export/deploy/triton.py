@@ -66,7 +66,7 @@ def deploy_triton(
             that the model takes.
         batching: of a text generator: "continuous", one model that takes words, writes `batch` texts at a time, and
             lets others wait until there are `sequences`; or "sequence", a step of the model with its cache as Triton's
-            state, and a model that takes words around it. Default: continuous on a CPU, with a cache in place or a
+            state, and a model that takes words around it. Default: continuous, with a cache in place or a
             model that takes no padding; a cache that grows is copied whenever the texts that share a step change.
         threads: of ONNX Runtime on a CPU, for each instance; 0: every core that the machine has.
 

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -140,6 +141,66 @@ def test_requests_that_come_at_one_moment_share_their_first_call(open_slots, mon
     assert calls[0] == 3
 
 
+def test_a_device_that_has_failed_ends_every_request_and_takes_no_more(open_slots):
+    """Its memory can be neither read nor written any more."""
+    model = open_slots(cache="on a device", slots=2)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error 700")
+
+    with Scheduler(model) as running:
+        answer = running.submit([5, 6], 60)
+        next(iter(answer))
+        model._call = fail  # type: ignore[method-assign]
+        model.clear = fail  # type: ignore[method-assign]
+        with pytest.raises(Failed, match="CUDA error 700"):
+            tokens(answer)
+        while not running._broken:
+            time.sleep(0.001)
+        with pytest.raises(Overloaded, match="cannot be run any more"):
+            running.submit([5, 6], 60)
+
+
+@pytest.mark.parametrize("cache", ["in-place", "growing"])
+def test_a_model_that_makes_no_number_of_padding_reads_texts_alone(cache, open_slots):
+    """As one whose mask is minus infinity: what a token sees that sees nothing is no number."""
+    model, prompts = open_slots("mistral", cache, slots=3), [[5, 6, 7], [8], [9, 10]]
+    expected, calls, run = greedy(model, prompts, 6), [], model._run
+
+    def strict(rows: range, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        calls.append(counts.tolist())
+        logits = run(rows, ids, counts)
+        logits[counts < ids.shape[1]] = np.nan
+        return logits
+
+    model._run = strict  # type: ignore[method-assign]
+    for _ in range(2):
+        scheduler = Scheduler(model)
+        answers = [scheduler.submit(prompt, 6) for prompt in prompts]
+        finish(scheduler)
+        assert [tokens(answer) for answer in answers] == expected
+    assert [call for call in calls if call != [1] * len(call)] == [[3, 1, 2], [2], [3], [2]]
+
+
+def test_short_requests_hold_up_no_text_for_long(open_slots):
+    """Each call that reads them counts, however short they are."""
+    model, steps = open_slots(slots=2), []
+    read = model.read
+    model.read = lambda row, ids: steps.append(row) or read(row, ids)  # type: ignore[method-assign]
+    scheduler = Scheduler(model, waiting=200)
+    scheduler.submit([5], 100)
+    for _ in range(150):
+        scheduler.submit([6], 1)
+    scheduler.turn()
+    assert len(steps) <= 256 // 17 + 1
+
+
+def test_what_a_call_gave_is_not_kept_for_the_next(open_slots):
+    model = open_slots(slots=2)
+    model.read(0, [[5, 6]])
+    assert not model._bindings[0, 1].get_outputs()[0].has_value()
+
+
 def test_a_text_that_has_begun_takes_no_padding(open_slots):
     model = open_slots(slots=2)
     model.read(0, [[5, 6, 7]])
@@ -206,7 +267,7 @@ def test_a_device_that_is_not_there_is_refused(make_bundle, monkeypatch):
 def test_a_model_that_takes_no_padding_reads_none(open_slots, monkeypatch):
     """As graphs of others: only rows of one length share a call."""
     model, drawn, masks = open_slots("mistral", "growing", slots=4), random.Random(0), []
-    model.settings = replace(model.settings, padded=False)
+    model.settings, model.padding = replace(model.settings, padded=False), 0
     taken = model._session.taken
     monkeypatch.setattr(model._session, "taken", lambda given: masks.append(given["attention_mask"]) or taken(given))
     prompts = [[drawn.randrange(3, 384) for _ in range(length)] for length in (9, 4, 9, 1, 9, 4, 17)]

@@ -362,7 +362,8 @@ def test_how_texts_are_batched_follows_from_the_model_or_is_refused(make_bundle,
     assert models(4, in_place, gpu=True) == {"m_text"}
     assert "kind: KIND_GPU" in (tmp_path / "4" / "models" / "m_text" / "config.pbtxt").read_text()
     assert (
-        "pip install onnxruntime-gpu" in (told := (tmp_path / "4" / "README.md").read_text()) and "--gpus all" in told
+        'pip install "onnxruntime-gpu[cuda,cudnn]"' in (told := (tmp_path / "4" / "README.md").read_text())
+        and "--gpus all" in told
     )
     assert models(5, growing, batching="continuous") == {"m_text"}
     for number, (message, bundle, options) in enumerate(
