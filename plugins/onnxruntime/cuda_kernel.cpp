@@ -64,6 +64,9 @@ CudaKernel::CudaKernel(const OrtKernelInfo* info, ONNXTensorElementDataType type
     OrtAllocator* allocator = nullptr;
     Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator));
     allocator_.reset(allocator);
+    // The device is asked now: the first call may be one that is captured. It tells its own errors.
+    Tuning tuning;
+    static_cast<void>(tuning_of_device(tuning));
 }
 
 OrtStatusPtr CudaKernel::ComputeV2(OrtKernelContext* context) noexcept {

@@ -148,7 +148,12 @@ int32_t MixedExpertPlugin::enqueue(const PluginTensorDesc* inputDesc, const Plug
     return -1;
 }
 
-nvinfer1::IPluginV3* MixedExpertPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept { return clone(); }
+nvinfer1::IPluginV3* MixedExpertPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
+    // The device is asked now: the first step may be one that is captured. It tells its own errors.
+    Tuning tuning;
+    static_cast<void>(tuning_of_device(tuning));
+    return clone();
+}
 
 const nvinfer1::PluginFieldCollection* MixedExpertPlugin::getFieldsToSerialize() noexcept { return &serialized_; }
 

@@ -60,7 +60,10 @@ def main(arguments: Sequence[str]) -> int:
     print(report.table(check.timings, check.trials))
     fields = report.as_fields(steps, check.description, check.speed, check.tuning, check.timings, check.trials)
     given.json.write_text(report.to_json(fields), encoding="utf-8")
-    steps.say(f"{'FAILED' if steps.failed() else 'All right'}; figures are in {given.json}")
+    left_out = [outcome.name for outcome in steps.outcomes if outcome.state == "left out"]
+    verdict = "FAILED" if steps.failed() else "All right"
+    steps.say(f"{verdict}{', but for what was left out: ' if left_out else ''}{', '.join(left_out)}")
+    steps.say(f"figures are in {given.json}")
     return 1 if steps.failed() else 0
 
 
@@ -124,7 +127,13 @@ class Check:
         assert self._programs is not None
         command = [str(self._programs.sweep), "--seed", str(self._seed)]
         command += ["--small"] if self._dry_run else ["--cases", "300"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=max(self._steps.left(), 1))
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, check=False, timeout=max(self._steps.left(), 1)
+            )
+        except subprocess.TimeoutExpired as reason:
+            # Without it nothing is proved.
+            raise RuntimeError(f"not done after {reason.timeout:.0f} s") from None
         lines = (done.stdout + done.stderr).strip().splitlines() or [f"it ended with code {done.returncode}"]
         if done.returncode != 0:
             raise RuntimeError("\n  ".join(lines))

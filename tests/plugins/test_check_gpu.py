@@ -70,7 +70,7 @@ def test_a_dry_run_makes_every_step_and_ends_well(dry_run):
         *("few_tokens", "overlaps", "few_slices", "blocks_each", "split_width", "column_tiles")
     }
     assert "| tiny gate/up | fp16 | 40 |" in done.stdout
-    assert re.search(r"^\[ +\d+ s\] All right; figures are in", done.stdout, re.MULTILINE)
+    assert re.search(r"^\[ +\d+ s\] All right$", done.stdout, re.MULTILINE)
 
 
 def test_without_a_gpu_or_tools_it_says_what_to_do(monkeypatch, capsys):
@@ -94,7 +94,7 @@ def test_wrong_results_fail_the_run_and_are_named(monkeypatch, tmp_path, capsys)
     assert check_gpu.main(["--dry-run", "--no-engines", "--json", str(tmp_path / "a.json")]) == 1
     printed = capsys.readouterr().out
     assert "build: failed, RuntimeError: c++ fails" in printed
-    assert "FAILED; figures are in" in printed
+    assert "FAILED\n" in printed
     assert [step["name"] for step in json.loads((tmp_path / "a.json").read_text())["steps"]] == ["environment", "build"]
 
 
@@ -127,6 +127,10 @@ def test_rows_that_there_is_no_time_for_are_left_out_and_said(check, monkeypatch
 def test_a_sweep_that_fails_is_shown(check, tmp_path):
     executable(tmp_path / "sweep", "echo FAILED: tokens 3; echo 5 cases, 1 failures; exit 1")
     with pytest.raises(RuntimeError, match="FAILED: tokens 3\n  5 cases, 1 failures"):
+        check._sweep()
+    executable(tmp_path / "sweep", "exec sleep 5")
+    check._steps = Steps(0)
+    with pytest.raises(RuntimeError, match="not done after 1 s"):
         check._sweep()
 
 
