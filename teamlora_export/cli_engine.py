@@ -27,6 +27,10 @@ PluginOption = Annotated[
 ]
 
 
+# A file of that name is given with its folder.
+_AUTO = Path("auto")
+
+
 class _BuildByDefault(typer.core.TyperGroup):
     """`trt BUNDLE` builds; `trt refit` is a command of its own."""
 
@@ -67,7 +71,15 @@ def trt_build(
             help="BATCHxTOKENS at least, best, at most: 1x1,1x256,4x2048. Tokens: prompt and answer together."
         ),
     ] = None,
-    plugin: PluginOption = None,
+    plugin: Annotated[
+        Path | None,
+        typer.Option(
+            parser=given_path,
+            metavar="FILE|auto",
+            help="Plugin library; auto: build with the plugin and without, time both, keep the faster. "
+            "Default: the one built here.",
+        ),
+    ] = None,
     arch: Annotated[
         str | None, typer.Option(help="Compile the plugin for these GPUs: compute capabilities without the dot, 80,89.")
     ] = None,
@@ -99,7 +111,8 @@ def trt_build(
         runtime=runtime,
         shapes=shapes,
         use_plugin=not no_plugin,
-        plugin=plugin,
+        compare=plugin == _AUTO,
+        plugin=None if plugin == _AUTO else plugin,
         architectures=tuple(arch.split(",")) if arch else None,
         capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
         memory_gb=memory,

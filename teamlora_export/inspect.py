@@ -228,6 +228,9 @@ def _engine_rows(facts: EngineFacts) -> Iterable[tuple[str, str]]:
             else "inlined"
         ),
     )
+    if facts.plugin_times is not None:
+        plugin_us, inlined_us = (1e6 * facts.plugin_times[name] for name in ("plugin", "inlined"))
+        yield "a step", f"{plugin_us:,.0f} us with the plugin, {inlined_us:,.0f} us with the op's body"
     yield "adapter", facts.adapter_sha256
     yield "refit", f"{len(facts.refit_weights)} weights of the adapter" if facts.refit_weights else "no"
     yield "weights", "left out" if facts.stripped else "in the engine"

@@ -21,16 +21,17 @@ namespace teamlora {
 __device__ inline void hold(float& value) { asm volatile("" : "+f"(value)); }
 __device__ inline void hold(uint4& raw) { asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w)); }
 
-// In the first of two kernels: the second may begin, as far as its `wait_for_first_kernel`.
-__device__ inline void let_second_kernel_begin() {
+// The kernel behind this one may begin, as far as its `wait_for_kernel_before`.
+__device__ inline void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
 
-// In the second: what the first has written is there from here on. Until then it may not be read, and never by the
-// read-only path, which takes memory for constant from the kernel's start.
-__device__ inline void wait_for_first_kernel() {
+// What the kernel before has written is there from here on, and what those before it have. Until then it may not be
+// read, and never by the read-only path, which takes memory for constant from the kernel's start. Every thread of a
+// kernel that may begin early calls it: so a kernel has ended when the one behind it has.
+__device__ inline void wait_for_kernel_before() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #else
@@ -38,44 +39,12 @@ __device__ inline void wait_for_first_kernel() {
 #endif
 }
 
-// Whether the current device runs code of `kernel` that has these two instructions, and its driver captures such
-// launches in graphs. Code for sm_80 that an sm_90 compiles from PTX has not: the PTX's version counts, not the device.
-template <typename... Parameters>
-bool may_overlap(void (*kernel)(Parameters...)) noexcept {
-#if CUDART_VERSION >= 12030
-    int driver = 0;
-    cudaFuncAttributes attributes{};
-    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= 12030 &&
-           cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.ptxVersion >= 90;
-#else
-    static_cast<void>(kernel);
-    return false;
-#endif
-}
+// Of a call's kernels: the first waits for all that the stream did before; others may begin early where `overlaps`.
+enum class Place { kFirst, kNext, kLast };
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                          cudaStream_t stream, const Arguments&... arguments) noexcept {
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-// The first of two kernels, which calls `let_second_kernel_begin`.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_first(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                         const Arguments&... arguments) noexcept {
-    return launch_kernel(kernel, grid, block, shared_bytes, stream, arguments...);
-}
-
-// The second, of which every thread calls `wait_for_first_kernel`. Where it may not overlap, it begins after the first.
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_second(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                          cudaStream_t stream, const Arguments&... arguments) noexcept {
-    if (!may_overlap(kernel)) return launch_kernel(kernel, grid, block, shared_bytes, stream, arguments...);
+                          cudaStream_t stream, Place place, bool overlaps, const Arguments&... arguments) noexcept {
     cudaLaunchAttribute overlap{};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
@@ -85,8 +54,33 @@ cudaError_t launch_second(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = &overlap;
-    config.numAttrs = 1;
+    config.numAttrs = overlaps && place != Place::kFirst ? 1 : 0;
     return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// What is asked of the current device, once for each.
+struct Device {
+    int multiprocessors;
+    // Whether it runs code of `kernel` that has the two instructions above, and its driver captures such launches in
+    // graphs. Code for sm_80 that an sm_90 compiles from PTX has not: the PTX's version counts, not the device.
+    bool overlaps;
+};
+
+template <typename... Parameters>
+cudaError_t ask_device(int device, void (*kernel)(Parameters...), Device& answer) noexcept {
+    cudaError_t error = cudaDeviceGetAttribute(&answer.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) return error;
+    answer.overlaps = false;
+#if CUDART_VERSION >= 12030
+    int driver = 0;
+    cudaFuncAttributes attributes{};
+    error = cudaDriverGetVersion(&driver);
+    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
+    answer.overlaps = error == cudaSuccess && driver >= 12030 && attributes.ptxVersion >= 90;
+#else
+    static_cast<void>(kernel);
+#endif
+    return error;
 }
 
 }  // namespace teamlora

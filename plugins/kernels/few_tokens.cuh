@@ -4,17 +4,22 @@
 #pragma once
 
 #include "columns.cuh"
-#include "elements.cuh"
+#include "parts.cuh"
 #include "routing.cuh"
 
 namespace teamlora {
 
+// At most; fewer where a slice of `in` has no more packs.
 inline constexpr int kDownThreads = 128;
-inline constexpr int kDownRows = 4;
 inline constexpr int kUpThreads = 256;
 // Threads that lie side by side on a row of `up`; the rest of the block takes other rows.
 inline constexpr int kUpLanes = 8;
 inline constexpr int kUpRowGroups = kUpThreads / kUpLanes;
+// Rows of `up` that a thread holds ahead of their use: a rank of 128 is all in flight while few_down still runs.
+template <int kTokens>
+inline constexpr int kUpAhead = kTokens == 1   ? 4
+                                : kTokens == 4 ? 2
+                                               : 1;
 
 struct FewDownArguments {
     const void* x;
@@ -31,12 +36,12 @@ __device__ inline float sum_of_warp(float value) {
 
 // Grid: groups of kDownRows rows, slices of `in`, tiles of tokens. Each thread holds a pack of every row of its group
 // before it uses the first, so that the loads are in flight together.
-template <typename T, int kTokens, bool kAligned>
+template <typename T, int kTokens, int kDownRows, bool kAligned>
 __global__ void __launch_bounds__(kDownThreads, kAligned ? 4 : 3) few_down(FewDownArguments arguments) {
     constexpr int kWidth = Pack<T>::kWidth, kSums = kDownRows * kTokens;
     TEAMLORA_DYNAMIC_SHARED(sums);  // [warps, kSums]
-    let_second_kernel_begin();
-    const int in = arguments.in;
+    let_next_kernel_begin();
+    const int in = arguments.in, threads = static_cast<int>(blockDim.x);
     const int row0 = blockIdx.x * kDownRows, token0 = blockIdx.z * kTokens;
     const int begin = blockIdx.y * arguments.slice_width;
     const int end = min(begin + arguments.slice_width, in);
@@ -55,7 +60,7 @@ __global__ void __launch_bounds__(kDownThreads, kAligned ? 4 : 3) few_down(FewDo
     }
 
     float z[kDownRows][kTokens] = {};
-    for (int i = begin + threadIdx.x * kWidth; i < end; i += kDownThreads * kWidth) {
+    for (int i = begin + threadIdx.x * kWidth; i < end; i += threads * kWidth) {
         Pack<T> weights[kDownRows];
 #pragma unroll
         for (int r = 0; r < kDownRows; ++r) {
@@ -86,8 +91,7 @@ __global__ void __launch_bounds__(kDownThreads, kAligned ? 4 : 3) few_down(FewDo
     const int token = token0 + threadIdx.x / kDownRows, row = row0 + threadIdx.x % kDownRows;
     if (threadIdx.x < kSums && token < arguments.tokens && row < arguments.rows) {
         float sum = 0.0F;
-#pragma unroll
-        for (int w = 0; w < kDownThreads / 32; ++w) sum += sums[w * kSums + threadIdx.x];
+        for (int w = 0; w < threads / 32; ++w) sum += sums[w * kSums + threadIdx.x];
         const int64_t at = static_cast<int64_t>(blockIdx.y) * arguments.tokens + token;
         arguments.partials[at * arguments.rows + row] = sum;
     }
@@ -108,7 +112,7 @@ struct FewUpArguments {
 template <typename T, int kTokens, bool kAligned>
 __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments) {
     constexpr int kWidth = Pack<T>::kWidth, kColumns = kUpLanes * kWidth, kWarps = kUpThreads / 32;
-    constexpr int kOwn = (kTokens * kColumns + kUpThreads - 1) / kUpThreads;
+    constexpr int kOwn = (kTokens * kColumns + kUpThreads - 1) / kUpThreads, kAhead = kUpAhead<kTokens>;
     TEAMLORA_DYNAMIC_SHARED(shared);
     const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank;
     const int up_rank = k * c, sibling_rows = a + k, thread = threadIdx.x;
@@ -120,7 +124,7 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
     const int token0 = blockIdx.y * kTokens;
     const int64_t out = arguments.out;
 
-    // What does not wait for z is loaded first, while few_down still runs: a row of `up` for each thread, the
+    // What does not wait for z is loaded first, while few_down still runs: rows of `up` for each thread, the
     // interaction, and `base`. Nothing touches them before they are needed.
     const int lane_column = thread % kUpLanes * kWidth, row0 = thread / kUpLanes;
     const int available = tile.width - lane_column;
@@ -136,8 +140,13 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
             return load_elements(source, elements);
         }
     };
-    auto next = load_up(row0);
-    if constexpr (kAligned) hold(next);
+    decltype(load_up(0)) next[kAhead];
+#pragma unroll
+    for (int n = 0; n < kAhead; ++n) next[n] = load_up(row0 + n * kUpRowGroups);
+    if constexpr (kAligned) {
+#pragma unroll
+        for (int n = 0; n < kAhead; ++n) hold(next[n]);
+    }
     const float* global_mix = arguments.mix + tile.sibling * k * k;
     float own_mix = global_mix[min(thread, k * k - 1)];
     hold(own_mix);
@@ -150,17 +159,9 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
             inside ? static_cast<const T*>(arguments.base)[token * out + tile.first + column] : from_float<T>(0.0F);
     }
 
-    wait_for_first_kernel();
-    for (int i = thread; i < kTokens * sibling_rows; i += kUpThreads) {
-        const int token = min(token0 + i / sibling_rows, arguments.tokens - 1), row = i % sibling_rows;
-        const float* partial =
-            arguments.partials + static_cast<int64_t>(token) * arguments.rows + tile.sibling * sibling_rows + row;
-        float sum = 0.0F;
-        for (int s = 0; s < arguments.slices; ++s) {
-            sum += __ldcg(partial + static_cast<int64_t>(s) * arguments.tokens * arguments.rows);
-        }
-        z[i] = rounded<T>(sum);
-    }
+    wait_for_kernel_before();
+    const Parts parts{arguments.partials, arguments.slices, arguments.tokens, arguments.rows};
+    add_up_parts<T>(z, parts, token0, kTokens, tile.sibling * sibling_rows, sibling_rows);
     if (thread < k * k) mix[thread] = own_mix;
 #pragma unroll 1  // more than 16 experts
     for (int i = thread + kUpThreads; i < k * k; i += kUpThreads) mix[i] = __ldg(global_mix + i);
@@ -168,15 +169,21 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
     route(z + a, sibling_rows, kTokens, k, mix, weights);
 
     float delta[kTokens][kWidth] = {};
-    for (int row = row0; row < up_rank; row += kUpRowGroups) {
-        const Pack<T> weight = unpack<T>(next);
-        next = load_up(row + kUpRowGroups);
-        const int expert = row / c, source = arguments.shared_down ? row - expert * c : row;
+#pragma unroll 1
+    for (int first = row0; first < up_rank; first += kAhead * kUpRowGroups) {
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-            const float value = rounded<T>(z[t * sibling_rows + source] * weights[t * k + expert]);
+        for (int n = 0; n < kAhead; ++n) {
+            const int row = first + n * kUpRowGroups;
+            if (row >= up_rank) break;
+            const Pack<T> weight = unpack<T>(next[n]);
+            next[n] = load_up(row + kAhead * kUpRowGroups);
+            const int expert = row / c, source = arguments.shared_down ? row - expert * c : row;
 #pragma unroll
-            for (int j = 0; j < kWidth; ++j) delta[t][j] += value * to_float(weight.values[j]);
+            for (int t = 0; t < kTokens; ++t) {
+                const float value = rounded<T>(z[t * sibling_rows + source] * weights[t * k + expert]);
+#pragma unroll
+                for (int j = 0; j < kWidth; ++j) delta[t][j] += value * to_float(weight.values[j]);
+            }
         }
     }
 

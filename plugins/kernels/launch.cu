@@ -1,3 +1,6 @@
+#include <array>
+#include <atomic>
+
 #include "few_tokens.cuh"
 #include "many_tokens.cuh"
 #include "plan.h"
@@ -26,122 +29,167 @@ Columns columns_of(const MixedExpertShape& shape) noexcept {
 }
 
 template <typename T, int kTokens>
-cudaError_t launch_few(const MixedExpertShape& shape, const MixedExpertTensors& tensors, const FewTokensPlan& plan,
-                       void* workspace, cudaStream_t stream) noexcept {
-    float* partials = static_cast<float*>(workspace);
+auto few_down_of(int rows, bool aligned) noexcept {
+    if constexpr (kTokens == 1) {
+        if (aligned && rows == 1) return few_down<T, kTokens, 1, true>;
+    }
+    return aligned ? few_down<T, kTokens, 4, true> : few_down<T, kTokens, 4, false>;
+}
+
+template <typename T, int kTokens>
+cudaError_t launch_few(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
+                       const FewTokensPlan& plan, void* workspace, cudaStream_t stream) noexcept {
+    float* parts = static_cast<float*>(workspace);
     const int tokens = static_cast<int>(shape.tokens);
     const auto token_tiles = static_cast<unsigned>(ceil_div(tokens, kTokens));
-    const FewDownArguments down{tensors.x, tensors.down, partials, tokens, shape.in, shape.rows(), plan.slice_width};
-    const dim3 down_grid(ceil_div(shape.rows(), kDownRows), plan.slices, token_tiles);
-    const auto down_kernel = aligned_inputs(shape, tensors) ? few_down<T, kTokens, true> : few_down<T, kTokens, false>;
-    constexpr size_t kSumsBytes = sizeof(float) * kDownThreads / 32 * kDownRows * kTokens;
-    const cudaError_t error = launch_first(down_kernel, down_grid, kDownThreads, kSumsBytes, stream, down);
+    const bool aligned = aligned_inputs(shape, tensors);
+    const int down_rows = aligned ? plan.down_rows : 4;
+    const FewDownArguments down{tensors.x, tensors.down, parts, tokens, shape.in, shape.rows(), plan.slice_width};
+    const dim3 down_grid(ceil_div(shape.rows(), down_rows), plan.slices, token_tiles);
+    const size_t sums_bytes = sizeof(float) * plan.down_threads / 32 * down_rows * kTokens;
+    const cudaError_t error = launch_kernel(few_down_of<T, kTokens>(down_rows, aligned), down_grid, plan.down_threads,
+                                            sums_bytes, stream, Place::kFirst, tuning.overlaps, down);
     if (error != cudaSuccess) return error;
 
     const Columns columns = columns_of(shape);
-    const FewUpArguments up{tensors.base,      tensors.mix, tensors.up,        tensors.y,
-                            partials,          tokens,      shape.num_experts, shape.expert_rank,
-                            shape.down_rank(), plan.slices, shape.rows(),      shape.out(),
-                            shape.shared_down, columns};
+    const FewUpArguments up{tensors.base,
+                            tensors.mix,
+                            tensors.up,
+                            tensors.y,
+                            parts,
+                            tokens,
+                            shape.num_experts,
+                            shape.expert_rank,
+                            shape.down_rank(),
+                            plan.slices,
+                            shape.rows(),
+                            shape.out(),
+                            shape.shared_down,
+                            columns};
     const dim3 up_grid(columns.num_tiles(kUpLanes * Pack<T>::kWidth), token_tiles);
     const auto up_kernel = aligned_outputs(shape, tensors) ? few_up<T, kTokens, true> : few_up<T, kTokens, false>;
-    return launch_second(up_kernel, up_grid, kUpThreads, plan.shared_bytes, stream, up);
+    return launch_kernel(up_kernel, up_grid, kUpThreads, plan.shared_bytes, stream, Place::kLast, tuning.overlaps, up);
 }
 
 template <typename T>
-cudaError_t launch_few(const MixedExpertShape& shape, const MixedExpertTensors& tensors, void* workspace,
-                       cudaStream_t stream) noexcept {
-    const FewTokensPlan plan = plan_few_tokens(shape);
+cudaError_t launch_few(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
+                       void* workspace, cudaStream_t stream) noexcept {
+    const FewTokensPlan plan = plan_few_tokens(shape, tuning);
     switch (plan.token_tile) {
         case 1:
-            return launch_few<T, 1>(shape, tensors, plan, workspace, stream);
+            return launch_few<T, 1>(shape, tuning, tensors, plan, workspace, stream);
         case 4:
-            return launch_few<T, 4>(shape, tensors, plan, workspace, stream);
+            return launch_few<T, 4>(shape, tuning, tensors, plan, workspace, stream);
         default:
-            return launch_few<T, 8>(shape, tensors, plan, workspace, stream);
+            return launch_few<T, 8>(shape, tuning, tensors, plan, workspace, stream);
     }
 }
 
-template <typename T, int kTokenTiles, int kColumnTiles>
-cudaError_t launch_down(const ManyDownArguments& arguments, dim3 grid, cudaStream_t stream) noexcept {
-    using Shape = ManyDown<T, kTokenTiles, kColumnTiles>;
-    return launch_kernel(many_down<T, kTokenTiles, kColumnTiles>, grid, Shape::kThreads, Shape::kSharedBytes, stream,
-                         arguments);
+template <typename T, int kColumnTiles>
+cudaError_t launch_down(const ManyDownArguments& arguments, dim3 grid, bool overlaps, cudaStream_t stream) noexcept {
+    using Shape = ManyDown<T, kColumnTiles>;
+    return launch_kernel(many_down<T, kColumnTiles>, grid, Shape::kThreads, Shape::kSharedBytes, stream, Place::kFirst,
+                         overlaps, arguments);
 }
 
-template <typename T, int kTokenTiles>
-cudaError_t launch_down(const ManyDownArguments& arguments, int column_tiles, dim3 grid, cudaStream_t stream) noexcept {
+template <typename T>
+cudaError_t launch_down(const ManyDownArguments& arguments, int column_tiles, dim3 grid, bool overlaps,
+                        cudaStream_t stream) noexcept {
     switch (column_tiles) {
         case 1:
-            return launch_down<T, kTokenTiles, 1>(arguments, grid, stream);
+            return launch_down<T, 1>(arguments, grid, overlaps, stream);
         case 3:
-            return launch_down<T, kTokenTiles, 3>(arguments, grid, stream);
+            return launch_down<T, 3>(arguments, grid, overlaps, stream);
+        case 5:
+            return launch_down<T, 5>(arguments, grid, overlaps, stream);
+        case 7:
+            return launch_down<T, 7>(arguments, grid, overlaps, stream);
         default:
-            return launch_down<T, kTokenTiles, 6>(arguments, grid, stream);
+            return launch_down<T, 9>(arguments, grid, overlaps, stream);
     }
 }
 
 template <typename T>
-cudaError_t launch_many(const MixedExpertShape& shape, const MixedExpertTensors& tensors, void* workspace,
-                        cudaStream_t stream) noexcept {
-    const ManyTokensPlan plan = plan_many_tokens(shape);
-    char* memory = static_cast<char*>(workspace);
-    auto* counters = reinterpret_cast<uint32_t*>(memory + plan.counters_offset);
-    auto* partials = reinterpret_cast<float*>(memory + plan.partials_offset);
+cudaError_t launch_many(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
+                        void* workspace, cudaStream_t stream) noexcept {
+    static_assert(ManyUp<T>::kTokens == kManyTokens && ManyDown<T, 1>::kTokens == kManyTokens);
+    const ManyTokensPlan plan = plan_many_tokens(shape, tuning);
+    auto* parts = static_cast<float*>(workspace);
+    void* values = static_cast<char*>(workspace) + plan.values_offset;
     const int tokens = static_cast<int>(shape.tokens);
-    const dim3 grid(static_cast<unsigned>(plan.token_blocks), shape.num_siblings * plan.chunks, plan.splits);
-    cudaError_t error = plan.splits > 1 ? cudaMemsetAsync(counters, 0, plan.partials_offset, stream) : cudaSuccess;
+    const ManyDownArguments down{tensors.x,       tensors.down,     parts,
+                                 tokens,          shape.in,         shape.rows(),
+                                 plan.row_stride, plan.split_width, aligned_inputs(shape, tensors)};
+    const dim3 down_grid(plan.token_blocks, plan.column_blocks, plan.splits);
+    cudaError_t error = launch_down<T>(down, plan.column_tiles, down_grid, tuning.overlaps, stream);
     if (error != cudaSuccess) return error;
-    const ManyDownArguments down{tensors.x,
-                                 tensors.down,
-                                 tensors.mix,
-                                 memory + plan.values_offset,
-                                 partials,
-                                 counters,
-                                 tokens,
-                                 shape.in,
-                                 shape.num_experts,
-                                 shape.expert_rank,
-                                 shape.down_rank(),
-                                 shape.shared_down,
-                                 aligned_inputs(shape, tensors),
-                                 plan.chunks,
-                                 plan.chunk_columns,
-                                 plan.split_width,
-                                 plan.value_stride};
-    error = plan.token_tile == 64 ? launch_down<T, 4>(down, plan.column_tiles, grid, stream)
-                                  : launch_down<T, 1>(down, plan.column_tiles, grid, stream);
+
+    const ManyRouteArguments middle{{parts, plan.splits, tokens, plan.row_stride},
+                                    tensors.mix,
+                                    values,
+                                    shape.num_experts,
+                                    shape.expert_rank,
+                                    shape.down_rank(),
+                                    plan.value_stride,
+                                    plan.route_tokens,
+                                    shape.shared_down};
+    const dim3 route_grid(ceil_div(tokens, plan.route_tokens), shape.num_siblings);
+    error = launch_kernel(many_route<T>, route_grid, kRouteThreads, plan.route_shared_bytes, stream, Place::kNext,
+                          tuning.overlaps, middle);
     if (error != cudaSuccess) return error;
 
     const Columns columns = columns_of(shape);
-    const ManyUpArguments up{tensors.base, tensors.up,      tensors.y,         memory + plan.values_offset,
-                             tokens,       shape.up_rank(), plan.value_stride, shape.out(),
-                             columns};
-    const dim3 up_grid(ceil_div(tokens, ManyUp<T>::kTokens), columns.num_tiles(ManyUp<T>::kColumns));
+    const ManyUpArguments up{tensors.base,    tensors.up,        tensors.y,   values, tokens,
+                             shape.up_rank(), plan.value_stride, shape.out(), columns};
+    const dim3 up_grid(plan.token_blocks, columns.num_tiles(ManyUp<T>::kColumns));
     const auto up_kernel = aligned_outputs(shape, tensors) ? many_up<T, true> : many_up<T, false>;
-    return launch_kernel(up_kernel, up_grid, ManyUp<T>::kThreads, ManyUp<T>::kSharedBytes, stream, up);
+    return launch_kernel(up_kernel, up_grid, ManyUp<T>::kThreads, ManyUp<T>::kSharedBytes, stream, Place::kLast,
+                         tuning.overlaps, up);
 }
 
 template <typename T>
-cudaError_t launch_typed(const MixedExpertShape& shape, const MixedExpertTensors& tensors, void* workspace,
-                         cudaStream_t stream) noexcept {
-    return shape.tokens <= kFewTokens ? launch_few<T>(shape, tensors, workspace, stream)
-                                      : launch_many<T>(shape, tensors, workspace, stream);
+cudaError_t launch_typed(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
+                         void* workspace, cudaStream_t stream) noexcept {
+    return takes_few(shape, tuning) ? launch_few<T>(shape, tuning, tensors, workspace, stream)
+                                    : launch_many<T>(shape, tuning, tensors, workspace, stream);
 }
+
+// A device's answer in one word that threads may write at once: they write the same. 0: not yet asked.
+constexpr int kMostDevices = 64;
+constexpr uint32_t kAsked = 1U << 31, kOverlaps = 1U << 30;
+std::array<std::atomic<uint32_t>, kMostDevices> answers{};
 
 }  // namespace
 
-cudaError_t launch(const MixedExpertShape& shape, const MixedExpertTensors& tensors, void* workspace,
-                   cudaStream_t stream) noexcept {
+cudaError_t tuning_of_device(Tuning& tuning) noexcept {
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error != cudaSuccess) return error;
+    uint32_t answer = device < kMostDevices ? answers[device].load(std::memory_order_relaxed) : 0;
+    if (answer == 0) {
+        Device asked{};
+        error = ask_device(device, few_up<__half, 1, true>, asked);
+        if (error != cudaSuccess) return error;
+        answer = kAsked | (asked.overlaps ? kOverlaps : 0) | static_cast<uint32_t>(asked.multiprocessors);
+        if (device < kMostDevices) answers[device].store(answer, std::memory_order_relaxed);
+    }
+    tuning = Tuning{};
+    tuning.multiprocessors = static_cast<int32_t>(answer & ~(kAsked | kOverlaps));
+    tuning.overlaps = (answer & kOverlaps) != 0;
+    return cudaSuccess;
+}
+
+cudaError_t launch(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
+                   void* workspace, cudaStream_t stream) noexcept {
     if (unsupported(shape) != nullptr) return cudaErrorInvalidValue;
     if (shape.tokens == 0) return cudaSuccess;
     switch (shape.dtype) {
         case DataType::kFloat32:
-            return launch_typed<float>(shape, tensors, workspace, stream);
+            return launch_typed<float>(shape, tuning, tensors, workspace, stream);
         case DataType::kFloat16:
-            return launch_typed<__half>(shape, tensors, workspace, stream);
+            return launch_typed<__half>(shape, tuning, tensors, workspace, stream);
         case DataType::kBFloat16:
-            return launch_typed<__nv_bfloat16>(shape, tensors, workspace, stream);
+            return launch_typed<__nv_bfloat16>(shape, tuning, tensors, workspace, stream);
     }
     return cudaErrorInvalidValue;
 }

@@ -1,10 +1,11 @@
 // Many tokens (prefill): both products on tensor cores for half and bfloat16.
 //
-// `many_down` makes z for a tile of tokens, routes in its epilogue and writes v, what the second product multiplies:
-// v[token, (e, j)] = w_e u_j, rounded to T. `many_up` multiplies by `up` and adds `base` in its epilogue.
+// `many_down` makes parts of z. `many_route` adds them up, rounds, routes and writes v, what the second product
+// multiplies: v[token, (e, j)] = w_e u_j, rounded to T. `many_up` multiplies by `up` and adds `base` in its epilogue.
 #pragma once
 
 #include "columns.cuh"
+#include "parts.cuh"
 #include "routing.cuh"
 #include "tile.cuh"
 
@@ -16,18 +17,6 @@ inline constexpr int kSharedLimit = 48 * 1024;
 // Blocks that fit beside each other: 512 threads of 128 registers each. Products of floats keep more in registers.
 template <typename T, int kThreads>
 inline constexpr int kBlocks = sizeof(T) == 2 ? 512 / kThreads : 1;
-
-struct ManyDownArguments {
-    const void* x;
-    const void* down;
-    const float* mix;
-    void* values;        // v, T [tokens, siblings, value_stride]
-    float* partials;     // [blocks of the grid's x and y, splits, token tile, columns]
-    uint32_t* counters;  // [blocks of the grid's x and y], zero at the start
-    int tokens, in, num_experts, expert_rank, down_rank;
-    bool shared_down, aligned;
-    int chunks, chunk_columns, split_width, value_stride;
-};
 
 // Copies rows of kStageWidth elements from global to shared memory without waiting. Elements from `limit` on, and rows
 // for which `row_of` is negative, become zeros. `aligned`: packs begin on 16 bytes, and none reaches over `limit`
@@ -76,76 +65,51 @@ __device__ void run_stages(int steps, const Fetch& fetch, const Use& use) {
     __syncthreads();
 }
 
-template <typename T, int kTokenTiles, int kColumnTiles>
+struct ManyDownArguments {
+    const void* x;
+    const void* down;
+    float* parts;  // of z, [splits, tokens, row_stride]
+    int tokens, in, rows, row_stride, split_width;
+    bool aligned;
+};
+
+template <typename T, int kColumnTiles>
 struct ManyDown {
-    static constexpr int kTokens = kTile * kTokenTiles, kColumns = kTile * kColumnTiles;
-    // Warps along the inner dimension, and how many depths of a stage each of them takes.
-    static constexpr int kDepthWarps = kTokenTiles == 1 ? 4 : 2, kDepths = 4 / kDepthWarps;
-    static constexpr int kWarps = kTokenTiles * kDepthWarps, kThreads = 32 * kWarps;
-    static constexpr int kStageWidth = 4 * Tile<T>::kDepth;
+    static constexpr int kTokenTiles = 4, kTokens = kTile * kTokenTiles, kColumns = kTile * kColumnTiles;
+    // Warps along the inner dimension, and how many depths of a stage each of them takes: of wide stages fewer, so that
+    // there are more of them.
+    static constexpr int kDepthWarps = 2, kDepths = kColumnTiles > 3 ? 1 : 2;
+    static constexpr int kThreads = 32 * kTokenTiles * kDepthWarps;
+    static constexpr int kStageWidth = kDepthWarps * kDepths * Tile<T>::kDepth;
     // 16 bytes more than the data, so that rows start in different banks.
     static constexpr int kStride = kStageWidth + Pack<T>::kWidth;
     static constexpr int kStageElements = (kTokens + kColumns) * kStride;
     static constexpr int kStages =
         kSharedLimit / (kStageElements * int(sizeof(T))) > 4 ? 4 : kSharedLimit / (kStageElements * int(sizeof(T)));
     static_assert(kStages >= 2, "a stage is too large");
-    // z of a block, and after it the router's weights.
     static constexpr int kZStride = kColumns + 4;
-    static constexpr int kZElements = kTokens * kZStride;
-    static constexpr size_t kEpilogueBytes = sizeof(float) * (kZElements * (kDepthWarps / 2) + kTokens * kMaxExperts);
-    static constexpr size_t kSharedBytes =
-        kStages * kStageElements * sizeof(T) > kEpilogueBytes ? kStages * kStageElements * sizeof(T) : kEpilogueBytes;
-    static_assert(kSharedBytes <= kSharedLimit, "the epilogue is too large");
+    static constexpr size_t kZBytes = sizeof(float) * kTokens * kZStride;
+    static constexpr size_t kStagesBytes = sizeof(T) * kStages * kStageElements;
+    static constexpr size_t kSharedBytes = kStagesBytes > kZBytes ? kStagesBytes : kZBytes;
+    static_assert(kSharedBytes <= kSharedLimit, "z is too large");
 };
 
-// Whether this block is the last of its `splits`; if so, z becomes the sum over them, in the order of the splits.
-template <typename Shape>
-__device__ bool add_up_splits(float* z, float* partials, uint32_t* counter, int split, int splits) {
-    // Behind z, where the router's weights will be.
-    auto* finished_before = reinterpret_cast<uint32_t*>(z + Shape::kZElements);
-    for (int i = threadIdx.x; i < Shape::kTokens * Shape::kColumns; i += Shape::kThreads) {
-        const int token = i / Shape::kColumns, column = i % Shape::kColumns;
-        partials[split * Shape::kTokens * Shape::kColumns + i] = z[token * Shape::kZStride + column];
-    }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) *finished_before = atomicAdd(counter, 1U);
-    __syncthreads();
-    if (*finished_before + 1 != static_cast<uint32_t>(splits)) return false;
-    __threadfence();
-    for (int i = threadIdx.x; i < Shape::kTokens * Shape::kColumns; i += Shape::kThreads) {
-        const int token = i / Shape::kColumns, column = i % Shape::kColumns;
-        float sum = 0.0F;
-        for (int s = 0; s < splits; ++s) sum += __ldcg(partials + s * Shape::kTokens * Shape::kColumns + i);
-        z[token * Shape::kZStride + column] = sum;
-    }
-    __syncthreads();
-    return true;
-}
-
-// Grid: tiles of tokens, siblings times chunks, splits of `in`.
-template <typename T, int kTokenTiles, int kColumnTiles>
-__global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThreads,
-                                  kBlocks<T, ManyDown<T, kTokenTiles, kColumnTiles>::kThreads>)
+// Grid: tiles of tokens, tiles of rows of `down` (the columns of z, whatever their sibling), splits of `in`.
+template <typename T, int kColumnTiles>
+__global__ void __launch_bounds__(ManyDown<T, kColumnTiles>::kThreads, kBlocks<T, ManyDown<T, kColumnTiles>::kThreads>)
     many_down(ManyDownArguments arguments) {
-    using Shape = ManyDown<T, kTokenTiles, kColumnTiles>;
+    using Shape = ManyDown<T, kColumnTiles>;
     using Product = Tile<T>;
     TEAMLORA_DYNAMIC_SHARED(shared);
+    let_next_kernel_begin();
     T* stages = reinterpret_cast<T*>(shared);
-    const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank;
-    const int sibling = blockIdx.y / arguments.chunks,
-              column0 = blockIdx.y % arguments.chunks * arguments.chunk_columns;
-    const int columns = min(arguments.chunk_columns, a - column0);
     const int64_t token0 = static_cast<int64_t>(blockIdx.x) * Shape::kTokens;
+    const int column0 = blockIdx.y * Shape::kColumns, columns = arguments.rows - column0;
     const int begin = blockIdx.z * arguments.split_width;
     const int end = min(begin + arguments.split_width, arguments.in);
 
     const auto token_of = [&](int row) { return token0 + row < arguments.tokens ? token0 + row : int64_t{-1}; };
-    // Columns of z: this chunk of A, then the router.
-    const auto row_of = [&](int column) -> int64_t {
-        if (column >= columns + k) return -1;
-        return sibling * (a + k) + (column < columns ? column0 + column : a + column - columns);
-    };
+    const auto row_of = [&](int column) { return column < columns ? int64_t{column0} + column : int64_t{-1}; };
     const auto fetch = [&](int step) {
         T* stage = stages + step % Shape::kStages * Shape::kStageElements;
         const int first = begin + step * Shape::kStageWidth;
@@ -156,7 +120,7 @@ __global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThrea
             arguments.aligned, row_of);
     };
 
-    const int warp = threadIdx.x / 32, token_tile = warp % kTokenTiles, depth_warp = warp / kTokenTiles;
+    const int warp = threadIdx.x / 32, token_tile = warp % Shape::kTokenTiles, depth_warp = warp / Shape::kTokenTiles;
     typename Product::Accumulator sums[kColumnTiles];
 #pragma unroll
     for (int n = 0; n < kColumnTiles; ++n) Product::clear(sums[n]);
@@ -177,68 +141,70 @@ __global__ void __launch_bounds__(ManyDown<T, kTokenTiles, kColumnTiles>::kThrea
         }
     });
 
-    // Warps along the inner dimension add their sums up, half of them at a time; z ends up in the first slot.
+    // The two warps of a tile add their sums up in shared memory.
     float* z = shared;
-    const int slot_offset = token_tile * kTile * Shape::kZStride;
+    float* own_z = z + token_tile * kTile * Shape::kZStride;
+    if (depth_warp == 1) {
 #pragma unroll
-    for (int half = Shape::kDepthWarps / 2; half > 0; half /= 2) {
-        if (depth_warp >= half && depth_warp < 2 * half) {
-            float* slot = z + (depth_warp - half) * Shape::kZElements + slot_offset;
-#pragma unroll
-            for (int n = 0; n < kColumnTiles; ++n) Product::store(slot + n * kTile, sums[n], Shape::kZStride);
-        }
-        __syncthreads();
-        if (depth_warp < half) {
-            const float* slot = z + depth_warp * Shape::kZElements + slot_offset;
-#pragma unroll
-            for (int n = 0; n < kColumnTiles; ++n) Product::add(sums[n], slot + n * kTile, Shape::kZStride);
-        }
-        __syncthreads();
-    }
-    if (depth_warp == 0) {
-#pragma unroll
-        for (int n = 0; n < kColumnTiles; ++n) Product::store(z + slot_offset + n * kTile, sums[n], Shape::kZStride);
+        for (int n = 0; n < kColumnTiles; ++n) Product::store(own_z + n * kTile, sums[n], Shape::kZStride);
     }
     __syncthreads();
-
-    if (gridDim.z > 1) {
-        const int64_t block = static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y;
-        float* partials = arguments.partials + block * gridDim.z * Shape::kTokens * Shape::kColumns;
-        if (!add_up_splits<Shape>(z, partials, arguments.counters + block, blockIdx.z, gridDim.z)) return;
-    }
-    if constexpr (sizeof(T) == 2) {
-        for (int i = threadIdx.x; i < Shape::kTokens * Shape::kColumns; i += Shape::kThreads) {
-            float& value = z[i / Shape::kColumns * Shape::kZStride + i % Shape::kColumns];
-            value = rounded<T>(value);
+    if (depth_warp == 0) {
+#pragma unroll
+        for (int n = 0; n < kColumnTiles; ++n) {
+            Product::add(sums[n], own_z + n * kTile, Shape::kZStride);
+            Product::store(own_z + n * kTile, sums[n], Shape::kZStride);
         }
-        __syncthreads();
     }
-    float* weights = z + Shape::kZElements;
-    route(z + columns, Shape::kZStride, Shape::kTokens, k, arguments.mix + sibling * k * k, weights);
+    __syncthreads();
+    // Four sums at a time. Those of rows past the last, which are padding, are zeros.
+    float* parts = arguments.parts + (int64_t{blockIdx.z} * arguments.tokens + token0) * arguments.row_stride + column0;
+    for (int i = threadIdx.x; i < Shape::kTokens * Shape::kColumns / 4; i += Shape::kThreads) {
+        const int token = i / (Shape::kColumns / 4), column = i % (Shape::kColumns / 4) * 4;
+        if (token0 + token >= arguments.tokens) break;
+        if (column0 + column >= arguments.row_stride) continue;
+        const uint4 four = *reinterpret_cast<const uint4*>(z + token * Shape::kZStride + column);
+        __stcg(reinterpret_cast<uint4*>(parts + static_cast<int64_t>(token) * arguments.row_stride + column), four);
+    }
+}
+
+struct ManyRouteArguments {
+    Parts parts;
+    const float* mix;
+    void* values;  // v, T [tokens, siblings, value_stride]
+    int num_experts, expert_rank, down_rank, value_stride, own_tokens;
+    bool shared_down;
+};
+
+inline constexpr int kRouteThreads = 128;
+
+// Grid: groups of `own_tokens` tokens, siblings. Given fewer registers, the compiler waits for each part in turn.
+template <typename T>
+__global__ void __launch_bounds__(kRouteThreads, 8) many_route(ManyRouteArguments arguments) {
+    TEAMLORA_DYNAMIC_SHARED(shared);
+    let_next_kernel_begin();
+    const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank, up_rank = k * c;
+    const int sibling = blockIdx.y, sibling_rows = a + k, own_tokens = arguments.own_tokens;
+    const int token0 = blockIdx.x * own_tokens, stride = arguments.value_stride;
+    float* z = shared;                               // [own_tokens, a + k]
+    float* weights = z + own_tokens * sibling_rows;  // [own_tokens, k]
+    float* mix = weights + own_tokens * k;           // [k, k]
+#pragma unroll 1
+    for (int i = threadIdx.x; i < k * k; i += kRouteThreads) mix[i] = arguments.mix[sibling * k * k + i];
+
+    wait_for_kernel_before();
+    add_up_parts<T>(z, arguments.parts, token0, own_tokens, sibling * sibling_rows, sibling_rows);
+    __syncthreads();
+    route(z + a, sibling_rows, own_tokens, k, mix, weights);
 
     T* values = static_cast<T*>(arguments.values);
-    const int64_t token_stride = static_cast<int64_t>(gridDim.y / arguments.chunks) * arguments.value_stride;
-    for (int i = threadIdx.x; i < Shape::kTokens * columns; i += Shape::kThreads) {
-        const int row = i / columns, column = i % columns;
-        if (token0 + row >= arguments.tokens) break;
-        const float u = z[row * Shape::kZStride + column];
-        const int64_t at = (token0 + row) * token_stride + sibling * arguments.value_stride + column0 + column;
-        if (arguments.shared_down) {
-            for (int expert = 0; expert < k; ++expert) {
-                values[at + expert * c] = from_float<T>(u * weights[row * k + expert]);
-            }
-        } else {
-            values[at] = from_float<T>(u * weights[row * k + (column0 + column) / c]);
-        }
-    }
-    // v is padded to whole packs, which the second product reads.
-    const int up_rank = k * c, padding = arguments.value_stride - up_rank;
-    if (column0 > 0 || padding == 0) return;
-    for (int i = threadIdx.x; i < Shape::kTokens * padding; i += Shape::kThreads) {
-        const int row = i / padding;
-        if (token0 + row >= arguments.tokens) break;
-        values[(token0 + row) * token_stride + sibling * arguments.value_stride + up_rank + i % padding] =
-            from_float<T>(0.0F);
+    for (int i = threadIdx.x; i < own_tokens * stride; i += kRouteThreads) {
+        const int token = i / stride, row = i % stride, expert = min(row / c, k - 1);
+        if (token0 + token >= arguments.parts.tokens) break;
+        const int source = arguments.shared_down ? row - expert * c : row;
+        // v is padded to whole packs, which the second product reads.
+        const float value = row < up_rank ? z[token * sibling_rows + source] * weights[token * k + expert] : 0.0F;
+        values[(static_cast<int64_t>(token0 + token) * gridDim.y + sibling) * stride + row] = from_float<T>(value);
     }
 }
 
@@ -283,18 +249,29 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kTh
     const int64_t token_stride = static_cast<int64_t>(arguments.columns.num_siblings) * arguments.value_stride;
     const T* sibling_values = static_cast<const T*>(arguments.values) + tile.sibling * arguments.value_stride;
     const auto token_of = [&](int row) { return token0 + row < arguments.tokens ? token0 + row : int64_t{-1}; };
-    const auto fetch = [&](int step) {
-        T* stage = stages + step % Shape::kStages * Shape::kStageElements;
+    const auto stage_of = [&](int step) { return stages + step % Shape::kStages * Shape::kStageElements; };
+    const auto fetch_values = [&](int step) {
+        copy_rows<T, Shape::kTokens, Shape::kDepth, Shape::kValueStride, Shape::kThreads>(
+            stage_of(step), sibling_values, token_stride, step * Shape::kDepth, arguments.value_stride, true, token_of);
+    };
+    const auto fetch_weights = [&](int step) {
         const int depth0 = step * Shape::kDepth, up_rank = arguments.up_rank;
         const auto row_of = [&](int row) { return depth0 + row < up_rank ? depth0 + row : int64_t{-1}; };
-        copy_rows<T, Shape::kTokens, Shape::kDepth, Shape::kValueStride, Shape::kThreads>(
-            stage, sibling_values, token_stride, depth0, arguments.value_stride, true, token_of);
         copy_rows<T, Shape::kDepth, Shape::kColumns, Shape::kUpStride, Shape::kThreads>(
-            stage + Shape::kTokens * Shape::kValueStride, static_cast<const T*>(arguments.up), out, tile.first,
+            stage_of(step) + Shape::kTokens * Shape::kValueStride, static_cast<const T*>(arguments.up), out, tile.first,
             tile.first + tile.width, kAligned, row_of);
     };
+    const auto fetch = [&](int step) {
+        fetch_values(step);
+        fetch_weights(step);
+    };
+    // What does not wait for v is under way while the kernels before still run. The first group of copies holds the
+    // weights of all stages that are filled ahead.
     const int steps = (arguments.up_rank + Shape::kDepth - 1) / Shape::kDepth;
-    start_stages<Shape::kStages>(steps, fetch);
+#pragma unroll
+    for (int step = 0; step < Shape::kStages - 1; ++step) {
+        if (step < steps) fetch_weights(step);
+    }
 
     // A thread's own packs of base and y lie below each other. `base` is under way while the product is made: raw
     // words, which nothing touches before the epilogue.
@@ -311,6 +288,8 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kTh
             base[n] = n * kRowStep < own_rows ? load_raw(own_base + n * kRowStep * out) : uint4{};
         }
     }
+    wait_for_kernel_before();
+    start_stages<Shape::kStages>(steps, fetch_values);
 
     const int warp = threadIdx.x / 32, token_tile = warp % 4, column_half = warp / 4;
     typename Product::Accumulator sums[kColumnTiles];

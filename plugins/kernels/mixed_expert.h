@@ -21,6 +21,8 @@ inline constexpr int32_t kMaxSiblings = 4;
 inline constexpr int32_t kMaxExperts = 32;
 // Rows of one sibling's `down` (a + k) and of `up` (k c): what a block of the few-tokens path keeps of one token.
 inline constexpr int32_t kMaxRank = 4096;
+// What a workspace is laid out for: a GPU with more of them is used as if it had these.
+inline constexpr int32_t kMostMultiprocessors = 192, kMostSlices = 16;
 
 // Sizes of one call. `down_rank` is a, `expert_rank` is c: a = k c, or a = c where every expert reads all of u.
 struct MixedExpertShape {
@@ -44,6 +46,20 @@ struct MixedExpertShape {
     }
 };
 
+// What decides beside the sizes how a call is cut into blocks: the GPU, and constants, each of which is an estimate
+// until `scripts/check_gpu` has tried others on it.
+struct Tuning {
+    int32_t multiprocessors = kMostMultiprocessors;
+    bool overlaps = false;  // whether a kernel may begin before the one ahead of it has ended
+    // Up to this many tokens a call is bound by reading weights, and tensor cores would idle.
+    int32_t few_tokens = 32;
+    int32_t few_slices = kMostSlices;  // of `in`, at most
+    // Blocks of the first product of many tokens that a multiprocessor gets at most, where `in` is split for them.
+    int32_t blocks_each = 2;
+    int32_t split_width = 256;  // elements of `in`, at least
+    int32_t column_tiles = 9;   // of 16 columns of z in a block, at most
+};
+
 // Device pointers, dense and row-major. `y` may be `base` itself; nothing else may overlap.
 struct MixedExpertTensors {
     const void* x;     // T [tokens, in]
@@ -57,15 +73,18 @@ struct MixedExpertTensors {
 // Why the kernels cannot take `shape`, or nullptr where they can. Any number of tokens is taken, none too.
 const char* unsupported(const MixedExpertShape& shape) noexcept;
 
-// Bytes of workspace that `launch` needs for exactly these sizes: a pure function of them.
-size_t workspace_bytes(const MixedExpertShape& shape) noexcept;
+// Bytes of workspace that `launch` needs for exactly these sizes: a pure function of its arguments.
+size_t workspace_bytes(const MixedExpertShape& shape, const Tuning& tuning) noexcept;
 
-// The most that any number of tokens from 0 to `shape.tokens` needs.
+// No less than any number of tokens from 0 to `shape.tokens` needs, on any GPU, with its own tuning.
 size_t workspace_bound(const MixedExpertShape& shape) noexcept;
 
+// That of the current device, which is asked once.
+cudaError_t tuning_of_device(Tuning& tuning) noexcept;
+
 // Enqueues the projection. No allocation, no synchronisation, no host read: CUDA graphs capture it.
-// `workspace` is 256-byte aligned and has `workspace_bytes(shape)` bytes; its content does not matter.
-cudaError_t launch(const MixedExpertShape& shape, const MixedExpertTensors& tensors, void* workspace,
-                   cudaStream_t stream) noexcept;
+// `workspace` is 256-byte aligned and has `workspace_bytes(shape, tuning)` bytes; its content does not matter.
+cudaError_t launch(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
+                   void* workspace, cudaStream_t stream) noexcept;
 
 }  // namespace teamlora

@@ -6,12 +6,9 @@ namespace teamlora {
 namespace {
 
 constexpr int32_t kFewThreads = 128;
-constexpr int32_t kMostSlices = 8;
-// What a block may have without asking the driver for more, which would be host work at launch.
+// What a block may have without asking the driver for more.
 constexpr size_t kSharedBytes = 48 * 1024;
-// Blocks that keep the largest chips busy.
-constexpr int64_t kWantedBlocks = 128;
-constexpr int32_t kSplitStep = 256;
+constexpr int32_t kSplitStep = 64;
 constexpr size_t kAlignment = 256;
 
 size_t few_up_shared_bytes(const MixedExpertShape& shape, int32_t token_tile) noexcept {
@@ -19,6 +16,22 @@ size_t few_up_shared_bytes(const MixedExpertShape& shape, int32_t token_tile) no
     const size_t values = static_cast<size_t>(shape.sibling_rows()) + shape.num_experts + 8 * columns;
     const size_t mix = static_cast<size_t>(shape.num_experts) * shape.num_experts;
     return (token_tile * values + mix) * sizeof(float);
+}
+
+size_t route_shared_bytes(const MixedExpertShape& shape, int32_t tokens) noexcept {
+    const size_t values = static_cast<size_t>(shape.sibling_rows()) + shape.num_experts;
+    const size_t mix = static_cast<size_t>(shape.num_experts) * shape.num_experts;
+    return (tokens * values + mix) * sizeof(float);
+}
+
+int32_t multiprocessors(const Tuning& tuning) noexcept {
+    return std::clamp(tuning.multiprocessors, 1, kMostMultiprocessors);
+}
+
+// v, T [tokens, siblings, value_stride]
+size_t values_bytes(const MixedExpertShape& shape) noexcept {
+    const int32_t stride = round_up(shape.up_rank(), pack_width(shape.dtype));
+    return static_cast<size_t>(shape.tokens) * shape.num_siblings * stride * element_size(shape.dtype);
 }
 
 }  // namespace
@@ -37,7 +50,11 @@ const char* unsupported(const MixedExpertShape& shape) noexcept {
     return nullptr;
 }
 
-FewTokensPlan plan_few_tokens(const MixedExpertShape& shape) noexcept {
+bool takes_few(const MixedExpertShape& shape, const Tuning& tuning) noexcept {
+    return shape.tokens <= tuning.few_tokens;
+}
+
+FewTokensPlan plan_few_tokens(const MixedExpertShape& shape, const Tuning& tuning) noexcept {
     FewTokensPlan plan{};
     for (const int32_t tile : {8, 4, 1}) {
         plan.token_tile = tile;
@@ -45,55 +62,70 @@ FewTokensPlan plan_few_tokens(const MixedExpertShape& shape) noexcept {
         if (!wasteful && few_up_shared_bytes(shape, tile) <= kSharedBytes) break;
     }
     plan.shared_bytes = few_up_shared_bytes(shape, plan.token_tile);
-    const int32_t step = kFewThreads * pack_width(shape.dtype);
-    plan.slice_width = round_up(ceil_div(shape.in, std::min(kMostSlices, ceil_div(shape.in, step))), step);
+    const int32_t width = pack_width(shape.dtype), step = kFewThreads * width;
+    const int32_t most_slices = std::clamp(tuning.few_slices, 1, kMostSlices);
+    plan.slice_width = round_up(ceil_div(shape.in, std::min(most_slices, ceil_div(shape.in, step))), step);
     plan.slices = ceil_div(shape.in, plan.slice_width);
+    plan.down_threads = std::min(kFewThreads, round_up(ceil_div(shape.in, width), 32));
+    const bool fills = int64_t{ceil_div(shape.rows(), 4)} * plan.slices >= multiprocessors(tuning);
+    plan.down_rows = plan.token_tile > 1 || fills ? 4 : 1;
     plan.workspace_bytes = sizeof(float) * plan.slices * shape.tokens * shape.rows();
     return plan;
 }
 
-ManyTokensPlan plan_many_tokens(const MixedExpertShape& shape) noexcept {
+ManyTokensPlan plan_many_tokens(const MixedExpertShape& shape, const Tuning& tuning) noexcept {
     ManyTokensPlan plan{};
-    const int32_t k = shape.num_experts, a = shape.down_rank();
-    plan.column_tiles = a + k <= 16 ? 1 : a + k <= 48 ? 3 : 6;
-    plan.chunks = ceil_div(a, 16 * plan.column_tiles - k);
-    plan.chunk_columns = ceil_div(a, plan.chunks);
-    const int64_t column_blocks = static_cast<int64_t>(shape.num_siblings) * plan.chunks;
-    plan.token_tile = ceil_div<int64_t>(shape.tokens, 64) * column_blocks >= kWantedBlocks ? 64 : 16;
-    plan.token_blocks = ceil_div<int64_t>(shape.tokens, plan.token_tile);
-    const int64_t blocks = std::max<int64_t>(plan.token_blocks * column_blocks, 1);
-    const int64_t wanted = std::min<int64_t>(ceil_div(kWantedBlocks, blocks), ceil_div(shape.in, kSplitStep));
-    plan.split_width = round_up(ceil_div(shape.in, static_cast<int32_t>(wanted)), kSplitStep);
+    plan.token_blocks = static_cast<int32_t>(ceil_div<int64_t>(shape.tokens, kManyTokens));
+    const int32_t most_splits = ceil_div(shape.in, std::max(tuning.split_width, kSplitStep));
+    // The widest tiles whose splits give each multiprocessor a block: x is read once for each tile.
+    for (const int32_t tiles : {9, 7, 5, 3}) {
+        if (tiles > std::max(tuning.column_tiles, 3)) continue;
+        plan.column_tiles = tiles;
+        plan.column_blocks = ceil_div(shape.rows(), 16 * tiles);
+        if (int64_t{plan.token_blocks} * plan.column_blocks * most_splits >= multiprocessors(tuning)) break;
+    }
+    // As many of them with the least padding.
+    for (const int32_t tiles : {7, 5, 3, 1}) {
+        if (ceil_div(shape.rows(), 16 * tiles) == plan.column_blocks) {
+            plan.column_tiles = std::min(plan.column_tiles, tiles);
+        }
+    }
+    const int64_t blocks = std::max<int64_t>(int64_t{plan.token_blocks} * plan.column_blocks, 1);
+    const int64_t wanted = int64_t{multiprocessors(tuning)} * std::max(tuning.blocks_each, 1) / blocks;
+    const auto splits = static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, most_splits));
+    plan.split_width = round_up(ceil_div(shape.in, splits), kSplitStep);
     plan.splits = ceil_div(shape.in, plan.split_width);
+    plan.row_stride = round_up(shape.rows(), 4);
     plan.value_stride = round_up(shape.up_rank(), pack_width(shape.dtype));
-
-    const bool split = plan.splits > 1;
-    const size_t counters = split ? blocks * sizeof(uint32_t) : 0;
-    const size_t partials = split ? sizeof(float) * plan.splits * blocks * plan.token_tile * 16 * plan.column_tiles : 0;
-    const size_t values =
-        static_cast<size_t>(shape.tokens) * shape.num_siblings * plan.value_stride * element_size(shape.dtype);
-    plan.counters_offset = 0;
-    plan.partials_offset = round_up(counters, kAlignment);
-    plan.values_offset = plan.partials_offset + round_up(partials, kAlignment);
-    plan.workspace_bytes = plan.values_offset + values;
+    plan.route_tokens = 8;
+    while (plan.route_tokens > 1 && route_shared_bytes(shape, plan.route_tokens) > kSharedBytes) plan.route_tokens /= 2;
+    plan.route_shared_bytes = route_shared_bytes(shape, plan.route_tokens);
+    const size_t parts = sizeof(float) * plan.splits * shape.tokens * plan.row_stride;
+    plan.values_offset = round_up(parts, kAlignment);
+    plan.workspace_bytes = plan.values_offset + values_bytes(shape);
     return plan;
 }
 
-size_t workspace_bytes(const MixedExpertShape& shape) noexcept {
+size_t workspace_bytes(const MixedExpertShape& shape, const Tuning& tuning) noexcept {
     if (shape.tokens == 0) return 0;
-    return shape.tokens <= kFewTokens ? plan_few_tokens(shape).workspace_bytes
-                                      : plan_many_tokens(shape).workspace_bytes;
+    return takes_few(shape, tuning) ? plan_few_tokens(shape, tuning).workspace_bytes
+                                    : plan_many_tokens(shape, tuning).workspace_bytes;
 }
 
 size_t workspace_bound(const MixedExpertShape& shape) noexcept {
-    // Beyond this many tokens nothing is split, and what is needed grows with them.
-    const int64_t unsplit = 64 * kWantedBlocks;
-    MixedExpertShape smaller = shape;
-    size_t most = workspace_bytes(shape);
-    for (smaller.tokens = std::min(shape.tokens, unsplit); smaller.tokens > 0; --smaller.tokens) {
-        most = std::max(most, workspace_bytes(smaller));
-    }
-    return most;
+    if (shape.tokens == 0) return 0;
+    const Tuning most{};
+    // Of decode: its slices depend on `in` alone.
+    MixedExpertShape few = shape;
+    few.tokens = std::min<int64_t>(shape.tokens, most.few_tokens);
+    const size_t decode = plan_few_tokens(few, most).workspace_bytes;
+    // Of prefill: where `in` is split, all blocks together are no more than the largest GPU has room for.
+    const int64_t splits = ceil_div(shape.in, most.split_width);
+    const int64_t column_blocks = ceil_div(shape.rows(), 16 * most.column_tiles);
+    const int64_t split_tokens = int64_t{kMostMultiprocessors} * most.blocks_each * kManyTokens / column_blocks;
+    const int64_t rows = std::max(shape.tokens, std::min(shape.tokens * splits, split_tokens));
+    const size_t parts = sizeof(float) * rows * round_up(shape.rows(), 4);
+    return std::max(decode, round_up(parts, kAlignment) + values_bytes(shape));
 }
 
 }  // namespace teamlora

@@ -1,13 +1,9 @@
-// How one call is cut into blocks, and how its workspace is laid out: pure functions of the sizes, host only.
+// How one call is cut into blocks, and how its workspace is laid out: pure functions, host only.
 #pragma once
 
 #include "mixed_expert.h"
 
 namespace teamlora {
-
-// Up to this many tokens a call is bound by reading weights, and tensor cores would idle. An estimate: it has not yet
-// been tuned on a GPU.
-inline constexpr int64_t kFewTokens = 32;
 
 template <typename Int>
 constexpr Int ceil_div(Int value, Int divisor) noexcept {
@@ -24,28 +20,35 @@ constexpr int32_t pack_width(DataType dtype) noexcept { return 16 / element_size
 
 // Few tokens: z is summed in `slices` parts of `in`, each by blocks of its own; the second kernel adds them up.
 struct FewTokensPlan {
-    int32_t token_tile;  // tokens a block works on at a time: 1, 4 or 8
+    int32_t token_tile;    // tokens a block works on at a time: 1, 4 or 8
+    int32_t down_rows;     // of a block of the first kernel: 4, or 1 for one token where that gives too few blocks
+    int32_t down_threads;  // of such a block: no more warps than a slice has packs for
     int32_t slices;
     int32_t slice_width;
     size_t shared_bytes;     // of the second kernel
-    size_t workspace_bytes;  // partial z, float [slices, tokens, rows]
+    size_t workspace_bytes;  // parts of z, float [slices, tokens, rows]
 };
 
-// Many tokens: a block makes z for `token_tile` tokens and a chunk of one sibling's columns (with the router's), so it
-// can route by itself. Where that gives too few blocks, `splits` blocks share `in`, and the last to finish adds up.
+// Many tokens: a block makes z for 64 tokens and some of its columns, whatever their sibling. Where that gives too few
+// blocks, `splits` of them share `in`. The second kernel adds the parts up, routes, and writes v.
 struct ManyTokensPlan {
-    int32_t token_tile;     // 16 or 64
-    int32_t column_tiles;   // z columns of a block, in sixteens: 1, 3 or 6
-    int32_t chunks;         // blocks along a sibling's columns
-    int32_t chunk_columns;  // columns of A in each
+    int32_t column_tiles;   // z columns of a block, in sixteens: 1, 3, 5, 7 or 9
+    int32_t column_blocks;  // blocks along the columns of z, each of which reads x
     int32_t splits;
     int32_t split_width;
-    int64_t token_blocks;
+    int32_t token_blocks;
+    int32_t row_stride;    // floats of one token's z, padded to 16 bytes
     int32_t value_stride;  // elements of one token's v of one sibling, padded to 16 bytes
-    size_t counters_offset, partials_offset, values_offset, workspace_bytes;
+    int32_t route_tokens;  // of a block of the second kernel
+    size_t route_shared_bytes;
+    size_t values_offset;  // v is behind the parts of z, float [splits, tokens, row_stride]
+    size_t workspace_bytes;
 };
 
-FewTokensPlan plan_few_tokens(const MixedExpertShape& shape) noexcept;
-ManyTokensPlan plan_many_tokens(const MixedExpertShape& shape) noexcept;
+inline constexpr int32_t kManyTokens = 64;
+
+bool takes_few(const MixedExpertShape& shape, const Tuning& tuning) noexcept;
+FewTokensPlan plan_few_tokens(const MixedExpertShape& shape, const Tuning& tuning) noexcept;
+ManyTokensPlan plan_many_tokens(const MixedExpertShape& shape, const Tuning& tuning) noexcept;
 
 }  // namespace teamlora

@@ -67,6 +67,9 @@ CudaKernel::CudaKernel(const OrtKernelInfo* info, ONNXTensorElementDataType type
     OrtAllocator* allocator = nullptr;
     Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator));
     allocator_.reset(allocator);
+    // The device is asked now: the first call may be one that is captured. It tells its own errors.
+    Tuning tuning;
+    static_cast<void>(tuning_of_device(tuning));
 }
 
 OrtStatusPtr CudaKernel::ComputeV2(OrtKernelContext* context) noexcept {
@@ -83,8 +86,12 @@ void CudaKernel::compute(const Ort::KernelContext& context, OrtKernelContext* ra
     const MixedExpertTensors tensors{x.GetTensorRawData(),       base.GetTensorRawData(), down.GetTensorRawData(),
                                      mix.GetTensorData<float>(), up.GetTensorRawData(),   y.GetTensorMutableRawData()};
     void* const stream = context.GetGPUComputeStream();
-    const Scratch workspace(raw, allocator_.get(), workspace_bytes(shape), stream);
-    const cudaError_t error = launch(shape, tensors, workspace.memory(), static_cast<cudaStream_t>(stream));
+    Tuning tuning;
+    cudaError_t error = tuning_of_device(tuning);
+    if (error == cudaSuccess) {
+        const Scratch workspace(raw, allocator_.get(), workspace_bytes(shape, tuning), stream);
+        error = launch(shape, tuning, tensors, workspace.memory(), static_cast<cudaStream_t>(stream));
+    }
     if (error != cudaSuccess) {
         throw Ort::Exception(std::string(kOpDomain) + "::" + kOpName + ": its kernels could not be launched (" +
                                  cudaGetErrorString(error) + ").",

@@ -137,15 +137,23 @@ int32_t MixedExpertPlugin::enqueue(const PluginTensorDesc* inputDesc, const Plug
                                    cudaStream_t stream) noexcept {
     const auto shape = shape_of(inputDesc, outputDesc);
     if (!shape) return -1;
+    if (shape->tokens == 0) return 0;
     const MixedExpertTensors tensors{inputs[kX],  inputs[kBase], inputs[kDown], static_cast<const float*>(inputs[kMix]),
                                      inputs[kUp], outputs[0]};
-    const cudaError_t error = launch(*shape, tensors, workspace, stream);
+    Tuning tuning;
+    cudaError_t error = tuning_of_device(tuning);
+    if (error == cudaSuccess) error = launch(*shape, tuning, tensors, workspace, stream);
     if (error == cudaSuccess) return 0;
     log_error(node_, "its kernels could not be launched: " + std::string(cudaGetErrorString(error)));
     return -1;
 }
 
-nvinfer1::IPluginV3* MixedExpertPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept { return clone(); }
+nvinfer1::IPluginV3* MixedExpertPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
+    // The device is asked now: the first step may be one that is captured. It tells its own errors.
+    Tuning tuning;
+    static_cast<void>(tuning_of_device(tuning));
+    return clone();
+}
 
 const nvinfer1::PluginFieldCollection* MixedExpertPlugin::getFieldsToSerialize() noexcept { return &serialized_; }
 

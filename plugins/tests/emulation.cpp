@@ -8,7 +8,6 @@
 #include <limits>
 #include <memory>
 #include <numeric>
-#include <optional>
 #include <random>
 #include <utility>
 #include <vector>
@@ -130,9 +129,11 @@ std::exception_ptr failure;
 Context scheduler;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_size = 0;
-// The first of two grids while it has not run.
-std::optional<Grid> first_grid;
-bool first_is_waited_for = false;
+// Grids that were launched and have not run, in their order.
+std::vector<Grid> open_grids;
+bool is_waited_for = false;
+// Where grids go instead of being run, if anywhere.
+std::vector<Grid>* recorded = nullptr;
 
 void switch_context(Context& from, Context& to, const void* stack, size_t size) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -238,6 +239,52 @@ void carry_out(const std::vector<Copy>& copies) {
     }
 }
 
+void run_open_grids();
+
+void run_now(const Grid& grid) {
+    running_kernel = &grid.kernel;
+    current_grid = grid.size;
+    current_block_size = grid.block_size;
+    scheduler.started = true;
+    std::vector<std::unique_ptr<Block>> idle, resident;
+    const std::vector<size_t> blocks = order(size_t{grid.size.x} * grid.size.y * grid.size.z);
+    for (size_t next = 0; (next < blocks.size() || !resident.empty()) && !failure;) {
+        std::unique_ptr<Block> block;
+        if (next < blocks.size() && resident.size() < kMostResident) {
+            const size_t index = blocks[next++];
+            if (idle.empty()) idle.push_back(std::make_unique<Block>(grid.block_size, grid.shared_bytes));
+            block = std::move(idle.back());
+            idle.pop_back();
+            block->start(
+                dim3(index % grid.size.x, index / grid.size.x % grid.size.y, index / grid.size.x / grid.size.y));
+        } else {
+            // The last to touch what blocks share goes on first, or the first, or any.
+            const size_t last = resident.size() - 1;
+            const size_t chosen = schedule_seed == 0 ? last : schedule_seed == 1 ? 0 : generator() % resident.size();
+            block = std::move(resident[chosen]);
+            resident.erase(resident.begin() + static_cast<ptrdiff_t>(chosen));
+        }
+        block->run();
+        (block->finished() ? idle : resident).push_back(std::move(block));
+        if (std::exchange(is_waited_for, false)) {
+            run_open_grids();
+            running_kernel = &grid.kernel;
+            current_grid = grid.size;
+            current_block_size = grid.block_size;
+        }
+    }
+    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
+}
+
+// The last to be launched begins first: it finds those ahead of it done only if it waits for them.
+void run_open_grids() {
+    while (!open_grids.empty()) {
+        const Grid grid = std::move(open_grids.back());
+        open_grids.pop_back();
+        run_now(grid);
+    }
+}
+
 }  // namespace
 
 dim3 current_grid, current_block_size;
@@ -245,8 +292,8 @@ dim3 current_grid, current_block_size;
 void set_schedule(uint64_t seed) {
     schedule_seed = seed;
     generator.seed(seed);
-    first_grid.reset();
-    first_is_waited_for = false;
+    open_grids.clear();
+    is_waited_for = false;
 }
 
 const Thread& current() { return running->thread; }
@@ -283,65 +330,38 @@ void wait_copies(int still_open) {
     }
 }
 
-void run_grid(const Grid& grid) {
-    running_kernel = &grid.kernel;
-    current_grid = grid.size;
-    current_block_size = grid.block_size;
-    scheduler.started = true;
-    std::vector<std::unique_ptr<Block>> idle, resident;
-    const std::vector<size_t> blocks = order(size_t{grid.size.x} * grid.size.y * grid.size.z);
-    for (size_t next = 0; (next < blocks.size() || !resident.empty()) && !failure;) {
-        std::unique_ptr<Block> block;
-        if (next < blocks.size() && resident.size() < kMostResident) {
-            const size_t index = blocks[next++];
-            if (idle.empty()) idle.push_back(std::make_unique<Block>(grid.block_size, grid.shared_bytes));
-            block = std::move(idle.back());
-            idle.pop_back();
-            block->start(
-                dim3(index % grid.size.x, index / grid.size.x % grid.size.y, index / grid.size.x / grid.size.y));
-        } else {
-            // The last to touch what blocks share goes on first, or the first, or any.
-            const size_t last = resident.size() - 1;
-            const size_t chosen = schedule_seed == 0 ? last : schedule_seed == 1 ? 0 : generator() % resident.size();
-            block = std::move(resident[chosen]);
-            resident.erase(resident.begin() + static_cast<ptrdiff_t>(chosen));
-        }
-        block->run();
-        (block->finished() ? idle : resident).push_back(std::move(block));
-        if (std::exchange(first_is_waited_for, false)) {
-            run_grid(*std::exchange(first_grid, std::nullopt));
-            running_kernel = &grid.kernel;
-            current_grid = grid.size;
-            current_block_size = grid.block_size;
-        }
+void run_grid(const Grid& grid, bool last) {
+    if (recorded != nullptr) {
+        recorded->push_back(grid);
+        return;
     }
-    if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
-}
-
-void run_first_grid(const Grid& grid) {
-    if (coin()) {
-        first_grid = grid;
-    } else {
-        run_grid(grid);
+    if (!last && coin()) {
+        open_grids.push_back(grid);
+        return;
     }
+    run_now(grid);
+    if (last) run_open_grids();
 }
 
-void run_second_grid(const Grid& grid) {
-    run_grid(grid);
-    if (first_grid) run_grid(*std::exchange(first_grid, std::nullopt));
+std::vector<Grid> record(const std::function<void()>& launch) {
+    std::vector<Grid> grids;
+    recorded = &grids;
+    launch();
+    recorded = nullptr;
+    return grids;
 }
 
-void wait_for_first_grid() {
-    if (!first_grid) return;
-    first_is_waited_for = true;
+void wait_for_grids_before() {
+    if (open_grids.empty()) return;
+    is_waited_for = true;
     let_other_blocks_run();
 }
 
 }  // namespace emulation
 
 // The calls of CUDA's runtime that a launch makes, and the plugin around it.
-extern "C" cudaError_t cudaMemsetAsync(void* target, int value, size_t count, cudaStream_t) {
-    std::memset(target, value, count);
+extern "C" cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
     return cudaSuccess;
 }
 extern "C" const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }

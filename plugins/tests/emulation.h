@@ -1,14 +1,13 @@
 // Runs the CUDA kernels on the CPU: what device.cuh includes in place of CUDA's device headers.
 //
 // One fiber for each thread of a block, switched at barriers and warp operations; blocks run one after another, but
-// stop at atomic operations to let others run. CUDA's own headers give half and bfloat16 on the host. What a GPU leaves
-// open is decided by the schedule's seed, the worst way where one can tell: the order of blocks, warps and lanes, and
-// whether an asynchronous copy happens at once or when it is waited for. Shared memory starts as NaN. Fragments of
-// tensor-core tiles are spread over the lanes, as on a GPU.
+// stop where they wait for the kernel before. CUDA's own headers give half and bfloat16 on the host. What a GPU leaves
+// open is decided by the schedule's seed, the worst way where one can tell: the order of blocks, warps and lanes,
+// whether an asynchronous copy happens at once or when it is waited for, and whether a kernel has run when the one
+// behind it begins. Shared memory starts as NaN. Fragments of tensor-core tiles are spread over the lanes, as on a GPU.
 //
 // Caught here: a missing or divergent barrier (a thread runs ahead and reads NaN or old values; a block that cannot go
-// on is an error), reads and writes past an array (under AddressSanitizer), a forgotten wait. Not caught: a missing
-// __threadfence, since memory is always coherent here.
+// on is an error), reads and writes past an array (under AddressSanitizer), a forgotten wait for a copy or a kernel.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +17,7 @@
 #include <functional>
 #include <stdexcept>
 #include <type_traits>
+#include <vector>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -54,7 +54,7 @@ extern dim3 current_grid, current_block_size;
 float* dynamic_shared();
 void block_barrier();
 void warp_barrier();
-// A thread touched what blocks share: others run before the rest of its own block does.
+// A thread waits for what other blocks do: others run before the rest of its own block does.
 void let_other_blocks_run();
 
 // A place of this warp's where lane `lane` can leave `size` bytes for the others.
@@ -72,11 +72,13 @@ struct Grid {
     std::function<void()> kernel;
 };
 
-void run_grid(const Grid& grid);
-// A grid whose second one may begin before it has ended: it runs at once, or when the second waits for it, or after it.
-void run_first_grid(const Grid& grid);
-void run_second_grid(const Grid& grid);
-void wait_for_first_grid();
+// Kernels of one call, of which the next may begin before the one ahead has ended: a grid runs at once, or when one
+// behind it waits, or, where none does, after the last.
+void run_grid(const Grid& grid, bool last);
+void wait_for_grids_before();
+
+// The grids that `launch` asks for, of which none is run.
+std::vector<Grid> record(const std::function<void()>& launch);
 
 }  // namespace emulation
 
@@ -86,7 +88,6 @@ void wait_for_first_grid();
 #define blockDim (emulation::current_block_size)
 
 inline void __syncthreads() { emulation::block_barrier(); }
-inline void __threadfence() {}
 
 template <typename T>
 T __ldg(const T* address) {
@@ -100,13 +101,6 @@ template <typename T>
 void __stcg(T* address, T value) {
     *address = value;
 }
-inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
-    const uint32_t before = *address;
-    *address += value;
-    emulation::let_other_blocks_run();
-    return before;
-}
-
 inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
     if (mask != 0xffffffffU) throw std::logic_error("a shuffle among some lanes only");
     const int lane = emulation::current().lane;
@@ -220,34 +214,29 @@ namespace teamlora {
 
 inline void hold(float&) {}
 inline void hold(uint4&) {}
-inline void let_second_kernel_begin() {}
-inline void wait_for_first_kernel() { emulation::wait_for_first_grid(); }
+inline void let_next_kernel_begin() {}
+inline void wait_for_kernel_before() { emulation::wait_for_grids_before(); }
 
-inline bool launchable(dim3 grid, dim3 block, size_t shared_bytes) {
-    return shared_bytes <= 48 * 1024 && block.x <= 1024 && grid.y <= 65535 && grid.z <= 65535;
-}
+enum class Place { kFirst, kNext, kLast };
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                          const Arguments&... arguments) {
-    if (!launchable(grid, block, shared_bytes)) return cudaErrorInvalidValue;
-    emulation::run_grid({grid, block, shared_bytes, [=] { kernel(arguments...); }});
+                          Place place, bool overlaps, const Arguments&... arguments) {
+    const bool fits = shared_bytes <= 48 * 1024 && block.x <= 1024 && grid.y <= 65535 && grid.z <= 65535;
+    if (!fits) return cudaErrorInvalidValue;
+    emulation::run_grid({grid, block, shared_bytes, [=] { kernel(arguments...); }}, !overlaps || place == Place::kLast);
     return cudaSuccess;
 }
 
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_first(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                         const Arguments&... arguments) {
-    if (!launchable(grid, block, shared_bytes)) return cudaErrorInvalidValue;
-    emulation::run_first_grid({grid, block, shared_bytes, [=] { kernel(arguments...); }});
-    return cudaSuccess;
-}
+struct Device {
+    int multiprocessors;
+    bool overlaps;
+};
 
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_second(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
-                          const Arguments&... arguments) {
-    if (!launchable(grid, block, shared_bytes)) return cudaErrorInvalidValue;
-    emulation::run_second_grid({grid, block, shared_bytes, [=] { kernel(arguments...); }});
+// Few multiprocessors, so that small shapes are cut as large ones are on a GPU.
+template <typename... Parameters>
+cudaError_t ask_device(int, void (*)(Parameters...), Device& answer) {
+    answer = {16, true};
     return cudaSuccess;
 }
 

@@ -1,21 +1,29 @@
-// The kernels, emulated, against the formula in double precision, over many shapes: edges first, then drawn at random.
+// The kernels, emulated or on a GPU, against the formula in double precision, over many shapes: edges first, then drawn
+// at random.
 //
-//     sweep [--cases N] [--seed S]
+//     sweep [--cases N] [--seed S] [--small] [--no-poison]
 //
 // Outputs and workspace start as NaN, and lie between guard bytes. z, v and y must be rounded where the definition
 // rounds, and nowhere else: what is allowed beyond that is float32's own error, in any order of sums. Prints the first
-// failures and exits with 1 where there are any.
+// failures and exits with 1 where there are any. --small: some of the edges, one of a kind. --no-poison: outputs and
+// workspace are left as they were allocated, for a tool that looks for what is read before it is written.
+#include <algorithm>
 #include <cinttypes>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include "../kernels/plan.h"
-#include "emulation.h"
+#include "device_memory.h"
 
 namespace teamlora {
 namespace {
@@ -24,23 +32,30 @@ constexpr double kFloatRoundoff = 1.0 / (1 << 24);
 // More than any number here; an error without a bound would become NaN.
 constexpr double kAnything = 1e30;
 
-// An array of the op's dtype in memory of its own, with guards before and behind.
+bool poison = true;
+
+// An array of the op's dtype in memory of its own, with guards before and behind: on the host, and where the kernels
+// see it.
 class Array {
 public:
     Array(DataType dtype, size_t count, size_t misalignment = 0)
         : dtype_(dtype), offset_(kGuard + misalignment), bytes_(count * element_size(dtype)) {
-        if (posix_memalign(&memory_, 256, offset_ + bytes_ + kGuard) != 0) throw std::bad_alloc();
-        std::memset(memory_, kPattern, offset_ + bytes_ + kGuard);
+        if (posix_memalign(&memory_, 256, size()) != 0) throw std::bad_alloc();
+        std::memset(memory_, kPattern, size());
+        device_ = device_memory::allocate(memory_, size());
     }
     Array(const Array&) = delete;
     Array& operator=(const Array&) = delete;
-    ~Array() { std::free(memory_); }
+    ~Array() {
+        device_memory::release(device_);
+        std::free(memory_);
+    }
 
-    void* data() const { return static_cast<char*>(memory_) + offset_; }
+    void* device() const { return static_cast<char*>(device_) + offset_; }
     double get(size_t i) const {
         if (dtype_ == DataType::kFloat32) return static_cast<const float*>(data())[i];
-        if (dtype_ == DataType::kFloat16) return static_cast<float>(static_cast<const __half*>(data())[i]);
-        return static_cast<float>(static_cast<const __nv_bfloat16*>(data())[i]);
+        if (dtype_ == DataType::kFloat16) return __half2float(static_cast<const __half*>(data())[i]);
+        return __bfloat162float(static_cast<const __nv_bfloat16*>(data())[i]);
     }
     void set(size_t i, double value) {
         const auto narrow = static_cast<float>(value);
@@ -48,25 +63,36 @@ public:
         if (dtype_ == DataType::kFloat16) static_cast<__half*>(data())[i] = __float2half_rn(narrow);
         if (dtype_ == DataType::kBFloat16) static_cast<__nv_bfloat16*>(data())[i] = __float2bfloat16_rn(narrow);
     }
+    // All of it, guards too.
+    void upload() const { device_memory::upload(device_, memory_, size()); }
+    void download(bool guards) {
+        if (guards) return device_memory::download(memory_, device_, size());
+        device_memory::download(data(), device(), bytes_);
+    }
     bool guards_intact() const {
         const auto* all = static_cast<const unsigned char*>(memory_);
         const auto intact = [&](size_t from, size_t to) {
             return std::all_of(all + from, all + to, [](unsigned char byte) { return byte == kPattern; });
         };
-        return intact(0, offset_) && intact(offset_ + bytes_, offset_ + bytes_ + kGuard);
+        return intact(0, offset_) && intact(offset_ + bytes_, size());
     }
 
 private:
     // 0xFF is NaN in every type.
     static constexpr unsigned char kPattern = 0xFF;
     static constexpr size_t kGuard = 256;
+
+    void* data() const { return static_cast<char*>(memory_) + offset_; }
+    size_t size() const { return offset_ + bytes_ + kGuard; }
+
     DataType dtype_;
     size_t offset_, bytes_;
-    void* memory_ = nullptr;
+    void *memory_ = nullptr, *device_ = nullptr;
 };
 
 struct Case {
     MixedExpertShape shape;
+    Tuning tuning;
     bool in_place = false;
     bool misaligned = false;
     uint64_t schedule = 0;
@@ -80,12 +106,12 @@ std::string describe(const Case& tried) {
     for (int g = 0; g < s.num_siblings; ++g) text += " " + std::to_string(s.out_splits[g]);
     if (tried.in_place) text += ", in place";
     if (tried.misaligned) text += ", misaligned";
+    text += ", " + std::to_string(tried.tuning.multiprocessors) + " multiprocessors";
     return text + ", schedule " + std::to_string(tried.schedule);
 }
 
 struct Inputs {
-    const Array &x, &base, &down, &up;
-    const std::vector<float>& mix;
+    const Array &x, &base, &down, &up, &mix;
 };
 
 // A number of the definition as double arithmetic finds it, and how far float32 arithmetic may be from it.
@@ -110,7 +136,7 @@ Value rounded(DataType dtype, const Value& exact) {
 }
 
 // Routing weights of one token and sibling, from rounded logits.
-std::vector<Value> route(const MixedExpertShape& s, const Value* logits, const float* mix) {
+std::vector<Value> route(const MixedExpertShape& s, const Value* logits, const Array& mix, int g) {
     const int k = s.num_experts;
     const Value* largest = std::max_element(logits, logits + k, [](auto& a, auto& b) { return a.value < b.value; });
     std::vector<Value> w(k);
@@ -118,7 +144,7 @@ std::vector<Value> route(const MixedExpertShape& s, const Value* logits, const f
     for (int to = 0; to < k; ++to) {
         for (int from = 0; from < k; ++from) {
             const double distance = logits[from].value - largest->value;
-            const double term = std::exp(distance) * mix[from * k + to];
+            const double term = std::exp(distance) * mix.get((size_t{1} * g * k + from) * k + to);
             const double relative = logits[from].error + largest->error + (k + 8 + std::abs(distance)) * kFloatRoundoff;
             w[to].value += term;
             w[to].error += std::expm1(relative) * std::abs(term);
@@ -137,7 +163,7 @@ std::vector<Value> route(const MixedExpertShape& s, const Value* logits, const f
 
 // One token of one sibling, as the op is defined, for each column of y.
 void reference(const MixedExpertShape& s, const Inputs& in, int64_t token, int g, Value* y) {
-    const int a = s.down_rank(), k = s.num_experts, c = s.expert_rank, rows = s.sibling_rows(), out = s.out();
+    const int a = s.down_rank(), c = s.expert_rank, rows = s.sibling_rows(), out = s.out();
     std::vector<Value> z(rows), v(s.up_rank());
     for (int row = 0; row < rows; ++row) {
         Value sum;
@@ -149,7 +175,7 @@ void reference(const MixedExpertShape& s, const Inputs& in, int64_t token, int g
         }
         z[row] = rounded(s.dtype, sum);
     }
-    const std::vector<Value> w = route(s, &z[a], &in.mix[static_cast<size_t>(g) * k * k]);
+    const std::vector<Value> w = route(s, &z[a], in.mix, g);
     for (int row = 0; row < s.up_rank(); ++row) {
         const Value &u = z[s.shared_down ? row % c : row], &weight = w[row / c];
         const double product = u.value * weight.value;
@@ -188,11 +214,12 @@ std::string check(const Case& tried, std::mt19937_64& generator) {
     fill(base, tokens * s.out(), 0.5);
     fill(down, size_t(s.rows()) * s.in, 1 / std::sqrt(s.in));
     fill(up, size_t(s.up_rank()) * s.out(), 1);
-    std::vector<float> mix(static_cast<size_t>(s.num_siblings) * s.num_experts * s.num_experts);
     const int k = s.num_experts;
-    for (size_t i = 0; i < mix.size(); ++i) {
+    const size_t mix_size = static_cast<size_t>(s.num_siblings) * k * k;
+    Array mix(DataType::kFloat32, mix_size);
+    for (size_t i = 0; i < mix_size; ++i) {
         const bool diagonal = i % (k * k) / k == i % k;
-        mix[i] = static_cast<float>((diagonal ? 1 : 0) + 0.3 / k * normal(generator));
+        mix.set(i, (diagonal ? 1 : 0) + 0.3 / k * normal(generator));
     }
     std::vector<Value> expected(tokens * s.out());
     for (size_t token = 0; token < tokens; ++token) {
@@ -200,19 +227,32 @@ std::string check(const Case& tried, std::mt19937_64& generator) {
             reference(s, {x, base, down, up, mix}, static_cast<int64_t>(token), g, &expected[token * s.out()]);
         }
     }
-    const size_t bytes = workspace_bytes(s);
+    const size_t bytes = workspace_bytes(s, tried.tuning);
     if (bytes > workspace_bound(s)) return "the workspace is larger than its bound";
-    const Array workspace(DataType::kFloat32, (bytes + 3) / 4);
-    const Array& target = tried.in_place ? base : y;
-    const MixedExpertTensors tensors{x.data(), base.data(), down.data(), mix.data(), up.data(), target.data()};
-    emulation::set_schedule(tried.schedule);
+    Array workspace(DataType::kFloat32, (bytes + 3) / 4);
+    Array& target = tried.in_place ? base : y;
+    for (const Array* array : std::initializer_list<const Array*>{&x, &base, &down, &mix, &up}) array->upload();
+    if (poison) {
+        y.upload();
+        workspace.upload();
+    }
+    const MixedExpertTensors tensors{x.device(),    base.device(),
+                                     down.device(), static_cast<const float*>(mix.device()),
+                                     up.device(),   target.device()};
+    device_memory::set_schedule(tried.schedule);
     try {
-        if (launch(s, tensors, workspace.data(), nullptr) != cudaSuccess) return "the launch failed";
+        if (launch(s, tried.tuning, tensors, workspace.device(), nullptr) != cudaSuccess) return "the launch failed";
+        device_memory::finish();
     } catch (const std::exception& error) {
         return error.what();
     }
-    for (const Array* array : std::initializer_list<const Array*>{&x, &base, &down, &up, &y, &workspace}) {
-        if (!array->guards_intact()) return "something was written outside of an array";
+    if (!poison) {
+        target.download(false);
+    } else {
+        for (Array* array : std::initializer_list<Array*>{&x, &base, &down, &mix, &up, &y, &workspace}) {
+            array->download(true);
+            if (!array->guards_intact()) return "something was written outside of an array";
+        }
     }
     for (size_t i = 0; i < expected.size(); ++i) {
         const auto& [value, error] = expected[i];
@@ -234,14 +274,22 @@ MixedExpertShape make(DataType dtype, int64_t tokens, int in, int k, int c, bool
     return shape;
 }
 
+Tuning tuning_of(int multiprocessors) {
+    Tuning tuning;
+    tuning.multiprocessors = multiprocessors;
+    tuning.overlaps = true;
+    return tuning;
+}
+
 // Sizes at which something changes: paths, tiles, splits, tails, alignment.
 std::vector<Case> edges() {
     std::vector<Case> cases;
     for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
         const auto add = [&](int64_t tokens, int in, int k, int c, bool shared, std::vector<int> out,
                              bool in_place = false, bool misaligned = false) {
-            cases.push_back(
-                {make(dtype, tokens, in, k, c, shared, std::move(out)), in_place, misaligned, cases.size() % 5});
+            Case made{make(dtype, tokens, in, k, c, shared, std::move(out)), tuning_of(16), in_place, misaligned, 0};
+            made.schedule = cases.size() % 5;
+            cases.push_back(made);
         };
         for (const int64_t tokens : {0, 1, 2, 4, 5, 8, 9, 31, 32, 33, 64, 65}) add(tokens, 64, 4, 2, false, {32});
         add(1, 576, 4, 8, false, {576, 192, 192});  // SmolLM2's q/k/v
@@ -261,10 +309,23 @@ std::vector<Case> edges() {
         add(34, 96, 2, 8, false, {64}, false, true);  // x and base off 16 bytes
         add(5, 96, 2, 8, false, {64}, false, true);
     }
-    cases.push_back({make(DataType::kFloat16, 8200, 8, 2, 2, false, {8}), false, false, 2});  // large token tiles
-    cases.push_back({make(DataType::kFloat16, 1100, 32, 4, 16, false, {24, 8, 8, 8}), false, false, 3});
-    cases.push_back({make(DataType::kFloat16, 2, 8, 4, 300, false, {16}), false, false, 4});  // one token a block
-    cases.push_back({make(DataType::kFloat32, 2100, 24, 4, 8, false, {8, 8, 8, 8}), false, false, 1});
+    const auto add = [&](DataType dtype, int64_t tokens, int in, int k, int c, std::vector<int> out, int processors) {
+        const MixedExpertShape shape = make(dtype, tokens, in, k, c, false, std::move(out));
+        cases.push_back({shape, tuning_of(processors), false, false, cases.size() % 5});
+    };
+    add(DataType::kFloat16, 8200, 8, 2, 2, {8}, 132);  // more blocks of tokens than a GPU holds
+    add(DataType::kFloat16, 1100, 32, 4, 16, {24, 8, 8, 8}, 132);
+    add(DataType::kFloat16, 2, 8, 4, 300, {16}, 132);   // one token a block
+    add(DataType::kFloat16, 40, 2304, 2, 2, {8}, 192);  // more parts of z than are asked for at a time
+    add(DataType::kFloat16, 1, 16640, 2, 2, {8}, 132);  // the most slices, each of two rounds
+    add(DataType::kFloat16, 1, 64, 4, 70, {72}, 16);    // more rows of `up` than are held ahead
+    add(DataType::kFloat32, 2100, 24, 4, 8, {8, 8, 8, 8}, 1);
+    // Each width of the first product's tiles: 1, 3, 5, 7 and 9 of 16 columns.
+    for (const int c : {1, 3, 8, 12, 16}) {
+        for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16}) {
+            add(dtype, 70, 200, 2, c, {24, 24, 16, 16}, 1);
+        }
+    }
     return cases;
 }
 
@@ -279,19 +340,43 @@ Case draw(std::mt19937_64& generator) {
     Case drawn;
     drawn.shape = make(static_cast<DataType>(below(3)), below(2) == 0 ? 1 + below(32) : 33 + below(60), size(640),
                        below(4) == 0 ? 1 + below(32) : k, 1 + below(k > 8 ? 4 : 16), below(3) == 0, out);
+    constexpr int kMultiprocessors[] = {1, 16, 132, 1000};
+    drawn.tuning = tuning_of(kMultiprocessors[below(4)]);
+    // What belongs to one path is sometimes given to the other.
+    if (below(4) == 0) drawn.tuning.few_tokens = 64 * below(2);
     drawn.in_place = below(3) == 0;
     drawn.misaligned = below(4) == 0;
     drawn.schedule = generator() % 1000;
     return drawn;
 }
 
-int run(int cases, uint64_t seed) {
+// Whether kernels begin before those ahead of them have ended is the GPU's to say.
+bool device_overlaps() {
+    Tuning tuning;
+    return tuning_of_device(tuning) == cudaSuccess && tuning.overlaps;
+}
+
+int run(int cases, uint64_t seed, bool small) {
     std::mt19937_64 generator(seed);
     std::vector<Case> all = edges();
+    if (small) {
+        std::vector<Case> some;
+        for (size_t i = 0; i < all.size(); i += 7) {
+            if (all[i].shape.tokens <= 100) some.push_back(all[i]);
+        }
+        all = some;
+    }
     for (int i = 0; i < cases; ++i) all.push_back(draw(generator));
+    const bool overlaps = device_overlaps();
     int failures = 0;
-    for (const Case& tried : all) {
-        const std::string problem = check(tried, generator);
+    for (Case& tried : all) {
+        tried.tuning.overlaps &= overlaps;
+        std::string problem;
+        try {
+            problem = check(tried, generator);
+        } catch (const std::exception& error) {
+            problem = error.what();
+        }
         if (problem.empty()) continue;
         std::printf("FAILED: %s\n    %s\n", describe(tried).c_str(), problem.c_str());
         if (++failures == 5) break;
@@ -304,12 +389,16 @@ int run(int cases, uint64_t seed) {
 }  // namespace teamlora
 
 int main(int count, char** arguments) {
-    int cases = 100;
+    int cases = -1;
     uint64_t seed = 1;
-    for (int i = 1; i + 1 < count; i += 2) {
+    bool small = false;
+    for (int i = 1; i < count; ++i) {
         const std::string option = arguments[i];
-        if (option == "--cases") cases = std::atoi(arguments[i + 1]);
-        if (option == "--seed") seed = std::strtoull(arguments[i + 1], nullptr, 10);
+        const char* value = i + 1 < count ? arguments[i + 1] : "";
+        if (option == "--cases") cases = std::atoi(value);
+        if (option == "--seed") seed = std::strtoull(value, nullptr, 10);
+        if (option == "--small") small = true;
+        if (option == "--no-poison") teamlora::poison = false;
     }
-    return teamlora::run(cases, seed);
+    return teamlora::run(cases >= 0 ? cases : small ? 0 : 100, seed, small);
 }

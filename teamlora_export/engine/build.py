@@ -19,12 +19,13 @@ from teamlora_export import __version__
 from teamlora_export.bundle import ENGINES_NAME, Bundle, check_files, refuse_shelf
 from teamlora_export.cache import cache_folder
 from teamlora_export.dtypes import DTYPES
-from teamlora_export.engine.facts import EngineFacts, EnginePlugin, refuse_foreign_engine, write_engine
+from teamlora_export.engine.facts import EngineFacts, EnginePlugin, PluginTimes, refuse_foreign_engine, write_engine
 from teamlora_export.engine.plugin import PluginLibrary, find_plugin, load_plugin
 from teamlora_export.engine.prepare import prepared_model
 from teamlora_export.engine.profiles import ShapeProfile, capacity_of, make_profiles
 from teamlora_export.engine.progress import BuildProgress, run_cancellable
 from teamlora_export.engine.runtime import Messages, TensorRT, open_runtime
+from teamlora_export.engine.timing import time_engine
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_bytes
 from teamlora_export.progress import Reporter
@@ -43,6 +44,7 @@ class BuildOptions:
         runtime: auto, tensorrt or rtx.
         shapes: as `make_profiles` takes them.
         use_plugin: leave the op to the plugin where the runtime takes plugins; else its body is inlined.
+        compare: build with the plugin and without, time both, and keep the faster.
         plugin: a library to use instead of one that is built here.
         architectures: compute capabilities, without the dot, that the plugin is compiled for; None: see `find_plugin`.
         capabilities: compute capabilities that an RTX engine is for, such as "8.9"; none: the machine's GPU, or all.
@@ -57,6 +59,7 @@ class BuildOptions:
     runtime: str = "auto"
     shapes: str | None = None
     use_plugin: bool = True
+    compare: bool = False
     plugin: Path | None = None
     architectures: tuple[str, ...] | None = None
     capabilities: tuple[str, ...] = ()
@@ -83,6 +86,10 @@ def build_engine(
     dtype = options.dtype or bundle.manifest.dtype
     if dtype not in DTYPES:
         raise ExportError(f"dtype {dtype}: unknown. Use {', '.join(DTYPES)}.")
+    if options.compare and not options.use_plugin:
+        raise ExportError("--plugin auto and --no-plugin exclude each other.")
+    if options.compare and options.strip_weights:
+        raise ExportError("--plugin auto times engines, and --strip-weights leaves none that runs. Choose one of them.")
     profiles = make_profiles(bundle, options.shapes)
     runtime = open_runtime(options.runtime, reporter.say)
     capabilities = _capabilities(runtime, options.capabilities)
@@ -100,9 +107,20 @@ def build_engine(
         raise ExportError(f"{'--plugin' if options.plugin else '--arch'}: this engine has no plugin.")
     plugin = find_plugin(options.plugin, runtime, reporter, options.architectures) if use_plugin else None
     with existing(path.parent):
-        capacity = capacity_of(profiles)
-        with prepared_model(bundle, dtype, path, for_plugin=use_plugin, reporter=reporter, capacity=capacity) as model:
-            engine = _Builder(runtime, options, reporter).build(model, bundle, profiles, capabilities, plugin)
+
+        def build(plugin: PluginLibrary | None) -> memoryview:
+            capacity, for_plugin = capacity_of(profiles), plugin is not None
+            with prepared_model(
+                bundle, dtype, path, for_plugin=for_plugin, reporter=reporter, capacity=capacity
+            ) as model:
+                return _Builder(runtime, options, reporter).build(model, bundle, profiles, capabilities, plugin)
+
+        engine, plugin_times = build(plugin), None
+        if options.compare and plugin is not None:
+            without = build(None)
+            plugin_times = _compare(runtime, profiles, reporter, engine, without)
+            if plugin_times is not None and plugin_times["inlined"] < plugin_times["plugin"]:
+                engine, plugin = without, None
         facts = EngineFacts(
             runtime=runtime.name,
             runtime_version=runtime.version,
@@ -111,6 +129,7 @@ def build_engine(
             dtype=dtype,
             profiles=profiles,
             plugin=_describe(plugin) if plugin else None,
+            plugin_times=plugin_times,
             model_sha256=dict(bundle.manifest.sha256),
             adapter_sha256=bundle.manifest.adapter["sha256"],
             refit_weights=dict(bundle.manifest.refit["weights"]) if options.refit else None,
@@ -121,6 +140,29 @@ def build_engine(
         )
         write_engine(engine, facts, path)
     return path, facts
+
+
+def _compare(
+    runtime: TensorRT, profiles: Sequence[ShapeProfile], reporter: Reporter, engine: memoryview, without: memoryview
+) -> PluginTimes | None:
+    """Both engines' times, or None, said, where they cannot be timed: one without weights has no times of its own."""
+    messages = Messages()
+    times = {}
+    for name, serialized in (("plugin", engine), ("inlined", without)):
+        opened = runtime.trt.Runtime(runtime.logger(messages)).deserialize_cuda_engine(serialized)
+        try:
+            if opened is None:
+                raise ExportError(f"The engine cannot be timed: {messages.reason()}")
+            times[name] = time_engine(opened, runtime.trt, profiles)
+        except Exception as error:
+            # polygraphy's and CUDA's errors are of many kinds, and none of them is worth losing both engines.
+            reporter.warn(f"--plugin auto: the plugin is kept, since the two were not timed ({error}).")
+            return None
+    reporter.say(
+        f"A step takes {1e6 * times['plugin']:.0f} us with the plugin, {1e6 * times['inlined']:.0f} us with the op's "
+        "body: the faster is kept."
+    )
+    return PluginTimes(plugin=times["plugin"], inlined=times["inlined"])
 
 
 class _Builder:
@@ -152,7 +194,7 @@ class _Builder:
         if self._options.refit:
             self._mark_refittable(network, bundle.manifest.refit["weights"])
         with BuildProgress(self._trt, self._reporter) as progress:
-            config = self._configure(builder, network, profiles, capabilities)
+            config = self._configure(builder, network, profiles, capabilities, plugin is not None)
             config.progress_monitor = progress.monitor
             names = " and ".join(profile.name for profile in profiles)
             with self._reporter.step(f"Building for {names}"):
@@ -198,13 +240,20 @@ class _Builder:
                 )
 
     def _configure(
-        self, builder: Any, network: Any, profiles: Sequence[ShapeProfile], capabilities: Sequence[str]
+        self,
+        builder: Any,
+        network: Any,
+        profiles: Sequence[ShapeProfile],
+        capabilities: Sequence[str],
+        has_plugin: bool,
     ) -> Any:
         trt, options = self._trt, self._options
         config = builder.create_builder_config()
         # What was asked for as float32 is not to be rounded to TF32.
         config.clear_flag(trt.BuilderFlag.TF32)
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if has_plugin:
+            _let_outputs_alias_inputs(trt, config)
         if options.memory_gb is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.memory_gb * 1e9))
         if options.optimization_level is not None:
@@ -250,6 +299,14 @@ class _Builder:
             write_aside(path, memoryview(config.get_timing_cache().serialize()), result=False)
         except ExportError as error:
             self._reporter.warn(f"The timing cache is not kept: {error}")
+
+
+def _let_outputs_alias_inputs(trt: Any, config: Any) -> None:
+    """The plugin's y may then be written where base is. TensorRT asks plugins for it only with this feature, which
+    came with 10.3; without it, y has memory of its own."""
+    feature = getattr(getattr(trt, "PreviewFeature", None), "ALIASED_PLUGIN_IO_10_03", None)
+    if feature is not None:
+        config.set_preview_feature(feature, True)
 
 
 def _holding(held: object, work: Callable[[], Any]) -> Callable[[], Any]:

@@ -31,6 +31,13 @@ class EnginePlugin(TypedDict):
     tensorrt: str
 
 
+class PluginTimes(TypedDict):
+    """Seconds of a step of the last profile, with the plugin and with the op's body inlined."""
+
+    plugin: float
+    inlined: float
+
+
 @dataclass(frozen=True)
 class EngineFacts:
     """Facts of an engine.
@@ -41,6 +48,7 @@ class EngineFacts:
         dtype: of weights and activations.
         profiles: the shapes that it takes.
         plugin: None where bodies were inlined.
+        plugin_times: by which `--plugin auto` decided; None where it did not.
         model_sha256: of the bundle's files that it was made of.
         adapter_sha256: of the adapter that is in it.
         refit_weights: names of the weights that `trt refit` can exchange -> their recipes; None where it cannot.
@@ -64,6 +72,7 @@ class EngineFacts:
     sha256: Sha256
     tool_version: str
     validation: Validation | None = None
+    plugin_times: PluginTimes | None = None
     format_version: int = FORMAT_VERSION
 
     @property

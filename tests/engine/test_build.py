@@ -130,6 +130,8 @@ def test_an_engine_is_judged_on_a_gpu_only(bundle):
         (["--runtime", "rtx", "--arch", "89"], "--arch: this engine has no plugin"),
         (["--plugin", "some.so"], "--plugin: this engine has no plugin"),
         (["--plugin", "some.so", "--arch", "89"], "exclude each other"),
+        (["--plugin", "auto", "--no-plugin"], "exclude each other"),
+        (["--plugin", "auto", "--strip-weights"], "leaves none that runs"),
         (["--refit"], "builds such engines on a GPU"),
         (["--strip-weights"], "builds such engines on a GPU"),
     ],
@@ -252,6 +254,14 @@ def test_facts_with_a_field_of_another_type_are_refused(fields, reason, make_bun
     with pytest.raises(ExportError, match=reason) as refusal:
         read_facts(engine)
     assert str(facts_path(engine)) in str(refusal.value)
+
+
+def test_the_times_that_decided_on_the_plugin_are_kept_and_told(make_bundle, tmp_path):
+    engine = tmp_path / "tiny.engine"
+    times = {"plugin": 1e-3, "inlined": 2e-3}
+    write_engine(b"engine", dataclasses.replace(as_facts(make_bundle("llama"), engine), plugin_times=times), engine)
+    assert read_facts(engine).plugin_times == times
+    assert "1,000 us with the plugin, 2,000 us with the op's body" in run("inspect", engine).stdout
 
 
 def as_facts(bundle: Bundle, engine: Path) -> EngineFacts:

@@ -16,9 +16,13 @@ from teamlora_export.engine.plugin import ARCHITECTURES, PluginLibrary
 # Two blocks of 256 threads, or four of 128, fit beside each other with this many. Products of floats hold more, and so
 # does reading elements one by one, where sizes are no multiples of 16 bytes.
 MOST_REGISTERS, MOST_REGISTERS_FLOAT, MOST_REGISTERS_UNALIGNED = 128, 168, 168
-# Types, tiles and alignments: 3 x (2 x 3 x few_down and few_up, 2 x 3 x many_down, 2 x many_up).
-KERNELS = 60
-_KERNEL = re.compile(r"_ZN8teamlora\d+(few_down|few_up|many_down|many_up)I(f|6__half|13__nv_bfloat16)(\w*?)EEv\w*")
+# One block of these fits: 9 tiles of float sums in each warp.
+MOST_REGISTERS_WIDE_FLOAT = 200
+# Types, tiles and alignments: 3 x (2 x 3 + 1 few_down, 2 x 3 few_up, 5 many_down, many_route, 2 many_up).
+KERNELS = 63
+_KERNEL = re.compile(
+    r"_ZN8teamlora\d+(few_down|few_up|many_down|many_route|many_up)I(f|6__half|13__nv_bfloat16)(\w*?)EEv\w*"
+)
 _INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)\s*(.*?)\s*;")
 
 
@@ -47,7 +51,7 @@ Code = Sequence[Instruction]
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a mangled name says. `numbers`: tokens and aligned, or token and column tiles, or aligned (0 or 1)."""
+    """What a mangled name says. `numbers`: tokens, for few_down rows, and aligned (0 or 1); or column tiles."""
 
     name: str
     dtype: str
@@ -62,7 +66,7 @@ class Kernel:
 
     @property
     def aligned(self) -> bool:
-        return self.name == "many_down" or self.numbers[-1] == 1
+        return self.name in ("many_down", "many_route") or self.numbers[-1] == 1
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +113,8 @@ def test_registers_stay_below_what_two_blocks_may_have(resources):
         limit = MOST_REGISTERS_FLOAT if kernel.dtype == "float" else MOST_REGISTERS
         if kernel.name == "few_down" and not kernel.aligned:
             limit = MOST_REGISTERS_UNALIGNED
+        if (kernel.name, kernel.dtype, kernel.numbers) == ("many_down", "float", (9,)):
+            limit = MOST_REGISTERS_WIDE_FLOAT
         if used["registers"] > limit:
             over[arch, name] = used["registers"]
     assert not over
@@ -151,13 +157,13 @@ def most_in_flight(lines: Code) -> int:
 
 
 def test_weights_are_read_sixteen_bytes_at_a_time(code):
-    """few_down reads rows and tokens, all in packs: 4 rows and a token before anything is used."""
+    """few_down reads rows and tokens, all in packs: its rows (4 or 1) and a token before anything is used."""
     for kernel, lines in code.items():
         if kernel.name.startswith("few") and kernel.aligned:
             assert count(lines, "LDG.E.128") >= 1, kernel
         if kernel.name == "few_down" and kernel.aligned:
             assert count(lines, "LDG") == count(lines, "LDG.E.128"), kernel
-            assert most_in_flight(lines) >= 5, kernel
+            assert most_in_flight(lines) >= kernel.numbers[1] + 1, kernel
 
 
 def test_base_is_in_flight_during_the_product_of_many_tokens(code):
@@ -173,28 +179,55 @@ def test_base_is_in_flight_during_the_product_of_many_tokens(code):
             assert min(first_use(lines, load) for load in loads) > barriers[-1], kernel
 
 
-def test_what_does_not_wait_for_z_is_loaded_before_it(code, architecture):
-    """few_up: a row of `up`, the interaction and `base` (two elements of it for 8 tokens of a 16-bit type) are in
-    flight before the first partial sum of z is asked for, and untouched. From sm_90 on that is before the first kernel
-    has ended; both kernels have the instruction for it."""
+def test_kernels_begin_before_the_one_ahead_has_ended_where_the_gpu_can(code, architecture):
+    """From sm_90 on, the first of a call lets the next begin, and all others wait for what it writes."""
+    overlaps = int(architecture) >= 90
     for kernel, lines in code.items():
-        if not kernel.name.startswith("few"):
+        begins = overlaps and kernel.name in ("few_down", "many_down", "many_route")
+        waits = overlaps and kernel.name in ("few_up", "many_route", "many_up")
+        assert (count(lines, "PREEXIT"), count(lines, "ACQBULK")) == (begins, waits), kernel
+
+
+def wait_of(lines: Code) -> int:
+    """Where a kernel waits for the one ahead of it."""
+    return next(i for i, line in enumerate(lines) if line.name == "ACQBULK")
+
+
+def test_what_does_not_wait_for_z_is_loaded_before_it(code, architecture):
+    """few_up: rows of `up` (4 for one token, 2 for 4), the interaction and `base` (two elements of it for 8 tokens of
+    a 16-bit type) are in flight before the first part of z is asked for, and untouched. From sm_90 on that is before
+    the kernel ahead has ended."""
+    for kernel, lines in code.items():
+        if kernel.name != "few_up" or not kernel.aligned:
             continue
-        waits = [i for i, line in enumerate(lines) if line.name == "ACQBULK"]
-        begins = count(lines, "PREEXIT")
-        overlaps = int(architecture) >= 90
-        assert (len(waits), begins) == ((overlaps, 0) if kernel.name == "few_up" else (0, overlaps)), kernel
-        if kernel.name == "few_down" or not kernel.aligned:
-            continue
-        partials = [i for i, line in enumerate(lines) if line.name == "LDG.E.STRONG.GPU"]
-        border = waits[0] if overlaps else partials[0]
-        assert partials, kernel
-        assert partials[0] >= border, kernel
+        parts = [i for i, line in enumerate(lines) if line.name == "LDG.E.STRONG.GPU"]
+        border = wait_of(lines) if int(architecture) >= 90 else parts[0]
+        assert parts[0] >= border, kernel
         early = [i for i in range(border) if lines[i].name.startswith("LDG")]
+        rows = {1: 4, 4: 2, 8: 1}[kernel.numbers[0]]
         twice = kernel.numbers[0] == 8 and kernel.dtype != "float"
-        assert len(early) == (4 if twice else 3), kernel
-        assert [lines[i].is_wide_load() for i in early].count(True) == 1, kernel
+        assert len(early) == rows + (3 if twice else 2), kernel
+        assert [lines[i].is_wide_load() for i in early].count(True) == rows, kernel
         assert min(first_use(lines, load) for load in early) > border, kernel
+
+
+def test_eight_parts_of_z_are_asked_for_before_the_first_is_used(code):
+    for kernel, lines in code.items():
+        if kernel.name in ("few_up", "many_route"):
+            parts = [i for i, line in enumerate(lines) if line.name == "LDG.E.STRONG.GPU"]
+            assert len(parts) >= 8, kernel
+            assert min(first_use(lines, load) for load in parts[:8]) > parts[7], kernel
+
+
+def test_base_and_the_first_weights_of_many_tokens_are_under_way_before_v_is_there(code, architecture):
+    """Copies of two stages of `up`, and where sizes allow it all of a thread's own `base`."""
+    for kernel, lines in code.items():
+        if kernel.name == "many_up" and kernel.aligned and int(architecture) >= 90:
+            border = wait_of(lines)
+            early = lines[:border]
+            assert count(early, "LDG.E.128") == count(lines, "LDG."), kernel
+            assert count(early, "LDGSTS") >= 4, kernel
+            assert count(early, "LDGSTS") < count(lines, "LDGSTS"), kernel
 
 
 def test_y_is_written_in_whole_packs_or_element_by_element_where_sizes_are_odd(code):
@@ -208,18 +241,20 @@ def test_y_is_written_in_whole_packs_or_element_by_element_where_sizes_are_odd(c
             assert (packs, stores) == (0, 2 if kernel.numbers[0] == 8 and kernel.dtype != "float" else 1), kernel
         elif kernel.name == "few_down":
             assert (packs, stores) == (0, 1), kernel
+        elif kernel.name == "many_down":
+            assert packs == stores >= 1, kernel
 
 
 def test_sixteen_bit_products_run_on_tensor_cores_and_float_ones_do_not(code):
-    """A 16x16x16 product is two instructions: of a step over 4 depths in many_down, which warps share; of one depth
-    and 4 tiles of columns in many_up."""
+    """A 16x16x16 product is two instructions: of a step over 2 depths or, where tiles are narrow, 4 in many_down, which
+    two warps share; of one depth and 4 tiles of columns in many_up."""
     for kernel, lines in code.items():
         expected = 0
         if kernel.name == "many_up":
             expected = 8
         elif kernel.name == "many_down":
-            token_tiles, column_tiles = kernel.numbers
-            expected = 2 * column_tiles * (1 if token_tiles == 1 else 2)
+            (column_tiles,) = kernel.numbers
+            expected = 2 * column_tiles * (1 if column_tiles > 3 else 2)
         assert count(lines, "HMMA.16816.F32") == count(lines, "HMMA"), kernel
         assert count(lines, "HMMA") == (0 if kernel.dtype == "float" else expected), kernel
 
@@ -228,7 +263,7 @@ def test_stages_are_copied_past_the_registers_ahead_of_their_use(code):
     """A copy is one instruction for data and one for zeros, without a branch between lengths. The first stages are
     filled before the first wait."""
     for kernel, lines in code.items():
-        if not kernel.name.startswith("many"):
+        if kernel.name not in ("many_down", "many_up"):
             continue
         copies = [i for i, line in enumerate(lines) if line.name.startswith("LDGSTS")]
         assert all(lines[i].name.startswith("LDGSTS.E.BYPASS.128") for i in copies), kernel

@@ -157,7 +157,9 @@ public:
 
     std::unique_ptr<Context> context(bool last, const Stream& stream) const override {
         const std::lock_guard<std::mutex> lock(mutex_);
-        std::unique_ptr<nvinfer1::IExecutionContext> made(engine_->createExecutionContext());
+        // Memory for the profile that is chosen, not for the largest of all.
+        std::unique_ptr<nvinfer1::IExecutionContext> made(
+            engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kON_PROFILE_CHANGE));
         if (!made || !made->setOptimizationProfileAsync(profile(last), stream.get())) {
             throw Error(path_.string() + ": no context for it: " + logger_.last() + ".");
         }

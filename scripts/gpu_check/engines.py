@@ -1,0 +1,137 @@
+"""Goes on where this tool's own packages are installed: real engines with and without the plugin, judged and timed, the
+C++ program on them, and ONNX Runtime with the op for its CUDA provider.
+
+Everything is done by the commands that a user has; the model is one of random weights, made here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from gpu_check.steps import LeftOut, Steps
+
+_ROOT = Path(__file__).resolve().parents[2]
+_NEEDED = ("typer", "onnx", "onnx_ir", "transformers", "msgspec")
+_SHAPES = "1x1,1x64,1x256"
+# Name of an engine -> its options.
+_ENGINES = {"plugin": (), "inlined": ("--no-plugin",), "unadapted": ("--no-plugin",)}
+# Of the bundle, whose graph they are judged by; the other is of the same graph without its experts.
+_ADAPTED = ("plugin", "inlined")
+
+
+def engine_steps(folder: Path, dry_run: bool, steps: Steps) -> Iterator[tuple[str, Callable[[], str]]]:
+    """The steps with their names; each is left out where what it needs is not there."""
+    runtime = "rtx" if dry_run else "tensorrt"
+    commands = _Commands(folder, runtime, steps)
+    yield "a bundle of a small model", commands.make_bundle
+    for name in _ENGINES:
+        yield f"engine, {name}", lambda name=name: commands.build(name)
+    if not dry_run:
+        for name in _ADAPTED:
+            yield f"validate --engine {name}", lambda name=name: commands.validate(name)
+        yield "decode of the engines", commands.decode
+        yield "the C++ program on TensorRT", commands.run_cpp
+        yield "ONNX Runtime's CUDA provider", commands.run_onnxruntime
+
+
+class _Commands:
+    def __init__(self, folder: Path, runtime: str, steps: Steps) -> None:
+        self._folder, self._runtime, self._steps = folder, runtime, steps
+        self._bundle, self._unadapted = folder / "bundle", folder / "unadapted"
+
+    def make_bundle(self) -> str:
+        missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+        if missing:
+            raise LeftOut(f"{', '.join(missing)} are not installed")
+        self._python("gpu_check.small_model", self._bundle, self._unadapted)
+        return ""
+
+    def build(self, name: str) -> str:
+        module = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[self._runtime]
+        self._require_bundle()
+        if importlib.util.find_spec(module) is None:
+            raise LeftOut(f"{module} is not installed")
+        if self._runtime == "rtx" and name == "plugin":
+            raise LeftOut("TensorRT-RTX takes no plugins")
+        options = ["--compute-capability", "8.9"] if self._runtime == "rtx" else list(_ENGINES[name])
+        bundle = self._engine(name).parents[1]
+        self._tool("trt", bundle, "--runtime", self._runtime, "--shapes", _SHAPES, "-o", self._engine(name), *options)
+        return f"{self._engine(name).stat().st_size / 1e6:.0f} MB"
+
+    def validate(self, name: str) -> str:
+        self._require_engine(name)
+        report = self._folder / f"{name}.json"
+        self._tool("validate", self._bundle, "--engine", name, "--json", report)
+        return "passed"
+
+    def decode(self) -> str:
+        """A token of each engine, and of one without adapters."""
+        for name in _ENGINES:
+            self._require_engine(name)
+        told = self._python("gpu_check.decode", *map(self._engine, _ENGINES))
+        times = json.loads(told.splitlines()[-1])
+        return ", ".join(f"{name}: {1e6 * seconds:.0f} us a token" for name, seconds in times.items())
+
+    def run_cpp(self) -> str:
+        self._require_engine("plugin")
+        project = self._folder / "cpp"
+        self._tool("deploy", "cpp", self._bundle, "--engine", "plugin", "-o", project)
+        options = ("-DTEAMLORA_ONNXRUNTIME=OFF", "-DTEAMLORA_TENSORRT=ON")
+        try:
+            self._run("cmake", "-S", project, "-B", project / "build", *options)
+        except RuntimeError as error:
+            raise LeftOut(f"its project is not configured: {error}") from None
+        self._run("cmake", "--build", project / "build", "--parallel")
+        program = project / "build" / "runner"
+        options = ("--ids", "--tokens", "8", "--model", project / "model", "--backend", "tensorrt")
+        return f"answers {self._run(program, *options, stdin='5 17 42')}".strip()
+
+    def run_onnxruntime(self) -> str:
+        self._require_bundle()
+        if importlib.util.find_spec("onnxruntime") is None:
+            raise LeftOut("onnxruntime is not installed")
+        return self._python("gpu_check.onnxruntime_cuda", self._bundle).splitlines()[-1]
+
+    def _engine(self, name: str) -> Path:
+        return (self._bundle if name in _ADAPTED else self._unadapted) / "engines" / f"{name}.engine"
+
+    def _require_bundle(self) -> None:
+        if not (self._bundle / "manifest.json").is_file():
+            raise LeftOut("there is no bundle")
+
+    def _require_engine(self, name: str) -> None:
+        if not self._engine(name).is_file():
+            raise LeftOut(f"there is no engine {name}")
+
+    def _tool(self, *words: object) -> str:
+        return self._python("teamlora_export", *words)
+
+    def _python(self, module: str, *words: object) -> str:
+        return self._run(sys.executable, "-m", module, *words)
+
+    def _run(self, *words: object, stdin: str = "") -> str:
+        done = subprocess.run(
+            [str(word) for word in words],
+            input=stdin,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=max(self._steps.left(), 1),
+            env=_environment(),
+        )
+        if done.returncode != 0:
+            lines = (done.stdout + done.stderr).strip().splitlines()
+            what = " ".join(map(str, words[:4]))
+            raise RuntimeError("\n  ".join([f"{what} ends with code {done.returncode}", *lines[-8:]]))
+        return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(_ROOT / "scripts"), str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}

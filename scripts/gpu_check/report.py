@@ -1,0 +1,64 @@
+"""The figures as a table for people and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from gpu_check.kernels import Tuning
+from gpu_check.machine import Description
+from gpu_check.steps import Steps
+from gpu_check.thresholds import Trial
+from gpu_check.timing import Timing
+
+_FORMAT_VERSION = 1
+
+
+def line(timing: Timing) -> str:
+    compiled = "" if timing.compiled is None else f", compiled {timing.compiled:.1f}"
+    return (
+        f"{timing.projection}, {timing.dtype}, {timing.tokens} tokens: {timing.ours:.1f} us = "
+        f"{timing.ours / timing.floor:.2f} x its bytes = {timing.ours / timing.products:.2f} x two products; "
+        f"eager {timing.eager:.1f}{compiled}; {'right' if timing.correct else 'WRONG'} ({timing.difference:.2f})"
+    )
+
+
+def table(timings: Sequence[Timing], trials: Sequence[Trial]) -> str:
+    """Markdown. Times are in microseconds."""
+    head = "| projection | dtype | tokens | ours | bytes | over them | products | over them | eager | compiled |"
+    lines = [head, "|" + "---|" * (head.count("|") - 1)]
+    for one in timings:
+        compiled = "" if one.compiled is None else f"{one.compiled:.1f}"
+        mark = "" if one.correct else " WRONG"
+        lines.append(
+            f"| {one.projection} | {one.dtype} | {one.tokens:,} | {one.ours:.1f}{mark} | {one.floor:.1f} "
+            f"| {one.ours / one.floor:.2f} | {one.products:.1f} | {one.ours / one.products:.2f} | {one.eager:.1f} "
+            f"| {compiled} |"
+        )
+    return "\n".join(["", *lines, "", *map(str, trials), ""])
+
+
+def as_fields(
+    steps: Steps,
+    description: Description,
+    speed: float | None,
+    tuning: Tuning | None,
+    timings: Sequence[Timing],
+    trials: Sequence[Trial],
+) -> dict[str, Any]:
+    """All that was found."""
+    return {
+        "format_version": _FORMAT_VERSION,
+        "machine": dataclasses.asdict(description),
+        "copy_bytes_a_second": speed,
+        "tuning": None if tuning is None else dataclasses.asdict(tuning),
+        "steps": steps.as_fields(),
+        "timings": [dataclasses.asdict(timing) for timing in timings],
+        "constants": [{**dataclasses.asdict(trial), "recommended": trial.recommended} for trial in trials],
+    }
+
+
+def to_json(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=2) + "\n"

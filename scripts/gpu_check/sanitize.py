@@ -1,0 +1,37 @@
+"""NVIDIA's compute-sanitizer on a small sweep: each of its tools finds what another cannot."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+_PLACES = ("bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer", "extras/compute-sanitizer/compute-sanitizer")
+_FAILED = 86
+
+
+def find_sanitizer(cuda_root: Path) -> Path | None:
+    """compute-sanitizer: `COMPUTE_SANITIZER`, the PATH, then CUDA's folder."""
+    named = os.environ.get("COMPUTE_SANITIZER") or shutil.which("compute-sanitizer")
+    places = [Path(named)] if named else [cuda_root / place for place in _PLACES]
+    return next((place for place in places if place.is_file()), None)
+
+
+def sanitize(sanitizer: Path, tool: str, sweep: Path, seconds: float) -> str:
+    """What `tool` says of the small sweep, in its last line.
+
+    Raises:
+        RuntimeError: it finds something, or the sweep fails.
+        subprocess.TimeoutExpired: it takes longer than `seconds`.
+    """
+    command = [str(sanitizer), "--tool", tool, "--error-exitcode", str(_FAILED), str(sweep), "--small"]
+    if tool == "initcheck":
+        # Poison would count as initialised.
+        command.append("--no-poison")
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    if done.returncode != 0:
+        raise RuntimeError(f"{tool} ends with code {done.returncode}:\n  " + "\n  ".join(lines[:25]))
+    return lines[-1] if lines else ""

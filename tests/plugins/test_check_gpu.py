@@ -1,0 +1,428 @@
+"""`scripts/check_gpu`: its dry run as a whole, and on stand-ins each branch that only a GPU or its tools would take."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from gpu_check import engines, onnxruntime_cuda, report
+from gpu_check import main as check_gpu
+from gpu_check.account import account
+from gpu_check.build import _run, build
+from gpu_check.kernels import Kernels, Sizes, Tuning
+from gpu_check.machine import Emulated, Gpu
+from gpu_check.operation import by_pytorch, difference, make_call, ours, two_products
+from gpu_check.sanitize import TOOLS, find_sanitizer, sanitize
+from gpu_check.shapes import LLAMA_2_7B, PROJECTIONS
+from gpu_check.steps import LeftOut, Steps
+from gpu_check.thresholds import Trial, try_constants
+from gpu_check.timing import Compiler, Stopwatch, Timing
+from kernel_table import BEGIN, END, README, kernel_table
+
+from teamlora_export.engine.toolchain import find_cuda
+
+ROOT = Path(__file__).parents[2]
+SIZES = Sizes("fp16", 3, 64, 4, 4, (32, 16))
+ROW = Timing("7B down", "fp16", 8, floor=2.0, ours=3.0, eager=30.0, products=6.0, compiled=None, difference=0.4)
+
+
+@pytest.fixture(scope="module")
+def kernels(programs) -> Kernels:
+    return Kernels(programs / "libteamlora_emulated.so")
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], dict]:
+    """The whole script, with a stand-in for compute-sanitizer and no packages of ours for engines."""
+    folder = tmp_path_factory.mktemp("check")
+    sanitizer = executable(folder / "compute-sanitizer", 'shift 4; exec "$@"')
+    environment = {**os.environ, "COMPUTE_SANITIZER": str(sanitizer)}
+    command = [sys.executable, ROOT / "scripts" / "check_gpu", "--dry-run", "--no-engines", "--dtypes", "fp16"]
+    done = subprocess.run([*command, "--json", folder / "out.json"], capture_output=True, text=True, env=environment)
+    return done, json.loads((folder / "out.json").read_text()) if done.returncode in (0, 1) else {}
+
+
+def executable(path: Path, body: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_dry_run_makes_every_step_and_ends_well(dry_run):
+    done, fields = dry_run
+    assert done.returncode == 0, done.stdout + done.stderr
+    states = {step["name"]: step["state"] for step in fields["steps"]}
+    expected = ["environment", "build", "sweep against float64", "times", "constants of the plan"]
+    expected += [f"compute-sanitizer {tool}" for tool in TOOLS]
+    assert {name: states[name] for name in expected} == dict.fromkeys(expected, "passed")
+    assert "0 failures" in next(step["text"] for step in fields["steps"] if step["name"] == "sweep against float64")
+    assert len(fields["timings"]) == 2 * 2
+    assert all(0 <= row["difference"] <= 1 for row in fields["timings"])
+    assert {trial["name"] for trial in fields["constants"]} == {
+        *("few_tokens", "overlaps", "few_slices", "blocks_each", "split_width", "column_tiles")
+    }
+    assert "| tiny gate/up | fp16 | 40 |" in done.stdout
+    assert re.search(r"^\[ +\d+ s\] All right$", done.stdout, re.MULTILINE)
+
+
+def test_without_a_gpu_or_tools_it_says_what_to_do(monkeypatch, capsys):
+    monkeypatch.setattr(check_gpu, "find_cuda", lambda: None)
+    assert check_gpu.main([]) == 2
+    assert "no nvcc" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert check_gpu.main([]) == 2
+    assert "PyTorch sees no GPU" in capsys.readouterr().err
+    old = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda: (7, 5))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=old))
+    assert check_gpu.main([]) == 2
+    assert "compute capability 8.0 and newer" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert check_gpu.main(["--dry-run"]) == 2
+    assert "PyTorch cannot be imported" in capsys.readouterr().err
+
+
+def test_wrong_results_fail_the_run_and_are_named(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(check_gpu, "build", lambda *_: (_ for _ in ()).throw(RuntimeError("c++ fails:\n  error: x")))
+    assert check_gpu.main(["--dry-run", "--no-engines", "--json", str(tmp_path / "a.json")]) == 1
+    printed = capsys.readouterr().out
+    assert "build: failed, RuntimeError: c++ fails" in printed
+    assert "FAILED\n" in printed
+    assert [step["name"] for step in json.loads((tmp_path / "a.json").read_text())["steps"]] == ["environment", "build"]
+
+
+@pytest.fixture
+def check(tmp_path, kernels, programs, monkeypatch) -> check_gpu.Check:
+    """A check that has been built."""
+    made = check_gpu.Check(Steps(8), torch, find_cuda(), tmp_path, True, 1)
+    made._programs = SimpleNamespace(library=programs / "libteamlora_emulated.so", sweep=tmp_path / "sweep")
+    made.tuning = Tuning(16)
+    return made
+
+
+def test_a_wrong_row_fails_the_times(check, monkeypatch):
+    monkeypatch.setattr(check_gpu, "time_all", lambda *_: iter([ROW, Timing(**{**vars(ROW), "difference": math.nan})]))
+    with pytest.raises(RuntimeError, match=r"1 results are wrong, of them 7B down.*WRONG \(nan\)"):
+        check._time(["fp16"])
+    assert "3.0 WRONG |" in report.table(check.timings, [])
+
+
+def test_rows_that_there_is_no_time_for_are_left_out_and_said(check, monkeypatch):
+    monkeypatch.setattr(check_gpu, "time_all", lambda *_: iter([ROW, ROW]))
+    monkeypatch.setattr(check._steps, "left", lambda: -1.0)
+    monkeypatch.setattr(Compiler, "problem", "no Triton", raising=False)
+    assert check._time(["fp16"]).startswith("1 rows; others were left out for lack of time")
+    assert len(list(check.trials)) == 0
+    check._try("fp16")
+    assert len(check.trials) == 1
+
+
+def test_a_sweep_that_fails_is_shown(check, tmp_path):
+    executable(tmp_path / "sweep", "echo FAILED: tokens 3; echo 5 cases, 1 failures; exit 1")
+    with pytest.raises(RuntimeError, match="FAILED: tokens 3\n  5 cases, 1 failures"):
+        check._sweep()
+    executable(tmp_path / "sweep", "exec sleep 5")
+    check._steps = Steps(0)
+    with pytest.raises(RuntimeError, match="not done after 1 s"):
+        check._sweep()
+
+
+def test_a_sanitizer_is_found_or_left_out(check, tmp_path, monkeypatch):
+    monkeypatch.delenv("COMPUTE_SANITIZER", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert find_sanitizer(tmp_path) is None
+    (tmp_path / "bin").mkdir()
+    there = executable(tmp_path / "bin" / "compute-sanitizer", "exit 0")
+    assert find_sanitizer(tmp_path) == there
+    monkeypatch.setattr(check_gpu, "find_sanitizer", lambda _: None)
+    with pytest.raises(LeftOut, match="no compute-sanitizer"):
+        check._sanitize("memcheck")
+
+
+def test_what_a_sanitizer_finds_fails_its_step(tmp_path):
+    tool = executable(tmp_path / "tool", 'echo "$@" >&2; [ "$2" != racecheck ] || { echo hazard; exit 86; }')
+    with pytest.raises(RuntimeError, match="racecheck ends with code 86:\n  hazard"):
+        sanitize(tool, "racecheck", tmp_path / "sweep", 10)
+    assert sanitize(tool, "memcheck", tmp_path / "sweep", 10).endswith("sweep --small")
+    assert sanitize(tool, "initcheck", tmp_path / "sweep", 10).endswith("--small --no-poison")
+    slow = executable(tmp_path / "slow", "exec sleep 5")
+    steps = Steps(8)
+    assert not steps.run("slow", lambda: sanitize(slow, "memcheck", tmp_path / "sweep", 0.1))
+    assert (steps.outcomes[0].state, steps.failed()) == ("left out", False)
+
+
+def test_steps_without_time_are_left_out_and_errors_of_any_kind_fail_one_step_alone(capsys):
+    steps = Steps(0.5)
+    assert not steps.run("long", lambda: "", takes=60)
+    assert not steps.run("broken", lambda: str(1 // 0))
+    assert steps.run("fine", lambda: "done")
+    assert [outcome.state for outcome in steps.outcomes] == ["left out", "failed", "passed"]
+    assert "ZeroDivisionError" in steps.outcomes[1].text and "Traceback" in steps.outcomes[1].text
+    assert "fine: passed, done" in capsys.readouterr().out
+
+
+def test_both_programs_for_a_gpu_compile_and_one_that_does_not_names_its_errors(tmp_path):
+    """For an H100. They end with an error here, where there is no driver, not with a crash."""
+    programs = build(tmp_path, find_cuda(), "90")
+    with pytest.raises(RuntimeError, match="the device cannot be asked"):
+        Kernels(programs.library).tuning()
+    swept = subprocess.run([programs.sweep, "--small"], capture_output=True, text=True)
+    assert swept.returncode == 1
+    assert "cudaMalloc" in swept.stdout
+    with pytest.raises(RuntimeError, match=r"fails:\n  .*error"):
+        _run(["c++", str(tmp_path / "none.cpp")], find_cuda()).check()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_kernels_and_pytorch_agree_and_a_wrong_y_does_not(kernels, dtype, tokens):
+    sizes = Sizes(dtype, tokens, 64, 4, 4, (32, 16))
+    call = make_call(torch, Emulated(torch), sizes)
+    assert math.isnan(difference(torch, call)), "y is not there yet"
+    ours(torch, Emulated(torch), kernels, call, Tuning(16))()
+    assert difference(torch, call) <= 1
+    right = call.y.clone()
+    call.y.copy_(by_pytorch(torch, call))
+    assert difference(torch, call) <= (1 if dtype == "fp32" else 2), "which rounds the experts' sum once more"
+    call.y.copy_(right)
+    call.y[:, 5] = call.base[:, 5]
+    assert difference(torch, call) > 1, "a column without experts"
+    two_products(torch, call)()
+
+
+def test_a_shape_that_kernels_refuse_is_an_error(kernels):
+    with pytest.raises(RuntimeError, match="could not be launched"):
+        kernels.launch(Sizes("fp16", 1, 8, 99, 1, (8,)), Tuning(16), [0] * 6, 0)
+    assert kernels.launches(Sizes("fp16", 0, 8, 2, 1, (8,)), Tuning(16)) == []
+
+
+class Event:
+    """CUDA's, on a clock that each replay moves by a millisecond."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.now
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return end.at - self.at
+
+
+class Context:
+    def __init__(self, *_: object, **__: object) -> None:
+        self.cuda_stream = 7
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait_stream(self, _other):
+        pass
+
+    def replay(self):
+        Event.now += 1.0
+
+
+def test_a_gpu_is_timed_by_replays_of_a_graph_between_events():
+    """On a stand-in for torch.cuda."""
+    facts = SimpleNamespace(name="H100", major=9, minor=0, L2_cache_size=50 << 20, total_memory=80 << 30)
+    cuda = SimpleNamespace(
+        Event=Event,
+        Stream=Context,
+        CUDAGraph=Context,
+        stream=Context,
+        graph=Context,
+        current_stream=Context,
+        synchronize=lambda: None,
+        get_device_properties=lambda _: facts,
+    )
+    gpu = Gpu(SimpleNamespace(cuda=cuda, __version__="2.13", version=SimpleNamespace(cuda="13.0")))
+    assert (gpu.describe().capability, gpu.describe().cache_bytes) == ("90", 50 << 20)
+    assert gpu.stream() == 7
+    runs = []
+    assert gpu.seconds(lambda: runs.append(1)) == pytest.approx(1e-3)
+    assert len(runs) == 3, "twice before it is captured, once to be captured"
+    gpu.synchronize()
+
+
+def test_calls_are_as_many_as_do_not_fit_into_the_cache(kernels):
+    machine = Emulated(torch)
+    stopwatch = Stopwatch(torch, machine, kernels)
+    stopwatch._cache = 10 * SIZES.least_bytes
+    assert len(stopwatch.calls(SIZES)) == 30
+    stopwatch._cache = 10**9
+    assert len(stopwatch.calls(SIZES)) == 256
+    stopwatch._cache = 1
+    assert len(stopwatch.calls(SIZES)) == 1
+
+
+def test_torch_compile_is_given_up_where_it_fails(kernels):
+    stopwatch = Stopwatch(torch, Emulated(torch), kernels)
+    calls = stopwatch.calls(SIZES)[:1]
+    assert Compiler(torch, 0).seconds(stopwatch, calls) is None
+    works = Compiler(SimpleNamespace(compile=lambda function, dynamic: function, exp=torch.exp, cat=torch.cat), 1)
+    assert works.seconds(stopwatch, calls) > 0
+    fails = Compiler(SimpleNamespace(compile=lambda *_, **__: 1 / 0), 2)
+    assert fails.seconds(stopwatch, calls) is None
+    assert fails.problem == "division by zero"
+    assert fails.seconds(stopwatch, calls) is None
+
+
+class Clock(Stopwatch):
+    """Times as `told(sizes, tuning)` says."""
+
+    def __init__(self, told):
+        self._told = told
+
+    def calls(self, sizes):
+        return [SimpleNamespace(sizes=sizes)]
+
+    def of_kernels(self, calls, tuning):
+        return self._told(calls[0].sizes, tuning)
+
+
+def test_constants_are_recommended_where_another_wins_clearly():
+    def told(sizes, tuning):
+        few = sizes.tokens <= tuning.few_tokens
+        return (sizes.tokens if few else 20) * (1.2 if tuning.blocks_each == 2 else 1.19) / (1 + tuning.overlaps)
+
+    trials = {trial.name: trial for trial in try_constants(Clock(told), Tuning(132), LLAMA_2_7B, "fp16")}
+    assert trials["few_tokens"].recommended == 16
+    assert trials["blocks_each"].recommended == 2, "one per cent is noise"
+    assert trials["overlaps"].recommended == 1
+    assert "few_tokens = 32 should be 16" in str(trials["few_tokens"])
+    assert str(Trial("few_slices", 8, {4: 1.0, 8: 1.02})) == "few_slices = 8 stays (4: 1.00, 8: 1.02)"
+
+
+def test_the_accounts_bytes_are_no_fewer_than_the_least(kernels):
+    for projection in PROJECTIONS:
+        for tokens in (1, 8, 32, 256, 2048):
+            one = account(kernels, projection.sizes("fp16", tokens), Tuning(132))
+            assert one.least <= one.memory <= 2 * one.least, projection
+            assert one.requested >= one.least, projection
+            assert len(one.launches) == (2 if tokens <= 32 else 3)
+            assert all(launch.shared_bytes <= 48 * 1024 for launch in one.launches)
+
+
+def test_every_grid_covers_its_outputs(kernels):
+    """By hand for the headline at 2,048 tokens: 32 tiles of tokens, 2 of rows, 4 splits; 8 tokens a block; 86 tiles of
+    columns for each sibling."""
+    down, route, up = kernels.launches(LLAMA_2_7B[0].sizes("fp16", 2048), Tuning(132))
+    assert (down.grid, route.grid, up.grid) == ((32, 2, 4), (256, 2, 1), (32, 172, 1))
+    assert (down.threads, route.threads, up.threads) == (256, 128, 256)
+    few_down, few_up = kernels.launches(PROJECTIONS[1].sizes("fp16", 1), Tuning(132))
+    assert (few_down.grid, few_down.threads, few_up.grid) == ((36, 1, 1), 96, (9, 1, 1))
+
+
+def test_the_table_in_the_readme_is_what_the_plan_gives(kernels):
+    text = README.read_text(encoding="utf-8").partition(f"{BEGIN}\n")[2].partition(f"\n{END}")[0]
+    assert text == kernel_table(kernels), "run scripts/kernel_table.py --write"
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch) -> engines._Commands:
+    made = engines._Commands(tmp_path, "tensorrt", Steps(8))
+    monkeypatch.setattr(made, "_run", lambda *words, **_: " ".join(map(str, words)))
+    for engine in ("plugin", "inlined", "unadapted"):
+        made._engine(engine).parent.mkdir(parents=True, exist_ok=True)
+        made._engine(engine).write_bytes(b"engine")
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    return made
+
+
+def test_engines_are_built_judged_and_timed_by_the_tools_own_commands(commands, monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: object())
+    said = []
+    monkeypatch.setattr(commands, "_run", lambda *words, **_: said.append(" ".join(map(str, words[2:]))) or '{"a": 1}')
+    assert commands.make_bundle() == ""
+    assert commands.build("plugin") == commands.build("inlined") == "0 MB"
+    assert commands.validate("plugin") == "passed"
+    assert commands.decode() == "a: 1000000 us a token"
+    assert commands.run_cpp() == 'answers {"a": 1}'
+    assert commands.run_onnxruntime() == '{"a": 1}'
+    assert "--runtime tensorrt" in said[1] and "--no-plugin" not in said[1] and "--no-plugin" in said[2]
+    assert "validate" in said[3] and "--engine plugin" in said[3]
+
+
+def test_what_engines_need_is_named_where_it_is_missing(commands, monkeypatch, tmp_path):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: None)
+    for step, message in (
+        (commands.make_bundle, "typer, onnx, onnx_ir, transformers, msgspec are not installed"),
+        (lambda: commands.build("plugin"), "tensorrt is not installed"),
+        (commands.run_onnxruntime, "onnxruntime is not installed"),
+    ):
+        with pytest.raises(LeftOut, match=message):
+            step()
+    monkeypatch.undo()
+    empty = engines._Commands(tmp_path / "empty", "rtx", Steps(8))
+    for step, message in (
+        (lambda: empty.build("inlined"), "there is no bundle"),
+        (lambda: empty.validate("plugin"), "there is no engine plugin"),
+    ):
+        with pytest.raises(LeftOut, match=message):
+            step()
+    with pytest.raises(RuntimeError, match="ends with code 3\n  why"):
+        empty._run(sys.executable, "-c", "import sys; print('why'); sys.exit(3)")
+
+
+def test_a_project_that_cmake_does_not_take_is_left_out(commands, monkeypatch):
+    def run(*words: object, **_: object) -> str:
+        if words[0] == "cmake":
+            raise RuntimeError("no TensorRT")
+        return ""
+
+    monkeypatch.setattr(commands, "_run", run)
+    with pytest.raises(LeftOut, match="no TensorRT"):
+        commands.run_cpp()
+
+
+def test_the_steps_of_engines_are_those_of_a_gpu_or_of_a_dry_run(tmp_path):
+    names = [name for name, _ in engines.engine_steps(tmp_path, False, Steps(8))]
+    assert names[0] == "a bundle of a small model"
+    assert {"validate --engine plugin", "decode of the engines", "the C++ program on TensorRT"} <= set(names)
+    dry = dict(engines.engine_steps(tmp_path, True, Steps(8)))
+    assert list(dry) == ["a bundle of a small model", *(f"engine, {one}" for one in engines._ENGINES)]
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text("{}")
+    with pytest.raises(LeftOut, match="takes no plugins"):
+        dry["engine, plugin"]()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> engines._Commands:
+    made = engines._Commands(tmp_path_factory.mktemp("engines"), "rtx", Steps(8))
+    made.make_bundle()
+    return made
+
+
+def test_a_bundle_of_a_small_model_becomes_engines_with_experts_and_without(small):
+    """Of TensorRT-RTX, which needs no GPU to build them."""
+    sizes = {name: small.build(name) for name in ("inlined", "unadapted")}
+    assert all(int(size.removesuffix(" MB")) > 0 for size in sizes.values())
+
+
+def test_the_kernels_and_the_body_agree_in_onnx_runtime(small, programs, monkeypatch, capsys):
+    """On its CPU provider, with the emulated kernels behind the CUDA provider's op."""
+    library = programs / "onnxruntime" / "libteamlora_onnxruntime_emulated.so"
+    onnxruntime_cuda.main(small._bundle, library, "CPUExecutionProvider")
+    assert "kernels and body agree to 0.0" in capsys.readouterr().out
+    onnxruntime_cuda.main(small._bundle)
+    assert "left out: this onnxruntime has no CUDAExecutionProvider" in capsys.readouterr().out
+    monkeypatch.setattr(onnxruntime_cuda, "_TOLERANCE", -1)
+    with pytest.raises(SystemExit, match="kernels and body differ by"):
+        onnxruntime_cuda.main(small._bundle, library, "CPUExecutionProvider")
