@@ -146,7 +146,7 @@ def onnx(
     )
     made = bundle.manifest
     shelf = made.shelf["adapters"] if made.shelf is not None else {}
-    adapters = f", {len(shelf)} adapters in {made.shelf['slots']} slots" if made.shelf is not None else ""
+    adapters = f", adapters for {made.shelf['slots']} slots: {', '.join(shelf)}" if made.shelf is not None else ""
     codes = f" with weights of {made.quantisation['bits']} bits" if made.quantisation else ""
     fields = {
         "bundle": bundle.folder,

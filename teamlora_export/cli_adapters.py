@@ -75,7 +75,7 @@ def list_adapters(bundle: BundleArgument = THIS_FOLDER, json: JsonOption = None)
         (name, f"{a['origin']['family']}, r={a['origin']['r']}, {a['origin']['num_experts']} experts, {a['file']}")
         for name, a in shelf["adapters"].items()
     )
-    title = f"{opened.folder}: {len(rows)} adapters, {shelf['slots']} slots"
+    title = f"{opened.folder}: adapters {len(rows)}, slots {shelf['slots']}"
     show_description(Description(title, rows, {"bundle": opened.folder, **shelf}), json)
 
 

@@ -108,7 +108,7 @@ print(sorted({"torch", "transformers", "onnxruntime", "pickle_torch"} & set(sys.
     assert lines[:3] == [f"{given[0]}: late is {what}" for what in ("added", "replaced")] + [
         f"{given[0]}: lora is removed"
     ]
-    assert lines[3] == f"{given[0]}: 5 adapters, 3 slots"
+    assert lines[3] == f"{given[0]}: adapters 5, slots 3"
     assert lines[-1] == "[]"
     assert {name: (bundle.folder / name).stat() for name in before} == before, "the base's files are not touched"
     check_files(read_bundle(bundle.folder))

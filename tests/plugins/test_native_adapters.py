@@ -162,3 +162,11 @@ def test_what_does_not_belong_together_is_refused_in_words(library, rng):
     ):
         with pytest.raises(Exception, match=words):
             session.run(None, {**feeds, name: value})
+
+
+def test_the_cuda_kernels_refuse_an_adapter_for_each_row_in_words(programs, rng):
+    """Emulated, in the CPU provider: they would take the slots for one adapter's weights."""
+    slots = slots_for_all(specs([[make_projection(rng, 4, 2, False, 7, 6)]]))
+    library = programs / "onnxruntime" / "libteamlora_onnxruntime_emulated.so"
+    with pytest.raises(Exception, match="an adapter for each row \\(version 2\\) has no CUDA kernels yet"):
+        open_model(adapters_model(list(slots.values())), library)
