@@ -72,6 +72,17 @@ def test_products_of_integers_are_judged_as_what_they_mean(form, rng, tmp_path):
     assert np.abs(rounded - found).max() > 1e-3
 
 
+@pytest.mark.parametrize(("opset", "dtype"), [(13, "fp16"), (21, "bf16")])
+def test_an_adapter_is_attached_in_16_bits(opset, dtype, rng, tmp_path):
+    graph = Graph(opset)
+    foreign = graph.save(tmp_path / "foreign", nbits(graph, graph.embed(rng), weight(rng)))
+    adapter_of(rng, tmp_path / "adapter", {PATH: (IN, OUT)})
+    bundle = attach(foreign, tmp_path / "adapter", tmp_path / "out", adapter_dtype=dtype)
+    assert bundle.manifest.op["adapter_dtype"] == dtype
+    assert (bundle.folder / "adapter.onnx.data").stat().st_size < 4 * (8 * IN + 6 * OUT)
+    assert validate_bundle(bundle).passed
+
+
 @pytest.mark.parametrize("form", [name for name in FORMS if "Bnb4" in name])
 def test_codes_of_bitsandbytes_are_read_and_prove_a_module(form, rng, tmp_path):
     graph, w = Graph(), weight(rng)

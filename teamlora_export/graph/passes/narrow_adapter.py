@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
 from teamlora_export.graph.weights import bind, recipe_of
@@ -14,6 +15,9 @@ class NarrowAdapter(ir.passes.InPlacePass):
 
     Args:
         dtype: float16 or bfloat16. Numbers are rounded once, when they are written.
+
+    Raises:
+        ExportError: the T of a node is another type: a bundle's adapter has one type, or that of its graph.
     """
 
     def __init__(self, dtype: ir.DataType) -> None:
@@ -25,6 +29,10 @@ class NarrowAdapter(ir.passes.InPlacePass):
         for node in model.graph:
             if not op.is_op(node):
                 continue
+            if node.outputs[0].dtype != ir.DataType.FLOAT:
+                kind = node.outputs[0].dtype
+                held = kind.name.lower() if kind is not None else "an unknown type"
+                raise ExportError(f"--adapter-dtype: is for graphs in fp32; {node.name} is in {held}. Leave it out.")
             for name in op.NARROW_INPUTS:
                 value = node.inputs[op.INPUTS.index(name)]
                 recipe = recipe_of(value)
