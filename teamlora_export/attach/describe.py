@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from teamlora_export.attach.fused import fused_findings
 from teamlora_export.attach.interface import COUNTING
-from teamlora_export.attach.match import fused_findings
 from teamlora_export.attach.names import ROLES, Key, keys_of
 from teamlora_export.attach.place import ATTENTIONS, UNSPLIT, find_places
 from teamlora_export.attach.products import Product, find_products

@@ -11,8 +11,9 @@ from typing import Any
 import onnx_ir as ir
 
 from teamlora_export.attach.place import ATTENTIONS
-from teamlora_export.attach.products import constant_of, find_products
+from teamlora_export.attach.products import find_products
 from teamlora_export.attach.read import Foreign
+from teamlora_export.attach.stored import constant_of
 from teamlora_export.bundle import Port
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError

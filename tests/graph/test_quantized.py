@@ -109,7 +109,6 @@ def test_what_is_not_known_is_none(rng) -> None:
     assert dequantised(graph_of([node("MatMul", ["w", "x"], ["y"])], weight).graph[0]) is None
     assert dequantised(graph_of([node("Gemm", ["x", "w"], ["y"], transA=1)], weight).graph[0]) is None
     sorted_rows = product_of_blocks(Scheme(4), weight["w"])
-    order = ir.Value(name="g_idx", const_value=ir.tensor(np.zeros(INPUTS, np.int32)))
     sorted_rows.graph[0].resize_inputs(5)
-    sorted_rows.graph[0].replace_input_with(4, order)
+    sorted_rows.graph[0].replace_input_with(4, ir.Value(name="g_idx"))
     assert dequantised(sorted_rows.graph[0]) is None
