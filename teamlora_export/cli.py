@@ -200,11 +200,15 @@ def validate(
         ),
     ] = None,
     most_perplexity: Annotated[
-        float, typer.Option(min=1.0, help="Fail above so many times the perplexity before quantisation.")
-    ] = 1.5,
+        float | None,
+        typer.Option(min=1.0, help="Fail above so many times the perplexity before quantisation. Default: 1.5."),
+    ] = None,
     least_agreement: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Fail below this share of unchanged likeliest tokens, or labels.")
-    ] = 0.6,
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Fail below this share of unchanged likeliest tokens, or labels. Default: 0.6."
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(parser=given_path, metavar="FILE", help="Write a self-contained HTML report here.")
     ] = None,
@@ -216,7 +220,7 @@ def validate(
     from teamlora_export.progress import Reporter
     from teamlora_export.validate.report import print_verdict, verdict_fields, write_html
     from teamlora_export.validate.run import validate_bundle
-    from teamlora_export.validate.verdict import Thresholds
+    from teamlora_export.validate.verdict import thresholds_of
 
     if engine == "":
         # A variable that a script forgot to set: not the wish to judge the graph.
@@ -234,7 +238,7 @@ def validate(
         plugin=plugin,
         library=native_library(library),
         quality=quality,
-        thresholds=Thresholds(most_perplexity, least_agreement),
+        thresholds=thresholds_of(most_perplexity, least_agreement),
     )
     if json != STANDARD_OUTPUT:
         with writing_to_standard_output():

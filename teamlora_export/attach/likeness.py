@@ -61,7 +61,7 @@ def _compare(left: np.ndarray, right: np.ndarray) -> Likeness:
 def _problem(a: np.ndarray, b: np.ndarray) -> str | None:
     """Which factor `b` has over `a`; None where it has none."""
     factor = float((a * b).sum() / np.square(a).sum())
-    # Two bits leave large weights smaller, whose rows then seem to be so: what they lose is more than a factor explains.
+    # Two bits leave large weights smaller, and the rows that have them: what is lost counts as well.
     rest = 1 - float(np.square((a * b).sum()) / (np.square(a).sum() * np.square(b).sum()))
     if not abs(factor - 1) <= _MOST_FACTOR + rest / 2:
         return f"multiplied by {factor:.3g}"
@@ -84,7 +84,7 @@ def _spread(a: np.ndarray, b: np.ndarray, axis: int) -> tuple[float, float]:
     A factor is a least-squares fit, and counts by the size of what it is of.
     """
     sizes = np.square(a).sum(axis)
-    told = sizes > _LEAST_SIZE * np.median(sizes)
+    told = (sizes > _LEAST_SIZE * np.median(sizes)) & (np.square(b).sum(axis) > 0)
     if a.shape[axis] < 2 or not told.any():
         return 0.0, 0.0
     factors = np.divide((a * b).sum(axis), sizes, out=np.ones_like(sizes), where=sizes > 0)

@@ -66,15 +66,63 @@ def open_foreign(given: Path) -> Foreign:
     if any(op.is_op(node) for node in model.graph):
         raise ExportError(f"{path}: has an adapter already. Give the graph that it was attached to.")
     _refuse_held_outside(model, path)
+    _refuse_circles(model.graph, path)
+    return Foreign(path, folder, model, _open_data(model, path), genai)
+
+
+def _open_data(model: ir.Model, path: Path) -> tuple[str, ...]:
+    """The names of the files with a model's weights, which then are of them as they were looked at.
+
+    Raises:
+        ExportError: a weight is outside of its file, or has no numbers.
+    """
     sizes: dict[str, int] = {}
-    for value in external_values(model):
-        tensor = value.const_value
-        assert isinstance(tensor, ir.ExternalTensor)
-        name = str(tensor.location)
-        if name not in sizes:
-            sizes[name] = _size_of(name, path)
-        value.const_value = stored_in(tensor, folder / name, sizes[name], _ADVICE)
-    return Foreign(path, folder, model, tuple(sizes), genai)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                _refuse_hollow(value, path)
+                continue
+            name = str(tensor.location)
+            if name not in sizes:
+                sizes[name] = _size_of(name, path)
+            try:
+                value.const_value = stored_in(tensor, path.parent / name, sizes[name], _ADVICE)
+            except (TypeError, ValueError) as error:
+                raise ExportError(
+                    f"{path}: says of {value.name!r:.80} in {name} what is no place ({first_line(error)}). {_ADVICE}"
+                ) from None
+    return tuple(sizes)
+
+
+def _refuse_hollow(value: ir.Value, path: Path) -> None:
+    """Every weight inside of the graph has as many numbers as its shape says."""
+    tensor = value.const_value
+    problem = "has no numbers" if tensor is None else None
+    if tensor is not None and tensor.dtype != ir.DataType.STRING:
+        try:
+            problem = None if len(tensor.tobytes()) == tensor.nbytes else "has not as many numbers as its shape says"
+        except Exception as error:  # onnx_ir's and NumPy's own
+            problem = f"has numbers that cannot be read ({first_line(error)})"
+    if problem is not None:
+        raise ExportError(f"{path}: its weight {value.name!r:.80} {problem}. {_ADVICE}")
+
+
+def _refuse_circles(graph: ir.Graph, path: Path) -> None:
+    """No node reads what is computed of what it gives."""
+    waiting = {node: len({each for each in node.predecessors()}) for node in graph}
+    ready = [node for node, count in waiting.items() if not count]
+    for node in ready:
+        for reader in dict.fromkeys(node.successors()):
+            if reader in waiting:
+                waiting[reader] -= 1
+                if not waiting[reader]:
+                    ready.append(reader)
+    if len(ready) < len(waiting):
+        node = next(node for node, count in waiting.items() if count)
+        raise ExportError(
+            f"{path}: {node.name or node.op_type:.80} reads what is computed of its own result. {_ADVICE}"
+        )
 
 
 def external_values(model: ir.Model) -> Iterator[ir.Value]:
@@ -87,9 +135,11 @@ def external_values(model: ir.Model) -> Iterator[ir.Value]:
 
 def _refuse_held_outside(model: ir.Model, path: Path) -> None:
     """Constants belong into the graph: no exporter puts them elsewhere."""
-    for node in model.graph.all_nodes():
+    nodes = [*model.graph.all_nodes(), *(node for each in model.functions.values() for node in each.all_nodes())]
+    for node in nodes:
         for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+            held = attribute.value if attribute.type == ir.AttributeType.TENSORS else [attribute.value]
+            if any(isinstance(each, ir.ExternalTensor) for each in held or ()):
                 raise ExportError(
                     f"{path}: {node.name or node.op_type:.80} holds a constant in another file. {_ADVICE}"
                 )

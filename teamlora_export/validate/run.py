@@ -31,7 +31,7 @@ from teamlora_export.graph.read import read_graph
 from teamlora_export.graph.weights import BaseWeights
 from teamlora_export.model.base import BaseModel, LoadedWeights, open_base
 from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensors_weights
-from teamlora_export.model.source import weights_sha256
+from teamlora_export.model.source import find_base, weights_sha256
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.attached import AttachedRunner, judge_attached
 from teamlora_export.validate.cases import Case, Step, make_cases
@@ -68,8 +68,8 @@ def validate_bundle(
         engine_name: judge this engine instead of the graph; its verdict goes into its own facts.
         plugin: the library for an engine that needs the plugin.
         library: judge the graph as it runs with this native library of the op, not with the op's body.
-        quality: measure on held-out text what the bundle lost, by `thresholds`; None: where it is quantised, has a
-            tokenizer, and fits into memory.
+        quality: measure on held-out text what the bundle lost, by `thresholds`; None: where these are given; or it is
+            quantised, has a tokenizer, and fits into memory.
 
     Raises:
         ExportError: base or adapter are not there, or are not those that the bundle was made of; the bundle's own files
@@ -99,12 +99,19 @@ def validate_bundle(
             layer_by_layer = not _fits(base, manifest.inputs)
         is_quantised = manifest.quantisation is not None
     can_measure = base is not None and not (layer_by_layer or engine)
+    if thresholds is not None:
+        if quality is False:
+            raise ExportError("--no-quality: what is not measured has no threshold. Leave one of the two out.")
+        quality = True
     if quality is None:
         quality = is_quantised and TOKENIZER in manifest.sha256 and can_measure
+        if is_quantised and not quality:
+            why = "it has no tokenizer.json" if can_measure else "that takes a base that is in memory as a whole"
+            reporter.warn(f"{bundle.folder}: what quantisation cost is not measured, since {why}.")
     elif quality and not can_measure:
         raise ExportError(
-            "--quality: is measured beside a base that fits into memory, and not on engines. Give --base, or leave it "
-            "out."
+            "--quality (which a threshold asks for): is measured beside a base that is in memory as a whole, and not on "
+            "engines. Give --base, or leave it out."
         )
     if base is None or manifest.attached is not None:
         verdict = judge_attached(bundle, adapter, base, library, reporter)
@@ -322,12 +329,22 @@ def _open_attached_sources(
     manifest = bundle.manifest
     adapter = open_adapter(bundle, adapter_folder, manifest.adapter["sha256"])
     source = base_source or manifest.base["source"]
-    if source and base_source is None and not Path(source).exists():
-        reporter.warn(f"{source}: is not there any more; the model as a whole is not judged. Give --base.")
-        source = ""
     if not source:
         return None, adapter
-    base = open_base(source, manifest.task)
+    try:
+        found = find_base(source)
+    except ExportError as error:
+        if base_source is not None:
+            raise
+        # A folder that is gone, or a name that the hub does not give now.
+        reporter.warn(f"{error}\nThe model as a whole is not judged. Give --base.")
+        return None, adapter
+    if manifest.base["sha256"] and weights_sha256(found) != manifest.base["sha256"]:
+        raise ExportError(
+            f"{source}: is not the base that {bundle.folder} was compared with when the adapter was attached. Attach it "
+            "again, or give --base."
+        )
+    base = open_base(found, manifest.task)
     adapter = align_with_base(adapter, base.signature)
     if not _fits(base, manifest.inputs):
         reporter.warn(f"{source}: does not fit into memory in float64; the experts are judged by themselves.")
