@@ -63,18 +63,14 @@ def _problem(a: np.ndarray, b: np.ndarray) -> str | None:
     factor = float((a * b).sum() / np.square(a).sum())
     # Two bits leave large weights smaller, and the rows that have them: what is lost counts as well.
     rest = 1 - float(np.square((a * b).sum()) / (np.square(a).sum() * np.square(b).sum()))
-    if not abs(factor - 1) <= _MOST_FACTOR + rest / 2:
-        return f"multiplied by {factor:.3g}"
     found = {"rows": _spread(a, b / factor, 0), "columns": _spread(a, b / factor, 1)}
     name, (spread, _) = max(found.items(), key=lambda each: each[1][0])
     if not spread <= _MOST_SPREAD + rest / 2:
         return f"multiplied by a factor for each of the {name}, which differ by {spread:.0%}"
     name, (_, alone) = max(found.items(), key=lambda each: each[1][1])
-    return (
-        f"multiplied in one of the {name} by a factor that is {alone:.0%} off"
-        if not alone <= _MOST_ALONE + rest / 2
-        else None
-    )
+    if not alone <= _MOST_ALONE + rest / 2:
+        return f"multiplied in one of the {name} by a factor that is {alone:.0%} off"
+    return f"multiplied by {factor:.3g}" if not abs(factor - 1) <= _MOST_FACTOR + rest / 2 else None
 
 
 def _spread(a: np.ndarray, b: np.ndarray, axis: int) -> tuple[float, float]:

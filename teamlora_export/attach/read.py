@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
+from teamlora_export.attach.stored import name_of
 from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.files import open_file, read_json
@@ -62,12 +64,26 @@ def open_foreign(given: Path) -> Foreign:
         model = ir.load(path)
         ir.to_proto(model)
     except Exception as error:  # protobuf's and onnx_ir's own, of many kinds
-        raise ExportError(f"{path}: is no ONNX graph that can be read ({first_line(error)}). {_ADVICE}") from None
+        reason = _wrong_place(path) or first_line(error)
+        raise ExportError(f"{path}: is no ONNX graph that can be read ({reason}). {_ADVICE}") from None
     if any(op.is_op(node) for node in model.graph):
         raise ExportError(f"{path}: has an adapter already. Give the graph that it was attached to.")
     _refuse_held_outside(model, path)
     _refuse_circles(model.graph, path)
     return Foreign(path, folder, model, _open_data(model, path), genai)
+
+
+def _wrong_place(path: Path) -> str | None:
+    """What is wrong with the places of a graph's weights in their files: onnx_ir (1.1) fails in saying it."""
+    try:
+        tensors = onnx.load(path, load_external_data=False).graph.initializer
+    except Exception:  # protobuf's own
+        return None
+    for tensor in tensors:
+        for entry in tensor.external_data:
+            if entry.key in ("offset", "length") and not entry.value.isdecimal():
+                return f"the {entry.key} of {tensor.name!r:.80} is {entry.value!r:.40}"
+    return None
 
 
 def _open_data(model: ir.Model, path: Path) -> tuple[str, ...]:
@@ -110,7 +126,7 @@ def _refuse_hollow(value: ir.Value, path: Path) -> None:
 
 def _refuse_circles(graph: ir.Graph, path: Path) -> None:
     """No node reads what is computed of what it gives."""
-    waiting = {node: len({each for each in node.predecessors()}) for node in graph}
+    waiting = {node: len(set(node.predecessors())) for node in graph}
     ready = [node for node, count in waiting.items() if not count]
     for node in ready:
         for reader in dict.fromkeys(node.successors()):
@@ -120,9 +136,7 @@ def _refuse_circles(graph: ir.Graph, path: Path) -> None:
                     ready.append(reader)
     if len(ready) < len(waiting):
         node = next(node for node, count in waiting.items() if count)
-        raise ExportError(
-            f"{path}: {node.name or node.op_type:.80} reads what is computed of its own result. {_ADVICE}"
-        )
+        raise ExportError(f"{path}: {name_of(node)} reads what is computed of its own result. {_ADVICE}")
 
 
 def external_values(model: ir.Model) -> Iterator[ir.Value]:

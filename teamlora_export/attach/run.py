@@ -95,8 +95,8 @@ def attach(
     if kinds != {IR_DTYPES[interface.dtype]}:
         names = ", ".join(sorted(kind.name.lower() for kind in kinds))
         reporter.warn(
-            f"{foreign.path}: the adapted products are in {names}, and the model's type is {interface.dtype}: `validate` "
-            "judges them by that, and may find errors of the other."
+            f"{foreign.path}: the adapted products are in {names}, and the model's type is {interface.dtype}: "
+            "`validate` judges them by that, and may find errors of the other."
         )
     windows = sum(node.attributes.get_int(WINDOW_CACHE, 0) != 0 for node in foreign.graph)
     if windows:

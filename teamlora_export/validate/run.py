@@ -110,8 +110,8 @@ def validate_bundle(
             reporter.warn(f"{bundle.folder}: what quantisation cost is not measured, since {why}.")
     elif quality and not can_measure:
         raise ExportError(
-            "--quality (which a threshold asks for): is measured beside a base that is in memory as a whole, and not on "
-            "engines. Give --base, or leave it out."
+            "--quality, and so each of its thresholds: is measured beside a base that is in memory as a whole, and not "
+            "on engines. Give --base, or leave it out."
         )
     if base is None or manifest.attached is not None:
         verdict = judge_attached(bundle, adapter, base, library, reporter)
@@ -341,8 +341,8 @@ def _open_attached_sources(
         return None, adapter
     if manifest.base["sha256"] and weights_sha256(found) != manifest.base["sha256"]:
         raise ExportError(
-            f"{source}: is not the base that {bundle.folder} was compared with when the adapter was attached. Attach it "
-            "again, or give --base."
+            f"{source}: is not the base that {bundle.folder} was compared with when its adapter was attached. Attach "
+            "it again, or give --base."
         )
     base = open_base(found, manifest.task)
     adapter = align_with_base(adapter, base.signature)
