@@ -50,43 +50,22 @@ class Claims:
         evidence = (*([NAME] if named else []), *([PLACE] if placed is not None else []))
         whole = Span(product, 0, product.out_features)
         added = {key for key in named if placed is not None and _adds_to(key, placed)}
-        if placed is not None and placed.roles in UNSPLIT:
-            disputed = not self._add_unsplit(product, placed, named - added)
-        else:
-            disputed = not self._add_known(product, placed, named - added)
-        if not disputed:
-            self.evidence[product] = evidence
-        for key in added:
-            self.spans[key].append(whole)
-            if disputed:
-                self.disputed[key] = next(
-                    text for text in self.disputed.values() if text.startswith(name_of(product.node))
-                )
-
-    def _add_known(self, product: Product, placed: Key | None, named: set[Key]) -> bool:
-        """Whether all agree in what it is."""
-        said = named | ({placed} if placed is not None else set())
+        said = named - added | ({placed} if placed is not None else set())
+        # Several in one: a module that has them in one as well may be it, whatever their order.
+        inner = [Key(key.layer, UNSPLIT[key.roles]) for key in [placed] if key is not None and key.roles in UNSPLIT]
+        said -= set(inner)
         if len(said) > 1:
-            self._dispute(product, placed, named, said)
-            return False
+            self._dispute(product, placed, named, {*said, *added, *inner})
+            return
+        self.evidence[product] = evidence
+        for key in {*said, *added}:
+            (self.packed if len(key.roles) > 1 else self.spans)[key].append(whole)
+        for key in inner:
+            self.packed[key].append(whole)
+            self._split(product, key, is_placed=False)
         for key in said:
             if len(key.roles) > 1:
-                self.packed[key].append(Span(product, 0, product.out_features))
                 self._split(product, key, placed is not None)
-            else:
-                self.spans[key].append(Span(product, 0, product.out_features))
-        return True
-
-    def _add_unsplit(self, product: Product, placed: Key, named: set[Key]) -> bool:
-        """Several in one: a module that has them in one as well may be it, whatever their order."""
-        kinds = [placed, Key(placed.layer, UNSPLIT[placed.roles])]
-        if not named <= set(kinds):
-            self._dispute(product, placed, named, {*named, *kinds})
-            return False
-        self.spans[kinds[0]].append(Span(product, 0, product.out_features))
-        self.packed[kinds[1]].append(Span(product, 0, product.out_features))
-        self._split(product, kinds[1], placed=False)
-        return True
 
     def _dispute(self, product: Product, placed: Key | None, named: set[Key], said: Iterable[Key]) -> None:
         names = f"its names say {listed(named)}" if named else ""
@@ -103,7 +82,7 @@ class Claims:
         shorter = (Key(None, (".".join(words[start:]),)) for start in range(1, len(words)))
         return next((each for each in shorter if each in self._widths), None) if key.layer is None else None
 
-    def _split(self, product: Product, key: Key, placed: bool) -> None:
+    def _split(self, product: Product, key: Key, is_placed: bool) -> None:
         """Where in a packed product each projection is."""
         sizes = [part.end - part.start for part in product.parts]
         if len(sizes) != len(key.roles):
@@ -117,7 +96,7 @@ class Claims:
                 continue
             self.spans[single].append(Span(product, start, start + size))
             start += size
-            if not placed and len(set(sizes)) < len(sizes):
+            if not is_placed and len(set(sizes)) < len(sizes):
                 self.unproven[single] = f"{packs} has parts of one size, whose order nothing proves"
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 _END = re.compile(
     r"(?i:(fused)?(matmul|gemm|(de)?quantizelinear))([_A-Z0-9]\w*)?"
     r"|(Add|Mul|Cast|Transpose|Reshape|Split|Constant)([_A-Z0-9]\w*)?"
-    r"|(?i:add|mul|cast|transpose|reshape|split|constant)(_\d+|_(?i:output|quant)\w*)*"
+    r"|(?i:add|mul|cast|transpose|reshape|split|constant)(?i:_(\d+|to|output|quant\w*|b?fp?\d+|float\d*))*"
     r"|(?i:(q?weight|q?bias|scales?|q?zeros|zero_points?|g_idx)(_\w+)?|output_\d+|quant|\w+_output_\d+)"
 )
 # What tells the towers of a model apart, by words in front of the layer; a name is of one of each line at most.

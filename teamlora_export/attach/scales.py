@@ -109,9 +109,12 @@ def _is_normalised(value: ir.Value) -> bool:
     node = value.producer()
     while node is not None and node.op_type in ("Cast", "Identity"):
         source = input_of(node, 0)
-        node = source.producer() if source is not None else None
+        if source is None:
+            return False
+        value, node = source, source.producer()
     if node is None or node.op_type not in ("Mul", "Div"):
-        return node is not None and _is_bare_norm(node)
+        # Of those that add first, the others are sums.
+        return node is not None and value is node.outputs[0] and _is_bare_norm(node)
     # 1 / sqrt(size) is one node or two.
     makers = [each.producer() for each in node.inputs if each is not None]
     inner = [
@@ -130,4 +133,7 @@ def _is_bare_norm(node: ir.Node) -> bool:
         return False
     place = _NORMS[node.op_type]
     weight = constant_of(input_of(node, place)) if place is not None else None
-    return weight is None or bool((weight.numpy() == 1).all())
+    is_bare = weight is None or bool((weight.numpy() == 1).all())
+    if isinstance(weight, ir.ExternalTensor):
+        weight.release()
+    return is_bare

@@ -13,7 +13,7 @@ from teamlora_export.adapter.check import LinearShape
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.attach.exact import DequantizeProducts
 from teamlora_export.attach.insert import detach
-from teamlora_export.attach.match import Found, find_modules
+from teamlora_export.attach.match import WEIGHTS, Found, find_modules
 from teamlora_export.attach.names import is_outside
 from teamlora_export.attach.numbers import weight_of
 from teamlora_export.attach.stored import readers_of
@@ -59,14 +59,14 @@ def holding_weights(
     DequantizeProducts()(model)
     linears = base.signature.linears
     sizes = {path: (linear.in_features, linear.out_features) for path, linear in linears.items()}
-    found, problems = _find_all(model, sizes, weigher)
+    found, problems = find_all(model.graph, sizes, weigher)
     # A pooler, or a head of another task, need not be in the graph.
     outside = {path for path in problems if is_outside(path)}
     unread = {
         path: f"its weights are in a form that is not read ({span.product.form})"
         for path, answer in found.items()
         for span in answer.spans
-        if weight_of(span.product, columns=np.zeros(1, np.int64)) is None
+        if WEIGHTS not in answer.evidence and weight_of(span.product, columns=np.zeros(1, np.int64)) is None
     }
     inside = [f"{path}: {problem}" for path, problem in {**problems, **unread}.items() if path not in outside]
     if inside:
@@ -83,16 +83,16 @@ def holding_weights(
     return runners
 
 
-def _find_all(
-    model: ir.Model, sizes: Mapping[str, tuple[int, int]], weigher: Weigher | None
+def find_all(
+    graph: ir.Graph, sizes: Mapping[str, tuple[int, int]], weigher: Weigher | None
 ) -> tuple[dict[str, Found], dict[str, str]]:
-    """The products of the base's layers, and what is wrong with those that are not found. A layer whose weight the
+    """The products of layers of the base, and what is wrong with those that are not found. A layer whose weight the
     checkpoint has by another name (transformers converts some) is found by its name and place alone."""
-    found, problems = find_modules(model.graph, sizes, weigher)
+    found, problems = find_modules(graph, sizes, weigher)
     if weigher is None:
         return found, problems
     known = {path for path in sizes if weigher.knows(path)}
-    others, otherwise = find_modules(model.graph, sizes)
+    others, otherwise = find_modules(graph, sizes)
     found |= {path: answer for path, answer in others.items() if path not in known}
     return found, {path: text for path, text in problems.items() if path in known} | {
         path: text for path, text in otherwise.items() if path not in known

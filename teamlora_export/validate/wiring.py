@@ -14,13 +14,14 @@ import onnx_ir as ir
 
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.attach.insert import detach
-from teamlora_export.attach.match import WEIGHTS, Found, find_modules
+from teamlora_export.attach.match import WEIGHTS, Found
 from teamlora_export.attach.products import Product, find_products
 from teamlora_export.attach.stored import constant_of, input_of, name_of
 from teamlora_export.attach.weigh import Weigher
 from teamlora_export.graph import op
 from teamlora_export.graph.passes.module_outputs import COLUMNS_KEY, MODULES_KEY
 from teamlora_export.progress import Reporter
+from teamlora_export.validate.held_by_products import find_all
 from teamlora_export.validate.verdict import Departure
 
 
@@ -92,7 +93,7 @@ def _found_again(
     index = {node: number for number, node in enumerate(bare.graph)}
     detach(bare)
     sizes = {path: (p.in_features, p.out_features) for path, p in adapter.projections.items()}
-    found, problems = find_modules(bare.graph, sizes, weigher)
+    found, problems = find_all(bare.graph, sizes, weigher)
     return {path: _places_of(answer, index) for path, answer in found.items()}, problems
 
 
