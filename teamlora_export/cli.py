@@ -226,11 +226,15 @@ def validate(
         ),
     ] = None,
     most_perplexity: Annotated[
-        float, typer.Option(min=1.0, help="Fail above so many times the perplexity before quantisation.")
-    ] = 1.5,
+        float | None,
+        typer.Option(min=1.0, help="Fail above so many times the perplexity before quantisation. Default: 1.5."),
+    ] = None,
     least_agreement: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Fail below this share of unchanged likeliest tokens, or labels.")
-    ] = 0.6,
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, help="Fail below this share of unchanged likeliest tokens, or labels. Default: 0.6."
+        ),
+    ] = None,
     lm_eval: Annotated[
         list[str] | None,
         typer.Option(metavar="TASK", help="Score this task of lm-eval as well; may be given again."),
@@ -254,7 +258,7 @@ def validate(
     from teamlora_export.validate.lm_eval_tasks import LmEval
     from teamlora_export.validate.report import print_verdict, verdict_fields, write_html
     from teamlora_export.validate.run import validate_bundle
-    from teamlora_export.validate.verdict import Thresholds
+    from teamlora_export.validate.verdict import thresholds_of
 
     if engine == "":
         # A variable that a script forgot to set: not the wish to judge the graph.
@@ -275,7 +279,7 @@ def validate(
         plugin=plugin,
         library=native_library(library),
         quality=quality,
-        thresholds=Thresholds(most_perplexity, least_agreement),
+        thresholds=thresholds_of(most_perplexity, least_agreement),
         tasks=LmEval(tuple(lm_eval), lm_eval_tasks, lm_eval_limit) if lm_eval else None,
     )
     if json != STANDARD_OUTPUT:

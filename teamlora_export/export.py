@@ -141,6 +141,8 @@ def export_onnx(
         _warn_of_unused(model, adapter, reporter)
         if quantise is not None and not quantise(model).modified:
             raise ExportError(f"--weights {weights_form}: {source.name} has no linear weights of its own to quantise.")
+        if quantise is not None and quantise.head is not None and not quantise.heads:
+            raise ExportError(f"--head {head_form}: a model for {traced.task} has no head to quantise. Leave it out.")
         if narrow is not None:
             narrow(model)
         nodes = sum(op.is_op(node) for node in model.graph)

@@ -41,7 +41,8 @@ def refuse_escape(path: Path, folder: Path) -> None:
         real, root = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:
         raise ExportError(f"{path}: leads nowhere ({error}). Copy the file itself into the folder.") from None
-    blobs = _blobs(root.parent.parent) if root.parent.name == "snapshots" else root
+    snapshots = next((parent for parent in root.parents if parent.name == "snapshots"), None)
+    blobs = _blobs(snapshots.parent) if snapshots is not None else root
     if not (real.is_relative_to(root) or real.is_relative_to(blobs)):
         raise ExportError(f"{path}: is a link to a file outside {folder}. Copy the file itself into the folder.")
 

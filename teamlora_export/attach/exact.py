@@ -9,7 +9,8 @@ from __future__ import annotations
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from teamlora_export.attach.products import Product, before_quantising, find_products
+from teamlora_export.attach.products import Product, find_products
+from teamlora_export.attach.stored import before_quantising
 
 
 class DequantizeProducts(ir.passes.InPlacePass):

@@ -59,34 +59,66 @@ def insert(model: ir.Model, adapter: AdapterSpec, found: Mapping[str, Found]) ->
     order = {node: index for index, node in enumerate(model.graph)}
     sites = _sites(found, adapter, order)
     replaced: dict[ir.Value, ir.Value] = {}
+    names = _Names(model.graph)
     for site in sites:
-        _Inserter(model.graph, site, adapter, order, replaced).insert()
+        _Inserter(model.graph, site, adapter, order, replaced, names).insert()
     if any(len(site.products) > 1 for site in sites):
         model.graph.sort()
     return sum(op.is_op(node) for node in model.graph)
 
 
 def detach(model: ir.Model) -> None:
-    """Take the nodes of the op out again, in place: what reads them reads the products behind them."""
-    for node in [node for node in model.graph if op.is_op(node)]:
-        base, y = node.inputs[1], node.outputs[0]
-        assert base is not None
-        ir.convenience.replace_all_uses_with(y, base, replace_graph_outputs=True)
-    common.RemoveUnusedNodesPass()(model)
-    for node in list(model.graph):
-        # What was put side by side for the op alone, or taken apart.
-        maker = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-        if node.op_type == "Split" and maker is not None and maker.op_type == "Concat":
-            pairs = list(zip(node.outputs, maker.inputs, strict=False))
-        elif node.op_type == "Concat" and maker is not None and list(maker.outputs) == list(node.inputs):
-            pairs = [(node.outputs[0], maker.inputs[0])]
-        else:
-            continue
-        for made, source in pairs:
-            assert source is not None
-            ir.convenience.replace_all_uses_with(made, source, replace_graph_outputs=True)
+    """Take the nodes of the op out again, in place, and what `insert` put beside them: what reads them reads the
+    products behind them, by the names that these had."""
+    nodes = [node for node in model.graph if op.is_op(node)]
+    joins = {node: maker for node in nodes if (maker := _maker(node, "Concat")) is not None}
+    pieces = dict.fromkeys(maker for node in nodes if (maker := _maker(node, "Split")) is not None)
+    for node, join in joins.items():
+        for split in [reader for reader in node.outputs[0].consumers() if reader.op_type == "Split"]:
+            if _axis(split) == _axis(join) and len(split.outputs) == len(join.inputs):
+                for made, source in zip(split.outputs, join.inputs, strict=True):
+                    _give_back(made, source)
+    wholes = {
+        piece: whole
+        for piece in pieces
+        for whole in {reader for value in piece.outputs for part in _with_op(value) for reader in part.consumers()}
+        if whole.op_type == "Concat"
+        and _axis(whole) == _axis(piece)
+        and [_without_op(value) for value in whole.inputs] == list(piece.outputs)
+    }
+    for piece, whole in wholes.items():
+        _give_back(whole.outputs[0], piece.inputs[0])
+    for node in nodes:
+        _give_back(node.outputs[0], node.inputs[1])
     model.functions.clear()
     common.RemoveUnusedNodesPass()(model)
+
+
+def _give_back(made: ir.Value, source: ir.Value | None) -> None:
+    """Let what reads `made` read `source`, which takes over its name."""
+    assert source is not None
+    ir.convenience.replace_all_uses_with(made, source, replace_graph_outputs=True)
+    name, made.name = made.name, f"{made.name}/detached"
+    source.name = name
+
+
+def _maker(node: ir.Node, op_type: str) -> ir.Node | None:
+    """The node of that type that makes a base."""
+    maker = node.inputs[1].producer() if node.inputs[1] is not None else None
+    return maker if maker is not None and maker.op_type == op_type else None
+
+
+def _with_op(value: ir.Value) -> list[ir.Value]:
+    return [value, *(node.outputs[0] for node in value.consumers() if op.is_op(node))]
+
+
+def _without_op(value: ir.Value | None) -> ir.Value | None:
+    node = value.producer() if value is not None else None
+    return node.inputs[1] if node is not None and op.is_op(node) else value
+
+
+def _axis(node: ir.Node) -> int:
+    return node.attributes.get_int("axis", 0)
 
 
 def _sites(found: Mapping[str, Found], adapter: AdapterSpec, order: Mapping[ir.Node, int]) -> list[_Site]:
@@ -129,11 +161,34 @@ def _sizes(projection: ExpertProjection) -> tuple[int, int, bool]:
     return projection.num_experts, projection.down_rank, projection.shared_down
 
 
+class _Names:
+    """The names of a graph's nodes and values; what is added gets others."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        nodes = list(graph.all_nodes())
+        values = [value.name for node in nodes for value in node.outputs]
+        ends = [
+            value.name
+            for inner in (graph, *graph.subgraphs())
+            for value in (*inner.inputs, *inner.initializers.values())
+        ]
+        self._taken = {*values, *ends, *(node.name for node in nodes)}
+
+    def new(self, wanted: str) -> str:
+        """The name itself, or with a number behind it where it is taken."""
+        name, number = wanted, 0
+        while name in self._taken:
+            number += 1
+            name = f"{wanted}.{number}"
+        self._taken.add(name)
+        return name
+
+
 class _Inserter:
     """Inserts one site.
 
     Args:
-        replaced: outputs of products -> what the nodes behind them read; grows.
+        replaced: outputs of products -> what the nodes behind them read; grows. names: of the graph; grows.
     """
 
     def __init__(
@@ -143,8 +198,9 @@ class _Inserter:
         adapter: AdapterSpec,
         order: Mapping[ir.Node, int],
         replaced: dict[ir.Value, ir.Value],
+        names: _Names,
     ) -> None:
-        self._graph, self._site, self._adapter, self._replaced = graph, site, adapter, replaced
+        self._graph, self._site, self._adapter, self._replaced, self._names = graph, site, adapter, replaced, names
         self._dtype = site.products[0].dtype
         self._name = joint_name([columns.path for columns in site.adapted])
         makers = [product.output.producer() for product in site.products]
@@ -155,7 +211,7 @@ class _Inserter:
         readers = [list(output.uses()) for output in outputs]
         names = [output.name or "" for output in outputs]
         for output, name in zip(outputs, names, strict=True):
-            output.name = f"{name}/base"
+            output.name = self._names.new(f"{name}/base")
         base = outputs[0] if len(outputs) == 1 else self._node("Concat", outputs, f"{self._name}.base")[0]
         whole = self._whole(base)
         results = [whole] if len(outputs) == 1 else self._split(whole, [p.out_features for p in self._site.products])
@@ -185,9 +241,12 @@ class _Inserter:
             return self._op(base, adapted)
         pieces = sorted({0, width, *(c.start for c in adapted), *(c.end for c in adapted)})
         by_start = {columns.start: columns for columns in adapted}
+        # `match` finds no two modules in the same columns.
+        assert len(by_start) == len(adapted)
+        assert all(before.end <= after.start for before, after in pairwise(adapted))
         parts = self._split(base, [end - start for start, end in pairwise(pieces)])
         for index, part in enumerate(parts):
-            part.name = f"{self._name}.base.{index}"
+            part.name = self._names.new(f"{self._name}.base.{index}")
             if pieces[index] in by_start:
                 parts[index] = self._op(part, [by_start[pieces[index]]])
         return self._node("Concat", parts, f"{self._name}.whole")[0]
@@ -204,7 +263,7 @@ class _Inserter:
         }
         x = self._site.products[0].x
         inputs = [self._replaced.get(x, x), base, *self._weights(name, paths)]
-        node = ir.node(op.NAME, inputs, attributes, domain=op.DOMAIN, name=f"{name}/{op.NAME}")
+        node = ir.node(op.NAME, inputs, attributes, domain=op.DOMAIN, name=self._names.new(f"{name}/{op.NAME}"))
         y = node.outputs[0]
         self._add(node, name)
         y.metadata_props[MODULES_KEY] = ",".join(paths)
@@ -232,20 +291,22 @@ class _Inserter:
 
     def _split(self, value: ir.Value, widths: Sequence[int]) -> list[ir.Value]:
         sizes = ir.Value(
-            name=f"{value.name}.sizes", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(widths)])
+            name=self._names.new(f"{value.name}.sizes"),
+            type=ir.TensorType(ir.DataType.INT64),
+            shape=ir.Shape([len(widths)]),
         )
         sizes.const_value = ir.tensor(list(widths), dtype=ir.DataType.INT64, name=sizes.name)
         self._graph.initializers.add(sizes)
         return self._node("Split", [value, sizes], f"{value.name}.part", outputs=len(widths))
 
     def _node(self, op_type: str, inputs: Sequence[ir.Value], name: str, outputs: int = 1) -> list[ir.Value]:
-        node = ir.node(op_type, inputs, {"axis": -1}, num_outputs=outputs, name=f"{name}/{op_type}")
+        node = ir.node(op_type, inputs, {"axis": -1}, num_outputs=outputs, name=self._names.new(f"{name}/{op_type}"))
         self._add(node, name)
         return list(node.outputs)
 
     def _add(self, node: ir.Node, name: str) -> None:
         for index, value in enumerate(node.outputs):
-            value.name = name if len(node.outputs) == 1 else f"{name}.{index}"
+            value.name = self._names.new(name if len(node.outputs) == 1 else f"{name}.{index}")
             value.type = ir.TensorType(self._dtype)
         self._graph.insert_after(self._last, node)
         self._last = node

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 import onnx_ir as ir
 
 from teamlora_export.attach.place import ATTENTIONS
-from teamlora_export.attach.products import constant_of, find_products
+from teamlora_export.attach.products import find_products
 from teamlora_export.attach.read import Foreign
+from teamlora_export.attach.stored import constant_of
 from teamlora_export.bundle import ADAPTER_DATA_NAME, MANIFEST_NAME, Port, read_bundle
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
@@ -38,10 +39,13 @@ class Interface:
     tokens: Tokens
 
 
-def read_interface(foreign: Foreign, base: Path | None) -> Interface:
+def read_interface(foreign: Foreign, base: Path | None, adapted: Iterable[ir.DataType]) -> Interface:
     """What the graph is for. The size of a head is written into the graph where only its attention knows it.
 
+    Its type is that of the cache; where there is none, that of the adapted products, the narrowest of several.
+
     Args:
+        adapted: types of the adapted products.
         base: the folder of the model that it was made of, where it is given.
 
     Raises:
@@ -59,7 +63,7 @@ def read_interface(foreign: Foreign, base: Path | None) -> Interface:
             "present.N.key|value, and logits, last_hidden_state or sentence_embedding. Export it with these names."
         )
     kinds = [port.dtype for port in inputs if port.name.startswith("past_key_values.")]
-    kinds += [product.dtype.name.lower() for product in find_products(graph)[:1]]
+    kinds += sorted({dtype.name.lower() for dtype in adapted}, key=lambda name: name == "float")
     dtype = next((name for name, kind in DTYPES.items() if kind.onnx == kinds[0]), None)
     if dtype is None:
         raise ExportError(

@@ -96,9 +96,11 @@ class _Finder:
             if self._is_of_values(node):
                 shares = self._nodes_before(node.inputs[0])
                 scores = next((each for each in shares if self._is_of_values(each)), None)
-                if scores is None or not any(each.op_type == "Softmax" for each in shares):
+                softmax = next((each for each in shares if each.op_type == "Softmax"), None)
+                factors = _queries_and_keys(scores) if scores is not None else None
+                if factors is None or softmax is None or not _is_over_last(softmax):
                     return None
-                return self._read_by([*scores.inputs[:2], node.inputs[1]], node)
+                return self._read_by([*factors, node.inputs[1]], node)
         return None
 
     def _operator(self, node: ir.Node) -> _Attention | None:
@@ -208,6 +210,25 @@ class _Finder:
                 if read is not None and read not in seen:
                     seen.add(read)
                     waiting.append(read)
+
+
+def _queries_and_keys(scores: ir.Node) -> tuple[ir.Value | None, ir.Value | None] | None:
+    """The factors of attention's scores [.., queries, keys]; None where the node does not say which is which."""
+    first, second = scores.inputs[:2]
+    if scores.op_type != "Einsum":
+        return first, second
+    equation = scores.attributes["equation"].as_string() if "equation" in scores.attributes else ""
+    match = re.fullmatch(r"(\w+),(\w+)->(\w+)", re.sub(r"\s|\.\.\.", "", equation))
+    if match is None:
+        return None
+    has_keys = [match[3][-1] in match[factor] for factor in (1, 2)]
+    return {(False, True): (first, second), (True, False): (second, first)}.get((has_keys[0], has_keys[1]))
+
+
+def _is_over_last(softmax: ir.Node) -> bool:
+    """Whether shares sum to one over the last axis."""
+    axis, shape = softmax.attributes.get_int("axis", -1), softmax.outputs[0].shape
+    return axis == -1 or axis == (len(shape) - 1 if shape is not None else 3)
 
 
 def _counted(found: Sequence[tuple[Product, _Attention]]) -> list[tuple[Product, _Attention]]:

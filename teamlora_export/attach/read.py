@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
+from teamlora_export.attach.stored import name_of
 from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.files import open_file, read_json
@@ -62,19 +64,79 @@ def open_foreign(given: Path) -> Foreign:
         model = ir.load(path)
         ir.to_proto(model)
     except Exception as error:  # protobuf's and onnx_ir's own, of many kinds
-        raise ExportError(f"{path}: is no ONNX graph that can be read ({first_line(error)}). {_ADVICE}") from None
+        reason = _wrong_place(path) or first_line(error)
+        raise ExportError(f"{path}: is no ONNX graph that can be read ({reason}). {_ADVICE}") from None
     if any(op.is_op(node) for node in model.graph):
         raise ExportError(f"{path}: has an adapter already. Give the graph that it was attached to.")
     _refuse_held_outside(model, path)
+    _refuse_circles(model.graph, path)
+    return Foreign(path, folder, model, _open_data(model, path), genai)
+
+
+def _wrong_place(path: Path) -> str | None:
+    """What is wrong with the places of a graph's weights in their files: onnx_ir (1.1) fails in saying it."""
+    try:
+        tensors = onnx.load(path, load_external_data=False).graph.initializer
+    except Exception:  # protobuf's own
+        return None
+    for tensor in tensors:
+        for entry in tensor.external_data:
+            if entry.key in ("offset", "length") and not entry.value.isdecimal():
+                return f"the {entry.key} of {tensor.name!r:.80} is {entry.value!r:.40}"
+    return None
+
+
+def _open_data(model: ir.Model, path: Path) -> tuple[str, ...]:
+    """The names of the files with a model's weights, which then are of them as they were looked at.
+
+    Raises:
+        ExportError: a weight is outside of its file, or has no numbers.
+    """
     sizes: dict[str, int] = {}
-    for value in external_values(model):
-        tensor = value.const_value
-        assert isinstance(tensor, ir.ExternalTensor)
-        name = str(tensor.location)
-        if name not in sizes:
-            sizes[name] = _size_of(name, path)
-        value.const_value = stored_in(tensor, folder / name, sizes[name], _ADVICE)
-    return Foreign(path, folder, model, tuple(sizes), genai)
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                _refuse_hollow(value, path)
+                continue
+            name = str(tensor.location)
+            if name not in sizes:
+                sizes[name] = _size_of(name, path)
+            try:
+                value.const_value = stored_in(tensor, path.parent / name, sizes[name], _ADVICE)
+            except (TypeError, ValueError) as error:
+                raise ExportError(
+                    f"{path}: says of {value.name!r:.80} in {name} what is no place ({first_line(error)}). {_ADVICE}"
+                ) from None
+    return tuple(sizes)
+
+
+def _refuse_hollow(value: ir.Value, path: Path) -> None:
+    """Every weight inside of the graph has as many numbers as its shape says."""
+    tensor = value.const_value
+    problem = "has no numbers" if tensor is None else None
+    if tensor is not None and tensor.dtype != ir.DataType.STRING:
+        try:
+            problem = None if len(tensor.tobytes()) == tensor.nbytes else "has not as many numbers as its shape says"
+        except Exception as error:  # onnx_ir's and NumPy's own
+            problem = f"has numbers that cannot be read ({first_line(error)})"
+    if problem is not None:
+        raise ExportError(f"{path}: its weight {value.name!r:.80} {problem}. {_ADVICE}")
+
+
+def _refuse_circles(graph: ir.Graph, path: Path) -> None:
+    """No node reads what is computed of what it gives."""
+    waiting = {node: len(set(node.predecessors())) for node in graph}
+    ready = [node for node, count in waiting.items() if not count]
+    for node in ready:
+        for reader in dict.fromkeys(node.successors()):
+            if reader in waiting:
+                waiting[reader] -= 1
+                if not waiting[reader]:
+                    ready.append(reader)
+    if len(ready) < len(waiting):
+        node = next(node for node, count in waiting.items() if count)
+        raise ExportError(f"{path}: {name_of(node)} reads what is computed of its own result. {_ADVICE}")
 
 
 def external_values(model: ir.Model) -> Iterator[ir.Value]:
@@ -87,9 +149,11 @@ def external_values(model: ir.Model) -> Iterator[ir.Value]:
 
 def _refuse_held_outside(model: ir.Model, path: Path) -> None:
     """Constants belong into the graph: no exporter puts them elsewhere."""
-    for node in model.graph.all_nodes():
+    nodes = [*model.graph.all_nodes(), *(node for each in model.functions.values() for node in each.all_nodes())]
+    for node in nodes:
         for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+            held = attribute.value if attribute.type == ir.AttributeType.TENSORS else [attribute.value]
+            if any(isinstance(each, ir.ExternalTensor) for each in held or ()):
                 raise ExportError(
                     f"{path}: {node.name or node.op_type:.80} holds a constant in another file. {_ADVICE}"
                 )

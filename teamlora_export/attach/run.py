@@ -42,7 +42,8 @@ from teamlora_export.errors import ExportError
 from teamlora_export.files import LARGEST_TEXT, copy_file, open_file, read_json, sha256_of
 from teamlora_export.graph import op, weights
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
-from teamlora_export.graph.read import StoredWeight
+from teamlora_export.graph.precision import IR_DTYPES
+from teamlora_export.graph.read import StoredWeight, read_graph
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
 from teamlora_export.origin import describe_adapter, describe_op, describe_refit, narrowing, warn_of_normalizers
 from teamlora_export.progress import Reporter
@@ -91,7 +92,14 @@ def attach(
         weigher = Weigher(source) if source is not None else None
         found = match(foreign.graph, adapter, str(foreign.path), weigher)
     warn_of_normalizers(adapter, reporter)
-    interface = read_interface(foreign, source.folder if source is not None else None)
+    kinds = {span.product.dtype for answer in found.values() for span in answer.spans}
+    interface = read_interface(foreign, source.folder if source is not None else None, kinds)
+    if kinds != {IR_DTYPES[interface.dtype]}:
+        names = ", ".join(sorted(kind.name.lower() for kind in kinds))
+        reporter.warn(
+            f"{foreign.path}: the adapted products are in {names}, and the model's type is {interface.dtype}: "
+            "`validate` judges them by that, and may find errors of the other."
+        )
     windows = len(window_caches(foreign.graph))
     if windows:
         reporter.warn(
@@ -136,6 +144,8 @@ def attach(
             },
         )
         write_manifest(folder, manifest)
+        # What was foreign may hold what nobody can read once it is written.
+        read_graph(Bundle(folder, manifest))
     return Bundle(given, read_bundle(out).manifest)
 
 

@@ -54,11 +54,13 @@ class Codes:
         scales: [out, blocks], floating-point.
         zeros: uint8 [out, ceil(blocks * bits / 8)], packed as the codes are, or floating-point [out, blocks]; None: all
             are half of the range.
+        groups: [in], the block whose scale and zero point each row has (GPTQ's order of activations); None: its own.
     """
 
     codes: np.ndarray
     scales: np.ndarray
     zeros: np.ndarray | None
+    groups: np.ndarray | None = None
 
     def dequantised(self, inputs: int, bits: int, dtype: type[np.floating] = np.float32) -> np.ndarray:
         """The matrix that the codes mean, [in, out]; exact in float64, in float32 as a runtime computes it."""
@@ -68,8 +70,14 @@ class Codes:
         if self.zeros is not None:
             packed = self.zeros.dtype == np.uint8
             zeros = (unpacked(self.zeros, bits)[:, :blocks] if packed else self.zeros).astype(dtype)[..., None]
+        scales = self.scales.astype(dtype)[..., None]
+        if self.groups is not None:
+            groups = self.groups[:inputs].astype(np.int64)
+            codes = codes.reshape(outputs, -1)[:, :inputs, None]
+            zeros = zeros if isinstance(zeros, int) else zeros[:, groups]
+            scales = scales[:, groups]
         codes -= zeros
-        codes *= self.scales.astype(dtype)[..., None]
+        codes *= scales
         return codes.reshape(outputs, -1)[:, :inputs].T
 
 
@@ -111,33 +119,45 @@ def keep_activations(model: ir.Model) -> bool:
     return bool(nodes)
 
 
-def dequantised(node: ir.Node, dtype: type[np.floating] = np.float32) -> np.ndarray | None:
+def dequantised(
+    node: ir.Node, dtype: type[np.floating] = np.float32, columns: np.ndarray | None = None
+) -> np.ndarray | None:
     """The weight that a product multiplies by, [in, out]; exact in float64, in float32 as a runtime computes it. None
     where the node is no product with a stored 2-D weight in a known form.
 
-    Known are MatMul, Gemm (of a first input that is not transposed; its alpha is part of the weight),
-    `com.microsoft.MatMulNBits` of 2, 4 or 8 bits without `g_idx`, and `com.microsoft.MatMulBnb4`. The weight of the
-    former two may come through DequantizeLinear (for a tensor, an axis, or in blocks), Transpose and Cast.
+    Known are MatMul, Gemm and FusedMatMul (of a first input that is not transposed; alpha is part of the weight),
+    `com.microsoft.MatMulNBits` of 2, 4 or 8 bits, and `com.microsoft.MatMulBnb4`. The weight of the former may come
+    through DequantizeLinear (for a tensor, an axis, or in blocks), Transpose and Cast.
+
+    Args:
+        columns: those alone are made; None: all.
     """
     if is_quantised(node):
-        return _of_blocks(node, dtype)
+        return _of_blocks(node, dtype, columns)
     if (node.domain, node.op_type) == (DOMAIN, "MatMulBnb4"):
-        return _of_bnb4(node, dtype)
-    is_turned = node.attributes.get_int("transA", 0) != 0
-    if node.domain != "" or node.op_type not in ("MatMul", "Gemm") or is_turned:
+        whole = _of_bnb4(node, dtype)
+        return whole if whole is None or columns is None else whole[:, columns]
+    is_plain = (node.domain, node.op_type) in (("", "MatMul"), ("", "Gemm"), (DOMAIN, "FusedMatMul"))
+    is_turned = any(node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB"))
+    if not is_plain or is_turned or len(node.inputs) < 2:
         return None
-    weight = _constant(node.inputs[1], dtype)
+    is_transposed = node.attributes.get_int("transB", 0) != 0
+    weight = read_stored(node.inputs[1], dtype, None if columns is None else (0 if is_transposed else 1, columns))
     if weight is None or weight.ndim != 2:
         return None
-    if node.attributes.get_int("transB", 0):
+    if is_transposed:
         weight = weight.T
     return weight.astype(dtype) * dtype(node.attributes.get_float("alpha", 1.0))
 
 
-def _of_blocks(node: ir.Node, dtype: type[np.floating]) -> np.ndarray | None:
+def _of_blocks(node: ir.Node, dtype: type[np.floating], columns: np.ndarray | None) -> np.ndarray | None:
     given = [*node.inputs, None, None, None][1:5]
-    codes, scales, zeros = (_constant(value, dtype) for value in given[:3])
-    if codes is None or scales is None or given[3] is not None or (zeros is None and given[2] is not None):
+    codes, scales, zeros, groups = (read_stored(value, dtype) for value in given)
+    if (
+        codes is None
+        or scales is None
+        or any(a is None and v is not None for a, v in ((zeros, given[2]), (groups, given[3])))
+    ):
         return None
     inputs, outputs, block = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
     scheme = Scheme(node.attributes.get_int("bits", 4), zeros is not None, block)
@@ -150,7 +170,11 @@ def _of_blocks(node: ir.Node, dtype: type[np.floating]) -> np.ndarray | None:
         codes.reshape(scheme.codes_shape(inputs, outputs)),
         scales.reshape(scheme.scales_shape(inputs, outputs)),
     )
-    return Codes(codes, scales, zeros).dequantised(inputs, scheme.bits, dtype)
+    if columns is not None:
+        codes, scales, zeros = (None if each is None else each[columns] for each in (codes, scales, zeros))
+    assert codes is not None
+    assert scales is not None
+    return Codes(codes, scales, zeros, groups).dequantised(inputs, scheme.bits, dtype)
 
 
 # What bitsandbytes' codes of 4 bits stand for, times a block's largest size: FP4, whose fourth bit is a sign, and NF4.
@@ -166,7 +190,7 @@ _BNB4 = {0: (*_FP4, *(-number for number in _FP4)), 1: _NF4}
 
 def _of_bnb4(node: ir.Node, dtype: type[np.floating]) -> np.ndarray | None:
     """Blocks of the flattened weight [out, in], two codes a byte, the first in the upper half."""
-    codes, sizes = (_constant(value, dtype) for value in node.inputs[1:3])
+    codes, sizes = (read_stored(value, dtype) for value in node.inputs[1:3])
     table = _BNB4.get(node.attributes.get_int("quant_type", 1))
     if codes is None or sizes is None or table is None or not node.attributes.get_int("transB", 1):
         return None
@@ -178,46 +202,66 @@ def _of_bnb4(node: ir.Node, dtype: type[np.floating]) -> np.ndarray | None:
     return (numbers[:count] * scales[:count]).reshape(outputs, inputs).T
 
 
-def _constant(value: ir.Value | None, dtype: type[np.floating]) -> np.ndarray | None:
-    """The numbers of a value that is stored, or computed of stored ones in a way that is known."""
+def read_stored(
+    value: ir.Value | None, dtype: type[np.floating], some: tuple[int, np.ndarray] | None = None
+) -> np.ndarray | None:
+    """The numbers of a value that is stored, or computed of stored ones in a way that is known; None for any other.
+
+    Args:
+        dtype: that codes are dequantised in. What is stored as numbers stays in its own.
+        some: an axis, and the indices along it that are read; None: all are.
+    """
     if value is None:
         return None
     if value.is_initializer() or value.const_value is not None:
-        return value.const_value.numpy() if value.const_value is not None else None
+        return _taken(value.const_value.numpy(), some) if value.const_value is not None else None
     node = value.producer()
     if node is None or node.domain != "":
         return None
     if node.op_type == "Constant":
         tensor = node.attributes.get("value")
-        return tensor.as_tensor().numpy() if tensor is not None else None
-    inputs = [_constant(each, dtype) for each in node.inputs]
-    if not inputs or inputs[0] is None:
-        return None
+        return _taken(tensor.as_tensor().numpy(), some) if tensor is not None else None
     if node.op_type in ("Identity", "Cast"):
         # To another floating-point type: what that rounds, the runtime rounds as well.
-        return inputs[0]
+        return read_stored(node.inputs[0], dtype, some)
     if node.op_type == "Transpose":
-        return inputs[0].transpose(node.attributes.get_ints("perm", range(inputs[0].ndim)[::-1]))
-    return _dequantise_linear(node, inputs, dtype) if node.op_type == "DequantizeLinear" else None
+        order = list(node.attributes.get_ints("perm", ()))
+        inner = some and ((order[some[0]] if order else 1 - some[0]), some[1])
+        array = read_stored(node.inputs[0], dtype, inner)
+        return array.transpose(order or None) if array is not None else None
+    return _dequantise_linear(node, dtype, some) if node.op_type == "DequantizeLinear" else None
 
 
-def _dequantise_linear(node: ir.Node, inputs: list[np.ndarray | None], dtype: type[np.floating]) -> np.ndarray | None:
+def _taken(array: np.ndarray, some: tuple[int, np.ndarray] | None) -> np.ndarray:
+    return array if some is None else array.take(some[1], some[0])
+
+
+def _dequantise_linear(
+    node: ir.Node, dtype: type[np.floating], some: tuple[int, np.ndarray] | None
+) -> np.ndarray | None:
     """(x - zero point) * scale, both for the whole tensor, along an axis, or in blocks of an axis."""
-    codes, scales = inputs[:2]
-    zeros = inputs[2] if len(inputs) > 2 else None
-    if codes is None or scales is None or (len(node.inputs) > 2 and node.inputs[2] is not None and zeros is None):
+    given = [*node.inputs, None, None][:3]
+    codes = read_stored(given[0], dtype, some)
+    scales, zeros = (read_stored(value, dtype) for value in given[1:])
+    if codes is None or scales is None or (given[2] is not None and zeros is None):
         return None
-    axis, block = node.attributes.get_int("axis", 1), node.attributes.get_int("block_size", 0)
+    axis, block = node.attributes.get_int("axis", 1) % codes.ndim, node.attributes.get_int("block_size", 0)
     numbers = codes.astype(dtype)
     if zeros is not None:
-        numbers -= _spread(zeros.astype(dtype), codes.shape, axis, block)
-    return numbers * _spread(scales.astype(dtype), codes.shape, axis, block)
+        numbers -= _spread(zeros, codes.shape, axis, block, some).astype(dtype)
+    return numbers * _spread(scales, codes.shape, axis, block, some).astype(dtype)
 
 
-def _spread(array: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
-    """Scales or zero points in a form that fits beside codes of `shape`."""
+def _spread(
+    array: np.ndarray, shape: tuple[int, ...], axis: int, block: int, some: tuple[int, np.ndarray] | None
+) -> np.ndarray:
+    """Scales or zero points in a form that fits beside codes of `shape`, of which `some` were read."""
     if array.size == 1:
         return array.reshape(())
+    is_cut = some is not None and some[0] == axis
     if block:
-        return np.repeat(array, block, axis).take(range(shape[axis]), axis)
-    return array.reshape([-1 if index == axis % len(shape) else 1 for index in range(len(shape))])
+        if is_cut:
+            return array.take(some[1] // block, axis)  # type: ignore[index]
+        return np.repeat(_taken(array, some), block, axis).take(range(shape[axis]), axis)
+    array = array.reshape(-1)
+    return (array[some[1]] if is_cut else array).reshape([-1 if index == axis else 1 for index in range(len(shape))])  # type: ignore[index]

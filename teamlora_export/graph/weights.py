@@ -175,7 +175,8 @@ def write_external_data(
     path: Path,
     progress: Callable[[int], None],
 ) -> str:
-    """Write the weights of `values`, initializers of a model, to `path` and point them there.
+    """Write the weights of `values`, initializers of a model, to `path` and point them there. Those that share bytes in
+    the file that they are in share them here.
 
     Args:
         progress: called with the number of bytes after each tensor.
@@ -189,6 +190,7 @@ def write_external_data(
     cook, zeros = _Cook(base, adapter), []
     with _HashingWriter(path) as writer, ThreadPoolExecutor(1) as pool:
         pending: Future[int] | None = None
+        written: dict[tuple[object, ...], int] = {}
         for value in values:
             tensor = value.const_value
             if isinstance(tensor, Zeros):
@@ -196,6 +198,11 @@ def write_external_data(
                 continue
             kept_inside = not isinstance(tensor, (WeightTensor, ir.ExternalTensor))
             if tensor is None or (kept_inside and tensor.nbytes < _SMALL):
+                continue
+            key = (tensor.path, tensor.offset, tensor.nbytes) if isinstance(tensor, ir.ExternalTensor) else None
+            if key in written:
+                progress(tensor.nbytes)
+                value.const_value = _placed(tensor, path, written[key], tensor.nbytes)
                 continue
             # Numbers of fewer than 8 bits stay packed.
             array = cook.cook(tensor) if isinstance(tensor, WeightTensor) else np.frombuffer(tensor.tobytes(), np.uint8)
@@ -205,7 +212,9 @@ def write_external_data(
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
             offset = writer.place(data.nbytes)
             pending = pool.submit(writer.write, offset, data)
-            value.const_value = _stored(tensor, path, offset)
+            if key is not None:
+                written[key] = offset
+            value.const_value = _placed(tensor, path, offset, data.nbytes)
         if pending is not None:
             progress(pending.result())
         if zeros:
@@ -213,15 +222,14 @@ def write_external_data(
             offset = writer.place(size)
             progress(writer.write(offset, np.zeros(size, np.uint8)))
             for value, tensor in zeros:
-                value.const_value = _stored(tensor, path, offset)
+                value.const_value = _placed(tensor, path, offset, tensor.nbytes)
         return writer.finish()
 
 
-def _stored(tensor: ir.TensorProtocol, path: Path, offset: int) -> ir.ExternalTensor:
-    shape, name = ir.Shape(tensor.shape.numpy()), tensor.name or ""  # type: ignore[union-attr]
-    return ir.ExternalTensor(
-        path.name, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=path.parent
-    )
+def _placed(tensor: ir.TensorProtocol, path: Path, offset: int, size: int) -> ir.ExternalTensor:
+    """What a tensor is in the file `path`."""
+    shape, name = ir.Shape(tensor.shape.numpy()), tensor.name or ""
+    return ir.ExternalTensor(path.name, offset, size, tensor.dtype, shape=shape, name=name, base_dir=path.parent)
 
 
 def copy_hashed(source: BinaryIO, path: Path, progress: Callable[[int], None]) -> str:

@@ -8,42 +8,37 @@ modules   what each node adds, on the x and the base that the graph itself compu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 import torch
 from torch import nn
 
-from teamlora_export.adapter.check import LinearShape
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.attach.exact import DequantizeProducts
-from teamlora_export.attach.insert import detach
 from teamlora_export.attach.interface import grow_window_caches
-from teamlora_export.attach.match import Found, find_modules
-from teamlora_export.attach.names import is_outside
-from teamlora_export.attach.products import Product, find_products, has_codes, readers_of, release
+from teamlora_export.attach.products import find_products, has_codes
+from teamlora_export.attach.weigh import Weigher
 from teamlora_export.bundle import Bundle
 from teamlora_export.dtypes import DTYPES
-from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
-from teamlora_export.graph.quantized import dequantised
-from teamlora_export.graph.read import read_graph
 from teamlora_export.graph.weights import NoBase
 from teamlora_export.model.base import BaseModel
 from teamlora_export.model.layer import ExpertLinear
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.cases import Feeds, cases_without_padding, make_cases
+from teamlora_export.validate.held_by_products import NotHeldError, holding_weights, weigher_of
 from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
 from teamlora_export.validate.local import Follower, LocalJudge
-from teamlora_export.validate.onnx_runner import OnnxRunner, open_model, run_session
+from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.stored import judge_weights, recipes_of
 from teamlora_export.validate.taps import EXPERTS, INPUT, live_values, module_of, whole_of
 from teamlora_export.validate.torch_runner import TorchRunner, round_experts
 from teamlora_export.validate.verdict import CaseResult, Departure, Judgement, LocalCheck, Verdict
+from teamlora_export.validate.wiring import judge_wiring
 
 
 def judge_attached(
@@ -62,7 +57,10 @@ def judge_attached(
     _compare_origin(bundle, reporter)
     graph = AttachedRunner(bundle, adapter.projections, library)
     recipes = recipes_of(manifest)
-    departures = [*graph.departures(), *_wiring(graph.written)]
+    weigher = weigher_of(base) if base is not None else None
+    assert manifest.attached is not None
+    evidence = manifest.attached["projections"]
+    departures = [*graph.departures(), *judge_wiring(graph.written, adapter, evidence, weigher, reporter)]
     with reporter.step(f"Comparing {len(recipes)} weights with the adapter"):
         live = live_values(graph.written)
         departures += judge_weights(graph.written, recipes, NoBase(), adapter, live, manifest)
@@ -71,11 +69,11 @@ def judge_attached(
     results: list[CaseResult] = []
     reference: Follower
     pytorch: Follower
-    if base is None:
+    runners = _holding(bundle, base, adapter, dtypes, weigher, reporter) if base is not None else None
+    if base is None or runners is None:
         reference, pytorch = (ExpertRunner(adapter, dtype, dtypes[1]) for dtype in dtypes)
     else:
-        with reporter.step("Preparing PyTorch with the graph's weights"):
-            exact, rounded = holding_weights(bundle, base, adapter, dtypes, reporter)
+        exact, rounded = runners
         reference, pytorch = exact, rounded
         judge = Judge(manifest.dtype, exact, rounded, graph, manifest.inputs, multiple)
         for case in [case for case in make_cases(base.config, base.task) if case.mask.all()]:
@@ -96,7 +94,7 @@ def judge_attached(
             checks += local.check(case)
     for check in checks:
         departures += [_departure(check, judgement, graph) for judgement in check.judgements if not judgement.passed]
-    if base is None:
+    if runners is None:
         results += [CaseResult(check.case, check.judgements) for check in checks]
     return Verdict(
         dtype=manifest.dtype,
@@ -104,9 +102,27 @@ def judge_attached(
         departures=tuple(departures),
         local=tuple(checks),
         weights=len(recipes),
-        candidate=graph.label + ("" if base is not None else ", experts by themselves"),
+        candidate=graph.label + ("" if runners is not None else ", experts by themselves"),
         multiple=multiple,
     )
+
+
+def _holding(
+    bundle: Bundle,
+    base: BaseModel,
+    adapter: AdapterSpec,
+    dtypes: Sequence[torch.dtype],
+    weigher: Weigher | None,
+    reporter: Reporter,
+) -> list[TorchRunner] | None:
+    """PyTorch with the graph's weights; None, with a warning, where these are not all found, so that the base cannot
+    say what the whole should give."""
+    with reporter.step("Preparing PyTorch with the graph's weights"):
+        try:
+            return holding_weights(bundle, base, adapter, dtypes, weigher, reporter)
+        except NotHeldError as error:
+            reporter.warn(f"{error}\nThe model as a whole is not judged, but the experts are, by themselves.")
+            return None
 
 
 class AttachedRunner(OnnxRunner):
@@ -135,86 +151,6 @@ def _write_out_sigmoid(graph: ir.Graph, node: ir.Node) -> None:
     result = ir.node("Div", [one.outputs[0], total.outputs[0]], name=node.name)
     nodes = [one, minus, power, total, result]
     ir.convenience.replace_nodes_and_values(graph, node, [node], nodes, node.outputs, result.outputs)
-
-
-def holding_weights(
-    bundle: Bundle, base: BaseModel, adapter: AdapterSpec, dtypes: Sequence[torch.dtype], reporter: Reporter
-) -> list[TorchRunner]:
-    """The adapted model in PyTorch, in each of `dtypes`, with the weights that the graph's products and its embedding
-    stand for; the rest is the base's.
-
-    Raises:
-        ExportError: a linear layer of the base that is in one of its blocks is not found in the graph.
-    """
-    model = read_graph(bundle)
-    detach(model)
-    DequantizeProducts()(model)
-    linears = base.signature.linears
-    sizes = {path: (linear.in_features, linear.out_features) for path, linear in linears.items()}
-    found, findings = find_modules(model.graph, sizes)
-    # A pooler, or a head of another task, need not be in the graph.
-    outside = {path for path in sizes.keys() - found.keys() if is_outside(path)}
-    inside = [each for each in findings if each.partition(":")[0] not in outside]
-    raise_findings(f"{bundle.folder}: not all of the base's layers are found in the graph", inside)
-    if outside:
-        reporter.warn(f"{', '.join(sorted(outside))}: not found in the graph, and computed with as the base has it.")
-    held = _HeldByProducts({f"{path}.weight": answer for path, answer in found.items()}, linears)
-    runners = [TorchRunner(base, adapter, dtype, held=held) for dtype in dtypes]
-    for table in _tables(bundle, model):
-        for runner in runners:
-            runner.hold_table(table)
-    return runners
-
-
-class _HeldByProducts:
-    """Weights of the base as a graph's products have them (`torch_runner.HeldWeights`)."""
-
-    def __init__(self, found: Mapping[str, Found], linears: Mapping[str, LinearShape]) -> None:
-        self._found, self._linears = found, linears
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._found)
-
-    def read(self, name: str) -> np.ndarray:
-        spans = self._found[name].spans
-        weight = np.concatenate([_weight_of(span.product)[:, span.start : span.end] for span in spans], axis=1)
-        return weight if self._linears[name.removesuffix(".weight")].transposed else weight.T
-
-
-def _weight_of(product: Product) -> np.ndarray:
-    """The projection's weight, float64 [in, out]."""
-    weight = dequantised(product.node, np.float64)
-    release(product)
-    if weight is None:
-        name = product.node.name or product.output.name
-        raise ExportError(f"{name:.120}: its weights are in a form that is not read ({product.form}).")
-    return weight if product.scale is None else weight * product.scale.numpy().reshape(-1, 1)
-
-
-def _tables(bundle: Bundle, model: ir.Model) -> Iterator[np.ndarray]:
-    """The tables [rows, width] that the graph looks ids or places up in, as it computes them."""
-    names = [str(node.name) for node in model.graph if node.op_type in ("Gather", "GatherBlockQuantized")]
-    for name in names:
-        cut = model.clone()
-        node = cut.graph.node(name)
-        table = node.inputs[0]
-        shape = table.shape.numpy() if table is not None and table.shape is not None and table.shape.is_static() else ()
-        axis = node.attributes.get_int("axis", node.attributes.get_int("gather_axis", 0))
-        if len(shape) != 2 or axis != 0:
-            continue
-        value = node.outputs[0]
-        while (readers := readers_of(value)) and readers[0].op_type in ("DequantizeLinear", "Cast"):
-            value = readers[0].outputs[0]
-        ids = ir.Value(name="rows", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["batch", "rows"]))
-        node.replace_input_with(1, ids)
-        cut.graph.outputs[:] = [value]
-        common.RemoveUnusedNodesPass()(cut)
-        if any(each.uses() for each in cut.graph.inputs):
-            # It is computed of what the graph is given.
-            continue
-        cut.graph.inputs[:] = [ids]
-        rows = np.arange(shape[0])[None]
-        yield run_session(open_model(cut, bundle), {"rows": rows})[str(value.name)][0]
 
 
 class ExpertRunner:
@@ -258,44 +194,6 @@ def _compare_origin(bundle: Bundle, reporter: Reporter) -> None:
             reporter.warn(f"{folder / name}: is not there any more, and was not compared.")
         elif sha256_of(folder / name, folder) != digest:
             reporter.warn(f"{folder / name}: is another file by now than the adapter was attached to.")
-
-
-def _wiring(model: ir.Model) -> Iterator[Departure]:
-    """Nodes of the op that do not sit behind a product as `attach` puts them."""
-    products = {product.output: product for product in find_products(model.graph)}
-    for node in model.graph:
-        x, base = node.inputs[:2] if op.is_op(node) else (None, None)
-        if x is None or base is None:
-            continue
-        name = node.name or node.op_type
-        path = module_of(name)
-        for value in _joined(base):
-            product = products.get(value)
-            if product is None:
-                yield Departure("graph", path, name, f"{value.name}, its base, is no product with a stored weight")
-            elif product.x is not x:
-                yield Departure("graph", path, name, f"reads {x.name}, and the product behind it {product.x.name}")
-            others = [each.name or each.op_type for each in value.consumers() if not _leads_to_op(each)]
-            if others:
-                yield Departure("graph", path, name, f"{others[0]} reads {value.name} without what the experts add")
-
-
-def _joined(base: ir.Value) -> list[ir.Value]:
-    """The outputs of the products that a base is put together of."""
-    maker = base.producer()
-    if maker is not None and maker.op_type == "Concat":
-        return [value for value in maker.inputs if value is not None]
-    if maker is not None and maker.op_type == "Split" and maker.inputs[0] is not None:
-        return [maker.inputs[0]]
-    return [base]
-
-
-def _leads_to_op(node: ir.Node) -> bool:
-    """The op, or what takes bases together or apart for it."""
-    if op.is_op(node):
-        return True
-    readers = [each for value in node.outputs for each in value.consumers()]
-    return node.op_type in ("Concat", "Split") and any(op.is_op(each) for each in readers)
 
 
 def _departure(check: LocalCheck, judgement: Judgement, graph: OnnxRunner) -> Departure:

@@ -72,8 +72,8 @@ def validate_bundle(
         engine_name: judge this engine instead of the graph; its verdict goes into its own facts.
         plugin: the library for an engine that needs the plugin.
         library: judge the graph as it runs with this native library of the op, not with the op's body.
-        quality: measure on held-out text what the bundle lost, by `thresholds`; None: where it is quantised, has a
-            tokenizer, and fits into memory.
+        quality: measure on held-out text what the bundle lost, by `thresholds`; None: where these are given; or it is
+            quantised, has a tokenizer, and fits into memory.
         tasks: of lm-eval, scored beside that text.
 
     Raises:
@@ -122,12 +122,19 @@ def validate_bundle(
     is_rounded = is_quantised or "adapter_dtype" in manifest.op
     held = as_held(adapter, manifest)
     can_measure = base is not None and not (layer_by_layer or engine)
+    if thresholds is not None:
+        if quality is False:
+            raise ExportError("--no-quality: what is not measured has no threshold. Leave one of the two out.")
+        quality = True
     if quality is None:
         quality = is_rounded and TOKENIZER in manifest.sha256 and can_measure
+        if is_quantised and not quality:
+            why = "it has no tokenizer.json" if can_measure else "that takes a base that is in memory as a whole"
+            reporter.warn(f"{bundle.folder}: what quantisation cost is not measured, since {why}.")
     elif quality and not can_measure:
         raise ExportError(
-            "--quality: is measured beside a base that fits into memory, and not on engines. Give --base, or leave it "
-            "out."
+            "--quality, and so each of its thresholds: is measured beside a base that is in memory as a whole, and not "
+            "on engines. Give --base, or leave it out."
         )
     if base is None or manifest.attached is not None:
         verdict = judge_attached(bundle, held, base, library, reporter)

@@ -14,7 +14,7 @@ from teamlora_export.bundle import Bundle, Port
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel, open_base
-from teamlora_export.model.source import weights_sha256
+from teamlora_export.model.source import find_base, weights_sha256
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.cases import make_cases
 from teamlora_export.validate.held_as_codes import HeldAsCodes
@@ -63,16 +63,26 @@ def open_attached_sources(
     manifest = bundle.manifest
     adapter = open_adapter(bundle, adapter_folder, manifest.adapter["sha256"])
     source = base_source or manifest.base["source"]
-    if source and base_source is None and not Path(source).exists():
-        reporter.warn(f"{source}: is not there any more; the model as a whole is not judged. Give --base.")
-        source = ""
     if not source:
         return None, adapter
-    base = open_base(source, manifest.task)
+    try:
+        found = find_base(source)
+    except ExportError as error:
+        if base_source is not None:
+            raise
+        # A folder that is gone, or a name that the hub does not give now.
+        reporter.warn(f"{error}\nThe model as a whole is not judged. Give --base.")
+        return None, adapter
+    base = open_base(found, manifest.task)
     adapter = align_with_base(adapter, base.signature)
     if not fits(base, manifest.inputs):
         reporter.warn(f"{source}: does not fit into memory in float64; the experts are judged by themselves.")
         return None, adapter
+    if manifest.base["sha256"] and weights_sha256(found) != manifest.base["sha256"]:
+        raise ExportError(
+            f"{source}: is not the base that {bundle.folder} was compared with when its adapter was attached. Attach "
+            "it again, or give --base."
+        )
     return base, adapter
 
 

@@ -99,6 +99,13 @@ class Thresholds:
     similarity: float = 0.95
 
 
+def thresholds_of(perplexity: float | None, agreement: float | None) -> Thresholds | None:
+    """Those that are given, beside the defaults; None where none is."""
+    given = {"perplexity": perplexity, "agreement": agreement}
+    kept = {name: value for name, value in given.items() if value is not None}
+    return Thresholds(**kept) if kept else None
+
+
 @dataclass(frozen=True)
 class Figures:
     """One model on the held-out text. All but perplexity and `solved` are beside the adapted model as it was.

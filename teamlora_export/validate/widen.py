@@ -77,7 +77,7 @@ def _widen_attributes(node: ir.Node, narrow: ir.DataType) -> None:
         if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == narrow:
             tensor = ir.tensor(attribute.as_tensor().numpy().astype("float32"))
             node.attributes[name] = ir.AttrTensor(name, tensor)
-        elif name in ("to", "dtype") and attribute.as_int() == narrow:
+        elif name in ("to", "dtype", "output_dtype") and attribute.as_int() == narrow:
             node.attributes[name] = ir.AttrInt64(name, _FP32)
 
 

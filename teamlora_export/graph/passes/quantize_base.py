@@ -28,23 +28,29 @@ class QuantizeBase(ir.passes.InPlacePass):
     Args:
         weights: of all products but the last.
         head: of the last ahead of `logits`; None leaves it as it is.
+
+    Attributes:
+        heads: how many products were quantised by `head`, in the last call.
     """
 
     def __init__(self, weights: Scheme, head: Scheme | None) -> None:
         super().__init__()
         self.weights, self.head = weights, head
+        self.heads = 0
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         heads = _last_products(value for value in graph.outputs if value.name == LOGITS)
         routers = _last_products(node.inputs[0] for node in graph if node.op_type == "TopK")
         modified = False
+        self.heads = 0
         for node in graph:
             scheme = self.head if node in heads else self.weights
             weight = _weight_of(node)
             if scheme is not None and weight is not None and node not in routers:
                 _quantise(graph, node, weight, scheme)
                 modified = True
+                self.heads += node in heads
         if modified:
             model.opset_imports[DOMAIN] = 1
             common.RemoveUnusedNodesPass()(model)

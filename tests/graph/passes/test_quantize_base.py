@@ -78,11 +78,21 @@ def _quantised(model: ir.Model) -> set[str]:
 @pytest.mark.parametrize(("head", "expected"), [(None, {"both", "dense"}), (Scheme(8), {"both", "dense", "logits"})])
 def test_routers_and_the_head_stay_as_they_are_unless_asked(head, expected) -> None:
     model = _model()
-    assert QuantizeBase(Scheme(4), head)(model).modified
+    quantise = QuantizeBase(Scheme(4), head)
+    assert quantise(model).modified
+    assert quantise.heads == (head is not None)
     assert _quantised(model) == expected
     # The embedding is stored as it was.
     assert model.graph.initializers["embedding"].dtype == FLOAT
     assert "q" not in model.graph.initializers
+
+
+def test_it_says_that_there_was_no_head() -> None:
+    model = _model()
+    next(value for value in model.graph.outputs if value.name == "logits").name = "last_hidden_state"
+    quantise = QuantizeBase(Scheme(8), Scheme(4))
+    assert quantise(model).modified
+    assert quantise.heads == 0
 
 
 def test_a_graph_computes_with_what_its_codes_mean(tmp_path) -> None:
