@@ -125,9 +125,9 @@ def dequantised(
     """The weight that a product multiplies by, [in, out]; exact in float64, in float32 as a runtime computes it. None
     where the node is no product with a stored 2-D weight in a known form.
 
-    Known are MatMul, Gemm and FusedMatMul (of a first input that is not transposed; alpha is part of the weight),
-    `com.microsoft.MatMulNBits` of 2, 4 or 8 bits, and `com.microsoft.MatMulBnb4`. The weight of the former may come
-    through DequantizeLinear (for a tensor, an axis, or in blocks), Transpose and Cast.
+    Known are MatMul, Gemm and FusedMatMul (of a first input that is not transposed; alpha is part of the weight) and
+    `com.microsoft.MatMulNBits` of 2, 4 or 8 bits and `MatMulBnb4`. The weight of the former may come through
+    DequantizeLinear (for a tensor, an axis, or in blocks), Transpose and Cast.
 
     Args:
         columns: those alone are made; None: all.
@@ -135,8 +135,7 @@ def dequantised(
     if is_quantised(node):
         return _of_blocks(node, dtype, columns)
     if (node.domain, node.op_type) == (DOMAIN, "MatMulBnb4"):
-        whole = _of_bnb4(node, dtype)
-        return whole if whole is None or columns is None else whole[:, columns]
+        return _of_bnb4(node, dtype, columns)
     is_plain = (node.domain, node.op_type) in (("", "MatMul"), ("", "Gemm"), (DOMAIN, "FusedMatMul"))
     is_turned = any(node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB"))
     if not is_plain or is_turned or len(node.inputs) < 2:
@@ -188,18 +187,17 @@ _NF4 = (
 _BNB4 = {0: (*_FP4, *(-number for number in _FP4)), 1: _NF4}
 
 
-def _of_bnb4(node: ir.Node, dtype: type[np.floating]) -> np.ndarray | None:
+def _of_bnb4(node: ir.Node, dtype: type[np.floating], columns: np.ndarray | None) -> np.ndarray | None:
     """Blocks of the flattened weight [out, in], two codes a byte, the first in the upper half."""
     codes, sizes = (read_stored(value, dtype) for value in node.inputs[1:3])
     table = _BNB4.get(node.attributes.get_int("quant_type", 1))
     if codes is None or sizes is None or table is None or not node.attributes.get_int("transB", 1):
         return None
     inputs, outputs, block = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
-    packed = codes.reshape(-1).view(np.uint8)
-    numbers = np.array(table, np.float32).astype(dtype)[np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)]
-    scales = np.repeat(sizes.reshape(-1).astype(dtype), block)
-    count = inputs * outputs
-    return (numbers[:count] * scales[:count]).reshape(outputs, inputs).T
+    places = (np.arange(outputs) if columns is None else columns)[:, None] * inputs + np.arange(inputs)
+    packed = codes.reshape(-1).view(np.uint8)[places // 2]
+    numbers = np.array(table, np.float32).astype(dtype)[np.where(places % 2, packed & 15, packed >> 4)]
+    return (numbers * sizes.reshape(-1).astype(dtype)[places // block]).T
 
 
 def read_stored(
