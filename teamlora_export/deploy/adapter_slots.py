@@ -80,7 +80,8 @@ class Adapters:
             name: np.zeros((slots, *shape), kind) for name, (shape, kind) in inputs.items()
         }
         self._folder, self._listed, self._stamp, self._check = folder, listed, stamp, check
-        self._lock = threading.Lock()
+        # Taken again by the one who has it, where Python frees a text's rows in the middle of a call.
+        self._lock = threading.RLock()
         # In each slot: of which file, and how many have taken it. Free ones in the order in which they became so.
         self._content: list[str | None] = [None] * slots
         self._users = [0] * slots
