@@ -134,13 +134,17 @@ class AdapterOrigin(TypedDict):
 
 
 class OpForm(TypedDict):
-    """The op in the graph: how many nodes, and whether it is kept ("function") or inlined ("standard")."""
+    """The op in the graph: how many nodes, and whether it is kept ("function") or inlined ("standard").
+
+    adapter_dtype: of `down` and `up`, where it is not that of the bundle.
+    """
 
     domain: str
     name: str
     version: int
     nodes: int
     form: Annotated[str, msgspec.Meta(pattern="^(function|standard)$")]
+    adapter_dtype: NotRequired[Annotated[str, msgspec.Meta(pattern="^(fp16|bf16)$")]]
 
 
 class Quantisation(TypedDict):
@@ -161,6 +165,7 @@ class QualitySummary(TypedDict):
 
     passed: bool
     figures: dict[str, dict[str, float | None]]
+    scores: NotRequired[dict[str, dict[str, float]]]
 
 
 class Validation(TypedDict):

@@ -24,6 +24,7 @@ from teamlora_export.cli_engine import PluginOption, plugins_app, trt_app
 from teamlora_export.cli_output import (
     STANDARD_OUTPUT,
     THIS_FOLDER,
+    AdapterDtypeOption,
     AdapterOption,
     BundleArgument,
     JsonOption,
@@ -106,6 +107,7 @@ def onnx(
     zero_points: Annotated[
         bool, typer.Option("--zero-points", help="With --weights: each block of codes has a zero point.")
     ] = False,
+    adapter_dtype: AdapterDtypeOption = None,
     retrace: Annotated[
         bool, typer.Option("--retrace", help="Trace the graph even where one is kept from an earlier export.")
     ] = False,
@@ -125,6 +127,7 @@ def onnx(
         weights_form=weights,
         head_form=head,
         zero_points=zero_points,
+        adapter_dtype=adapter_dtype,
         retrace=retrace,
     )
     made = bundle.manifest
@@ -156,12 +159,13 @@ def attach(
         str | None,
         typer.Option("--base", help="The model that the graph was made of: its weights then prove each module."),
     ] = None,
+    adapter_dtype: AdapterDtypeOption = None,
     json: JsonOption = None,
 ) -> None:
     """Attach an adapter to a graph that was exported or quantised elsewhere."""
     from teamlora_export.attach.run import attach as attach_adapter
 
-    bundle = attach_adapter(base, adapter, output, base_source=source)
+    bundle = attach_adapter(base, adapter, output, base_source=source, adapter_dtype=adapter_dtype)
     made = bundle.manifest
     show(
         f"{bundle.folder}: {made.task}, {made.dtype}, {made.op['nodes']} expert nodes",
@@ -209,6 +213,17 @@ def validate(
             min=0.0, max=1.0, help="Fail below this share of unchanged likeliest tokens, or labels. Default: 0.6."
         ),
     ] = None,
+    lm_eval: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TASK", help="Score this task of lm-eval as well; may be given again."),
+    ] = None,
+    lm_eval_tasks: Annotated[
+        Path | None,
+        typer.Option(parser=given_path, metavar="FOLDER", help="With --lm-eval: a folder with tasks of your own."),
+    ] = None,
+    lm_eval_limit: Annotated[
+        int | None, typer.Option(min=1, help="With --lm-eval: so many documents of each task.")
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(parser=given_path, metavar="FILE", help="Write a self-contained HTML report here.")
     ] = None,
@@ -218,6 +233,7 @@ def validate(
     from teamlora_export.bundle import read_bundle
     from teamlora_export.page import refuse_foreign_report, refuse_same_file
     from teamlora_export.progress import Reporter
+    from teamlora_export.validate.lm_eval_tasks import LmEval
     from teamlora_export.validate.report import print_verdict, verdict_fields, write_html
     from teamlora_export.validate.run import validate_bundle
     from teamlora_export.validate.verdict import thresholds_of
@@ -225,6 +241,8 @@ def validate(
     if engine == "":
         # A variable that a script forgot to set: not the wish to judge the graph.
         raise ExportError("--engine is empty. Give an engine's name, or leave the option out.")
+    if not lm_eval and (lm_eval_tasks is not None or lm_eval_limit is not None):
+        raise ExportError("--lm-eval-tasks and --lm-eval-limit: say more of --lm-eval. Give a task with it.")
     opened = read_bundle(bundle)
     if report is not None:
         refuse_foreign_report(report)
@@ -239,6 +257,7 @@ def validate(
         library=native_library(library),
         quality=quality,
         thresholds=thresholds_of(most_perplexity, least_agreement),
+        tasks=LmEval(tuple(lm_eval), lm_eval_tasks, lm_eval_limit) if lm_eval else None,
     )
     if json != STANDARD_OUTPUT:
         with writing_to_standard_output():
@@ -287,10 +306,12 @@ def generate(
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
     """Try a bundle: text in ONNX Runtime, greedy by default, with the tokens a second at the end."""
+    from teamlora_export.attach.interface import refuse_window_caches
     from teamlora_export.deploy.runner import Model, Sampling, answer
     from teamlora_export.deploy.session import ModelError
 
     native = native_library(library)
+    refuse_window_caches(bundle)
     try:
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty, seed=seed)
         model = Model(bundle, native, check)

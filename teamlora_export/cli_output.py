@@ -77,6 +77,10 @@ THIS_FOLDER = Path(".")
 AdapterOption = Annotated[
     Path, typer.Option("--adapter", "-a", parser=given_path, metavar="FOLDER", help="Folder of the trained adapter.")
 ]
+AdapterDtypeOption = Annotated[
+    str | None,
+    typer.Option(help="fp16 or bf16: the adapter's matrices in 16 bits, beside a graph in fp32. Default: the graph's."),
+]
 OutputOption = Annotated[
     Path, typer.Option("--output", "-o", parser=given_path, metavar="FOLDER", help="Folder to write.")
 ]

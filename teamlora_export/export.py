@@ -42,7 +42,14 @@ from teamlora_export.graph.read import port_of
 from teamlora_export.graph.traced import LIBRARIES, TracedGraph, graph_key, keep_graph, load_graph
 from teamlora_export.model.checkpoint import open_safetensors_weights
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
-from teamlora_export.origin import MOST_WARNINGS, describe_adapter, describe_refit, warn_of_normalizers
+from teamlora_export.origin import (
+    MOST_WARNINGS,
+    describe_adapter,
+    describe_op,
+    describe_refit,
+    narrowing,
+    warn_of_normalizers,
+)
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import real_path, refuse_foreign, require_space, staged
 from teamlora_export.tokens import read_tokens
@@ -65,6 +72,7 @@ def export_onnx(
     weights_form: str | None = None,
     head_form: str | None = None,
     zero_points: bool = False,
+    adapter_dtype: str | None = None,
     retrace: bool = False,
     reporter: Reporter | None = None,
 ) -> Bundle:
@@ -80,6 +88,7 @@ def export_onnx(
             adapter, norms, embeddings and the head stay in `dtype`. None: all weights do.
         head_form: the same for the head, with `weights_form` only.
         zero_points: each block of codes has a zero point.
+        adapter_dtype: fp16 or bf16: the adapter's matrices are in that type, beside a graph in fp32.
         retrace: trace the graph even where one is kept from before, and keep none.
 
     Raises:
@@ -93,6 +102,7 @@ def export_onnx(
     if cache not in CACHE_FORMS:
         raise ExportError(f"--cache {cache}: unknown. Use {' or '.join(CACHE_FORMS)}.")
     quantise = _quantiser(weights_form, head_form, zero_points)
+    narrow = narrowing(adapter_dtype, dtype)
     adapter = read_adapter(adapter_folder)
     source = find_base(base_name)
     # Once: the folder that a relative path starts from may be the one that is replaced.
@@ -110,6 +120,8 @@ def export_onnx(
             raise ExportError(f"--weights {weights_form}: {source.name} has no linear weights of its own to quantise.")
         if quantise is not None and quantise.head is not None and not quantise.heads:
             raise ExportError(f"--head {head_form}: a model for {traced.task} has no head to quantise. Leave it out.")
+        if narrow is not None:
+            narrow(model)
         nodes = sum(op.is_op(node) for node in model.graph)
         recipes = {
             value.name or "": recipe
@@ -130,7 +142,7 @@ def export_onnx(
                 tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
                 base={"source": source.origin, "model_type": traced.model_type, "sha256": finish_hashing()},
                 adapter=describe_adapter(adapter),
-                op={"domain": op.DOMAIN, "name": op.NAME, "version": op.VERSION, "nodes": nodes, "form": op_form},
+                op=describe_op(nodes, op_form, adapter_dtype),
                 task=traced.task,
                 dtype=dtype,
                 inputs=tuple(port_of(value) for value in model.graph.inputs),

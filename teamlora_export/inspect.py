@@ -136,7 +136,8 @@ def _bundle_rows(bundle: Bundle, lifted: Lifted) -> Iterable[tuple[str, str]]:
     )
     op = manifest.op
     form = "kept, with its body" if op["form"] == "function" else "inlined"
-    yield "op", f"{op['domain']}::{op['name']} version {op['version']}, {op['nodes']} nodes, {form}"
+    narrow = f", the adapter in {op['adapter_dtype']}" if "adapter_dtype" in op else ""
+    yield "op", f"{op['domain']}::{op['name']} version {op['version']}, {op['nodes']} nodes, {form}{narrow}"
     if manifest.quantisation is not None:
         yield "quantised", _quantisation(manifest.quantisation)
     yield "standard operators", str(lifted)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from teamlora_export.adapter.spec import AdapterSpec
-from teamlora_export.bundle import AdapterOrigin, Refit
-from teamlora_export.graph import weights
+from teamlora_export.bundle import AdapterOrigin, OpForm, Refit
+from teamlora_export.errors import ExportError
+from teamlora_export.graph import op, weights
+from teamlora_export.graph.passes.narrow_adapter import NarrowAdapter
+from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.progress import Reporter
 
 MOST_WARNINGS = 5
@@ -22,6 +25,28 @@ def describe_adapter(adapter: AdapterSpec) -> AdapterOrigin:
         "modules": len(adapter.projections),
         "parameters": adapter.num_parameters,
     }
+
+
+def describe_op(nodes: int, form: str, adapter_dtype: str | None) -> OpForm:
+    made: OpForm = {"domain": op.DOMAIN, "name": op.NAME, "version": op.VERSION, "nodes": nodes, "form": form}
+    if adapter_dtype is not None:
+        made["adapter_dtype"] = adapter_dtype
+    return made
+
+
+def narrowing(adapter_dtype: str | None, dtype: str) -> NarrowAdapter | None:
+    """What holds the adapter in `adapter_dtype` beside a graph in `dtype`; None where nothing is asked for.
+
+    Raises:
+        ExportError: they do not go together.
+    """
+    if adapter_dtype is None:
+        return None
+    if adapter_dtype not in ("fp16", "bf16"):
+        raise ExportError(f"--adapter-dtype {adapter_dtype}: unknown. Use fp16 or bf16, or leave it out.")
+    if dtype != "fp32":
+        raise ExportError(f"--adapter-dtype: is for graphs in fp32, this one is in {dtype} as it is. Leave it out.")
+    return NarrowAdapter(IR_DTYPES[adapter_dtype])
 
 
 def describe_refit(recipes: Mapping[str, weights.Recipe], adapter: AdapterSpec, body_prefix: str) -> Refit:

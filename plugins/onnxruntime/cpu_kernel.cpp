@@ -64,6 +64,7 @@ int64_t num_threads() {
 CpuKernel::CpuKernel(const OrtKernelInfo* raw, ONNXTensorElementDataType type)
     : dtype_(data_type_of<cpu::DataType>(type)), attributes_(raw) {
     const Ort::ConstKernelInfo info(raw);
+    weights_ = data_type_of<cpu::DataType>(info.GetInputTypeInfo(kDown).GetTensorTypeAndShapeInfo().GetElementType());
     Ort::ConstValue weights[kNumInputs];
     bool constant = true;
     for (const Input input : {kDown, kMix, kUp}) {
@@ -82,7 +83,8 @@ CpuKernel::Packed CpuKernel::pack(const Get& input) const {
                      attributes_.num_experts,
                      widths.expert_rank,
                      attributes_.shared_down,
-                     attributes_.out_splits};
+                     attributes_.out_splits,
+                     weights_};
     return {widths, cpu::Projection(std::move(shape), *cpu::available_codes().front(), input(kDown).GetTensorRawData(),
                                     input(kMix).template GetTensorData<float>(), input(kUp).GetTensorRawData())};
 }

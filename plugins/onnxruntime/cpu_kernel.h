@@ -29,7 +29,7 @@ private:
     template <class Get>
     Packed pack(const Get& input) const;
 
-    cpu::DataType dtype_;
+    cpu::DataType dtype_, weights_;
     Attributes attributes_;
     std::optional<Packed> packed_;
 };

@@ -60,6 +60,16 @@ void add_ops(Ort::CustomOpDomain& domain) {
     for (const MixedExpertOp<Kernel>& op : ops) domain.Add(&op);
 }
 
+// Weights of 16 bits beside float32.
+template <class Kernel>
+void add_narrow_ops(Ort::CustomOpDomain& domain) {
+    static const MixedExpertOp<Kernel> ops[] = {
+        {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16},
+        {ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16},
+    };
+    for (const MixedExpertOp<Kernel>& op : ops) domain.Add(&op);
+}
+
 }  // namespace
 }  // namespace teamlora
 
@@ -75,6 +85,7 @@ TEAMLORA_EXPORTED OrtStatus* ORT_API_CALL RegisterCustomOps(OrtSessionOptions* r
         Ort::CustomOpDomain domain(teamlora::kOpDomain);
 #if TEAMLORA_CPU
         teamlora::add_ops<teamlora::CpuKernel>(domain);
+        teamlora::add_narrow_ops<teamlora::CpuKernel>(domain);
 #endif
 #if TEAMLORA_CUDA
         teamlora::add_ops<teamlora::CudaKernel>(domain);

@@ -66,10 +66,14 @@ OrtStatusPtr as_status(const Work& work) noexcept {
 // nobody else reads `base`, it may have its memory.
 void let_output_be_base(OrtCustomOp& op);
 
-// `Kernel` names its provider as kProvider, is made of an OrtKernelInfo and T, and has ComputeV2.
+// `Kernel` names its provider as kProvider, is made of an OrtKernelInfo and T, and has ComputeV2. `weights` is the type
+// of down and up, where it is not T.
 template <class Kernel>
 struct MixedExpertOp : Ort::CustomOpBase<MixedExpertOp<Kernel>, Kernel, true> {
-    explicit MixedExpertOp(ONNXTensorElementDataType type) : type_(type) { let_output_be_base(*this); }
+    explicit MixedExpertOp(ONNXTensorElementDataType type) : MixedExpertOp(type, type) {}
+    MixedExpertOp(ONNXTensorElementDataType type, ONNXTensorElementDataType weights) : type_(type), weights_(weights) {
+        let_output_be_base(*this);
+    }
 
     OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const noexcept {
         return as_status([&] { *kernel = new Kernel(info, type_); });
@@ -78,6 +82,7 @@ struct MixedExpertOp : Ort::CustomOpBase<MixedExpertOp<Kernel>, Kernel, true> {
     const char* GetExecutionProviderType() const { return Kernel::kProvider; }
     size_t GetInputTypeCount() const { return kNumInputs; }
     ONNXTensorElementDataType GetInputType(size_t index) const {
+        if (index == kDown || index == kUp) return weights_;
         return index == kMix ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : type_;
     }
     size_t GetOutputTypeCount() const { return 1; }
@@ -86,7 +91,7 @@ struct MixedExpertOp : Ort::CustomOpBase<MixedExpertOp<Kernel>, Kernel, true> {
     int GetEndVersion() const { return kOpVersion; }
 
 private:
-    ONNXTensorElementDataType type_;
+    ONNXTensorElementDataType type_, weights_;
 };
 
 // One of the three that T may be, in a kernel's own words.

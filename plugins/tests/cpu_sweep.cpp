@@ -108,12 +108,12 @@ struct Case {
 };
 
 std::string describe(const Case& c) {
-    std::string text = "dtype " + std::to_string(static_cast<int>(c.shape.dtype)) + ", tokens " +
-                       std::to_string(c.tokens) + ", in " + std::to_string(c.shape.in) + ", k " +
-                       std::to_string(c.shape.num_experts) + ", c " + std::to_string(c.shape.expert_rank) +
-                       (c.shape.shared_down ? ", shared" : "") + ", threads " + std::to_string(c.threads) +
-                       (c.in_place ? ", in place" : "") + ", off by " + std::to_string(c.misalignment) + ", poison " +
-                       std::to_string(c.poison) + ", out";
+    std::string text = "dtype " + std::to_string(static_cast<int>(c.shape.dtype)) + ", weights " +
+                       std::to_string(static_cast<int>(c.shape.weights)) + ", tokens " + std::to_string(c.tokens) +
+                       ", in " + std::to_string(c.shape.in) + ", k " + std::to_string(c.shape.num_experts) + ", c " +
+                       std::to_string(c.shape.expert_rank) + (c.shape.shared_down ? ", shared" : "") + ", threads " +
+                       std::to_string(c.threads) + (c.in_place ? ", in place" : "") + ", off by " +
+                       std::to_string(c.misalignment) + ", poison " + std::to_string(c.poison) + ", out";
     for (const int64_t width : c.shape.out_splits) text += " " + std::to_string(width);
     return text;
 }
@@ -171,8 +171,8 @@ std::string check(const Case& c, uint64_t seed) {
     };
     const int64_t k = s.num_experts, rows = s.sibling_rows(), rank = s.up_rank(), out = s.out();
     Array x = filled(type, c.tokens * s.in, 1), base = filled(type, c.tokens * out, 1);
-    Array down = filled(type, s.rows() * s.in, 1 / std::sqrt(static_cast<double>(s.in)));
-    Array up = filled(type, rank * out, 0.5);
+    Array down = filled(s.weights, s.rows() * s.in, 1 / std::sqrt(static_cast<double>(s.in)));
+    Array up = filled(s.weights, rank * out, 0.5);
     std::vector<float> mix(s.siblings() * k * k);
     for (int64_t i = 0; i < static_cast<int64_t>(mix.size()); ++i) {
         mix[i] = static_cast<float>((i % (k * k) % (k + 1) == 0) + 0.1 * normal(random));
@@ -245,7 +245,7 @@ std::vector<Case> edges() {
     std::vector<Case> cases;
     for (const DataType type : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
         const auto add = [&](Shape shape, int64_t tokens, int64_t threads) -> Case& {
-            shape.dtype = type;
+            shape.dtype = shape.weights = type;
             cases.push_back({std::move(shape), tokens, threads});
             return cases.back();
         };
@@ -262,6 +262,13 @@ std::vector<Case> edges() {
         for (const double poison : {static_cast<double>(NAN), static_cast<double>(INFINITY)}) {
             for (const int64_t tokens : {1, 50}) add({type, 40, 4, 2, false, {37}}, tokens, 2).poison = poison;
         }
+        // Weights of this type beside float32.
+        for (const int64_t tokens : {1, 2, 9, 70}) {
+            for (Shape shape :
+                 {Shape{type, 64, 4, 2, false, {192, 64, 5}}, Shape{type, 2048, 4, 8, true, {1400, 1401}}}) {
+                add(shape, tokens, 5).shape.dtype = DataType::kFloat32;
+            }
+        }
     }
     return cases;
 }
@@ -269,7 +276,8 @@ std::vector<Case> edges() {
 Case draw(std::mt19937_64& random) {
     const auto below = [&](int64_t n) { return static_cast<int64_t>(random() % n); };
     Case c;
-    c.shape.dtype = static_cast<DataType>(below(3));
+    c.shape.dtype = c.shape.weights = static_cast<DataType>(below(3));
+    if (below(3) == 0) c.shape.dtype = DataType::kFloat32;
     c.shape.in = 1 + below(below(4) ? 80 : 700);
     c.shape.num_experts = 1 + below(6);
     c.shape.expert_rank = 1 + below(9);

@@ -13,6 +13,7 @@ Graphs that other tools make, and layers that are traced as they are, are kept i
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ import traced
 from other_rows import GenaiRow, OptimumRow, genai_graph, genai_int4_graph, genai_lora_graph, optimum_graph
 from rich.console import Console
 
-from teamlora_export.adapter import AdapterConfig, write_adapter
+from teamlora_export.adapter import AdapterConfig, read_adapter, write_adapter
 from teamlora_export.adapter.spec import ExpertProjection
 from teamlora_export.attach.run import attach
 from teamlora_export.bench.floor import Work
@@ -149,13 +150,17 @@ def _entries(folder: Path, stack: ExitStack, ranks: list[int], threads: int) -> 
         ):
             entries[name] = Entry(partial(GraphRow, name, quantised.adapted, native, threads), quantised.adapted_work)
         entries.setdefault(GENAI_INT4, Entry(partial(_genai_int4, base.folder, threads), quantised.bypassed_work))
-        for name, native in (
-            (f"genai int4, TeamLoRA r={rank} attached, body", None),
-            (f"genai int4, TeamLoRA r={rank} attached, native op", library),
+        for name, native, dtype in (
+            (f"genai int4, TeamLoRA r={rank} attached, body", None, None),
+            (f"genai int4, TeamLoRA r={rank} attached, native op", library, None),
+            (f"genai int4, TeamLoRA r={rank} in fp16 attached, body", None, "fp16"),
+            (f"genai int4, TeamLoRA r={rank} in fp16 attached, native op", library, "fp16"),
         ):
             made = folder / name.replace(" ", "-")
-            attached = partial(_genai_attached, name, base.folder, adapter, made, native, threads)
-            entries[name] = Entry(attached, quantised.adapted_work)
+            attached = partial(_genai_attached, name, base.folder, adapter, made, native, dtype, threads)
+            bytes_saved = _matrix_bytes(adapter) // 2 if dtype else 0
+            work = dataclasses.replace(quantised.adapted_work, bytes=quantised.adapted_work.bytes - bytes_saved)
+            entries[name] = Entry(attached, work)
         for name, compiled in ((f"TeamLoRA r={rank}, PyTorch", False), (f"TeamLoRA r={rank}, PyTorch, compiled", True)):
             row = partial(TorchRow, name, base.name, str(adapter), base.task, "fp32", threads, compiled)
             entries[name] = Entry(row, work)
@@ -218,8 +223,16 @@ def _genai_int4(folder: Path, threads: int) -> Row:
     return GenaiRow(GENAI_INT4, genai_int4_graph(folder), threads)
 
 
-def _genai_attached(name: str, base: Path, adapter: Path, folder: Path, library: Path | None, threads: int) -> Row:
-    bundle = attach(genai_int4_graph(base), adapter, folder / "bundle")
+def _matrix_bytes(adapter: Path) -> int:
+    """Of `down` and `up` in float32."""
+    projections = read_adapter(adapter).projections.values()
+    return sum(4 * (p.down.size + p.router.size + sum(up.size for up in p.ups)) for p in projections)
+
+
+def _genai_attached(
+    name: str, base: Path, adapter: Path, folder: Path, library: Path | None, dtype: str | None, threads: int
+) -> Row:
+    bundle = attach(genai_int4_graph(base), adapter, folder / "bundle", adapter_dtype=dtype)
     return GenaiRow(name, deploy_genai(bundle, folder / "deployed", library), threads)
 
 

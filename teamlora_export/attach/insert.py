@@ -4,7 +4,8 @@
 so that no node that reads it changes; the product's own output is renamed. Modules that read the same x share a node:
 
     packed in one product      op with `out_splits`                       q, k, v of one MatMul
-    products of their own      Concat -> op -> Split                      gate and up
+    three products and more    Concat -> op -> Split                      q, k and v of a MatMul each
+    two products               op for each                                gate and up
     packed, adapted in part    Split -> op for each that is -> Concat     q and v alone, or ranks that differ
 """
 
@@ -26,6 +27,9 @@ from teamlora_export.graph import op
 from teamlora_export.graph.passes.module_outputs import COLUMNS_KEY, MODULES_KEY
 from teamlora_export.graph.passes.pack_siblings import MOST_SIBLINGS, joint_name
 from teamlora_export.graph.weights import Part, Recipe, new_weight
+
+# Of a few products by themselves, Concat and Split cost more than another node of the op, native or not.
+_FEWEST_JOINED = 3
 
 
 @dataclass(frozen=True)
@@ -138,8 +142,9 @@ def _sites(found: Mapping[str, Found], adapter: AdapterSpec, order: Mapping[ir.N
             sites.append(_Site((product,), tuple(columns)))
     for pairs in alone.values():
         pairs.sort(key=lambda pair: order[pair[0].node])
-        for start in range(0, len(pairs), MOST_SIBLINGS):
-            sites.append(_joined(pairs[start : start + MOST_SIBLINGS]))
+        together = MOST_SIBLINGS if len(pairs) >= _FEWEST_JOINED else 1
+        for start in range(0, len(pairs), together):
+            sites.append(_joined(pairs[start : start + together]))
     return sites
 
 

@@ -14,19 +14,18 @@ from teamlora_export.attach.place import ATTENTIONS
 from teamlora_export.attach.products import find_products
 from teamlora_export.attach.read import Foreign
 from teamlora_export.attach.stored import constant_of
-from teamlora_export.bundle import Port
+from teamlora_export.bundle import ADAPTER_DATA_NAME, MANIFEST_NAME, Port, read_bundle
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
-from teamlora_export.graph.read import port_of
+from teamlora_export.graph.read import port_of, read_graph
 from teamlora_export.model.source import CONFIG_NAME
 from teamlora_export.tokens import Tokens, read_tokens
 
 # They count a row's tokens, so that padding in front of them is taken for a text.
 COUNTING = ("GroupQueryAttention", "SparseAttention", "PagedAttention")
 
-
 # onnxruntime-genai's builder, 0.18: a layer's cache has room for its window alone, which its generator provides.
-WINDOW_CACHE = "sliding_window_cache"
+_WINDOW_CACHE = "sliding_window_cache"
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,35 @@ def read_interface(foreign: Foreign, base: Path | None, adapted: Iterable[ir.Dat
             f"{foreign.path}: keeps its cache in {kinds[0]}, which is not supported. Build it without that."
         )
     return Interface(task, dtype, inputs, outputs, _tokens(foreign, base, task, outputs))
+
+
+def window_caches(graph: ir.Graph) -> list[ir.Node]:
+    """The attentions whose caches have room for their window alone."""
+    return [node for node in graph if node.attributes.get_int(_WINDOW_CACHE, 0)]
+
+
+def grow_window_caches(model: ir.Model) -> bool:
+    """Let caches of a window grow as others do, in place; what is beyond the window is hidden all the same. Returns
+    whether there were any."""
+    nodes = window_caches(model.graph)
+    for node in nodes:
+        del node.attributes[_WINDOW_CACHE]
+    return bool(nodes)
+
+
+def refuse_window_caches(folder: Path) -> None:
+    """For programs that run a folder's graph as it is.
+
+    Raises:
+        ExportError: it is a bundle with such caches.
+    """
+    is_attached = all((folder / name).is_file() for name in (MANIFEST_NAME, ADAPTER_DATA_NAME))
+    if is_attached and window_caches(read_graph(read_bundle(folder)).graph):
+        raise ExportError(
+            f"{folder}: some of its layers keep their cache in buffers of their window, which "
+            "onnxruntime-genai's generator alone provides. Deploy it with `teamlora-export deploy python`, whose graph "
+            "lets them grow, or run the folder in onnxruntime-genai."
+        )
 
 
 def _task_of(inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> str | None:

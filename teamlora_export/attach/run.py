@@ -19,7 +19,7 @@ import onnx_ir as ir
 from teamlora_export import __version__
 from teamlora_export.adapter import AdapterSpec, read_adapter
 from teamlora_export.attach.insert import insert
-from teamlora_export.attach.interface import WINDOW_CACHE, read_interface
+from teamlora_export.attach.interface import read_interface, window_caches
 from teamlora_export.attach.match import match
 from teamlora_export.attach.read import GENAI_NAME, Foreign, external_values, open_foreign
 from teamlora_export.attach.weigh import Weigher
@@ -45,7 +45,7 @@ from teamlora_export.graph.passes.attach_functions import AttachFunctions
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.read import StoredWeight, read_graph
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
-from teamlora_export.origin import describe_adapter, describe_refit, warn_of_normalizers
+from teamlora_export.origin import describe_adapter, describe_op, describe_refit, narrowing, warn_of_normalizers
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import real_path, refuse_foreign, require_space, staged
 
@@ -60,6 +60,7 @@ def attach(
     out: str | Path,
     *,
     base_source: str | None = None,
+    adapter_dtype: str | None = None,
     reporter: Reporter | None = None,
 ) -> Bundle:
     """Attach the adapter in `adapter_folder` to the graph `base` (a file, or a folder with one), as the bundle `out`.
@@ -67,6 +68,7 @@ def attach(
     Args:
         base_source: the model that the graph was made of (a Hugging Face folder, or a hub name), whose weights then
             have to be those of the graph's products.
+        adapter_dtype: fp16 or bf16: the adapter's matrices are in that type, beside a graph in fp32.
 
     Raises:
         ExportError: wrong input; a module has no product, or several; nothing has been written then.
@@ -98,14 +100,17 @@ def attach(
             f"{foreign.path}: the adapted products are in {names}, and the model's type is {interface.dtype}: "
             "`validate` judges them by that, and may find errors of the other."
         )
-    windows = sum(node.attributes.get_int(WINDOW_CACHE, 0) != 0 for node in foreign.graph)
+    windows = len(window_caches(foreign.graph))
     if windows:
         reporter.warn(
             f"{foreign.path}: {windows} layers keep their cache in buffers of their window, which onnxruntime-genai's "
-            "generator provides, and this tool's programs do not."
+            "generator provides. What `deploy python`, `cpp` and `triton` write lets them grow; `generate` does not."
         )
     nodes = insert(foreign.model, adapter, found)
     AttachFunctions()(foreign.model)
+    narrow = narrowing(adapter_dtype, interface.dtype)
+    if narrow is not None:
+        narrow(foreign.model)
     recipes = {
         value: recipe
         for value in foreign.graph.initializers.values()
@@ -123,7 +128,7 @@ def attach(
             tool={"teamlora-export": __version__, "onnx-ir": importlib.metadata.version("onnx-ir")},
             base=_describe_base(source, folder, foreign),
             adapter=describe_adapter(adapter),
-            op={"domain": op.DOMAIN, "name": op.NAME, "version": op.VERSION, "nodes": nodes, "form": "function"},
+            op=describe_op(nodes, "function", adapter_dtype),
             task=interface.task,
             dtype=interface.dtype,
             inputs=interface.inputs,

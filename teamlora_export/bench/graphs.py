@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from teamlora_export.attach.interface import grow_window_caches
 from teamlora_export.bench.floor import Work, work_of
 from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME, Bundle
 from teamlora_export.errors import ExportError
@@ -48,6 +49,7 @@ def written_graphs(bundle: Bundle) -> Iterator[Graphs]:
     with scratch_folder(place) as folder:
         model = read_graph(bundle)
         LastLogits()(model)
+        grow_window_caches(model)
         adapted_work = _write(model, bundle, folder / "adapted")
         bypass_experts(model, bundle)
         bypassed_work = _write(model, bundle, folder / "bypassed")

@@ -13,6 +13,7 @@ from typing import Protocol
 import onnx_ir as ir
 
 from teamlora_export import __version__
+from teamlora_export.attach.interface import grow_window_caches
 from teamlora_export.bundle import (
     COMPANIONS,
     MODEL_NAME,
@@ -136,7 +137,7 @@ def deployment(
     described = Path(inside) / DEPLOY_NAME
     refuse_inside(real_path(out), bundle.folder)
     with staged(out, lambda there: our_files(there, described, Description), [bundle.folder]) as staging:
-        rewritten = _rewritten(bundle, logits, capacity) if graph else None
+        rewritten = _rewritten(bundle, target, logits, capacity) if graph else None
         made = Deployment(staging, staging / inside, bundle if rewritten is None else rewritten.bundle, target)
         if graph:
             require_space(
@@ -161,7 +162,7 @@ class _Rewritten:
     bundle: Bundle
 
 
-def _rewritten(bundle: Bundle, logits: str, capacity: int | None) -> _Rewritten | None:
+def _rewritten(bundle: Bundle, target: str, logits: str, capacity: int | None) -> _Rewritten | None:
     """None where the bundle's own graph is to be deployed; that of logits that do not show where to cut them is."""
     if bundle.manifest.task != "text-generation":
         return None
@@ -176,7 +177,9 @@ def _rewritten(bundle: Bundle, logits: str, capacity: int | None) -> _Rewritten 
     if capacity is not None:
         FixCapacity(capacity)(model)
         manifest = _with_capacity(manifest, capacity)
-    if not cut and capacity is None:
+    # The buffers that onnxruntime-genai's own graphs ask for are provided by its generator alone.
+    grown = target != "genai" and grow_window_caches(model)
+    if not cut and not grown and capacity is None:
         return None
     return _Rewritten(ir.to_proto(model).SerializeToString(), dataclasses.replace(bundle, manifest=manifest))
 

@@ -111,6 +111,11 @@ def _write_model(
             f"{bundle.folder}: its graph is another tool's, for ONNX Runtime; engines are built of bundles that "
             "`teamlora-export onnx` wrote."
         )
+    if "adapter_dtype" in bundle.manifest.op:
+        raise ExportError(
+            f"{bundle.folder}: its adapter is in {bundle.manifest.op['adapter_dtype']} beside fp32, for ONNX Runtime; "
+            "an engine has one type for both. Export without --adapter-dtype."
+        )
     model = read_graph(bundle)
     if for_plugin and bundle.manifest.op["form"] != "function":
         raise ExportError(

@@ -8,7 +8,8 @@
 | mix | float32 [G, k, k] | per sibling: I + M |
 | up | T [k c, O] | expert-major; the columns of sibling g serve sibling g alone |
 
-out: y, T [.., O] = base + the mixed experts. T is float32, float16 or bfloat16.
+out: y, T [.., O] = base + the mixed experts. T is float32, float16 or bfloat16. Where T is float32, `down` and `up` may
+be float16 or bfloat16, both of one type; they are widened, which is exact.
 Attributes: num_experts (k), shared_down (0: a = k c, expert e reads its chunk; 1: a = c, all read the whole),
 out_splits (G widths).
 
@@ -36,7 +37,7 @@ in the weights of all; they read the same x.)
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -51,6 +52,8 @@ VERSION = 1
 # What the tracer marks module outputs with; `passes/module_outputs.py` takes the marks out again.
 MARKER = "ModuleOutput"
 INPUTS = ("x", "base", "down", "mix", "up")
+# May have 16 bits where T is float32.
+NARROW_INPUTS = ("down", "up")
 ATTRIBUTES = ("num_experts", "shared_down", "out_splits")
 # Of ONNX's own operators: what the body is written in unless a graph is older, what it can be written in at least, and
 # what graphs are traced in (the first with TensorScatter).
@@ -63,10 +66,12 @@ class OpForm:
 
     num_siblings: int
     shared_down: bool
+    # `down` and `up` have 16 bits, and T is float32.
+    narrow: bool = False
 
     @property
     def overload(self) -> str:
-        return f"siblings{self.num_siblings}" + ("_shared" if self.shared_down else "")
+        return f"siblings{self.num_siblings}" + ("_shared" if self.shared_down else "") + "_narrow" * self.narrow
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,17 @@ def is_op(node: ir.Node) -> bool:
 
 
 def form_of(node: ir.Node) -> OpForm:
-    return OpForm(len(node.attributes["out_splits"].as_ints()), bool(node.attributes["shared_down"].as_int()))
+    return OpForm(
+        len(node.attributes["out_splits"].as_ints()),
+        bool(node.attributes["shared_down"].as_int()),
+        narrow=has_narrow_weights(node),
+    )
+
+
+def has_narrow_weights(node: ir.Node) -> bool:
+    """Whether a node's `down` and `up` have 16 bits, and its T is float32."""
+    up = node.inputs[INPUTS.index("up")]
+    return up is not None and up.dtype != ir.DataType.FLOAT and node.outputs[0].dtype == ir.DataType.FLOAT
 
 
 def fold(projection: ExpertProjection) -> OpWeights:
@@ -95,6 +110,16 @@ def fold(projection: ExpertProjection) -> OpWeights:
         mix=(np.eye(k) + projection.interaction.astype(np.float64))[None],
         up=np.concatenate([up.astype(np.float64).T for up in projection.ups]),
     )
+
+
+def as_held(projection: ExpertProjection, dtype: np.dtype) -> ExpertProjection:
+    """The projection that `down` and `up` of `dtype` stand for, in float64: folding it again gives their numbers."""
+    weights = fold(projection)
+    constant = projection.scaling * projection.routing_sum
+    down = weights.down.astype(dtype).astype(np.float64)
+    ups = (up.astype(np.float64).astype(dtype).astype(np.float64) for up in projection.ups)
+    rows = projection.down_rank
+    return replace(projection, down=down[:rows] / constant, router=down[rows:], ups=tuple(ups))
 
 
 def weight_shapes(projection: ExpertProjection) -> dict[str, tuple[int, ...]]:
@@ -118,12 +143,22 @@ def function(form: OpForm, opset: int = BODY_OPSET, dtype: ir.DataType = ir.Data
 
 
 def _body_text(form: OpForm, opset: int, dtype: ir.DataType) -> str:
-    lines = [*_sizes(form), *_skinny_product(form), *_routing(form), *_experts(form)]
+    lines = [*_widened(form), *_sizes(form), *_skinny_product(form), *_routing(form), *_experts(form)]
     body = "\n".join(f"    {older}" for line in lines for older in _as_in(opset, line, dtype))
     return (
         f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n'
-        f"{NAME} <{', '.join(ATTRIBUTES)}> ({', '.join(INPUTS)}) => (y)\n{{\n{body}\n}}"
+        f"{NAME} <{', '.join(ATTRIBUTES)}> ({', '.join(_held(name, form) for name in INPUTS)}) => (y)\n{{\n{body}\n}}"
     )
+
+
+def _held(name: str, form: OpForm) -> str:
+    """What the body calls an input."""
+    return f"{name}_held" if form.narrow and name in NARROW_INPUTS else name
+
+
+def _widened(form: OpForm) -> list[str]:
+    """Weights of 16 bits as numbers of T: constants, folded when the model is loaded."""
+    return [f"{name} = CastLike ({_held(name, form)}, x)" for name in NARROW_INPUTS if form.narrow]
 
 
 def _as_in(opset: int, line: str, dtype: ir.DataType) -> list[str]:

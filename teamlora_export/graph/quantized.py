@@ -126,14 +126,16 @@ def dequantised(
     where the node is no product with a stored 2-D weight in a known form.
 
     Known are MatMul, Gemm and FusedMatMul (of a first input that is not transposed; alpha is part of the weight) and
-    `com.microsoft.MatMulNBits` of 2, 4 or 8 bits. The weight of the former may come through DequantizeLinear (for a
-    tensor, an axis, or in blocks), Transpose and Cast.
+    `com.microsoft.MatMulNBits` of 2, 4 or 8 bits and `MatMulBnb4`. The weight of the former may come through
+    DequantizeLinear (for a tensor, an axis, or in blocks), Transpose and Cast.
 
     Args:
         columns: those alone are made; None: all.
     """
     if is_quantised(node):
         return _of_blocks(node, dtype, columns)
+    if (node.domain, node.op_type) == (DOMAIN, "MatMulBnb4"):
+        return _of_bnb4(node, dtype, columns)
     is_plain = (node.domain, node.op_type) in (("", "MatMul"), ("", "Gemm"), (DOMAIN, "FusedMatMul"))
     is_turned = any(node.attributes.get_int(name, 0) for name in ("transA", "transBatchA", "transBatchB"))
     if not is_plain or is_turned or len(node.inputs) < 2:
@@ -172,6 +174,30 @@ def _of_blocks(node: ir.Node, dtype: type[np.floating], columns: np.ndarray | No
     assert codes is not None
     assert scales is not None
     return Codes(codes, scales, zeros, groups).dequantised(inputs, scheme.bits, dtype)
+
+
+# What bitsandbytes' codes of 4 bits stand for, times a block's largest size: FP4, whose fourth bit is a sign, and NF4.
+_FP4 = (0.0, 0.00520833333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
+_NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_BNB4 = {0: (*_FP4, *(-number for number in _FP4)), 1: _NF4}
+
+
+def _of_bnb4(node: ir.Node, dtype: type[np.floating], columns: np.ndarray | None) -> np.ndarray | None:
+    """Blocks of the flattened weight [out, in], two codes a byte, the first in the upper half."""
+    codes, sizes = (read_stored(value, dtype) for value in node.inputs[1:3])
+    table = _BNB4.get(node.attributes.get_int("quant_type", 1))
+    if codes is None or sizes is None or table is None or not node.attributes.get_int("transB", 1):
+        return None
+    inputs, outputs, block = (node.attributes[name].as_int() for name in ("K", "N", "block_size"))
+    places = (np.arange(outputs) if columns is None else columns)[:, None] * inputs + np.arange(inputs)
+    packed = codes.reshape(-1).view(np.uint8)[places // 2]
+    numbers = np.array(table, np.float32).astype(dtype)[np.where(places % 2, packed & 15, packed >> 4)]
+    return (numbers * sizes.reshape(-1).astype(dtype)[places // block]).T
 
 
 def read_stored(

@@ -464,6 +464,7 @@ def cast_weight(array: np.ndarray, dtype: ir.DataType, name: str) -> np.ndarray:
     if dtype == ir.DataType.FLOAT16 and not np.isfinite(cast).all():
         worst = float(np.abs(array.astype(np.float64)).max())
         raise ExportError(
-            f"{name}: holds {worst:g}, beyond float16's largest number 65504. Export with --dtype bf16 or fp32."
+            f"{name}: holds {worst:g}, beyond float16's largest number 65504. Export with --dtype bf16 or fp32 "
+            "(and without --adapter-dtype fp16)."
         )
     return cast

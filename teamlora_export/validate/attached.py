@@ -18,7 +18,7 @@ from torch import nn
 
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.attach.exact import DequantizeProducts
-from teamlora_export.attach.interface import WINDOW_CACHE
+from teamlora_export.attach.interface import grow_window_caches
 from teamlora_export.attach.products import find_products, has_codes
 from teamlora_export.attach.weigh import Weigher
 from teamlora_export.bundle import Bundle
@@ -63,7 +63,7 @@ def judge_attached(
     departures = [*graph.departures(), *judge_wiring(graph.written, adapter, evidence, weigher, reporter)]
     with reporter.step(f"Comparing {len(recipes)} weights with the adapter"):
         live = live_values(graph.written)
-        departures += judge_weights(graph.written, recipes, NoBase(), adapter, live, manifest.dtype)
+        departures += judge_weights(graph.written, recipes, NoBase(), adapter, live, manifest)
     dtypes = (torch.float64, getattr(torch, DTYPES[manifest.dtype].torch))
     multiple = MULTIPLE_OF_CODES if has_codes(graph.written.graph) else MULTIPLE
     results: list[CaseResult] = []
@@ -130,9 +130,8 @@ class AttachedRunner(OnnxRunner):
     Sigmoid, which errs seven times as much as PyTorch's in float32, and is written out."""
 
     def prepare(self, model: ir.Model) -> bool:
-        # A cache of a window is seen as one that grows, whose tokens beyond the window are hidden.
-        windows = [node for node in model.graph if node.attributes.pop(WINDOW_CACHE, None) is not None]
-        changed = super().prepare(model) or bool(windows)
+        grown = grow_window_caches(model)
+        changed = super().prepare(model) or grown
         if self._as_deployed:
             return changed
         changed = bool(DequantizeProducts()(model).modified) or changed

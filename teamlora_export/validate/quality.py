@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +24,18 @@ from teamlora_export.files import LARGEST_TEXT, read_bytes
 from teamlora_export.model.base import BaseModel
 from teamlora_export.tokens import longest_input
 from teamlora_export.validate.cases import Case, Feeds, first_step
+from teamlora_export.validate.lm_eval_tasks import LmEval, Logits, lost, score
 from teamlora_export.validate.metrics import log_softmax
 from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.torch_runner import TorchRunner
-from teamlora_export.validate.verdict import Figures, Quality, Thresholds
+from teamlora_export.validate.verdict import Figures, Quality, TaskScore, Thresholds
 
 HELD_OUT = Path(__file__).parent / "held_out"
 TOKENIZER = "tokenizer.json"
 # Tokens of a paragraph that are read.
 _LONGEST = 256
+# Tokens of a request of lm-eval, at most.
+_LONGEST_REQUEST = 2048
 # Rows of logits that are compared at a time: a vocabulary may be wide.
 _ROWS = 32
 _RESULTS = ("logits", "sentence_embedding", "last_hidden_state")
@@ -40,11 +43,16 @@ _RESULTS = ("logits", "sentence_embedding", "last_hidden_state")
 _LEAST_SOLVED = 0.75
 
 
-def measure_quality(graph: OnnxRunner, base: BaseModel, adapter: AdapterSpec, thresholds: Thresholds) -> Quality:
+def measure_quality(
+    graph: OnnxRunner, base: BaseModel, adapter: AdapterSpec, thresholds: Thresholds, tasks: LmEval | None = None
+) -> Quality:
     """Measure a bundle, as it is deployed, against its base and adapter in float32.
 
+    Args:
+        tasks: of lm-eval, of a model that generates text, to be scored as well.
+
     Raises:
-        ExportError: the bundle has no tokenizer.json, or cannot be run.
+        ExportError: the bundle has no tokenizer.json, or cannot be run; or a task cannot.
     """
     bundle = graph.bundle
     pytorch = TorchRunner(base, adapter, torch.float32)
@@ -63,7 +71,31 @@ def measure_quality(graph: OnnxRunner, base: BaseModel, adapter: AdapterSpec, th
             (from_base, found, without),
         ):
             sums.add(rows, beside, text, is_distribution)
-    return _judged(adapted.figures(), quantised.figures(), alone.figures(), from_base, thresholds)
+    quality = _judged(adapted.figures(), quantised.figures(), alone.figures(), from_base, thresholds)
+    if tasks is None:
+        return quality
+    scores = _scores(tasks, graph, pytorch, base)
+    return replace(quality, scores=scores, findings=(*quality.findings, *lost(scores, _LEAST_SOLVED)))
+
+
+def _scores(tasks: LmEval, graph: OnnxRunner, pytorch: TorchRunner, base: BaseModel) -> tuple[TaskScore, ...]:
+    tokenizer = _tokenizer(graph.bundle)
+
+    def feeds(ids: np.ndarray) -> Feeds:
+        return first_step(graph.bundle.manifest.inputs, Case("a task", ids, np.ones_like(ids))).feeds
+
+    def without(ids: np.ndarray) -> np.ndarray:
+        with pytorch.without_experts():
+            return _result(pytorch.run(feeds(ids)))
+
+    models: dict[str, Logits] = {
+        "adapted": lambda ids: _result(pytorch.run(feeds(ids))),
+        "quantised": lambda ids: _result(graph.run(feeds(ids))),
+        "base": without,
+    }
+    most = longest_input(base.config.to_dict(), base.folder / "config.json") or _LONGEST_REQUEST
+    encode = lambda text: tokenizer.encode(text).ids  # noqa: E731
+    return score(tasks, models, encode, tokenizer.decode, min(most, _LONGEST_REQUEST))
 
 
 @dataclass(frozen=True)
@@ -74,7 +106,7 @@ class _Text:
     answer: int = 0
 
 
-def _texts(bundle: Bundle, base: BaseModel) -> Iterator[_Text]:
+def _tokenizer(bundle: Bundle):  # type: ignore[no-untyped-def]
     from tokenizers import Tokenizer
 
     if TOKENIZER not in bundle.manifest.sha256:
@@ -85,6 +117,11 @@ def _texts(bundle: Bundle, base: BaseModel) -> Iterator[_Text]:
         raise ExportError(f"{bundle.folder / TOKENIZER}: cannot be read ({first_line(error)}).") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    return tokenizer
+
+
+def _texts(bundle: Bundle, base: BaseModel) -> Iterator[_Text]:
+    tokenizer = _tokenizer(bundle)
     longest = min(_LONGEST, longest_input(base.config.to_dict(), base.folder / "config.json") or _LONGEST)
 
     def ids(text: str, specials: bool = True) -> list[int]:

@@ -46,6 +46,8 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     console.print(_inside(verdict), markup=False)
     if verdict.quality is not None:
         console.print(_quality_table(verdict.quality))
+        for line in _score_lines(verdict.quality):
+            console.print(line, markup=False)
         console.print(_cost(verdict.quality), markup=False)
     for departure in verdict.departures[1:_MOST_DEPARTURES]:
         console.print(f"  also {departure.module} (node {departure.node}): {departure.reason}", markup=False)
@@ -79,6 +81,7 @@ def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
         quality_columns=_QUALITY_COLUMNS,
         quality_rows=_quality_rows(verdict.quality) if verdict.quality else [],
         cost=_cost(verdict.quality) if verdict.quality else "",
+        scores=_score_lines(verdict.quality) if verdict.quality else [],
         inside=_inside(verdict),
         multiple=verdict.multiple,
         chart=_module_chart(verdict.modules),
@@ -143,6 +146,14 @@ def _quality_table(quality: Quality) -> Table:
     for name, cells in _quality_rows(quality):
         table.add_row(name, *cells)
     return table
+
+
+def _score_lines(quality: Quality) -> list[str]:
+    return [
+        f"lm-eval, {each.task}: {each.metric} {each.quantised:.4g}, adapted and not quantised {each.adapted:.4g}, "
+        f"without experts {each.base:.4g}"
+        for each in quality.scores
+    ]
 
 
 def _cost(quality: Quality) -> str:

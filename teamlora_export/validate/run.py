@@ -39,10 +39,11 @@ from teamlora_export.validate.engine_runner import EngineRunner, cases_within
 from teamlora_export.validate.held_as_codes import HeldAsCodes
 from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
 from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
+from teamlora_export.validate.lm_eval_tasks import LmEval
 from teamlora_export.validate.local import LocalJudge
 from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.quality import TOKENIZER, measure_quality
-from teamlora_export.validate.stored import judge_weights, kept_in_float32, recipes_of
+from teamlora_export.validate.stored import as_held, judge_weights, kept_in_float32, recipes_of
 from teamlora_export.validate.taps import live_values, module_of, whole_of
 from teamlora_export.validate.torch_runner import TorchRunner
 from teamlora_export.validate.verdict import Departure, LocalCheck, Quality, Thresholds, Verdict
@@ -59,6 +60,7 @@ def validate_bundle(
     library: Path | None = None,
     quality: bool | None = None,
     thresholds: Thresholds | None = None,
+    tasks: LmEval | None = None,
     reporter: Reporter | None = None,
 ) -> Verdict:
     """Judge `bundle` against the base and adapter that it was made of (found by its manifest, or given if they moved).
@@ -70,6 +72,7 @@ def validate_bundle(
         library: judge the graph as it runs with this native library of the op, not with the op's body.
         quality: measure on held-out text what the bundle lost, by `thresholds`; None: where these are given; or it is
             quantised, has a tokenizer, and fits into memory.
+        tasks: of lm-eval, scored beside that text.
 
     Raises:
         ExportError: base or adapter are not there, or are not those that the bundle was made of; the bundle's own files
@@ -77,6 +80,11 @@ def validate_bundle(
     """
     reporter = reporter or Reporter()
     manifest = bundle.manifest
+    if tasks is not None:
+        if manifest.task != "text-generation" or quality is False:
+            raise ExportError("--lm-eval: scores text that is generated, with --quality. Leave one of them out.")
+        tasks.require()
+        quality = True
     if library is not None and engine_name:
         raise ExportError("--library and --engine: an engine does not run the native op. Give one of the two.")
     native = library_for(bundle, library, reporter) if library is not None else None
@@ -98,25 +106,27 @@ def validate_bundle(
         if layer_by_layer is None:
             layer_by_layer = not _fits(base, manifest.inputs)
         is_quantised = manifest.quantisation is not None
+    is_rounded = is_quantised or "adapter_dtype" in manifest.op
+    held = as_held(adapter, manifest)
     can_measure = base is not None and not (layer_by_layer or engine)
     if thresholds is not None:
         if quality is False:
             raise ExportError("--no-quality: what is not measured has no threshold. Leave one of the two out.")
         quality = True
     if quality is None:
-        quality = is_quantised and TOKENIZER in manifest.sha256 and can_measure
-        if is_quantised and not quality:
+        quality = is_rounded and TOKENIZER in manifest.sha256 and can_measure
+        if is_rounded and not quality:
             why = "it has no tokenizer.json" if can_measure else "that takes a base that is in memory as a whole"
-            reporter.warn(f"{bundle.folder}: what quantisation cost is not measured, since {why}.")
+            reporter.warn(f"{bundle.folder}: what rounding its weights cost is not measured, since {why}.")
     elif quality and not can_measure:
         raise ExportError(
             "--quality, and so each of its thresholds: is measured beside a base that is in memory as a whole, and not "
             "on engines. Give --base, or leave it out."
         )
     if base is None or manifest.attached is not None:
-        verdict = judge_attached(bundle, adapter, base, library, reporter)
+        verdict = judge_attached(bundle, held, base, library, reporter)
     else:
-        verdict = _judge_export(bundle, base, adapter, bool(layer_by_layer), engine, library, reporter)
+        verdict = _judge_export(bundle, base, held, bool(layer_by_layer), engine, library, reporter)
     if native is not None:
         verdict = dataclasses.replace(verdict, library=native.sha256)
     if quality:
@@ -124,7 +134,7 @@ def validate_bundle(
         with reporter.step("Reading held-out text, to see what quantisation cost"):
             runner = OnnxRunner if manifest.attached is None else AttachedRunner
             graph = runner(bundle, adapter.projections, library, as_deployed=True)
-            measured = measure_quality(graph, base, adapter, thresholds or Thresholds())
+            measured = measure_quality(graph, base, adapter, thresholds or Thresholds(), tasks)
         verdict = dataclasses.replace(verdict, quality=measured)
     return _keep(verdict, bundle, engine)
 
@@ -201,8 +211,8 @@ class _Inside:
         with reporter.step(f"Comparing {len(self._recipes)} weights with their sources"):
             model = self._graph.written
             live = live_values(model)
-            dtype = self._graph.bundle.manifest.dtype
-            self.departures += judge_weights(model, self._recipes, self._sources, self._adapter, live, dtype)
+            manifest = self._graph.bundle.manifest
+            self.departures += judge_weights(model, self._recipes, self._sources, self._adapter, live, manifest)
             self.weights = len(self._recipes)
         with reporter.step("Comparing module by module"):
             for check in self._local_judge().check(case):
@@ -428,4 +438,10 @@ def _summary(verdict: Verdict) -> Validation:
 def _quality_summary(quality: Quality) -> QualitySummary:
     models = {"adapted": quality.adapted, "quantised": quality.quantised, "without experts": quality.base}
     figures = {name: dataclasses.asdict(measured) for name, measured in models.items()}
-    return {"passed": quality.passed, "figures": figures}
+    summary: QualitySummary = {"passed": quality.passed, "figures": figures}
+    if quality.scores:
+        summary["scores"] = {
+            f"{s.task}, {s.metric}": {"adapted": s.adapted, "quantised": s.quantised, "without experts": s.base}
+            for s in quality.scores
+        }
+    return summary

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.bundle import Manifest
+from teamlora_export.graph import op
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import OP_SOURCES, BaseWeights, Part, Recipe, make_weights
 from teamlora_export.validate.verdict import Departure
@@ -22,6 +24,15 @@ def recipes_of(manifest: Manifest) -> dict[str, Recipe]:
     """How each weight of a bundle is made, by name."""
     texts = {**manifest.recipes, **manifest.refit["weights"]}
     return {name: Recipe.from_json(text) for name, text in texts.items()}
+
+
+def as_held(adapter: AdapterSpec, manifest: Manifest) -> AdapterSpec:
+    """The adapter that the bundle's matrices stand for: itself, unless they are of a type of their own."""
+    dtype = manifest.op.get("adapter_dtype")
+    if dtype is None:
+        return adapter
+    held = np.dtype(ml_dtypes.bfloat16 if dtype == "bf16" else np.float16)
+    return replace(adapter, projections={path: op.as_held(p, held) for path, p in adapter.projections.items()})
 
 
 def adapted_modules(manifest: Manifest) -> set[str]:
@@ -41,13 +52,18 @@ def kept_in_float32(model: ir.Model, recipes: Mapping[str, Recipe]) -> set[str]:
 
 
 def judge_weights(
-    model: ir.Model, recipes: Mapping[str, Recipe], base: BaseWeights, adapter: AdapterSpec, live: set[str], dtype: str
+    model: ir.Model,
+    recipes: Mapping[str, Recipe],
+    base: BaseWeights,
+    adapter: AdapterSpec,
+    live: set[str],
+    manifest: Manifest,
 ) -> Iterator[Departure]:
     """What is wrong with the weights of `model`, one weight in memory at a time.
 
     Args:
         live: values that the model's outputs depend on.
-        dtype: of the bundle: the file may not state another.
+        manifest: of the bundle: the file may not state other types.
     """
     graph = model.graph
     kept = {name: recipe for name, recipe in recipes.items() if name in live and name in graph.initializers}
@@ -55,8 +71,8 @@ def judge_weights(
         module = _module(recipes[name].parts[0])
         yield Departure("weights", module, _reader(graph, name), f"{name} is read by nothing")
     dtypes = {name: graph.initializers[name].const_value.dtype for name in kept}  # type: ignore[union-attr]
-    for name in [name for name in kept if not _may_be_held_in(dtypes[name], kept[name], base, dtype)]:
-        reason = f"{name} is {dtypes[name].name.lower()} in the file, which is no type of a bundle in {dtype}"
+    for name in [name for name in kept if not _may_be_held_in(dtypes[name], kept[name], base, manifest)]:
+        reason = f"{name} is {dtypes[name].name.lower()} in the file, which is no type of a bundle in {manifest.dtype}"
         yield Departure("weights", _module(kept.pop(name).parts[0]), _reader(graph, name), reason)
     for name, expected in make_weights(kept, base, adapter, dtypes):
         tensor = graph.initializers[name].const_value
@@ -70,9 +86,12 @@ def judge_weights(
             yield Departure("weights", _module(part), _reader(graph, name), f"{name} {reason}")
 
 
-def _may_be_held_in(found: ir.DataType, recipe: Recipe, base: BaseWeights, dtype: str) -> bool:
+def _may_be_held_in(found: ir.DataType, recipe: Recipe, base: BaseWeights, manifest: Manifest) -> bool:
     """Numbers are in the bundle's type, or in float32 where that is kept; what counts or masks is in its own. Codes are
-    bytes, and their scales of the type of what they are multiplied with."""
+    bytes, and their scales of the type of what they are multiplied with. The adapter may have a type of its own."""
+    dtype, adapter_dtype = manifest.dtype, manifest.op.get("adapter_dtype")
+    if adapter_dtype is not None and recipe.parts[0].source in op.NARROW_INPUTS:
+        return found == IR_DTYPES[adapter_dtype]
     if recipe.quantised is not None:
         return found == (IR_DTYPES[dtype] if recipe.quantised.role == "scales" else ir.DataType.UINT8)
     if found in (ir.DataType.FLOAT, IR_DTYPES[dtype]):

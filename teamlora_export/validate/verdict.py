@@ -126,13 +126,25 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """A metric of one of lm-eval's tasks, of the three models of `Quality`."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    adapted: float
+    quantised: float
+    base: float
+
+
+@dataclass(frozen=True)
 class Quality:
     """What was measured, and what of it is more than the thresholds allow.
 
     Attributes:
         adapted: the model as it was. quantised: the bundle. base: the model as it was, without experts.
         from_base: how far the bundle is from `base`: mean divergence, or one less the mean cosine.
-        places: tokens or vectors that were compared. tasks: how many were tried.
+        places: tokens or vectors that were compared. tasks: how many were tried. scores: of lm-eval's tasks.
     """
 
     adapted: Figures
@@ -143,6 +155,7 @@ class Quality:
     tasks: int
     thresholds: Thresholds
     findings: tuple[str, ...] = ()
+    scores: tuple[TaskScore, ...] = ()
 
     @property
     def passed(self) -> bool:

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 from formula import make_projection
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi._pybind_state import quantize_matmul_bnb4
 from safetensors.numpy import save_file
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, write_adapter
@@ -82,6 +83,16 @@ def nbits(graph: Graph, x: str, w: np.ndarray, name: str = NAME, bits: int = 4, 
     return graph.node("MatMulNBits", inputs, f"{name}/MatMul/output_0", domain="com.microsoft", **sizes)
 
 
+def bnb4(graph: Graph, x: str, w: np.ndarray, name: str = NAME, kind: int = 1) -> str:
+    """bitsandbytes' codes (`kind` 0: FP4, 1: NF4), as ONNX Runtime's quantiser writes them."""
+    block, (inputs, outputs) = 64, w.shape
+    codes, sizes = np.zeros(-(-w.size // 2), np.uint8), np.zeros(-(-w.size // block), np.float32)
+    quantize_matmul_bnb4(codes, np.ascontiguousarray(w.T), sizes, block, kind, outputs, inputs)
+    given = [x, graph.weight(f"{name}.qweight", codes), graph.weight(f"{name}.absmax", sizes)]
+    attributes = {"K": inputs, "N": outputs, "block_size": block, "quant_type": kind}
+    return graph.node("MatMulBnb4", given, f"{name}/MatMul/output_0", domain="com.microsoft", **attributes)
+
+
 def dequantised(graph: Graph, x: str, w: np.ndarray, name: str = NAME) -> str:
     """DequantizeLinear -> Transpose -> MatMul, one scale for each row of the stored weight."""
     scale = (np.abs(w).max(axis=0) / 127).astype(np.float32)
@@ -146,6 +157,8 @@ FORMS = {
     "MatMulNBits": nbits,
     "MatMulNBits with zero points": lambda graph, x, w: nbits(graph, x, w, zero_points=True),
     "MatMulNBits of 8 bits": lambda graph, x, w: nbits(graph, x, w, bits=8),
+    "MatMulBnb4 of NF4": bnb4,
+    "MatMulBnb4 of FP4": lambda graph, x, w: bnb4(graph, x, w, kind=0),
     "DequantizeLinear": dequantised,
     "MatMulInteger": dynamic,
     "MatMulInteger, scaled in turn": lambda graph, x, w: dynamic(graph, x, w, in_turn=True),

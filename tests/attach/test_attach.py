@@ -72,6 +72,33 @@ def test_products_of_integers_are_judged_as_what_they_mean(form, rng, tmp_path):
     assert np.abs(rounded - found).max() > 1e-3
 
 
+@pytest.mark.parametrize(("opset", "dtype"), [(13, "fp16"), (21, "bf16")])
+def test_an_adapter_is_attached_in_16_bits(opset, dtype, rng, tmp_path):
+    graph = Graph(opset)
+    foreign = graph.save(tmp_path / "foreign", nbits(graph, graph.embed(rng), weight(rng)))
+    adapter_of(rng, tmp_path / "adapter", {PATH: (IN, OUT)})
+    bundle = attach(foreign, tmp_path / "adapter", tmp_path / "out", adapter_dtype=dtype)
+    assert bundle.manifest.op["adapter_dtype"] == dtype
+    assert (bundle.folder / "adapter.onnx.data").stat().st_size < 4 * (8 * IN + 6 * OUT)
+    assert validate_bundle(bundle).passed
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if "Bnb4" in name])
+def test_codes_of_bitsandbytes_are_read_and_prove_a_module(form, rng, tmp_path):
+    graph, w = Graph(), weight(rng)
+    foreign = graph.save(tmp_path / "foreign", FORMS[form](graph, graph.embed(rng), w))
+    x, found = run(foreign, "embedded", "last_hidden_state")
+    (product,) = find_products(ir.load(foreign).graph)
+    meant = dequantised(product.node, np.float64)
+    np.testing.assert_allclose(x.astype(np.float64) @ meant, found, atol=2e-5)
+    spec = adapter_of(rng, tmp_path / "adapter", {PATH: (IN, OUT)})
+    bundle = attach(
+        foreign, tmp_path / "adapter", tmp_path / "out", base_source=str(save_base(tmp_path / "base", {PATH: w}))
+    )
+    assert "weights" in bundle.manifest.attached["projections"][PATH]
+    assert_adds_experts(spec, foreign, bundle.folder)
+
+
 def test_other_nodes_stay_byte_for_byte(rng, tmp_path):
     graph = Graph()
     foreign = graph.save(tmp_path / "foreign", biased(graph, graph.embed(rng), weight(rng)))
@@ -112,17 +139,19 @@ def test_packed_projections_share_a_node(adapted, rng, tmp_path):
         attach(foreign, tmp_path / "adapter", tmp_path / "again", base_source=str(other))
 
 
+@pytest.mark.parametrize(("block", "modules", "nodes"), [("mlp", ("up", "gate"), 2), ("self_attn", ("q", "k", "v"), 1)])
 @pytest.mark.parametrize("form", [matmul, nbits])
-def test_products_of_their_own_that_read_one_value_share_a_node(form, rng, tmp_path):
+def test_three_products_that_read_one_value_share_a_node(form, block, modules, nodes, rng, tmp_path):
+    """Two do not: putting them side by side costs more than another node."""
     graph = Graph()
     x = graph.embed(rng)
-    made = [form(graph, x, weight(rng), f"/model/layers.0/mlp/{name}_proj") for name in ("up", "gate")]
+    made = [form(graph, x, weight(rng), f"/model/layers.0/{block}/{name}_proj") for name in modules]
     foreign = graph.save(tmp_path / "foreign", graph.node("Concat", made, "read", axis=-1))
-    sizes = {f"model.layers.0.mlp.{name}_proj": (IN, OUT) for name in ("up", "gate")}
+    sizes = {f"model.layers.0.{block}.{name}_proj": (IN, OUT) for name in modules}
     spec = adapter_of(rng, tmp_path / "adapter", sizes)
     bundle = attach(foreign, tmp_path / "adapter", tmp_path / "out")
     assert_adds_experts(spec, foreign, bundle.folder)
-    assert bundle.manifest.op["nodes"] == 1
+    assert bundle.manifest.op["nodes"] == nodes
     assert validate_bundle(bundle).passed
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from conftest import random_adapter, save_tokenizer
+from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parents[1] / "deploy"))
 from triton_server import Server
@@ -22,7 +23,9 @@ from triton_server import Server
 from teamlora_export.adapter import align_with_base, read_adapter, write_adapter
 from teamlora_export.attach.run import attach
 from teamlora_export.bundle import Bundle
+from teamlora_export.cli import app
 from teamlora_export.deploy.genai import deploy_genai
+from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.triton import deploy_triton
 from teamlora_export.errors import ExportError
@@ -112,7 +115,7 @@ def test_it_stays_a_folder_of_genais(bundle, made):
     assert bundle.data.read_bytes() == (source / "model.onnx.data").read_bytes()
     # Names and places agree, and q, k and v of one product share a node.
     assert {tuple(found) for found in bundle.manifest.attached["projections"].values()} == {("name", "place")}
-    assert bundle.manifest.op["nodes"] == 2 * 4
+    assert bundle.manifest.op["nodes"] == 2 * 5
     before, after = (onnx.load(each / "model.onnx", load_external_data=False) for each in (source, bundle.folder))
     kept = {node.name: node.SerializeToString() for node in after.graph.node}
     changed = [node for node in before.graph.node if kept[node.name] != node.SerializeToString()]
@@ -171,6 +174,51 @@ def test_triton_steps_it_with_its_cache_as_state(bundle, tmp_path):
         found.append(int(answer["logits"][0, -1].argmax()))
         step, mask = found[-1:], [*mask, 1]
     assert found == Model(bundle.folder).generate([PROMPT], COUNT)[0]
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory) -> Bundle:
+    """A tiny Gemma 2, whose every other layer has a cache with room for its window of eight alone."""
+    folder = tmp_path_factory.mktemp("windowed")
+    torch.manual_seed(5)
+    config = transformers.Gemma2Config(
+        vocab_size=384,
+        # The builder rounds its root, which embeddings are multiplied by.
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        sliding_window=8,
+        query_pre_attn_scalar=16,
+    )
+    transformers.Gemma2ForCausalLM(config).save_pretrained(folder / "base")
+    save_tokenizer(folder / "base")
+    write_adapter(random_adapter(open_base(str(folder / "base")), ("q_proj", "down_proj")), folder / "adapter")
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", "base", "-o", "genai", "-p", "fp32"]
+    done = subprocess.run([*command, "-e", "cpu", "-c", "cache"], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return attach(folder / "genai", folder / "adapter", folder / "out", base_source=str(folder / "base"))
+
+
+def test_caches_of_a_window_grow_in_what_is_deployed_for_our_own_programs(windowed, tmp_path):
+    """Past the window, which the prompt nearly fills."""
+    _, expected = generate(windowed.folder, PROMPT, COUNT)
+    assert len(set(expected)) > 2
+    assert generate(deploy_genai(windowed, tmp_path / "genai"), PROMPT, COUNT)[1] == expected
+    deployed = Model(deploy_python(windowed, tmp_path / "python"))
+    assert deployed.generate([PROMPT, PROMPT[:3]], COUNT)[0] == expected
+    server = Server(deploy_triton(windowed, tmp_path / "triton", name="attached", batch=2) / "models")
+    given = {"input_ids": np.array([PROMPT]), "max_tokens": np.array([[COUNT]], np.int32)}
+    (answer,) = server.stream("attached_text", given)
+    assert answer["token_ids"][0].tolist() == expected
+    server.models["attached_text"].unload()
+    assert validate_bundle(windowed).passed
+    result = CliRunner().invoke(app, ["generate", str(windowed.folder), "a"])
+    assert isinstance(result.exception, ExportError)
+    assert "teamlora-export deploy python" in str(result.exception)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])

@@ -3,6 +3,8 @@ in ONNX's reference evaluator, against the definition with all of its roundings.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -20,11 +22,16 @@ from teamlora_export.graph.precision import IR_DTYPES, ChangePrecision
 ROUNDOFF = {ir.DataType.FLOAT: 2.0**-24, ir.DataType.FLOAT16: 2.0**-11}
 
 
-def one_node_model(widths: list[int], num_experts: int, shared_down: bool, dtype: ir.DataType) -> ir.Model:
-    """A model of a single op node whose inputs are all graph inputs, of unknown sizes."""
+def one_node_model(
+    widths: list[int], num_experts: int, shared_down: bool, dtype: ir.DataType, weights: ir.DataType | None = None
+) -> ir.Model:
+    """A model of a single op node whose inputs are all graph inputs, of unknown sizes; `weights`: of down and up, where
+    it is not `dtype`."""
     values = []
     for name in op.INPUTS:
         kind = ir.DataType.FLOAT if name == "mix" else dtype
+        if weights is not None and name in op.NARROW_INPUTS:
+            kind = weights
         rank = {"x": 3, "base": 3, "down": 2, "mix": 3, "up": 2}[name]
         shape = ir.Shape([f"{name}{axis}" for axis in range(rank)])
         values.append(ir.Value(name=name, type=ir.TensorType(kind), shape=shape))
@@ -106,6 +113,35 @@ def test_the_body_rounds_where_the_definition_says(family, dtype, rng):
     assert (low == high).mean() > 0.5, "most of y must be known to the last bit for this to tell anything"
 
 
+@pytest.mark.parametrize("weights", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("siblings", [1, 3])
+def test_weights_of_16_bits_beside_float32_are_widened_and_nothing_else_is_rounded(siblings, family, weights, rng):
+    projections = [random_projection(rng, family, d_out=5 + g) for g in range(siblings)]
+    widths, k, shared = [p.out_features for p in projections], projections[0].num_experts, projections[0].shared_down
+    x, base = rng.normal(size=(2, 9, 7)), rng.normal(size=(2, 9, sum(widths)))
+    feeds = feeds_of(projections, x, base, ir.DataType.FLOAT)
+    feeds |= {name: feeds[name].astype(weights.numpy()) for name in op.NARROW_INPUTS}
+    model = one_node_model(widths, k, shared, ir.DataType.FLOAT, weights)
+    low, high = by_definition(feeds, k, shared, widths, rounds_product=True)
+    found = ReferenceEvaluator(ir.to_proto(model)).run(None, feeds)[0]
+    assert found.dtype == np.float32
+    assert ((found >= low) & (found <= high)).all()
+    inline_bodies(model)
+    for value in list(model.graph.inputs)[2:]:
+        model.graph.inputs.remove(value)
+        value.const_value, value.shape = (
+            ir.tensor(feeds[value.name], name=value.name),
+            ir.Shape(feeds[value.name].shape),
+        )
+        model.graph.register_initializer(value)
+    found = run(model, {name: feeds[name] for name in ("x", "base")})
+    assert ((found >= low) & (found <= high)).all()
+    held = [op.as_held(projection, weights.numpy()) for projection in projections]
+    again = feeds_of(held, x, base, weights)
+    assert all((again[name] == feeds[name]).all() for name in op.NARROW_INPUTS)
+
+
 @pytest.mark.parametrize("target", ["fp16", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_inlined_body_that_is_retyped_rounds_there_too(family, target, rng):
@@ -147,5 +183,6 @@ def test_the_inlined_body_is_the_same_computation(rng):
 
 
 def test_nodes_of_a_body_have_names_of_their_own():
-    names = [node.name for g in (1, 2) for shared in (False, True) for node in op.function(op.OpForm(g, shared))]
+    forms = [op.OpForm(*each) for each in itertools.product((1, 2), (False, True), (False, True))]
+    names = [node.name for form in forms for node in op.function(form)]
     assert len(names) == len(set(names))

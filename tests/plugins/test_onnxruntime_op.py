@@ -20,7 +20,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from conftest import ROOT
-from formula import FAMILIES, by_formula, make_projection, random_projection
+from formula import FAMILIES, by_definition, by_formula, make_projection, random_projection
 from get_libraries import get_libraries
 from graph.test_op import feeds_of, one_node_model
 from typer.testing import CliRunner
@@ -147,6 +147,30 @@ def assert_computes_the_formula(
         assert (np.abs(found - expected) <= limit * np.abs(expected).max(initial=1)).all()
         assert (feeds["base"] == kept).all(), "y took the place of a base that is the caller's"
     assert kernels_run(session) == {op.NAME: len(calls)}
+
+
+@pytest.mark.parametrize("weights", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16], ids=str)
+@pytest.mark.parametrize("shared", [False, True])
+def test_weights_of_16_bits_beside_float32_are_read_as_they_are(library, weights, shared, rng, tmp_path):
+    projections = [make_projection(rng, 4, 3, shared, 70, width) for width in (33, 5)]
+    model = one_node_model([33, 5], 4, shared, ir.DataType.FLOAT, weights)
+    feeds = feeds_of(projections, rng.normal(size=(1, 1, 70)), rng.normal(size=(1, 1, 38)), ir.DataType.FLOAT)
+    for value in list(model.graph.inputs)[2:]:
+        array = feeds[value.name].astype(value.dtype.numpy())
+        feeds[value.name] = array
+        model.graph.inputs.remove(value)
+        value.const_value, value.shape = ir.tensor(array, name=value.name), ir.Shape(array.shape)
+        model.graph.register_initializer(value)
+    session = open_model(model, library.path, tmp_path / "profile")
+    for tokens in (1, 7, 130):
+        feeds |= {
+            "x": rng.normal(size=(1, tokens, 70)).astype(np.float32),
+            "base": rng.normal(size=(1, tokens, 38)).astype(np.float32),
+        }
+        found = session.run(None, {name: feeds[name] for name in ("x", "base")})[0]
+        low, high = by_definition(feeds, 4, shared, [33, 5], rounds_product=False)
+        assert ((found >= low) & (found <= high)).all()
+    assert kernels_run(session) == {op.NAME: 3}
 
 
 def test_weights_inside_the_model_are_packed_once_and_give_the_same(library, rng):

@@ -24,7 +24,7 @@ def test_a_file_does_not_say_itself_in_which_type_its_weights_are(name, kind, ma
 
     def judge() -> list[str]:
         recipes = recipes_of(bundle.manifest)
-        return [d.reason for d in judge_weights(model, recipes, weights, adapter, live_values(model), "fp32")]
+        return [d.reason for d in judge_weights(model, recipes, weights, adapter, live_values(model), bundle.manifest)]
 
     assert judge() == []
     value = model.graph.initializers[name]

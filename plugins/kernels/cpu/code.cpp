@@ -13,25 +13,61 @@ namespace {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// A panel of few tokens comes from memory: so many bytes ahead are asked for, which hardware does not do beyond a page.
+constexpr int64_t kAhead = 4096, kCacheLine = 64;
+constexpr int kFewRows = kTileRows < 9 ? kTileRows : 9;
+
+// How many sums each element of a small tile has: one would wait for itself at every step.
+constexpr int sums_of(int rows, int vectors) {
+    return rows * vectors >= 8 ? 1 : rows * vectors >= 4 ? 2 : rows * vectors >= 2 ? 4 : 8;
+}
+
+template <class T>
+inline void ask_for(const T* from, int64_t count) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(from) + kAhead, bytes = static_cast<uintptr_t>(count) * sizeof(T);
+    for (uintptr_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(reinterpret_cast<const void*>(at + i));
+}
+
 // left [kRows, depth] with rows `stride` apart, times panel [depth, width]. All loops over a tile are unrolled, or its
 // sums would live in memory.
 template <int kRows, int kVectors, class T>
 inline void multiply(const float* left, int64_t stride, const T* panel, int64_t width, int64_t depth,
                      Vector (&sums)[kRows][kVectors]) {
+    constexpr int kSums = sums_of(kRows, kVectors);
+    Vector parts[kSums][kRows][kVectors];
     TEAMLORA_UNROLL
-    for (int m = 0; m < kRows; ++m) {
+    for (int s = 0; s < kSums; ++s) {
         TEAMLORA_UNROLL
-        for (int v = 0; v < kVectors; ++v) sums[m][v] = Vector{};
+        for (int m = 0; m < kRows; ++m) {
+            TEAMLORA_UNROLL
+            for (int v = 0; v < kVectors; ++v) parts[s][m][v] = Vector{};
+        }
     }
-    for (int64_t d = 0; d < depth; ++d, panel += width) {
+    const auto add = [&](int64_t d, Vector(&to)[kRows][kVectors]) {
         Vector row[kVectors];
         TEAMLORA_UNROLL
-        for (int v = 0; v < kVectors; ++v) row[v] = load(panel + v * kLanes);
+        for (int v = 0; v < kVectors; ++v) row[v] = load(panel + d * width + v * kLanes);
         TEAMLORA_UNROLL
         for (int m = 0; m < kRows; ++m) {
             const float element = left[m * stride + d];
             TEAMLORA_UNROLL
-            for (int v = 0; v < kVectors; ++v) sums[m][v] += element * row[v];
+            for (int v = 0; v < kVectors; ++v) to[m][v] += element * row[v];
+        }
+    };
+    int64_t d = 0;
+    for (; d + kSums <= depth; d += kSums) {
+        if constexpr (kRows < kFewRows) ask_for(panel + d * width, kSums * width);
+        TEAMLORA_UNROLL
+        for (int s = 0; s < kSums; ++s) add(d + s, parts[s]);
+    }
+    for (; d < depth; ++d) add(d, parts[0]);
+    TEAMLORA_UNROLL
+    for (int m = 0; m < kRows; ++m) {
+        TEAMLORA_UNROLL
+        for (int v = 0; v < kVectors; ++v) {
+            sums[m][v] = parts[0][m][v];
+            TEAMLORA_UNROLL
+            for (int s = 1; s < kSums; ++s) sums[m][v] += parts[s][m][v];
         }
     }
 }
@@ -54,11 +90,11 @@ inline void with_size(const Work& work, int64_t rows, int64_t width) {
     }
 }
 
-template <class T>
+template <class S>
 struct DownTile {
     const float* left;
     int64_t stride;
-    const T* panel;
+    const S* panel;
     int64_t width, depth;
     float* z;
     int64_t z_stride;
@@ -88,11 +124,11 @@ __attribute__((noinline)) void add_part(const T* base, const float* sums, int64_
     }
 }
 
-template <class T>
+template <class T, class S>
 struct UpTile {
     const float* left;
     int64_t stride;
-    const T* panel;
+    const S* panel;
     int64_t width, depth;
     const T* base;
     T* y;
@@ -136,11 +172,13 @@ void widen(const T* from, int64_t stride, int64_t tokens, int64_t columns, float
     }
 }
 
-template <class T>
+template <class T, class S>
 void down(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t to, float* wide, float* z) {
-    const T* weights = static_cast<const T*>(job.down);
-    for (int64_t begin = from; begin < to; begin += kDepthBlock) {
-        const int64_t depth = least(kDepthBlock, to - begin);
+    const S* weights = static_cast<const S*>(job.down);
+    // Few tokens go through all of a panel at once, as it lies in memory, where x is read as it is.
+    const int64_t block = sizeof(T) == sizeof(float) && tokens < kFewRows ? to - from : kDepthBlock;
+    for (int64_t begin = from; begin < to; begin += block) {
+        const int64_t depth = least(block, to - begin);
         const T* x = static_cast<const T*>(job.x) + first * job.in + begin;
         const float* left;
         int64_t stride;
@@ -152,9 +190,9 @@ void down(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t t
         }
         for (int64_t p = 0; p < job.num_down_panels; ++p) {
             const Panel& panel = job.down_panels[p];
-            const T* part = weights + panel.offset + begin * panel.width;
+            const S* part = weights + panel.offset + begin * panel.width;
             for (int64_t t = 0; t < tokens; t += kTileRows) {
-                const DownTile<T> work{left + t * stride, stride,      part,
+                const DownTile<S> work{left + t * stride, stride,      part,
                                        panel.width,       depth,       z + t * job.z_stride + panel.column,
                                        job.z_stride,      begin > from};
                 with_size(work, least(kTileRows, tokens - t), panel.width);
@@ -209,27 +247,28 @@ void route(const Job& job, int64_t tokens, float* z, float* weights, float* v) {
     }
 }
 
-template <class T>
+template <class T, class S>
 void up(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t to, const float* v) {
     for (int64_t t = 0; t < tokens; t += kTileRows) {
         for (int64_t p = from; p < to; ++p) {
             const Panel& panel = job.up_panels[p];
             const int64_t at = (first + t) * job.out + panel.column;
-            const UpTile<T> work{v + t * job.v_stride + panel.sibling * job.up_rank,
-                                 job.v_stride,
-                                 static_cast<const T*>(job.up) + panel.offset,
-                                 panel.width,
-                                 job.up_rank,
-                                 static_cast<const T*>(job.base) + at,
-                                 static_cast<T*>(job.y) + at,
-                                 job.out};
+            const UpTile<T, S> work{v + t * job.v_stride + panel.sibling * job.up_rank,
+                                    job.v_stride,
+                                    static_cast<const S*>(job.up) + panel.offset,
+                                    panel.width,
+                                    job.up_rank,
+                                    static_cast<const T*>(job.base) + at,
+                                    static_cast<T*>(job.y) + at,
+                                    job.out};
             with_size(work, least(kTileRows, tokens - t), panel.width);
         }
     }
 }
 
-template <class T>
-constexpr Steps kSteps = {down<T>, route<T>, up<T>};
+// S is the type of `down` and `up`.
+template <class T, class S = T>
+constexpr Steps kSteps = {down<T, S>, route<T>, up<T, S>};
 
 #define TEAMLORA_TEXT_OF(name) #name
 #define TEAMLORA_TEXT(name) TEAMLORA_TEXT_OF(name)
@@ -241,6 +280,7 @@ const Code kCode = {TEAMLORA_TEXT(TEAMLORA_CODE),
                     kLanes,
                     kTileRows,
                     kTileVectors * kLanes,
-                    {kSteps<float>, kSteps<Float16>, kSteps<BFloat16>}};
+                    {kSteps<float>, kSteps<Float16>, kSteps<BFloat16>},
+                    {kSteps<float>, kSteps<float, Float16>, kSteps<float, BFloat16>}};
 
 }  // namespace teamlora::cpu::TEAMLORA_CODE

@@ -23,7 +23,7 @@ struct Job {
     int64_t num_up_panels;
 };
 
-// One instruction set's code for one T. `tokens` tokens from `first` on.
+// One instruction set's code for one T and one type of weights. `tokens` tokens from `first` on.
 struct Steps {
     // z = x downT over the columns [from, to) of x. `wide` holds tokens x kDepthBlock floats where T has 16 bits.
     void (*down)(const Job& job, int64_t first, int64_t tokens, int64_t from, int64_t to, float* wide, float* z);
@@ -37,7 +37,8 @@ struct Code {
     const char* name;
     // Floats of a vector; of a full tile, the rows (tokens) and the columns (a panel's width).
     int64_t lanes, tile_rows, panel_width;
-    Steps steps[3];  // by DataType
+    Steps steps[3];   // by DataType, of T and of the weights
+    Steps narrow[3];  // by DataType of the weights, where T is float32
 };
 
 // Columns of x that are multiplied before the next are looked at: a panel's part stays in the first cache.

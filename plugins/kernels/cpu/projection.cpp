@@ -11,7 +11,7 @@
 namespace teamlora::cpu {
 namespace {
 
-constexpr size_t kCacheLine = 64;
+constexpr int64_t kCacheLine = 64;
 // What a task of the few-tokens path reads at least: waking a thread takes as long as reading so much.
 constexpr int64_t kTaskBytes = 256 << 10;
 // So many tokens are multiplied while their weights are read from memory.
@@ -32,12 +32,13 @@ void add_panels(std::vector<Panel>& panels, int64_t width, int64_t depth, int64_
     }
 }
 
+int64_t elements(const std::vector<Panel>& panels, int64_t depth) {
+    return panels.empty() ? 0 : panels.back().offset + depth * panels.back().width;
+}
+
 // Copies a matrix's elements into panels; (d, column) is at d * depth_step + column * column_step.
-std::vector<unsigned char> pack(const std::vector<Panel>& panels, size_t element, const void* from, int64_t depth,
-                                int64_t depth_step, int64_t column_step, int64_t room) {
-    const int64_t count = panels.empty() ? 0 : panels.back().offset + depth * panels.back().width;
-    std::vector<unsigned char> packed((count + room) * element);
-    unsigned char* to = packed.data();
+void pack(const std::vector<Panel>& panels, size_t element, const void* from, int64_t depth, int64_t depth_step,
+          int64_t column_step, unsigned char* to) {
     for (const Panel& panel : panels) {
         for (int64_t d = 0; d < depth; ++d) {
             for (int64_t i = 0; i < panel.width; ++i, to += element) {
@@ -46,7 +47,6 @@ std::vector<unsigned char> pack(const std::vector<Panel>& panels, size_t element
             }
         }
     }
-    return packed;
 }
 
 void run_tasks(const Parallel& parallel, int64_t count, void (*task)(void*, size_t), void* data) {
@@ -62,7 +62,7 @@ float* Workspace::floats(size_t count) {
     if (count > count_) {
         memory_.reset();
         count_ = 0;
-        const size_t bytes = (count * sizeof(float) + kCacheLine - 1) / kCacheLine * kCacheLine;
+        const auto bytes = static_cast<size_t>(round_up(static_cast<int64_t>(count * sizeof(float)), kCacheLine));
         memory_.reset(static_cast<float*>(std::aligned_alloc(kCacheLine, bytes)));
         if (memory_ == nullptr) throw std::bad_alloc();
         count_ = count;
@@ -72,15 +72,19 @@ float* Workspace::floats(size_t count) {
 
 Projection::Projection(Shape shape, const Code& code, const void* down, const float* mix, const void* up)
     : shape_(std::move(shape)), code_(code) {
-    const size_t element = element_size(shape_.dtype);
+    const auto element = static_cast<int64_t>(element_size(shape_.weights));
     const int64_t out = shape_.out();
     add_panels(down_panels_, code.panel_width, shape_.in, 0, shape_.rows(), 0);
     int64_t first = 0;
     for (int64_t g = 0; g < shape_.siblings(); first += shape_.out_splits[g++]) {
         add_panels(up_panels_, code.panel_width, shape_.up_rank(), first, shape_.out_splits[g], g);
     }
-    down_ = pack(down_panels_, element, down, shape_.in, 1, shape_.in, code.panel_width);
-    up_ = pack(up_panels_, element, up, shape_.up_rank(), out, 1, code.panel_width);
+    // Panels are read up to a vector beyond their end.
+    const int64_t room = code.panel_width * element;
+    down_bytes_ = round_up(elements(down_panels_, shape_.in) * element + room, kCacheLine);
+    weights_.resize(down_bytes_ + elements(up_panels_, shape_.up_rank()) * element + room);
+    pack(down_panels_, element, down, shape_.in, 1, shape_.in, weights_.data());
+    pack(up_panels_, element, up, shape_.up_rank(), out, 1, weights_.data() + down_bytes_);
     mix_.assign(mix, mix + shape_.siblings() * shape_.num_experts * shape_.num_experts);
 }
 
@@ -133,7 +137,8 @@ struct Projection::Many {
 void Projection::run(const Tensors& tensors, int64_t tokens, Workspace& workspace, const Parallel& parallel,
                      int64_t threads) const {
     if (tokens == 0 || shape_.out() == 0) return;
-    const Steps& steps = code_.steps[static_cast<int>(shape_.dtype)];
+    const Steps* const all = shape_.weights == shape_.dtype ? code_.steps : code_.narrow;
+    const Steps& steps = all[static_cast<int>(shape_.weights)];
     const Job job{shape_.in,
                   shape_.num_experts,
                   shape_.expert_rank,
@@ -147,8 +152,8 @@ void Projection::run(const Tensors& tensors, int64_t tokens, Workspace& workspac
                   tensors.x,
                   tensors.base,
                   tensors.y,
-                  down_.data(),
-                  up_.data(),
+                  weights_.data(),
+                  weights_.data() + down_bytes_,
                   mix_.data(),
                   down_panels_.data(),
                   static_cast<int64_t>(down_panels_.size()),
@@ -159,11 +164,12 @@ void Projection::run(const Tensors& tensors, int64_t tokens, Workspace& workspac
         return round_up((count + 1) * shape_.num_experts + code_.lanes, code_.lanes);
     };
     if (tokens < code_.tile_rows * std::min(threads, kMostFewTiles)) {
-        const auto tasks = [&](const std::vector<unsigned char>& weights, int64_t most) {
-            const int64_t work = static_cast<int64_t>(weights.size()) * std::max(tokens, kFreeTokens) / kFreeTokens;
+        const auto tasks = [&](int64_t bytes, int64_t most) {
+            const int64_t work = bytes * std::max(tokens, kFreeTokens) / kFreeTokens;
             return std::clamp<int64_t>(work / kTaskBytes, 1, std::min(threads, most));
         };
-        const int64_t depth_tasks = tasks(down_, shape_.in), panel_tasks = tasks(up_, job.num_up_panels);
+        const int64_t depth_tasks = tasks(down_bytes_, shape_.in);
+        const int64_t panel_tasks = tasks(static_cast<int64_t>(weights_.size()) - down_bytes_, job.num_up_panels);
         const int64_t wide_count = widens ? depth_tasks * tokens * kDepthBlock : 0;
         const int64_t z_count = tokens * job.z_stride;
         float* wide =

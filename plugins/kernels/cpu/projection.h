@@ -5,9 +5,9 @@
 //     v = w_e u_e                              [tokens, G k c]         in float32, rounded to T
 //     y = base + v up                          [tokens, O]             summed in float32, rounded to T
 //
-// The op's definition is teamlora_export/graph/op.py. Weights are packed once, into panels of as many columns as a tile
-// of the instruction set's registers has; a panel of `down` holds some of its rows, one of `up` some columns of one
-// sibling.
+// The op's definition is teamlora_export/graph/op.py. Where T is float32, downT and up may have 16 bits. Weights are
+// packed once, into panels of as many columns as a tile of the instruction set's registers has; a panel of `down` holds
+// some of its rows, one of `up` some columns of one sibling.
 //
 // Few tokens read each weight once, and that is what takes the time: the depth of the first product, then the columns
 // of the second, are shared out to the threads. Many tokens are cut into blocks that go through all four steps while
@@ -33,6 +33,8 @@ struct Shape {
     int64_t expert_rank = 0;
     bool shared_down = false;
     std::vector<int64_t> out_splits;
+    // Of `down` and `up`: dtype, or one of 16 bits beside float32.
+    DataType weights = dtype;
 
     int64_t siblings() const noexcept { return static_cast<int64_t>(out_splits.size()); }
     int64_t up_rank() const noexcept { return num_experts * expert_rank; }
@@ -55,6 +57,31 @@ struct Panel {
 };
 
 struct Code;
+
+// Throws std::bad_alloc. Safe in any number of threads.
+void* take_pages(size_t bytes);
+void give_pages(void* memory) noexcept;
+
+// Memory that begins at a cache line, in pages of two megabytes where the system has them, which many share: a
+// processor that reads weights of a few kilobytes here and there would otherwise look up a page for each.
+template <class T>
+struct LargePages {
+    using value_type = T;
+    LargePages() = default;
+    template <class U>
+    LargePages(const LargePages<U>&) noexcept {}
+    T* allocate(size_t count) { return static_cast<T*>(take_pages(count * sizeof(T))); }
+    void deallocate(T* memory, size_t) noexcept { give_pages(memory); }
+};
+template <class T, class U>
+bool operator==(const LargePages<T>&, const LargePages<U>&) noexcept {
+    return true;
+}
+template <class T, class U>
+bool operator!=(const LargePages<T>&, const LargePages<U>&) noexcept {
+    return false;
+}
+using Bytes = std::vector<unsigned char, LargePages<unsigned char>>;
 
 // Memory that a call works in. It grows to the largest call's need and is used again.
 class Workspace {
@@ -86,7 +113,8 @@ struct Tensors {
 // One projection with its weights, ready to run; any number of threads may call it at once, each with a workspace.
 class Projection {
 public:
-    // Packs `down` T [G (a + k), in], `mix` float32 [G, k, k] and `up` T [k c, O], which may go afterwards.
+    // Packs `down` [G (a + k), in] and `up` [k c, O], both of `shape.weights`, and `mix` float32 [G, k, k], which may
+    // go afterwards.
     Projection(Shape shape, const Code& code, const void* down, const float* mix, const void* up);
 
     const Shape& shape() const noexcept { return shape_; }
@@ -101,7 +129,9 @@ private:
 
     Shape shape_;
     const Code& code_;
-    std::vector<unsigned char> down_, up_;
+    // `down`, and `up` behind it, in the order they are read in.
+    Bytes weights_;
+    int64_t down_bytes_;
     std::vector<float> mix_;
     std::vector<Panel> down_panels_, up_panels_;
 };

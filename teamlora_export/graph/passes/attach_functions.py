@@ -19,7 +19,8 @@ class AttachFunctions(ir.passes.InPlacePass):
             if op.is_op(node):
                 form = op.form_of(node)
                 node.overload = form.overload
-                forms[form] = node.inputs[-1].dtype  # type: ignore[union-attr,assignment]
+                up = node.inputs[op.INPUTS.index("up")]
+                forms[form] = ir.DataType.FLOAT if form.narrow else up.dtype  # type: ignore[union-attr,assignment]
         for form in sorted(forms, key=lambda form: form.overload):
             function = op.function(form, model.graph.opset_imports[""], forms[form])
             model.functions[function.identifier()] = function
