@@ -49,7 +49,7 @@ class Claims:
             return
         evidence = (*([NAME] if named else []), *([PLACE] if placed is not None else []))
         whole = Span(product, 0, product.out_features)
-        added = {key for key in named if placed is not None and _adds_to(key, placed)}
+        added = {key for key in named if placed is not None and adds_to(key, placed)}
         said = named - added | ({placed} if placed is not None else set())
         # Several in one: a module that has them in one as well may be it, whatever their order.
         inner = [Key(key.layer, UNSPLIT[key.roles]) for key in [placed] if key is not None and key.roles in UNSPLIT]
@@ -100,7 +100,7 @@ class Claims:
                 self.unproven[single] = f"{packs} has parts of one size, whose order nothing proves"
 
 
-def _adds_to(named: Key, placed: Key) -> bool:
+def adds_to(named: Key, placed: Key) -> bool:
     """Whether a name does not say what a place says, and contradicts it neither: words of a module's own; or several
     projections in one, whose order the place shows."""
     is_own = not set(named.roles) <= set(ROLES)

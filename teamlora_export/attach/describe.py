@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from teamlora_export.attach.claims import adds_to
 from teamlora_export.attach.fused import fused_findings
 from teamlora_export.attach.interface import COUNTING
 from teamlora_export.attach.names import ROLES, Key, keys_of
@@ -104,7 +105,8 @@ def _modules(products: Sequence[Product]) -> tuple[dict[str, str], int]:
 
 
 def _evidence(named: set[Key], placed: Key | None) -> str:
-    if len(named) > 1 or (named and placed is not None and placed.roles not in UNSPLIT and named != {placed}):
+    said = {key for key in named if placed is None or not adds_to(key, placed)}
+    if len(said) > 1 or (said and placed is not None and placed.roles not in UNSPLIT and said != {placed}):
         return "CONTRADICTED"
     return " and ".join([*(["name"] if named else []), *(["place"] if placed is not None else [])])
 

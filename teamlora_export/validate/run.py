@@ -349,16 +349,16 @@ def _open_attached_sources(
         # A folder that is gone, or a name that the hub does not give now.
         reporter.warn(f"{error}\nThe model as a whole is not judged. Give --base.")
         return None, adapter
-    if manifest.base["sha256"] and weights_sha256(found) != manifest.base["sha256"]:
-        raise ExportError(
-            f"{source}: is not the base that {bundle.folder} was compared with when its adapter was attached. Attach "
-            "it again, or give --base."
-        )
     base = open_base(found, manifest.task)
     adapter = align_with_base(adapter, base.signature)
     if not _fits(base, manifest.inputs):
         reporter.warn(f"{source}: does not fit into memory in float64; the experts are judged by themselves.")
         return None, adapter
+    if manifest.base["sha256"] and weights_sha256(found) != manifest.base["sha256"]:
+        raise ExportError(
+            f"{source}: is not the base that {bundle.folder} was compared with when its adapter was attached. Attach "
+            "it again, or give --base."
+        )
     return base, adapter
 
 

@@ -130,6 +130,7 @@ def test_a_bundle_that_lost_too_much_fails_by_name(make_bundle) -> None:
         ({"weights_form": "int3"}, "--weights int3: unknown"),
         ({"head_form": "int4"}, "Give --weights as well"),
         ({"zero_points": True}, "Give --weights as well"),
+        ({"weights_form": "int8", "head_form": "int4", "task": "feature-extraction"}, "has no head to quantise"),
     ],
 )
 def test_wrong_options_are_refused(make_base, make_adapter, tmp_path, options, said) -> None:
