@@ -9,6 +9,8 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -46,6 +48,7 @@ struct Fiber {
     Context context;
     std::vector<Copy> open_copies;
     std::vector<std::vector<Copy>> groups;
+    bool has_waited = false;
 };
 
 struct Warp {
@@ -99,6 +102,7 @@ private:
         fiber.state = State::kRunnable;
         fiber.open_copies.clear();
         fiber.groups.clear();
+        fiber.has_waited = false;
         fiber.context.started = false;
         ucontext_t& start = fiber.context.start;
         getcontext(&start);
@@ -132,6 +136,9 @@ size_t scheduler_stack_size = 0;
 // Grids that were launched and have not run, in their order.
 std::vector<Grid> open_grids;
 bool is_waited_for = false;
+// Whether a call has begun and its last kernel was not launched yet; whether the running grid's threads have to wait.
+bool call_is_open = false, has_to_wait = false;
+std::string reason;
 // Where grids go instead of being run, if anywhere.
 std::vector<Grid>* recorded = nullptr;
 
@@ -164,6 +171,12 @@ void fiber_main() {
 #endif
     try {
         (*running_kernel)();
+        for (const auto& group : running->groups) {
+            if (!group.empty()) throw std::logic_error("an asynchronous copy that nobody waits for");
+        }
+        if (!running->open_copies.empty()) throw std::logic_error("an asynchronous copy in no group");
+        if (has_to_wait && !running->has_waited)
+            throw std::logic_error("a thread that does not wait for the kernel ahead");
     } catch (...) {
         if (!failure) failure = std::current_exception();
     }
@@ -242,9 +255,13 @@ void carry_out(const std::vector<Copy>& copies) {
 void run_open_grids();
 
 void run_now(const Grid& grid) {
-    running_kernel = &grid.kernel;
-    current_grid = grid.size;
-    current_block_size = grid.block_size;
+    const auto make_current = [&] {
+        running_kernel = &grid.kernel;
+        current_grid = grid.size;
+        current_block_size = grid.block_size;
+        has_to_wait = grid.waits;
+    };
+    make_current();
     scheduler.started = true;
     std::vector<std::unique_ptr<Block>> idle, resident;
     const std::vector<size_t> blocks = order(size_t{grid.size.x} * grid.size.y * grid.size.z);
@@ -268,9 +285,7 @@ void run_now(const Grid& grid) {
         (block->finished() ? idle : resident).push_back(std::move(block));
         if (std::exchange(is_waited_for, false)) {
             run_open_grids();
-            running_kernel = &grid.kernel;
-            current_grid = grid.size;
-            current_block_size = grid.block_size;
+            make_current();
         }
     }
     if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
@@ -292,8 +307,13 @@ dim3 current_grid, current_block_size;
 void set_schedule(uint64_t seed) {
     schedule_seed = seed;
     generator.seed(seed);
+    give_up("");
+}
+
+void give_up(const char* why) {
+    reason = why;
     open_grids.clear();
-    is_waited_for = false;
+    is_waited_for = call_is_open = false;
 }
 
 const Thread& current() { return running->thread; }
@@ -330,12 +350,16 @@ void wait_copies(int still_open) {
     }
 }
 
-void run_grid(const Grid& grid, bool last) {
+void run_grid(Grid grid, Place place, bool overlaps) {
     if (recorded != nullptr) {
         recorded->push_back(grid);
         return;
     }
-    if (!last && coin()) {
+    const bool first = place == Place::kFirst, last = place == Place::kLast;
+    if (first == call_is_open) throw std::logic_error(first ? "a call within another" : "a kernel that follows none");
+    call_is_open = !last;
+    grid.waits = overlaps && !first;
+    if (overlaps && !last && coin()) {
         open_grids.push_back(grid);
         return;
     }
@@ -352,6 +376,7 @@ std::vector<Grid> record(const std::function<void()>& launch) {
 }
 
 void wait_for_grids_before() {
+    running->has_waited = true;
     if (open_grids.empty()) return;
     is_waited_for = true;
     let_other_blocks_run();
@@ -364,4 +389,6 @@ extern "C" cudaError_t cudaGetDevice(int* device) {
     *device = 0;
     return cudaSuccess;
 }
-extern "C" const char* cudaGetErrorString(cudaError_t) { return "an emulated error"; }
+extern "C" const char* cudaGetErrorString(cudaError_t) {
+    return emulation::reason.empty() ? "an emulated error" : emulation::reason.c_str();
+}

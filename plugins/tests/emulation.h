@@ -7,7 +7,8 @@
 // behind it begins. Shared memory starts as NaN. Fragments of tensor-core tiles are spread over the lanes, as on a GPU.
 //
 // Caught here: a missing or divergent barrier (a thread runs ahead and reads NaN or old values; a block that cannot go
-// on is an error), reads and writes past an array (under AddressSanitizer), a forgotten wait for a copy or a kernel.
+// on is an error), reads and writes past an array (under AddressSanitizer) or unaligned ones, a copy or a kernel ahead
+// that a thread does not wait for, kernels launched in the wrong place of a call.
 #pragma once
 
 #include <algorithm>
@@ -65,17 +66,24 @@ void copy_async(void* target, const void* source, size_t size, size_t zeros);
 void commit_copies();
 void wait_copies(int still_open);
 
-// Dimensions, and what each thread runs.
+// Dimensions, and what each thread runs; whether the kernel ahead may not have ended, so that each thread has to wait.
 struct Grid {
     dim3 size, block_size;
     size_t shared_bytes;
     std::function<void()> kernel;
+    bool waits = false;
 };
 
-// Kernels of one call, of which the next may begin before the one ahead has ended: a grid runs at once, or when one
-// behind it waits, or, where none does, after the last.
-void run_grid(const Grid& grid, bool last);
+// Of a kernel among those of its call.
+enum class Place { kFirst, kNext, kLast };
+
+// Kernels of one call, of which the next may begin before the one ahead has ended, where they overlap: a grid runs at
+// once, or when one behind it waits, or, where none does, after the last.
+void run_grid(Grid grid, Place place, bool overlaps);
 void wait_for_grids_before();
+
+// Forgets what was launched; `why` is what cudaGetErrorString says from now on.
+void give_up(const char* why);
 
 // The grids that `launch` asks for, of which none is run.
 std::vector<Grid> record(const std::function<void()>& launch);
@@ -89,17 +97,28 @@ std::vector<Grid> record(const std::function<void()>& launch);
 
 inline void __syncthreads() { emulation::block_barrier(); }
 
+namespace emulation {
+
+// What a GPU reads or writes at once lies at a multiple of its size.
+template <typename T>
+T* aligned(T* address) {
+    if (reinterpret_cast<uintptr_t>(address) % sizeof(T) != 0) throw std::logic_error("an unaligned access");
+    return address;
+}
+
+}  // namespace emulation
+
 template <typename T>
 T __ldg(const T* address) {
-    return *address;
+    return *emulation::aligned(address);
 }
 template <typename T>
 T __ldcg(const T* address) {
-    return *address;
+    return *emulation::aligned(address);
 }
 template <typename T>
 void __stcg(T* address, T value) {
-    *address = value;
+    *emulation::aligned(address) = value;
 }
 inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
     if (mask != 0xffffffffU) throw std::logic_error("a shuffle among some lanes only");
@@ -217,14 +236,20 @@ inline void hold(uint4&) {}
 inline void let_next_kernel_begin() {}
 inline void wait_for_kernel_before() { emulation::wait_for_grids_before(); }
 
-enum class Place { kFirst, kNext, kLast };
+using emulation::Place;
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
                           Place place, bool overlaps, const Arguments&... arguments) {
     const bool fits = shared_bytes <= 48 * 1024 && block.x <= 1024 && grid.y <= 65535 && grid.z <= 65535;
     if (!fits) return cudaErrorInvalidValue;
-    emulation::run_grid({grid, block, shared_bytes, [=] { kernel(arguments...); }}, !overlaps || place == Place::kLast);
+    try {
+        emulation::run_grid({grid, block, shared_bytes, [=] { kernel(arguments...); }}, place, overlaps);
+    } catch (const std::exception& error) {
+        // Whoever launches throws nothing.
+        emulation::give_up(error.what());
+        return cudaErrorLaunchFailure;
+    }
     return cudaSuccess;
 }
 

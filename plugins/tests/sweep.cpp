@@ -94,7 +94,8 @@ struct Case {
     MixedExpertShape shape;
     Tuning tuning;
     bool in_place = false;
-    bool misaligned = false;
+    // A bit for each of x, base, down, up and y that is not at a multiple of 16 bytes.
+    int misaligned = 0;
     uint64_t schedule = 0;
 };
 
@@ -105,7 +106,7 @@ std::string describe(const Case& tried) {
                        std::to_string(s.expert_rank) + (s.shared_down ? ", shared" : "") + ", out";
     for (int g = 0; g < s.num_siblings; ++g) text += " " + std::to_string(s.out_splits[g]);
     if (tried.in_place) text += ", in place";
-    if (tried.misaligned) text += ", misaligned";
+    if (tried.misaligned != 0) text += ", misaligned " + std::to_string(tried.misaligned);
     text += ", " + std::to_string(tried.tuning.multiprocessors) + " multiprocessors";
     return text + ", schedule " + std::to_string(tried.schedule);
 }
@@ -202,10 +203,10 @@ void reference(const MixedExpertShape& s, const Inputs& in, int64_t token, int g
 std::string check(const Case& tried, std::mt19937_64& generator) {
     const MixedExpertShape& s = tried.shape;
     const auto tokens = static_cast<size_t>(s.tokens);
-    const size_t offset = tried.misaligned ? element_size(s.dtype) : 0;
-    Array x(s.dtype, tokens * s.in, offset), base(s.dtype, tokens * s.out(), offset),
-        down(s.dtype, size_t(s.rows()) * s.in), up(s.dtype, size_t(s.up_rank()) * s.out()),
-        y(s.dtype, tokens * s.out());
+    const auto offset = [&](int n) { return static_cast<size_t>((tried.misaligned >> n & 1) * element_size(s.dtype)); };
+    Array x(s.dtype, tokens * s.in, offset(0)), base(s.dtype, tokens * s.out(), offset(1)),
+        down(s.dtype, size_t(s.rows()) * s.in, offset(2)), up(s.dtype, size_t(s.up_rank()) * s.out(), offset(3)),
+        y(s.dtype, tokens * s.out(), offset(4));
     std::normal_distribution<double> normal;
     const auto fill = [&](Array& array, size_t count, double scale) {
         for (size_t i = 0; i < count; ++i) array.set(i, scale * normal(generator));
@@ -241,7 +242,8 @@ std::string check(const Case& tried, std::mt19937_64& generator) {
                                      up.device(),   target.device()};
     device_memory::set_schedule(tried.schedule);
     try {
-        if (launch(s, tried.tuning, tensors, workspace.device(), nullptr) != cudaSuccess) return "the launch failed";
+        const cudaError_t error = launch(s, tried.tuning, tensors, workspace.device(), nullptr);
+        if (error != cudaSuccess) return std::string("the launch failed: ") + cudaGetErrorString(error);
         device_memory::finish();
     } catch (const std::exception& error) {
         return error.what();
@@ -286,7 +288,7 @@ std::vector<Case> edges() {
     std::vector<Case> cases;
     for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
         const auto add = [&](int64_t tokens, int in, int k, int c, bool shared, std::vector<int> out,
-                             bool in_place = false, bool misaligned = false) {
+                             bool in_place = false, int misaligned = 0) {
             Case made{make(dtype, tokens, in, k, c, shared, std::move(out)), tuning_of(16), in_place, misaligned, 0};
             made.schedule = cases.size() % 5;
             cases.push_back(made);
@@ -306,12 +308,14 @@ std::vector<Case> edges() {
         add(33, 1, 1, 1, false, {1});
         add(34, 96, 2, 8, false, {64}, true);  // y is base
         add(5, 96, 2, 8, false, {64}, true);
-        add(34, 96, 2, 8, false, {64}, false, true);  // x and base off 16 bytes
-        add(5, 96, 2, 8, false, {64}, false, true);
+        for (int n = 0; n < 5; ++n) {
+            add(34, 96, 2, 8, false, {64}, false, 1 << n);
+            add(5, 96, 2, 8, false, {64}, false, 1 << n);
+        }
     }
     const auto add = [&](DataType dtype, int64_t tokens, int in, int k, int c, std::vector<int> out, int processors) {
         const MixedExpertShape shape = make(dtype, tokens, in, k, c, false, std::move(out));
-        cases.push_back({shape, tuning_of(processors), false, false, cases.size() % 5});
+        cases.push_back({shape, tuning_of(processors), false, 0, cases.size() % 5});
     };
     add(DataType::kFloat16, 8200, 8, 2, 2, {8}, 132);  // more blocks of tokens than a GPU holds
     add(DataType::kFloat16, 1100, 32, 4, 16, {24, 8, 8, 8}, 132);
@@ -345,7 +349,7 @@ Case draw(std::mt19937_64& generator) {
     // What belongs to one path is sometimes given to the other.
     if (below(4) == 0) drawn.tuning.few_tokens = 64 * below(2);
     drawn.in_place = below(3) == 0;
-    drawn.misaligned = below(4) == 0;
+    if (below(4) == 0) drawn.misaligned = 1 + below(31);
     drawn.schedule = generator() % 1000;
     return drawn;
 }
