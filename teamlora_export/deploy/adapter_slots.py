@@ -41,7 +41,7 @@ _LARGEST_HEADER = 64 << 20
 
 @dataclass(frozen=True, eq=False)
 class Shelved:
-    """An adapter as it was on the shelf when somebody asked for it.
+    """An adapter as it was on the shelf when it was asked for.
 
     Attributes:
         file: its file, open: it can be read when it is on the shelf no more. sha256: of it.

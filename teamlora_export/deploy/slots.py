@@ -206,7 +206,7 @@ class InPlaceSlots(Slots):
     def _run(self, rows: range, ids: np.ndarray, counts: np.ndarray) -> np.ndarray:
         begins, lengths = self._with(rows, ids.shape[1], counts)
         ends = (begins + lengths).tolist()
-        self._fit(max(*self._ends(), *ends))
+        self._fit(max(*self._ends(), *ends), max(*self._begins, *begins.tolist()))
         for row, end in zip(rows, ends, strict=True):
             self._written[row] = max(self._written[row], end)
         logits = self._call(rows, ids, begins, lengths)
@@ -242,10 +242,14 @@ class InPlaceSlots(Slots):
         """One past the last place of each row's text."""
         return [begin + length for begin, length in zip(self._begins, self.lengths, strict=True)]
 
-    def _fit(self, needed: int) -> None:
-        """Make the buffers long enough, and not much longer: a step's time grows with them."""
+    def _fit(self, needed: int, padding: int) -> None:
+        """Make the buffers long enough, and not much longer: a step's time grows with them.
+
+        Args:
+            padding: in front of some text, at most.
+        """
         if needed > self.capacity:
-            most = max(needed, (self.settings.most or needed) + MOST_PADDING)
+            most = max(needed, (self.settings.most or needed) + padding)
             self._resize(min(max(needed, self.capacity * 5 // 4, _LEAST_CAPACITY), most))
         elif self.capacity > max(4 * needed, _LEAST_CAPACITY):
             self._resize(max(2 * needed, _LEAST_CAPACITY))

@@ -168,22 +168,22 @@ def test_threads_and_cores_are_as_many(bundle, make_bundle, tmp_path):
 
 
 def test_memory_follows_the_cache_of_every_text(bundle, deployed, tmp_path):
-    """Four layers' keys and values, two heads of eight numbers of four bytes."""
+    """Four layers' keys and values, two heads of eight numbers of four bytes; 16 tokens of padding in front of each."""
     repository = read_repository(deployed / "triton" / "models")
-    assert cache_bytes(bundle, repository, 100) == 4 * 2 * 2 * 8 * 4 * 100
+    assert cache_bytes(bundle, repository, 100) == 4 * 2 * 2 * 8 * 4 * 116
     # Where a layer sees 6 tokens, these, and the part that is read.
     first, *others = (port for port in bundle.manifest.inputs if port.name.startswith("past_key_values."))
     ports = (dataclasses.replace(first, shape=(*first.shape[:2], "window_6", first.shape[3])), *others)
     sliding = dataclasses.replace(bundle, manifest=dataclasses.replace(bundle.manifest, inputs=ports))
-    assert cache_bytes(sliding, repository, 1000) == 2 * 8 * 4 * (7 * 1000 + 6 - 1 + 256)
+    assert cache_bytes(sliding, repository, 1000) == 2 * 8 * 4 * (7 * 1016 + 6 - 1 + 256)
 
     def megabytes(**options: Any) -> int:
         out = deploy_kubernetes(bundle, tmp_path / "out", **options)
         return int(pod_of(out)["containers"][0]["resources"]["requests"]["memory"].removesuffix("Mi"))
 
-    # Of 128 tokens, and twice where the cache becomes longer.
+    # Of 144 tokens, and twice where the cache becomes longer.
     assert megabytes(batch=20_000, sequences=20_001) - megabytes() == pytest.approx(
-        2 * 20_000 * 65_536 / 2**20, abs=256
+        2 * 20_000 * 73_728 / 2**20, abs=256
     )
 
 

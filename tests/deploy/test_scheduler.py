@@ -337,7 +337,7 @@ def test_a_long_prompt_holds_up_neither_texts_nor_short_prompts(open_slots):
     # Between two steps no more than a part of prompts is read, and the two prompts take turns.
     between = [list(run) for is_step, run in itertools.groupby(steps, lambda call: call[1] == 1) if not is_step]
     assert max(sum(length for _, length in run) for run in between) == 8
-    assert steps[:5] == [(1, 1), (1, 8), (1, 1), (1, 6), (1, 2)]
+    assert steps[:5] == [(1, 1), (1, 8), (1, 1), (1, 6), (2, 1)]
     assert sum(length for run in between for _, length in run) == 106
     assert sum(call[1] == 1 for call in steps) == 30
     assert not written.finish

@@ -179,7 +179,7 @@ def test_what_cannot_run_with_a_library_is_refused_in_a_sentence(library, make_b
     assert "--library and --engine" in refused("llama", engine_name="any")
     assert "not a library of teamlora-export's op" in refused("llama", file=Path(__file__))
     assert "Build the native op with" in refused("llama", file=tmp_path / "none.so")
-    monkeypatch.setattr(onnxruntime_library.op, "VERSION", 7)
+    monkeypatch.setattr(onnxruntime_library.op, "ADAPTERS_VERSION", 7)
     assert "the model needs teamlora::MixedExpertProjection version 7" in refused("llama")
 
 
