@@ -109,7 +109,8 @@ def test_a_cache_in_place_gives_the_tokens_of_one_that_grows(part, make_bundle, 
 def test_text_of_many_windows_equals_pytorchs_and_a_window_is_kept_no_longer(
     name, part, make_bundle, make_base, make_adapter, monkeypatch, rng
 ):
-    """A window has six tokens; a ring has room for it and a part, or for the text where that is shorter."""
+    """A window has six tokens; a ring has room for it and a part, or for the text where that is shorter, with what is in
+    front of it: the prompt of 21 tokens shares a call with that of 37."""
     monkeypatch.setattr(runner, "_PART", part)
     monkeypatch.setattr(slots, "_LEAST_CAPACITY", 4)
     made = []
@@ -132,7 +133,10 @@ def test_text_of_many_windows_equals_pytorchs_and_a_window_is_kept_no_longer(
         if port.name.startswith("past_"):
             rows = made[-1]._buffers[port.name].shape[2]
             # The last token is not read.
-            assert rows in ((10,) if window_of(port.shape[2]) and part == 5 else (37 + 59, 37 + 60))
+            if window_of(port.shape[2]) and part == 5:
+                assert rows == 10
+            else:
+                assert 37 + 59 <= rows <= 37 + 60 + (37 - 21 if part == 512 else 0)
 
 
 def test_the_program_needs_its_requirements_alone_and_streams_words(deployed, smollm2_greedy):
