@@ -109,8 +109,8 @@ def test_a_cache_in_place_gives_the_tokens_of_one_that_grows(part, make_bundle, 
 def test_text_of_many_windows_equals_pytorchs_and_a_window_is_kept_no_longer(
     name, part, make_bundle, make_base, make_adapter, monkeypatch, rng
 ):
-    """A window has six tokens; a ring has room for it and a part, or for the text where that is shorter, with what is in
-    front of it: the prompt of 21 tokens shares a call with that of 37."""
+    """A window has six tokens; a ring has room for it and a part, or for the text where that is shorter, with what is
+    in front of it: the prompt of 21 tokens shares a call with that of 37."""
     monkeypatch.setattr(runner, "_PART", part)
     monkeypatch.setattr(slots, "_LEAST_CAPACITY", 4)
     made = []
