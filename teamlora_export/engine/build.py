@@ -103,8 +103,9 @@ def build_engine(
     use_plugin = options.use_plugin and runtime.takes_plugins
     if options.plugin is not None and options.architectures is not None:
         raise ExportError("--plugin and --arch exclude each other: --arch compiles one.")
-    if not use_plugin and (options.plugin is not None or options.architectures is not None):
-        raise ExportError(f"{'--plugin' if options.plugin else '--arch'}: this engine has no plugin.")
+    if not use_plugin and (options.plugin is not None or options.compare or options.architectures is not None):
+        given = "--plugin" if options.plugin is not None or options.compare else "--arch"
+        raise ExportError(f"{given}: this engine has no plugin.")
     plugin = find_plugin(options.plugin, runtime, reporter, options.architectures) if use_plugin else None
     with existing(path.parent):
 

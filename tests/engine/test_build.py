@@ -130,6 +130,7 @@ def test_an_engine_is_judged_on_a_gpu_only(bundle):
         (["--runtime", "rtx", "--arch", "89"], "--arch: this engine has no plugin"),
         (["--plugin", "some.so"], "--plugin: this engine has no plugin"),
         (["--plugin", "some.so", "--arch", "89"], "exclude each other"),
+        (["--runtime", "rtx", "--plugin", "auto"], "--plugin: this engine has no plugin"),
         (["--plugin", "auto", "--no-plugin"], "exclude each other"),
         (["--plugin", "auto", "--strip-weights"], "leaves none that runs"),
         (["--refit"], "builds such engines on a GPU"),
