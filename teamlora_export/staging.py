@@ -65,7 +65,7 @@ def staged(out: Path, listed: Listing, inputs: Sequence[Path] = ()) -> Iterator[
         sync(staging)
         with _locked(place.parent):
             # Again: an export takes time, and its owner may have put something there.
-            refuse_foreign(place, listed, inputs)
+            _refuse_foreign(place, listed, inputs)
             with interrupt.held():
                 _replace_folder(staging, place)
                 sync_names(place.parent)
@@ -199,6 +199,15 @@ def refuse_foreign(place: Path, listed: Listing, inputs: Sequence[Path] = ()) ->
     Raises:
         ExportError: with the name of what is there.
     """
+    with ExitStack() as locks:
+        # Nobody exchanges the folder while it is read. A parent that is not there, or not readable, has nothing to lock.
+        with suppress(OSError):
+            locks.enter_context(_locked(place.parent))
+        _refuse_foreign(place, listed, inputs)
+
+
+def _refuse_foreign(place: Path, listed: Listing, inputs: Sequence[Path]) -> None:
+    """As `refuse_foreign`, with the parent locked."""
     settle(place)
     for given in inputs:
         read = real_path(given)

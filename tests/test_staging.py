@@ -9,6 +9,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -434,6 +435,22 @@ def test_of_several_runs_with_one_destination_the_last_one_stands_whole(tmp_path
         assert process.returncode == 0, errors
     assert len(contents(tmp_path / "out")) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_nobody_exchanges_a_folder_while_it_is_looked_at(tmp_path):
+    out = tmp_path / "out"
+    write(out, "first")
+    other = threading.Thread(target=write, args=(out, "second"))
+
+    def listed_meanwhile(folder: Path) -> set[str]:
+        other.start()
+        other.join(timeout=0.3)
+        assert contents(folder) == {"first"}
+        return listed(folder)
+
+    refuse_foreign(out, listed_meanwhile)
+    other.join()
+    assert contents(out) == {"second"}
 
 
 @pytest.fixture
