@@ -21,6 +21,13 @@ namespace teamlora {
 __device__ inline void hold(float& value) { asm volatile("" : "+f"(value)); }
 __device__ inline void hold(uint4& raw) { asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w)); }
 
+// This thread's asynchronous copies are there from here on, but for those of the last `kStillOpen` groups. CUDA's own
+// __pipeline_wait_prior is no border for the compiler, which may read what is copied before it.
+template <int kStillOpen>
+__device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(kStillOpen) : "memory");
+}
+
 // The kernel behind this one may begin, as far as its `wait_for_kernel_before`.
 __device__ inline void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
@@ -37,6 +44,14 @@ __device__ inline void wait_for_kernel_before() {
 #else
     asm volatile("" ::: "memory");
 #endif
+}
+
+// A number that a kernel before has written, from the L2 cache: no read-only path, and no earlier than the wait, for the
+// compiler either.
+__device__ inline float load_written_before(const float* source) {
+    float value;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(source) : "memory");
+    return value;
 }
 
 // Of a call's kernels: the first waits for all that the stream did before; others may begin early where `overlaps`.

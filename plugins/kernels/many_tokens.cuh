@@ -6,13 +6,11 @@
 
 #include "columns.cuh"
 #include "parts.cuh"
+#include "plan.h"
 #include "routing.cuh"
 #include "tile.cuh"
 
 namespace teamlora {
-
-// 48 KB of shared memory are a block's without asking the driver.
-inline constexpr int kSharedLimit = 48 * 1024;
 
 // Blocks that fit beside each other: 512 threads of 128 registers each. Products of floats keep more in registers.
 template <typename T, int kThreads>
@@ -55,7 +53,7 @@ __device__ void start_stages(int steps, const Fetch& fetch) {
 template <int kStages, typename Fetch, typename Use>
 __device__ void run_stages(int steps, const Fetch& fetch, const Use& use) {
     for (int step = 0; step < steps; ++step) {
-        __pipeline_wait_prior(kStages - 2);
+        wait_for_copies<kStages - 2>();
         // All have this step's stage, and all are done with the one that is fetched next.
         __syncthreads();
         if (step + kStages - 1 < steps) fetch(step + kStages - 1);
@@ -85,7 +83,7 @@ struct ManyDown {
     static constexpr int kStride = kStageWidth + Pack<T>::kWidth;
     static constexpr int kStageElements = (kTokens + kColumns) * kStride;
     static constexpr int kStages =
-        kSharedLimit / (kStageElements * int(sizeof(T))) > 4 ? 4 : kSharedLimit / (kStageElements * int(sizeof(T)));
+        kSharedLimit / (kStageElements * sizeof(T)) > 4 ? 4 : kSharedLimit / (kStageElements * sizeof(T));
     static_assert(kStages >= 2, "a stage is too large");
     static constexpr int kZStride = kColumns + 4;
     static constexpr size_t kZBytes = sizeof(float) * kTokens * kZStride;
@@ -189,11 +187,11 @@ __global__ void __launch_bounds__(kRouteThreads, 8) many_route(ManyRouteArgument
     float* z = shared;                               // [own_tokens, a + k]
     float* weights = z + own_tokens * sibling_rows;  // [own_tokens, k]
     float* mix = weights + own_tokens * k;           // [k, k]
-#pragma unroll 1
-    for (int i = threadIdx.x; i < k * k; i += kRouteThreads) mix[i] = arguments.mix[sibling * k * k + i];
+    copy_interaction(mix, arguments.mix + sibling * k * k, k);
 
     wait_for_kernel_before();
     add_up_parts<T>(z, arguments.parts, token0, own_tokens, sibling * sibling_rows, sibling_rows);
+    wait_for_copies<0>();
     __syncthreads();
     route(z + a, sibling_rows, own_tokens, k, mix, weights);
 

@@ -27,7 +27,7 @@ __device__ void add_up_parts(float* z, const Parts& parts, int token0, int own_t
             float own[kPartsAhead];
 #pragma unroll
             for (int n = 0; n < kPartsAhead; ++n) {
-                own[n] = first + n < parts.count ? __ldcg(source + (first + n) * part_stride) : 0.0F;
+                own[n] = first + n < parts.count ? load_written_before(source + (first + n) * part_stride) : 0.0F;
             }
 #pragma unroll
             for (int n = 0; n < kPartsAhead; ++n) hold(own[n]);

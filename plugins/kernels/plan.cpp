@@ -5,17 +5,15 @@
 namespace teamlora {
 namespace {
 
-constexpr int32_t kFewThreads = 128;
-// What a block may have without asking the driver for more.
-constexpr size_t kSharedBytes = 48 * 1024;
 constexpr int32_t kSplitStep = 64;
 constexpr size_t kAlignment = 256;
 
 size_t few_up_shared_bytes(const MixedExpertShape& shape, int32_t token_tile) noexcept {
-    const size_t columns = 8 * static_cast<size_t>(pack_width(shape.dtype));
-    const size_t values = static_cast<size_t>(shape.sibling_rows()) + shape.num_experts + 8 * columns;
+    const size_t columns = static_cast<size_t>(kUpLanes) * pack_width(shape.dtype), warps = kUpThreads / 32;
+    const size_t packs = static_cast<size_t>(up_rows_ahead(token_tile)) * kUpThreads + token_tile * kUpLanes;
+    const size_t values = static_cast<size_t>(shape.sibling_rows()) + shape.num_experts + warps * columns;
     const size_t mix = static_cast<size_t>(shape.num_experts) * shape.num_experts;
-    return (token_tile * values + mix) * sizeof(float);
+    return 16 * packs + (token_tile * values + mix) * sizeof(float);
 }
 
 size_t route_shared_bytes(const MixedExpertShape& shape, int32_t tokens) noexcept {
@@ -59,14 +57,14 @@ FewTokensPlan plan_few_tokens(const MixedExpertShape& shape, const Tuning& tunin
     for (const int32_t tile : {8, 4, 1}) {
         plan.token_tile = tile;
         const bool wasteful = tile > 1 && shape.tokens <= tile / 2;
-        if (!wasteful && few_up_shared_bytes(shape, tile) <= kSharedBytes) break;
+        if (!wasteful && few_up_shared_bytes(shape, tile) <= kSharedLimit) break;
     }
     plan.shared_bytes = few_up_shared_bytes(shape, plan.token_tile);
-    const int32_t width = pack_width(shape.dtype), step = kFewThreads * width;
+    const int32_t width = pack_width(shape.dtype), step = kDownThreads * width;
     const int32_t most_slices = std::clamp(tuning.few_slices, 1, kMostSlices);
     plan.slice_width = round_up(ceil_div(shape.in, std::min(most_slices, ceil_div(shape.in, step))), step);
     plan.slices = ceil_div(shape.in, plan.slice_width);
-    plan.down_threads = std::min(kFewThreads, round_up(ceil_div(shape.in, width), 32));
+    plan.down_threads = std::min(kDownThreads, round_up(ceil_div(shape.in, width), 32));
     const bool fills = int64_t{ceil_div(shape.rows(), 4)} * plan.slices >= multiprocessors(tuning);
     plan.down_rows = plan.token_tile > 1 || fills ? 4 : 1;
     plan.workspace_bytes = sizeof(float) * plan.slices * shape.tokens * shape.rows();
@@ -98,7 +96,7 @@ ManyTokensPlan plan_many_tokens(const MixedExpertShape& shape, const Tuning& tun
     plan.row_stride = round_up(shape.rows(), 4);
     plan.value_stride = round_up(shape.up_rank(), pack_width(shape.dtype));
     plan.route_tokens = 8;
-    while (plan.route_tokens > 1 && route_shared_bytes(shape, plan.route_tokens) > kSharedBytes) plan.route_tokens /= 2;
+    while (plan.route_tokens > 1 && route_shared_bytes(shape, plan.route_tokens) > kSharedLimit) plan.route_tokens /= 2;
     plan.route_shared_bytes = route_shared_bytes(shape, plan.route_tokens);
     const size_t parts = sizeof(float) * plan.splits * shape.tokens * plan.row_stride;
     plan.values_offset = round_up(parts, kAlignment);

@@ -325,7 +325,9 @@ std::vector<Case> edges() {
     add(DataType::kFloat16, 2, 8, 4, 300, {16}, 132);   // one token a block
     add(DataType::kFloat16, 40, 2304, 2, 2, {8}, 192);  // more parts of z than are asked for at a time
     add(DataType::kFloat16, 1, 16640, 2, 2, {8}, 132);  // the most slices, each of two rounds
-    add(DataType::kFloat16, 1, 64, 4, 70, {72}, 16);    // more rows of `up` than are held ahead
+    // More rows of `up` than are under way ahead, for each tile of tokens.
+    for (const int64_t tokens : {1, 3, 6}) add(DataType::kFloat16, tokens, 64, 4, 70, {72}, 16);
+    for (const int64_t tokens : {1, 3, 6}) add(DataType::kFloat32, tokens, 64, 4, 70, {21, 44}, 16);
     add(DataType::kFloat32, 2100, 24, 4, 8, {8, 8, 8, 8}, 1);
     // Each width of the first product's tiles: 1, 3, 5, 7 and 9 of 16 columns.
     for (const int c : {1, 3, 8, 12, 16}) {

@@ -122,7 +122,7 @@ def sweeps(programs) -> dict[str, Future[subprocess.CompletedProcess[str]]]:
 def test_the_sweep_passes(sweeps):
     result = sweeps["emulation"].result()
     assert result.returncode == 0, result.stdout
-    assert "205 cases, 0 failures" in result.stdout
+    assert "210 cases, 0 failures" in result.stdout
 
 
 def test_no_memory_or_integer_error_in_any_order_of_threads(sweeps):
@@ -186,19 +186,56 @@ FAULTS = {
         "if (step < steps) fetch_weights(step);",
         "if (step < steps) fetch_weights(0);",
     ),
+    "rows of weights that are not copied far enough ahead": (
+        "few_tokens.cuh",
+        "copy_rows_of_up(first + kAhead * kUpRowGroups)",
+        "copy_rows_of_up(first + kUpRowGroups)",
+    ),
     "a row of weights that is not held far enough ahead": (
         "few_tokens.cuh",
-        "load_up(row + kAhead * kUpRowGroups)",
-        "load_up(row + kUpRowGroups)",
+        "load_row_of_up(first + (kAhead + n) * kUpRowGroups)",
+        "load_row_of_up(first + (n + 1) * kUpRowGroups)",
+    ),
+    "rows of weights used before they have arrived": ("few_tokens.cuh", "            wait_for_copies<0>();\n", ""),
+    "rows of weights copied over those still to be read": (
+        "few_tokens.cuh",
+        "            copy_rows_of_up(first + kAhead * kUpRowGroups);\n            __pipeline_commit();\n",
+        "",
+        "            wait_for_copies<0>();\n",
+        "            wait_for_copies<0>();\n            copy_rows_of_up(first + kAhead * kUpRowGroups);\n"
+        "            __pipeline_commit();\n",
+    ),
+    "copies in no group": (
+        "few_tokens.cuh",
+        "            copy_rows_of_up(first + kAhead * kUpRowGroups);\n            __pipeline_commit();\n",
+        "            copy_rows_of_up(first + kAhead * kUpRowGroups);\n",
+    ),
+    "the interaction used before it has arrived": ("few_tokens.cuh", "    wait_for_copies<1>();", "    "),
+    "a wait for the interaction that is none": ("few_tokens.cuh", "wait_for_copies<1>", "wait_for_copies<2>"),
+    "the interaction used before it has arrived, many": ("many_tokens.cuh", "    wait_for_copies<0>();\n", ""),
+    "base read before others have copied it": (
+        "few_tokens.cuh",
+        "    __syncthreads();\n#pragma unroll\n    for (int n = 0; n < kOwn; ++n) {\n        const int i",
+        "#pragma unroll\n    for (int n = 0; n < kOwn; ++n) {\n        const int i",
+    ),
+    "base of the block's first token for all": (
+        "few_tokens.cuh",
+        "own_base + (token0 + token) * out",
+        "own_base + token0 * out",
+    ),
+    "a part read by a thread that has not waited": (
+        "few_tokens.cuh",
+        "    wait_for_kernel_before();\n",
+        "    if (threadIdx.x == 0) load_written_before(arguments.partials);\n    wait_for_kernel_before();\n",
     ),
     "rows of weights past the rank": ("few_tokens.cuh", "            if (row >= up_rank) break;\n", ""),
     "an interaction of more than 16 experts cut off": (
-        "few_tokens.cuh",
-        "i = thread + kUpThreads; i < k * k;",
-        "i = k * k; i < k * k;",
+        "routing.cuh",
+        "i < k * k; i += static_cast<int>(blockDim.x)",
+        "i < k * k; i = k * k",
     ),
     "the second round of parts left out": ("parts.cuh", "first < parts.count;", "first < 1;"),
-    "parts that nobody has written": ("parts.cuh", "first + n < parts.count ? __ldcg", "true ? __ldcg"),
+    "parts that nobody has written": ("parts.cuh", "first + n < parts.count ? load", "true ? load"),
     "the part of every split in the first's place": ("many_tokens.cuh", "int64_t{blockIdx.z} *", "int64_t{0} *"),
     "a split that reads on into the next": (
         "many_tokens.cuh",
@@ -220,7 +257,7 @@ FAULTS = {
         "    __syncthreads();\n    for (int i = thread; i < tokens * k",
         "    for (int i = thread; i < tokens * k",
     ),
-    "a stage used before it has arrived": ("many_tokens.cuh", "__pipeline_wait_prior(kStages - 2);", ""),
+    "a stage used before it has arrived": ("many_tokens.cuh", "wait_for_copies<kStages - 2>();", ""),
     "a stage filled while others read it": (
         "many_tokens.cuh",
         "        __syncthreads();\n        if (step + kStages - 1 < steps)",
@@ -252,7 +289,7 @@ FAULTS = {
         "load_raw(own_base)",
     ),
     "the interaction transposed": ("routing.cuh", "from * k + expert", "expert * k + from"),
-    "another sibling's interaction": ("many_tokens.cuh", "arguments.mix[sibling * k * k + i]", "arguments.mix[i]"),
+    "another sibling's interaction": ("many_tokens.cuh", "arguments.mix + sibling * k * k", "arguments.mix"),
     "the wrong expert": ("many_tokens.cuh", "expert = min(row / c, k - 1)", "expert = min((row + 1) / c, k - 1)"),
     "an unguarded tail of tokens": ("few_tokens.cuh", "&& column < tile.width && token < arguments.tokens) {", ") {"),
     "z that is not rounded": ("parts.cuh", "rounded<T>(sum)", "sum"),
