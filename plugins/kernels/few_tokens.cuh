@@ -97,7 +97,8 @@ struct FewUpArguments {
     const void* up;
     void* y;
     const float* partials;
-    int tokens, num_experts, expert_rank, down_rank, slices, rows, out;
+    int tokens, num_experts, down_rank, slices, rows, out;
+    Divisor expert_rank, sibling_rows;
     bool shared_down;
     Columns columns;
 };
@@ -109,14 +110,14 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
     constexpr int kWidth = Pack<T>::kWidth, kColumns = kUpLanes * kWidth, kWarps = kUpThreads / 32;
     constexpr int kOwn = (kTokens * kColumns + kUpThreads - 1) / kUpThreads, kAhead = kUpAhead<kTokens>;
     TEAMLORA_DYNAMIC_SHARED(shared);
-    const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank;
+    const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank.value;
     const int up_rank = k * c, sibling_rows = a + k, thread = threadIdx.x;
-    auto* up_places = reinterpret_cast<uint4*>(shared);                          // [kAhead, threads]
-    T* base_tile = reinterpret_cast<T*>(up_places + kAhead * kUpThreads);        // [tokens, columns]
-    float* z = reinterpret_cast<float*>(base_tile + kTokens * kColumns);         // [tokens, a + k]
-    float* weights = z + kTokens * sibling_rows;                                 // [tokens, k]
-    float* sums = weights + kTokens * k;                                         // [warps, tokens, columns]
-    float* mix = sums + kWarps * kTokens * kColumns;                             // [k, k]
+    auto* up_places = reinterpret_cast<uint4*>(shared);                    // [kAhead, threads]
+    T* base_tile = reinterpret_cast<T*>(up_places + kAhead * kUpThreads);  // [tokens, columns]
+    float* z = reinterpret_cast<float*>(base_tile + kTokens * kColumns);   // [tokens, a + k]
+    float* weights = z + kTokens * sibling_rows;                           // [tokens, k]
+    float* sums = weights + kTokens * k;                                   // [warps, tokens, columns]
+    float* mix = sums + kWarps * kTokens * kColumns;                       // [k, k]
     const ColumnTile tile = arguments.columns.tile(blockIdx.x, kColumns);
     const int token0 = blockIdx.y * kTokens;
     const int64_t out = arguments.out;
@@ -164,10 +165,11 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
         }
     }
     __pipeline_commit();
+    const PartsOfBlock parts({arguments.partials, arguments.slices, arguments.tokens, arguments.rows}, token0,
+                             tile.sibling * sibling_rows, arguments.sibling_rows);
 
     wait_for_kernel_before();
-    const Parts parts{arguments.partials, arguments.slices, arguments.tokens, arguments.rows};
-    add_up_parts<T>(z, parts, token0, kTokens, tile.sibling * sibling_rows, sibling_rows);
+    parts.add_up<T>(z, kTokens);
     wait_for_copies<1>();  // the interaction
     __syncthreads();
     route(z + a, sibling_rows, kTokens, k, mix, weights);
@@ -188,7 +190,8 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
             if (row >= up_rank) break;
             const Pack<T> weight = unpack<T>(next[n]);
             if constexpr (!kAligned) next[n] = load_row_of_up(first + (kAhead + n) * kUpRowGroups);
-            const int expert = row / c, source = arguments.shared_down ? row - expert * c : row;
+            const int expert = arguments.expert_rank.quotient(row),
+                      source = arguments.shared_down ? row - expert * c : row;
 #pragma unroll
             for (int t = 0; t < kTokens; ++t) {
                 const float value = rounded<T>(z[t * sibling_rows + source] * weights[t * k + expert]);

@@ -170,7 +170,8 @@ struct ManyRouteArguments {
     Parts parts;
     const float* mix;
     void* values;  // v, T [tokens, siblings, value_stride]
-    int num_experts, expert_rank, down_rank, value_stride, own_tokens;
+    int num_experts, down_rank, own_tokens;
+    Divisor expert_rank, sibling_rows, value_stride;
     bool shared_down;
 };
 
@@ -181,23 +182,25 @@ template <typename T>
 __global__ void __launch_bounds__(kRouteThreads, 8) many_route(ManyRouteArguments arguments) {
     TEAMLORA_DYNAMIC_SHARED(shared);
     let_next_kernel_begin();
-    const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank, up_rank = k * c;
+    const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank.value, up_rank = k * c;
     const int sibling = blockIdx.y, sibling_rows = a + k, own_tokens = arguments.own_tokens;
-    const int token0 = blockIdx.x * own_tokens, stride = arguments.value_stride;
+    const int token0 = blockIdx.x * own_tokens, stride = arguments.value_stride.value;
     float* z = shared;                               // [own_tokens, a + k]
     float* weights = z + own_tokens * sibling_rows;  // [own_tokens, k]
     float* mix = weights + own_tokens * k;           // [k, k]
     copy_interaction(mix, arguments.mix + sibling * k * k, k);
+    const PartsOfBlock parts(arguments.parts, token0, sibling * sibling_rows, arguments.sibling_rows);
 
     wait_for_kernel_before();
-    add_up_parts<T>(z, arguments.parts, token0, own_tokens, sibling * sibling_rows, sibling_rows);
+    parts.add_up<T>(z, own_tokens);
     wait_for_copies<0>();
     __syncthreads();
     route(z + a, sibling_rows, own_tokens, k, mix, weights);
 
     T* values = static_cast<T*>(arguments.values);
     for (int i = threadIdx.x; i < own_tokens * stride; i += kRouteThreads) {
-        const int token = i / stride, row = i % stride, expert = min(row / c, k - 1);
+        const int token = arguments.value_stride.quotient(i), row = i - token * stride;
+        const int expert = min(arguments.expert_rank.quotient(row), k - 1);
         if (token0 + token >= arguments.parts.tokens) break;
         const int source = arguments.shared_down ? row - expert * c : row;
         // v is padded to whole packs, which the second product reads.

@@ -375,8 +375,7 @@ std::vector<Grid> record(const std::function<void()>& launch) {
 }
 
 void require_that_has_waited() {
-    if (has_to_wait && !running->has_waited)
-        throw std::logic_error("a thread that does not wait for the kernel ahead");
+    if (has_to_wait && !running->has_waited) throw std::logic_error("a thread that does not wait for the kernel ahead");
 }
 
 void wait_for_grids_before() {

@@ -232,6 +232,8 @@ void mma_sync(fragment<accumulator, 16, 16, 16, float>& result, const fragment<m
 namespace teamlora {
 
 inline void hold(float&) {}
+inline void hold(int64_t&) {}
+inline void hold(const float*&) {}
 inline void hold(uint4&) {}
 template <int kStillOpen>
 void wait_for_copies() {

@@ -159,17 +159,13 @@ FAULTS = {
     "z added up before the first kernel has ended": ("few_tokens.cuh", "    wait_for_kernel_before();\n", ""),
     "z added up, and then waited for": (
         "few_tokens.cuh",
-        "    add_up_parts<T>(z, parts, token0, kTokens, tile.sibling * sibling_rows, sibling_rows);\n",
-        "",
-        "    wait_for_kernel_before();\n    const Parts",
-        "    const Parts before{arguments.partials, arguments.slices, arguments.tokens, arguments.rows};\n"
-        "    add_up_parts<T>(z, before, token0, kTokens, tile.sibling * sibling_rows, sibling_rows);\n"
-        "    wait_for_kernel_before();\n    const Parts",
+        "    wait_for_kernel_before();\n    parts.add_up<T>(z, kTokens);\n",
+        "    parts.add_up<T>(z, kTokens);\n    wait_for_kernel_before();\n",
     ),
     "v made before the first product has ended": (
         "many_tokens.cuh",
-        "    wait_for_kernel_before();\n    add_up_parts",
-        "    add_up_parts",
+        "    wait_for_kernel_before();\n    parts.add_up",
+        "    parts.add_up",
     ),
     "v read before it is made": (
         "many_tokens.cuh",
@@ -235,6 +231,16 @@ FAULTS = {
         "i < k * k; i = k * k",
     ),
     "the second round of parts left out": ("parts.cuh", "first < parts.count;", "first < 1;"),
+    "the parts of a thread's first number for all of its numbers": (
+        "parts.cuh",
+        "begin = begin_of(i);",
+        "begin = first_;",
+    ),
+    "a quotient that is one too small": (
+        "divisor.cuh",
+        "static_cast<unsigned>(divisor) + 1}",
+        "static_cast<unsigned>(divisor)}",
+    ),
     "parts that nobody has written": ("parts.cuh", "first + n < parts.count ? load", "true ? load"),
     "the part of every split in the first's place": ("many_tokens.cuh", "int64_t{blockIdx.z} *", "int64_t{0} *"),
     "a split that reads on into the next": (
@@ -290,7 +296,7 @@ FAULTS = {
     ),
     "the interaction transposed": ("routing.cuh", "from * k + expert", "expert * k + from"),
     "another sibling's interaction": ("many_tokens.cuh", "arguments.mix + sibling * k * k", "arguments.mix"),
-    "the wrong expert": ("many_tokens.cuh", "expert = min(row / c, k - 1)", "expert = min((row + 1) / c, k - 1)"),
+    "the wrong expert": ("many_tokens.cuh", "expert_rank.quotient(row), k - 1", "expert_rank.quotient(row + 1), k - 1"),
     "an unguarded tail of tokens": ("few_tokens.cuh", "&& column < tile.width && token < arguments.tokens) {", ") {"),
     "z that is not rounded": ("parts.cuh", "rounded<T>(sum)", "sum"),
     "v that is not rounded": ("few_tokens.cuh", "value = rounded<T>(z[", "value = (z["),
