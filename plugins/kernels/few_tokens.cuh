@@ -12,6 +12,7 @@ namespace teamlora {
 
 // Threads that lie side by side on a row of `up`; the rest of the block takes other rows.
 inline constexpr int kUpRowGroups = kUpThreads / kUpLanes;
+static_assert(kUpLanes == 8, "sums are exchanged over 8 and 16 lanes");
 template <int kTokens>
 inline constexpr int kUpAhead = up_rows_ahead(kTokens);
 
@@ -33,6 +34,7 @@ __device__ inline float sum_of_warp(float value) {
 template <typename T, int kTokens, int kDownRows, bool kAligned>
 __global__ void __launch_bounds__(kDownThreads, kAligned ? 4 : 3) few_down(FewDownArguments arguments) {
     constexpr int kWidth = Pack<T>::kWidth, kSums = kDownRows * kTokens;
+    static_assert(kSums <= 32, "a block may have one warp, which adds them up");
     TEAMLORA_DYNAMIC_SHARED(sums);  // [warps, kSums]
     let_next_kernel_begin();
     const int in = arguments.in, threads = static_cast<int>(blockDim.x);
@@ -109,6 +111,7 @@ template <typename T, int kTokens, bool kAligned>
 __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments) {
     constexpr int kWidth = Pack<T>::kWidth, kColumns = kUpLanes * kWidth, kWarps = kUpThreads / 32;
     constexpr int kOwn = (kTokens * kColumns + kUpThreads - 1) / kUpThreads, kAhead = kUpAhead<kTokens>;
+    static_assert(kTokens <= kUpRowGroups, "a thread copies one pack of base");
     TEAMLORA_DYNAMIC_SHARED(shared);
     const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank.value;
     const int up_rank = k * c, sibling_rows = a + k, thread = threadIdx.x;

@@ -71,9 +71,11 @@ struct ManyDownArguments {
     bool aligned;
 };
 
+static_assert(kTile == 16, "the plan counts columns of z in sixteens");
+
 template <typename T, int kColumnTiles>
 struct ManyDown {
-    static constexpr int kTokenTiles = 4, kTokens = kTile * kTokenTiles, kColumns = kTile * kColumnTiles;
+    static constexpr int kTokenTiles = kManyTokens / kTile, kTokens = kManyTokens, kColumns = kTile * kColumnTiles;
     // Warps along the inner dimension, and how many depths of a stage each of them takes: of wide stages fewer, so that
     // there are more of them.
     static constexpr int kDepthWarps = 2, kDepths = kColumnTiles > 3 ? 1 : 2;
@@ -220,7 +222,7 @@ struct ManyUpArguments {
 
 template <typename T>
 struct ManyUp {
-    static constexpr int kTokens = 64, kColumns = 128, kThreads = 256;
+    static constexpr int kTokens = kManyTokens, kColumns = kManyColumns, kThreads = 256;
     static constexpr int kDepth = 2 * Tile<T>::kDepth;
     static constexpr int kValueStride = kDepth + Pack<T>::kWidth, kUpStride = kColumns + Pack<T>::kWidth;
     static constexpr int kStageElements = kTokens * kValueStride + kDepth * kUpStride;

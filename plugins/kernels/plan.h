@@ -56,7 +56,8 @@ struct ManyTokensPlan {
     size_t workspace_bytes;
 };
 
-inline constexpr int32_t kManyTokens = 64;
+// A block's tokens, and its columns of y.
+inline constexpr int32_t kManyTokens = 64, kManyColumns = 128;
 
 bool takes_few(const MixedExpertShape& shape, const Tuning& tuning) noexcept;
 FewTokensPlan plan_few_tokens(const MixedExpertShape& shape, const Tuning& tuning) noexcept;

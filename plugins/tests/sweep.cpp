@@ -229,7 +229,7 @@ std::string check(const Case& tried, std::mt19937_64& generator) {
         }
     }
     const size_t bytes = workspace_bytes(s, tried.tuning);
-    if (bytes > workspace_bound(s)) return "the workspace is larger than its bound";
+    if (bytes > workspace_bound(s, tried.tuning)) return "the workspace is larger than its bound";
     Array workspace(DataType::kFloat32, (bytes + 3) / 4);
     Array& target = tried.in_place ? base : y;
     for (const Array* array : std::initializer_list<const Array*>{&x, &base, &down, &mix, &up}) array->upload();

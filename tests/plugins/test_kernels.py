@@ -6,10 +6,13 @@ also meet the definition of the op in Python, and faults planted in their source
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import shutil
 import subprocess
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 from formula import by_definition, make_projection
 from gpu_check.kernels import Kernels, Sizes, Tuning
+from gpu_check.thresholds import BORDERS, TRIED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,6 +109,57 @@ def test_the_router_sees_logits_rounded_as_the_definition_says(kernels, dtype, t
     moved = np.abs(logits - logits.astype(dtype).astype(np.float32)).max(axis=1)
     assert np.median(moved) > 0.05
     assert_defined(run_kernels(kernels, feeds, k, False, 2), feeds, k, False, exact_sums=True)
+
+
+def test_a_profile_s_workspace_is_enough_for_every_plan_that_check_gpu_tries(kernels):
+    """And so is it still where its advice is taken: each constant alone, and many combinations of all."""
+    values = {"few_tokens": (0, *BORDERS), **{name: values for name, (values, _) in TRIED.items()}}
+    constants = [{name: value} for name, tried in values.items() for value in tried]
+    draw = random.Random(5)
+    constants += [{name: draw.choice(tried) for name, tried in values.items()} for _ in range(60)]
+    shapes = [
+        Sizes("fp16", 0, 576, 4, 8, (576, 192, 192)),
+        Sizes("fp16", 0, 11008, 4, 32, (4096,)),
+        Sizes("fp32", 0, 4096, 4, 32, (11008, 11008)),
+        Sizes("bf16", 0, 70001, 3, 7, (13,)),
+        Sizes("fp16", 0, 300, 32, 128, (64, 64, 64, 64), shared_down=True),
+    ]
+    for sizes, chosen in itertools.product(shapes, constants):
+        for profile in (1, 40, 130, 2048):
+            most = kernels.workspace_bound(replace(sizes, tokens=profile), Tuning(1, **chosen))
+            for tokens, processors in itertools.product(
+                (1, 31, 32, 33, 64, 65, 128, 700, 2048), (1, 16, 132, 192, 999)
+            ):
+                if tokens <= profile:
+                    needed = kernels.workspace_bytes(replace(sizes, tokens=tokens), Tuning(processors, **chosen))
+                    assert needed <= most, (sizes, chosen, profile, tokens, processors)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"inputs": 1 << 30}, None),
+        ({"inputs": (1 << 30) + 1}, "more than 2^30 inputs or tokens"),
+        ({"inputs": 2**31 - 2047}, "more than 2^30 inputs or tokens"),
+        ({"tokens": (1 << 30) + 1}, "more than 2^30 inputs or tokens"),
+        ({"outs": (65535 * 128,)}, None),
+        ({"outs": (65535 * 128 + 1,)}, "more than 8.3 million outputs"),
+        ({"outs": (65534 * 128, 1, 1)}, "more than 8.3 million outputs"),
+        ({"outs": (2**31 - 1,) * 4}, "more than 8.3 million outputs"),
+        ({"expert_rank": 1025}, "the rank is beyond 4096"),
+    ],
+)
+def test_sizes_that_the_kernels_cannot_count_are_refused_in_words(kernels, changed, reason):
+    """Steps along `in` that leave 32 bits, and a grid of more blocks than CUDA takes."""
+    sizes = replace(Sizes("fp16", 40, 64, 4, 8, (64,)), **changed)
+    assert kernels.unsupported(sizes) == reason
+    if reason is None:
+        assert all(1 <= y <= 65535 and 1 <= z <= 65535 for _, y, z in grids_of(kernels, sizes))
+
+
+def grids_of(kernels: Kernels, sizes: Sizes) -> list[tuple[int, int, int]]:
+    return [launch.grid for tokens in (1, 40) for launch in kernels.launches(replace(sizes, tokens=tokens), TUNING)]
 
 
 @pytest.fixture(scope="module")
