@@ -16,6 +16,8 @@ from teamlora_export.engine.plugin import ARCHITECTURES, PluginLibrary
 # Two blocks of 256 threads, or four of 128, fit beside each other with this many. Products of floats hold more, and so
 # does reading elements one by one, where sizes are no multiples of 16 bytes.
 MOST_REGISTERS, MOST_REGISTERS_FLOAT, MOST_REGISTERS_UNALIGNED = 128, 168, 168
+# Four blocks of few_up for one token fit beside each other: weights do not pass through its registers.
+MOST_REGISTERS_ONE_TOKEN = 64
 # One block of these fits: 9 tiles of float sums in each warp.
 MOST_REGISTERS_WIDE_FLOAT = 200
 # Types, tiles and alignments: 3 x (2 x 3 + 1 few_down, 2 x 3 few_up, 5 many_down, many_route, 2 many_up).
@@ -131,6 +133,8 @@ def test_registers_stay_below_what_two_blocks_may_have(resources):
         limit = MOST_REGISTERS_FLOAT if kernel.dtype == "float" else MOST_REGISTERS
         if kernel.name == "few_down" and not kernel.aligned:
             limit = MOST_REGISTERS_UNALIGNED
+        if (kernel.name, kernel.numbers) == ("few_up", (1, 1)):
+            limit = MOST_REGISTERS_ONE_TOKEN
         if (kernel.name, kernel.dtype, kernel.numbers) == ("many_down", "float", (9,)):
             limit = MOST_REGISTERS_WIDE_FLOAT
         if used["registers"] > limit:
@@ -276,6 +280,17 @@ def test_the_router_waits_for_the_interaction_and_not_for_weights(code):
         assert others == ([lines[waits[0]]] if kernel.aligned else []), kernel
         users = [line.name for line in lines if line.scoreboard == scoreboard]
         assert set(users[users.index("LDGDEPBAR") :]) == {"LDGDEPBAR"}, kernel
+
+
+def test_the_router_of_many_tokens_waits_for_the_interaction_behind_the_parts_of_z(code):
+    """many_route: one group of copies, which is under way beside the parts; every other load is a part."""
+    for kernel, lines in code.items():
+        if kernel.name == "many_route":
+            parts, (group,), (wait,) = parts_of_z(lines), places(lines, "LDGDEPBAR"), places(lines, "DEPBAR")
+            assert count(lines, "LDG.") == len(parts), kernel
+            assert group < parts[0] < parts[-1] < wait < places(lines, "BAR")[0], kernel
+            assert lines[wait].operands == f"SB{lines[group].scoreboard}, 0x0", kernel
+            assert not any(line.waits_for(lines[group].scoreboard) for line in lines[group:wait]), kernel
 
 
 def test_eight_parts_of_z_are_asked_for_before_the_first_is_waited_for(code):
