@@ -10,6 +10,8 @@
 #include <cuda_runtime.h>
 #include <mma.h>
 
+#include "launching.h"
+
 // Dynamic shared memory of a block, as floats.
 #define TEAMLORA_DYNAMIC_SHARED(name) extern __shared__ __align__(128) float name[]
 
@@ -19,7 +21,16 @@ namespace teamlora {
 // load cannot sink below a later wait; before a use, the halves of a loaded word are not taken apart, and waited for,
 // where the load is. It is no instruction.
 __device__ inline void hold(float& value) { asm volatile("" : "+f"(value)); }
+__device__ inline void hold(int64_t& value) { asm volatile("" : "+l"(value)); }
+__device__ inline void hold(const float*& address) { asm volatile("" : "+l"(address)); }
 __device__ inline void hold(uint4& raw) { asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w)); }
+
+// This thread's asynchronous copies are there from here on, but for those of the last `kStillOpen` groups. CUDA's own
+// __pipeline_wait_prior is no border for the compiler, which may read what is copied before it.
+template <int kStillOpen>
+__device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" : : "n"(kStillOpen) : "memory");
+}
 
 // The kernel behind this one may begin, as far as its `wait_for_kernel_before`.
 __device__ inline void let_next_kernel_begin() {
@@ -39,48 +50,12 @@ __device__ inline void wait_for_kernel_before() {
 #endif
 }
 
-// Of a call's kernels: the first waits for all that the stream did before; others may begin early where `overlaps`.
-enum class Place { kFirst, kNext, kLast };
-
-template <typename... Parameters, typename... Arguments>
-cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-                          cudaStream_t stream, Place place, bool overlaps, const Arguments&... arguments) noexcept {
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = overlaps && place != Place::kFirst ? 1 : 0;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-// What is asked of the current device, once for each.
-struct Device {
-    int multiprocessors;
-    // Whether it runs code of `kernel` that has the two instructions above, and its driver captures such launches in
-    // graphs. Code for sm_80 that an sm_90 compiles from PTX has not: the PTX's version counts, not the device.
-    bool overlaps;
-};
-
-template <typename... Parameters>
-cudaError_t ask_device(int device, void (*kernel)(Parameters...), Device& answer) noexcept {
-    cudaError_t error = cudaDeviceGetAttribute(&answer.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) return error;
-    answer.overlaps = false;
-#if CUDART_VERSION >= 12030
-    int driver = 0;
-    cudaFuncAttributes attributes{};
-    error = cudaDriverGetVersion(&driver);
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-    answer.overlaps = error == cudaSuccess && driver >= 12030 && attributes.ptxVersion >= 90;
-#else
-    static_cast<void>(kernel);
-#endif
-    return error;
+// A number that a kernel before has written, from the L2 cache: no read-only path, and no earlier than the wait, for
+// the compiler either.
+__device__ inline float load_written_before(const float* source) {
+    float value;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(value) : "l"(source) : "memory");
+    return value;
 }
 
 }  // namespace teamlora

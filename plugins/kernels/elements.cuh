@@ -55,11 +55,11 @@ __device__ void store_pack(T* target, const Pack<T>& pack) {
     *reinterpret_cast<uint4*>(target) = raw;
 }
 
-// A pack as the raw word that a load brings. Kept like that until its use (see `hold`), it stays in the registers of
-// its load, and nothing waits for it before: the elements of a `Pack` are taken apart at once.
+// A pack as the raw word that a load brings, from the L2 cache. Kept like that until its use (see `hold`), it stays in
+// the registers of its load, and nothing waits for it before: the elements of a `Pack` are taken apart at once.
 template <typename T>
 __device__ uint4 load_raw(const T* source) {
-    return *reinterpret_cast<const uint4*>(source);
+    return __ldcg(reinterpret_cast<const uint4*>(source));
 }
 
 // The elements of a raw word, from here on.

@@ -5,21 +5,16 @@
 
 #include "columns.cuh"
 #include "parts.cuh"
+#include "plan.h"
 #include "routing.cuh"
 
 namespace teamlora {
 
-// At most; fewer where a slice of `in` has no more packs.
-inline constexpr int kDownThreads = 128;
-inline constexpr int kUpThreads = 256;
 // Threads that lie side by side on a row of `up`; the rest of the block takes other rows.
-inline constexpr int kUpLanes = 8;
 inline constexpr int kUpRowGroups = kUpThreads / kUpLanes;
-// Rows of `up` that a thread holds ahead of their use: a rank of 128 is all in flight while few_down still runs.
+static_assert(kUpLanes == 8, "sums are exchanged over 8 and 16 lanes");
 template <int kTokens>
-inline constexpr int kUpAhead = kTokens == 1   ? 4
-                                : kTokens == 4 ? 2
-                                               : 1;
+inline constexpr int kUpAhead = up_rows_ahead(kTokens);
 
 struct FewDownArguments {
     const void* x;
@@ -39,6 +34,7 @@ __device__ inline float sum_of_warp(float value) {
 template <typename T, int kTokens, int kDownRows, bool kAligned>
 __global__ void __launch_bounds__(kDownThreads, kAligned ? 4 : 3) few_down(FewDownArguments arguments) {
     constexpr int kWidth = Pack<T>::kWidth, kSums = kDownRows * kTokens;
+    static_assert(kSums <= 32, "a block may have one warp, which adds them up");
     TEAMLORA_DYNAMIC_SHARED(sums);  // [warps, kSums]
     let_next_kernel_begin();
     const int in = arguments.in, threads = static_cast<int>(blockDim.x);
@@ -103,81 +99,102 @@ struct FewUpArguments {
     const void* up;
     void* y;
     const float* partials;
-    int tokens, num_experts, expert_rank, down_rank, slices, rows, out;
+    int tokens, num_experts, down_rank, slices, rows, out;
+    Divisor expert_rank, sibling_rows;
     bool shared_down;
     Columns columns;
 };
 
-// Grid: tiles of columns (never across siblings), tiles of tokens.
+// Grid: tiles of columns (never across siblings), tiles of tokens. kAligned: `base`, `up` and `y` are packs, which no
+// sibling's end cuts.
 template <typename T, int kTokens, bool kAligned>
 __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments) {
     constexpr int kWidth = Pack<T>::kWidth, kColumns = kUpLanes * kWidth, kWarps = kUpThreads / 32;
     constexpr int kOwn = (kTokens * kColumns + kUpThreads - 1) / kUpThreads, kAhead = kUpAhead<kTokens>;
+    static_assert(kTokens <= kUpRowGroups, "a thread copies one pack of base");
     TEAMLORA_DYNAMIC_SHARED(shared);
-    const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank;
+    const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank.value;
     const int up_rank = k * c, sibling_rows = a + k, thread = threadIdx.x;
-    float* z = shared;                                         // [tokens, a + k]
-    float* weights = z + kTokens * sibling_rows;               // [tokens, k]
-    float* sums = weights + kTokens * k;                       // [warps, tokens, columns]
-    float* mix = sums + kUpThreads / 32 * kTokens * kColumns;  // [k, k]
+    auto* up_places = reinterpret_cast<uint4*>(shared);                    // [kAhead, threads]
+    T* base_tile = reinterpret_cast<T*>(up_places + kAhead * kUpThreads);  // [tokens, columns]
+    float* z = reinterpret_cast<float*>(base_tile + kTokens * kColumns);   // [tokens, a + k]
+    float* weights = z + kTokens * sibling_rows;                           // [tokens, k]
+    float* sums = weights + kTokens * k;                                   // [warps, tokens, columns]
+    float* mix = sums + kWarps * kTokens * kColumns;                       // [k, k]
     const ColumnTile tile = arguments.columns.tile(blockIdx.x, kColumns);
     const int token0 = blockIdx.y * kTokens;
     const int64_t out = arguments.out;
 
-    // What does not wait for z is loaded first, while few_down still runs: rows of `up` for each thread, the
-    // interaction, and `base`. Nothing touches them before they are needed.
+    // What does not wait for z is under way first, while few_down still runs: the interaction, rows of `up` for each
+    // thread, and `base`. They are copied past the registers: a wait for one register is often one for all loads ahead
+    // of it, and would be one for `up` before the router.
+    copy_interaction(mix, arguments.mix + tile.sibling * k * k, k);
     const int lane_column = thread % kUpLanes * kWidth, row0 = thread / kUpLanes;
     const int available = tile.width - lane_column;
-    const T* up = static_cast<const T*>(arguments.up) + tile.first + lane_column;
-    // Not by the read-only path, whose loads may sink below the wait. Rows and columns past the end read the first row
-    // of `up`; what comes of them is dropped.
-    const auto load_up = [&](int row) {
-        const int elements = row < up_rank ? available : 0;
-        const T* source = elements > 0 ? up + row * out : static_cast<const T*>(arguments.up);
-        if constexpr (kAligned) {
-            return load_raw(source);
-        } else {
-            return load_elements(source, elements);
+    // Columns past the end read the tile's first, and what comes of them is dropped.
+    const T* up = static_cast<const T*>(arguments.up) + tile.first + (available > 0 ? lane_column : 0);
+    const auto load_row_of_up = [&](int first) {
+        const int row = first + row0;
+        return load_elements(up + row * out, row < up_rank ? available : 0);
+    };
+    // Copies rows of `up`, `first` rows from the thread's first, into its own places; none past the last.
+    const auto copy_rows_of_up = [&](int first) {
+#pragma unroll
+        for (int n = 0; n < kAhead; ++n) {
+            const int row = first + row0 + n * kUpRowGroups;
+            uint4* place = up_places + n * kUpThreads + thread;
+            if (row < up_rank) __pipeline_memcpy_async(place, up + row * out, sizeof(uint4));
         }
     };
-    decltype(load_up(0)) next[kAhead];
-#pragma unroll
-    for (int n = 0; n < kAhead; ++n) next[n] = load_up(row0 + n * kUpRowGroups);
-    if constexpr (kAligned) {
-#pragma unroll
-        for (int n = 0; n < kAhead; ++n) hold(next[n]);
-    }
-    const float* global_mix = arguments.mix + tile.sibling * k * k;
-    float own_mix = global_mix[min(thread, k * k - 1)];
-    hold(own_mix);
+    const T* own_base = static_cast<const T*>(arguments.base) + tile.first;
+    // Where packs are not aligned they come through registers: these rows of `up`, and the elements of `base`.
+    std::conditional_t<kAligned, uint4, Pack<T>> next[kAhead];
     T base[kOwn];
+    if constexpr (kAligned) {
+        copy_rows_of_up(0);
+        const int token = thread / kUpLanes;
+        if (token < kTokens && token0 + token < arguments.tokens && available > 0) {
+            const T* source = own_base + (token0 + token) * out + lane_column;
+            __pipeline_memcpy_async(base_tile + token * kColumns + lane_column, source, sizeof(uint4));
+        }
+    } else {
 #pragma unroll
-    for (int n = 0; n < kOwn; ++n) {
-        const int i = thread + n * kUpThreads, column = i % kColumns, token = token0 + i / kColumns;
-        const bool inside = i < kTokens * kColumns && column < tile.width && token < arguments.tokens;
-        base[n] =
-            inside ? static_cast<const T*>(arguments.base)[token * out + tile.first + column] : from_float<T>(0.0F);
+        for (int n = 0; n < kAhead; ++n) next[n] = load_row_of_up(n * kUpRowGroups);
+#pragma unroll
+        for (int n = 0; n < kOwn; ++n) {
+            const int i = thread + n * kUpThreads, column = i % kColumns, token = token0 + i / kColumns;
+            const bool inside = i < kTokens * kColumns && column < tile.width && token < arguments.tokens;
+            base[n] = inside ? own_base[token * out + column] : from_float<T>(0.0F);
+        }
     }
+    __pipeline_commit();
+    const PartsOfBlock parts({arguments.partials, arguments.slices, arguments.tokens, arguments.rows}, token0,
+                             tile.sibling * sibling_rows, arguments.sibling_rows);
 
     wait_for_kernel_before();
-    const Parts parts{arguments.partials, arguments.slices, arguments.tokens, arguments.rows};
-    add_up_parts<T>(z, parts, token0, kTokens, tile.sibling * sibling_rows, sibling_rows);
-    if (thread < k * k) mix[thread] = own_mix;
-#pragma unroll 1  // more than 16 experts
-    for (int i = thread + kUpThreads; i < k * k; i += kUpThreads) mix[i] = __ldg(global_mix + i);
+    parts.add_up<T>(z, kTokens);
+    wait_for_copies<1>();  // the interaction
     __syncthreads();
     route(z + a, sibling_rows, kTokens, k, mix, weights);
 
     float delta[kTokens][kWidth] = {};
 #pragma unroll 1
-    for (int first = row0; first < up_rank; first += kAhead * kUpRowGroups) {
+    for (int first = 0; first < up_rank; first += kAhead * kUpRowGroups) {
+        if constexpr (kAligned) {
+            wait_for_copies<0>();
+#pragma unroll
+            for (int n = 0; n < kAhead; ++n) next[n] = up_places[n * kUpThreads + thread];
+            copy_rows_of_up(first + kAhead * kUpRowGroups);
+            __pipeline_commit();
+        }
 #pragma unroll
         for (int n = 0; n < kAhead; ++n) {
-            const int row = first + n * kUpRowGroups;
+            const int row = first + row0 + n * kUpRowGroups;
             if (row >= up_rank) break;
             const Pack<T> weight = unpack<T>(next[n]);
-            next[n] = load_up(row + kAhead * kUpRowGroups);
-            const int expert = row / c, source = arguments.shared_down ? row - expert * c : row;
+            if constexpr (!kAligned) next[n] = load_row_of_up(first + (kAhead + n) * kUpRowGroups);
+            const int expert = arguments.expert_rank.quotient(row),
+                      source = arguments.shared_down ? row - expert * c : row;
 #pragma unroll
             for (int t = 0; t < kTokens; ++t) {
                 const float value = rounded<T>(z[t * sibling_rows + source] * weights[t * k + expert]);
@@ -204,7 +221,7 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
     for (int n = 0; n < kOwn; ++n) {
         const int i = thread + n * kUpThreads, column = i % kColumns, token = token0 + i / kColumns;
         if (i < kTokens * kColumns && column < tile.width && token < arguments.tokens) {
-            float sum = to_float(base[n]);
+            float sum = to_float(kAligned ? base_tile[i] : base[n]);
 #pragma unroll
             for (int w = 0; w < kWarps; ++w) sum += sums[w * kTokens * kColumns + i];
             static_cast<T*>(arguments.y)[token * out + tile.first + column] = from_float<T>(sum);

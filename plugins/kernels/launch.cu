@@ -59,11 +59,12 @@ cudaError_t launch_few(const MixedExpertShape& shape, const Tuning& tuning, cons
                             parts,
                             tokens,
                             shape.num_experts,
-                            shape.expert_rank,
                             shape.down_rank(),
                             plan.slices,
                             shape.rows(),
                             shape.out(),
+                            Divisor::of(shape.expert_rank),
+                            Divisor::of(shape.sibling_rows()),
                             shape.shared_down,
                             columns};
     const dim3 up_grid(columns.num_tiles(kUpLanes * Pack<T>::kWidth), token_tiles);
@@ -112,7 +113,6 @@ cudaError_t launch_down(const ManyDownArguments& arguments, int column_tiles, di
 template <typename T>
 cudaError_t launch_many(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
                         void* workspace, cudaStream_t stream) noexcept {
-    static_assert(ManyUp<T>::kTokens == kManyTokens && ManyDown<T, 1>::kTokens == kManyTokens);
     const ManyTokensPlan plan = plan_many_tokens(shape, tuning);
     auto* parts = static_cast<float*>(workspace);
     void* values = static_cast<char*>(workspace) + plan.values_offset;
@@ -128,10 +128,11 @@ cudaError_t launch_many(const MixedExpertShape& shape, const Tuning& tuning, con
                                     tensors.mix,
                                     values,
                                     shape.num_experts,
-                                    shape.expert_rank,
                                     shape.down_rank(),
-                                    plan.value_stride,
                                     plan.route_tokens,
+                                    Divisor::of(shape.expert_rank),
+                                    Divisor::of(shape.sibling_rows()),
+                                    Divisor::of(plan.value_stride),
                                     shape.shared_down};
     const dim3 route_grid(ceil_div(tokens, plan.route_tokens), shape.num_siblings);
     error = launch_kernel(many_route<T>, route_grid, kRouteThreads, plan.route_shared_bytes, stream, Place::kNext,

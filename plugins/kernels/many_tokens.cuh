@@ -6,13 +6,11 @@
 
 #include "columns.cuh"
 #include "parts.cuh"
+#include "plan.h"
 #include "routing.cuh"
 #include "tile.cuh"
 
 namespace teamlora {
-
-// 48 KB of shared memory are a block's without asking the driver.
-inline constexpr int kSharedLimit = 48 * 1024;
 
 // Blocks that fit beside each other: 512 threads of 128 registers each. Products of floats keep more in registers.
 template <typename T, int kThreads>
@@ -55,7 +53,7 @@ __device__ void start_stages(int steps, const Fetch& fetch) {
 template <int kStages, typename Fetch, typename Use>
 __device__ void run_stages(int steps, const Fetch& fetch, const Use& use) {
     for (int step = 0; step < steps; ++step) {
-        __pipeline_wait_prior(kStages - 2);
+        wait_for_copies<kStages - 2>();
         // All have this step's stage, and all are done with the one that is fetched next.
         __syncthreads();
         if (step + kStages - 1 < steps) fetch(step + kStages - 1);
@@ -73,9 +71,11 @@ struct ManyDownArguments {
     bool aligned;
 };
 
+static_assert(kTile == 16, "the plan counts columns of z in sixteens");
+
 template <typename T, int kColumnTiles>
 struct ManyDown {
-    static constexpr int kTokenTiles = 4, kTokens = kTile * kTokenTiles, kColumns = kTile * kColumnTiles;
+    static constexpr int kTokenTiles = kManyTokens / kTile, kTokens = kManyTokens, kColumns = kTile * kColumnTiles;
     // Warps along the inner dimension, and how many depths of a stage each of them takes: of wide stages fewer, so that
     // there are more of them.
     static constexpr int kDepthWarps = 2, kDepths = kColumnTiles > 3 ? 1 : 2;
@@ -85,7 +85,7 @@ struct ManyDown {
     static constexpr int kStride = kStageWidth + Pack<T>::kWidth;
     static constexpr int kStageElements = (kTokens + kColumns) * kStride;
     static constexpr int kStages =
-        kSharedLimit / (kStageElements * int(sizeof(T))) > 4 ? 4 : kSharedLimit / (kStageElements * int(sizeof(T)));
+        kSharedLimit / (kStageElements * sizeof(T)) > 4 ? 4 : kSharedLimit / (kStageElements * sizeof(T));
     static_assert(kStages >= 2, "a stage is too large");
     static constexpr int kZStride = kColumns + 4;
     static constexpr size_t kZBytes = sizeof(float) * kTokens * kZStride;
@@ -172,7 +172,8 @@ struct ManyRouteArguments {
     Parts parts;
     const float* mix;
     void* values;  // v, T [tokens, siblings, value_stride]
-    int num_experts, expert_rank, down_rank, value_stride, own_tokens;
+    int num_experts, down_rank, own_tokens;
+    Divisor expert_rank, sibling_rows, value_stride;
     bool shared_down;
 };
 
@@ -183,23 +184,25 @@ template <typename T>
 __global__ void __launch_bounds__(kRouteThreads, 8) many_route(ManyRouteArguments arguments) {
     TEAMLORA_DYNAMIC_SHARED(shared);
     let_next_kernel_begin();
-    const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank, up_rank = k * c;
+    const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank.value, up_rank = k * c;
     const int sibling = blockIdx.y, sibling_rows = a + k, own_tokens = arguments.own_tokens;
-    const int token0 = blockIdx.x * own_tokens, stride = arguments.value_stride;
+    const int token0 = blockIdx.x * own_tokens, stride = arguments.value_stride.value;
     float* z = shared;                               // [own_tokens, a + k]
     float* weights = z + own_tokens * sibling_rows;  // [own_tokens, k]
     float* mix = weights + own_tokens * k;           // [k, k]
-#pragma unroll 1
-    for (int i = threadIdx.x; i < k * k; i += kRouteThreads) mix[i] = arguments.mix[sibling * k * k + i];
+    copy_interaction(mix, arguments.mix + sibling * k * k, k);
+    const PartsOfBlock parts(arguments.parts, token0, sibling * sibling_rows, arguments.sibling_rows);
 
     wait_for_kernel_before();
-    add_up_parts<T>(z, arguments.parts, token0, own_tokens, sibling * sibling_rows, sibling_rows);
+    parts.add_up<T>(z, own_tokens);
+    wait_for_copies<0>();
     __syncthreads();
     route(z + a, sibling_rows, own_tokens, k, mix, weights);
 
     T* values = static_cast<T*>(arguments.values);
     for (int i = threadIdx.x; i < own_tokens * stride; i += kRouteThreads) {
-        const int token = i / stride, row = i % stride, expert = min(row / c, k - 1);
+        const int token = arguments.value_stride.quotient(i), row = i - token * stride;
+        const int expert = min(arguments.expert_rank.quotient(row), k - 1);
         if (token0 + token >= arguments.parts.tokens) break;
         const int source = arguments.shared_down ? row - expert * c : row;
         // v is padded to whole packs, which the second product reads.
@@ -219,7 +222,7 @@ struct ManyUpArguments {
 
 template <typename T>
 struct ManyUp {
-    static constexpr int kTokens = 64, kColumns = 128, kThreads = 256;
+    static constexpr int kTokens = kManyTokens, kColumns = kManyColumns, kThreads = 256;
     static constexpr int kDepth = 2 * Tile<T>::kDepth;
     static constexpr int kValueStride = kDepth + Pack<T>::kWidth, kUpStride = kColumns + Pack<T>::kWidth;
     static constexpr int kStageElements = kTokens * kValueStride + kDepth * kUpStride;

@@ -76,8 +76,8 @@ const char* unsupported(const MixedExpertShape& shape) noexcept;
 // Bytes of workspace that `launch` needs for exactly these sizes: a pure function of its arguments.
 size_t workspace_bytes(const MixedExpertShape& shape, const Tuning& tuning) noexcept;
 
-// No less than any number of tokens from 0 to `shape.tokens` needs, on any GPU, with its own tuning.
-size_t workspace_bound(const MixedExpertShape& shape) noexcept;
+// No less than any number of tokens from 0 to `shape.tokens` needs, on any GPU, with the constants of `tuning`.
+size_t workspace_bound(const MixedExpertShape& shape, const Tuning& tuning = {}) noexcept;
 
 // That of the current device, which is asked once.
 cudaError_t tuning_of_device(Tuning& tuning) noexcept;

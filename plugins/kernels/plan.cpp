@@ -5,17 +5,19 @@
 namespace teamlora {
 namespace {
 
-constexpr int32_t kFewThreads = 128;
-// What a block may have without asking the driver for more.
-constexpr size_t kSharedBytes = 48 * 1024;
 constexpr int32_t kSplitStep = 64;
 constexpr size_t kAlignment = 256;
+// Of `in` and of tokens: counting on from the last by steps of blocks stays within 32 bits.
+constexpr int64_t kMostSize = int64_t{1} << 30;
+// A grid's second and third dimension.
+constexpr int64_t kMostBlocks = 65535;
 
 size_t few_up_shared_bytes(const MixedExpertShape& shape, int32_t token_tile) noexcept {
-    const size_t columns = 8 * static_cast<size_t>(pack_width(shape.dtype));
-    const size_t values = static_cast<size_t>(shape.sibling_rows()) + shape.num_experts + 8 * columns;
+    const size_t columns = static_cast<size_t>(kUpLanes) * pack_width(shape.dtype), warps = kUpThreads / 32;
+    const size_t packs = static_cast<size_t>(up_rows_ahead(token_tile)) * kUpThreads + token_tile * kUpLanes;
+    const size_t values = static_cast<size_t>(shape.sibling_rows()) + shape.num_experts + warps * columns;
     const size_t mix = static_cast<size_t>(shape.num_experts) * shape.num_experts;
-    return (token_tile * values + mix) * sizeof(float);
+    return 16 * packs + (token_tile * values + mix) * sizeof(float);
 }
 
 size_t route_shared_bytes(const MixedExpertShape& shape, int32_t tokens) noexcept {
@@ -27,6 +29,14 @@ size_t route_shared_bytes(const MixedExpertShape& shape, int32_t tokens) noexcep
 int32_t multiprocessors(const Tuning& tuning) noexcept {
     return std::clamp(tuning.multiprocessors, 1, kMostMultiprocessors);
 }
+
+int32_t most_splits(const MixedExpertShape& shape, const Tuning& tuning) noexcept {
+    return ceil_div(shape.in, std::max(tuning.split_width, kSplitStep));
+}
+
+int32_t most_column_tiles(const Tuning& tuning) noexcept { return std::max(tuning.column_tiles, 3); }
+
+int32_t blocks_each(const Tuning& tuning) noexcept { return std::max(tuning.blocks_each, 1); }
 
 // v, T [tokens, siblings, value_stride]
 size_t values_bytes(const MixedExpertShape& shape) noexcept {
@@ -41,12 +51,13 @@ const char* unsupported(const MixedExpertShape& shape) noexcept {
     if (shape.num_experts < 1 || shape.num_experts > kMaxExperts) return "num_experts must be 1 to 32";
     if (shape.in < 1 || shape.expert_rank < 1 || shape.tokens < 0) return "a size is not positive";
     if (shape.expert_rank > kMaxRank / shape.num_experts) return "the rank is beyond 4096";
-    int64_t out = 0;
+    if (shape.in > kMostSize || shape.tokens > kMostSize) return "more than 2^30 inputs or tokens";
+    int64_t column_blocks = 0;
     for (int32_t g = 0; g < shape.num_siblings; ++g) {
         if (shape.out_splits[g] < 1) return "an out_split is not positive";
-        out += shape.out_splits[g];
+        column_blocks += ceil_div<int64_t>(shape.out_splits[g], kManyColumns);
     }
-    if (out > INT32_MAX || shape.tokens > INT32_MAX) return "a size is beyond 2^31";
+    if (column_blocks > kMostBlocks) return "more than 8.3 million outputs";
     return nullptr;
 }
 
@@ -59,14 +70,14 @@ FewTokensPlan plan_few_tokens(const MixedExpertShape& shape, const Tuning& tunin
     for (const int32_t tile : {8, 4, 1}) {
         plan.token_tile = tile;
         const bool wasteful = tile > 1 && shape.tokens <= tile / 2;
-        if (!wasteful && few_up_shared_bytes(shape, tile) <= kSharedBytes) break;
+        if (!wasteful && few_up_shared_bytes(shape, tile) <= kSharedLimit) break;
     }
     plan.shared_bytes = few_up_shared_bytes(shape, plan.token_tile);
-    const int32_t width = pack_width(shape.dtype), step = kFewThreads * width;
+    const int32_t width = pack_width(shape.dtype), step = kDownThreads * width;
     const int32_t most_slices = std::clamp(tuning.few_slices, 1, kMostSlices);
     plan.slice_width = round_up(ceil_div(shape.in, std::min(most_slices, ceil_div(shape.in, step))), step);
     plan.slices = ceil_div(shape.in, plan.slice_width);
-    plan.down_threads = std::min(kFewThreads, round_up(ceil_div(shape.in, width), 32));
+    plan.down_threads = std::min(kDownThreads, round_up(ceil_div(shape.in, width), 32));
     const bool fills = int64_t{ceil_div(shape.rows(), 4)} * plan.slices >= multiprocessors(tuning);
     plan.down_rows = plan.token_tile > 1 || fills ? 4 : 1;
     plan.workspace_bytes = sizeof(float) * plan.slices * shape.tokens * shape.rows();
@@ -76,13 +87,13 @@ FewTokensPlan plan_few_tokens(const MixedExpertShape& shape, const Tuning& tunin
 ManyTokensPlan plan_many_tokens(const MixedExpertShape& shape, const Tuning& tuning) noexcept {
     ManyTokensPlan plan{};
     plan.token_blocks = static_cast<int32_t>(ceil_div<int64_t>(shape.tokens, kManyTokens));
-    const int32_t most_splits = ceil_div(shape.in, std::max(tuning.split_width, kSplitStep));
+    const int32_t splits_of_in = most_splits(shape, tuning);
     // The widest tiles whose splits give each multiprocessor a block: x is read once for each tile.
     for (const int32_t tiles : {9, 7, 5, 3}) {
-        if (tiles > std::max(tuning.column_tiles, 3)) continue;
+        if (tiles > most_column_tiles(tuning)) continue;
         plan.column_tiles = tiles;
         plan.column_blocks = ceil_div(shape.rows(), 16 * tiles);
-        if (int64_t{plan.token_blocks} * plan.column_blocks * most_splits >= multiprocessors(tuning)) break;
+        if (int64_t{plan.token_blocks} * plan.column_blocks * splits_of_in >= multiprocessors(tuning)) break;
     }
     // As many of them with the least padding.
     for (const int32_t tiles : {7, 5, 3, 1}) {
@@ -91,14 +102,14 @@ ManyTokensPlan plan_many_tokens(const MixedExpertShape& shape, const Tuning& tun
         }
     }
     const int64_t blocks = std::max<int64_t>(int64_t{plan.token_blocks} * plan.column_blocks, 1);
-    const int64_t wanted = int64_t{multiprocessors(tuning)} * std::max(tuning.blocks_each, 1) / blocks;
-    const auto splits = static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, most_splits));
+    const int64_t wanted = int64_t{multiprocessors(tuning)} * blocks_each(tuning) / blocks;
+    const auto splits = static_cast<int32_t>(std::clamp<int64_t>(wanted, 1, splits_of_in));
     plan.split_width = round_up(ceil_div(shape.in, splits), kSplitStep);
     plan.splits = ceil_div(shape.in, plan.split_width);
     plan.row_stride = round_up(shape.rows(), 4);
     plan.value_stride = round_up(shape.up_rank(), pack_width(shape.dtype));
     plan.route_tokens = 8;
-    while (plan.route_tokens > 1 && route_shared_bytes(shape, plan.route_tokens) > kSharedBytes) plan.route_tokens /= 2;
+    while (plan.route_tokens > 1 && route_shared_bytes(shape, plan.route_tokens) > kSharedLimit) plan.route_tokens /= 2;
     plan.route_shared_bytes = route_shared_bytes(shape, plan.route_tokens);
     const size_t parts = sizeof(float) * plan.splits * shape.tokens * plan.row_stride;
     plan.values_offset = round_up(parts, kAlignment);
@@ -112,17 +123,16 @@ size_t workspace_bytes(const MixedExpertShape& shape, const Tuning& tuning) noex
                                     : plan_many_tokens(shape, tuning).workspace_bytes;
 }
 
-size_t workspace_bound(const MixedExpertShape& shape) noexcept {
+size_t workspace_bound(const MixedExpertShape& shape, const Tuning& tuning) noexcept {
     if (shape.tokens == 0) return 0;
-    const Tuning most{};
     // Of decode: its slices depend on `in` alone.
     MixedExpertShape few = shape;
-    few.tokens = std::min<int64_t>(shape.tokens, most.few_tokens);
-    const size_t decode = plan_few_tokens(few, most).workspace_bytes;
+    few.tokens = std::min<int64_t>(shape.tokens, tuning.few_tokens);
+    const size_t decode = plan_few_tokens(few, tuning).workspace_bytes;
     // Of prefill: where `in` is split, all blocks together are no more than the largest GPU has room for.
-    const int64_t splits = ceil_div(shape.in, most.split_width);
-    const int64_t column_blocks = ceil_div(shape.rows(), 16 * most.column_tiles);
-    const int64_t split_tokens = int64_t{kMostMultiprocessors} * most.blocks_each * kManyTokens / column_blocks;
+    const int64_t splits = most_splits(shape, tuning);
+    const int64_t column_blocks = ceil_div(shape.rows(), 16 * most_column_tiles(tuning));
+    const int64_t split_tokens = int64_t{kMostMultiprocessors} * blocks_each(tuning) * kManyTokens / column_blocks;
     const int64_t rows = std::max(shape.tokens, std::min(shape.tokens * splits, split_tokens));
     const size_t parts = sizeof(float) * rows * round_up(shape.rows(), 4);
     return std::max(decode, round_up(parts, kAlignment) + values_bytes(shape));

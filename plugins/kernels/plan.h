@@ -18,6 +18,17 @@ constexpr int32_t element_size(DataType dtype) noexcept { return dtype == DataTy
 // Elements in 16 bytes.
 constexpr int32_t pack_width(DataType dtype) noexcept { return 16 / element_size(dtype); }
 
+// What a block may have without asking the driver for more.
+inline constexpr size_t kSharedLimit = 48 * 1024;
+
+// Threads of the kernels for few tokens: of the first at most, and of the second, in which `kUpLanes` lie side by side
+// on a row of `up`, a pack each.
+inline constexpr int32_t kDownThreads = 128, kUpThreads = 256, kUpLanes = 8;
+
+// Rows of `up` that each thread of the second asks for ahead of their use: a rank of 128 is all under way while the
+// first still runs, or half of it where many tokens fill shared memory.
+constexpr int32_t up_rows_ahead(int32_t token_tile) noexcept { return token_tile > 4 ? 2 : 4; }
+
 // Few tokens: z is summed in `slices` parts of `in`, each by blocks of its own; the second kernel adds them up.
 struct FewTokensPlan {
     int32_t token_tile;    // tokens a block works on at a time: 1, 4 or 8
@@ -45,7 +56,8 @@ struct ManyTokensPlan {
     size_t workspace_bytes;
 };
 
-inline constexpr int32_t kManyTokens = 64;
+// A block's tokens, and its columns of y.
+inline constexpr int32_t kManyTokens = 64, kManyColumns = 128;
 
 bool takes_few(const MixedExpertShape& shape, const Tuning& tuning) noexcept;
 FewTokensPlan plan_few_tokens(const MixedExpertShape& shape, const Tuning& tuning) noexcept;

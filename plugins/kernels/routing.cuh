@@ -5,6 +5,15 @@
 
 namespace teamlora {
 
+// Starts to copy a sibling's interaction [k, k] into shared memory, as a group of copies of its own.
+__device__ inline void copy_interaction(float* mix, const float* source, int k) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < k * k; i += static_cast<int>(blockDim.x)) {
+        __pipeline_memcpy_async(mix + i, source + i, sizeof(float));
+    }
+    __pipeline_commit();
+}
+
 // w = normalise(exp(logits - max) mix). Softmax's own denominator cancels in the normalisation.
 //
 // Called by all threads of a block, after a barrier. `logits` [tokens, k] in shared memory, `stride` floats from token

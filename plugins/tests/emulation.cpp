@@ -175,8 +175,7 @@ void fiber_main() {
             if (!group.empty()) throw std::logic_error("an asynchronous copy that nobody waits for");
         }
         if (!running->open_copies.empty()) throw std::logic_error("an asynchronous copy in no group");
-        if (has_to_wait && !running->has_waited)
-            throw std::logic_error("a thread that does not wait for the kernel ahead");
+        require_that_has_waited();
     } catch (...) {
         if (!failure) failure = std::current_exception();
     }
@@ -329,9 +328,9 @@ void let_other_blocks_run() {
 }
 
 void copy_async(void* target, const void* source, size_t size, size_t zeros) {
-    const auto misaligned = [](const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 != 0; };
-    if (size != 16 || misaligned(target) || misaligned(source))
-        throw std::logic_error("an unaligned asynchronous copy");
+    const auto misaligned = [&](const void* address) { return reinterpret_cast<uintptr_t>(address) % size != 0; };
+    if (size != 4 && size != 8 && size != 16) throw std::logic_error("an asynchronous copy of another size");
+    if (misaligned(target) || misaligned(source)) throw std::logic_error("an unaligned asynchronous copy");
     const Copy copy{target, source, size, zeros};
     if (coin()) {
         carry_out({copy});
@@ -373,6 +372,10 @@ std::vector<Grid> record(const std::function<void()>& launch) {
     launch();
     recorded = nullptr;
     return grids;
+}
+
+void require_that_has_waited() {
+    if (has_to_wait && !running->has_waited) throw std::logic_error("a thread that does not wait for the kernel ahead");
 }
 
 void wait_for_grids_before() {

@@ -81,6 +81,7 @@ enum class Place { kFirst, kNext, kLast };
 // once, or when one behind it waits, or, where none does, after the last.
 void run_grid(Grid grid, Place place, bool overlaps);
 void wait_for_grids_before();
+void require_that_has_waited();
 
 // Forgets what was launched; `why` is what cudaGetErrorString says from now on.
 void give_up(const char* why);
@@ -135,7 +136,6 @@ inline void __pipeline_memcpy_async(void* target, const void* source, size_t siz
     emulation::copy_async(target, source, size, zeros);
 }
 inline void __pipeline_commit() { emulation::commit_copies(); }
-inline void __pipeline_wait_prior(int still_open) { emulation::wait_copies(still_open); }
 
 namespace nvcuda::wmma {
 
@@ -232,9 +232,19 @@ void mma_sync(fragment<accumulator, 16, 16, 16, float>& result, const fragment<m
 namespace teamlora {
 
 inline void hold(float&) {}
+inline void hold(int64_t&) {}
+inline void hold(const float*&) {}
 inline void hold(uint4&) {}
+template <int kStillOpen>
+void wait_for_copies() {
+    emulation::wait_copies(kStillOpen);
+}
 inline void let_next_kernel_begin() {}
 inline void wait_for_kernel_before() { emulation::wait_for_grids_before(); }
+inline float load_written_before(const float* source) {
+    emulation::require_that_has_waited();
+    return *emulation::aligned(source);
+}
 
 using emulation::Place;
 

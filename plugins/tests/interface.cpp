@@ -10,10 +10,17 @@
 
 extern "C" {
 
-// All but the first return a cudaError_t, or -1 with a line on standard error.
+// All but the first three return a cudaError_t, or -1 with a line on standard error.
 size_t teamlora_workspace_bytes(const teamlora::MixedExpertShape* shape, const teamlora::Tuning* tuning) {
     return teamlora::workspace_bytes(*shape, *tuning);
 }
+
+size_t teamlora_workspace_bound(const teamlora::MixedExpertShape* shape, const teamlora::Tuning* tuning) {
+    return teamlora::workspace_bound(*shape, *tuning);
+}
+
+// Why the kernels cannot take it, or NULL.
+const char* teamlora_unsupported(const teamlora::MixedExpertShape* shape) { return teamlora::unsupported(*shape); }
 
 int teamlora_tuning(teamlora::Tuning* tuning) { return teamlora::tuning_of_device(*tuning); }
 

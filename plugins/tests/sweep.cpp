@@ -229,7 +229,7 @@ std::string check(const Case& tried, std::mt19937_64& generator) {
         }
     }
     const size_t bytes = workspace_bytes(s, tried.tuning);
-    if (bytes > workspace_bound(s)) return "the workspace is larger than its bound";
+    if (bytes > workspace_bound(s, tried.tuning)) return "the workspace is larger than its bound";
     Array workspace(DataType::kFloat32, (bytes + 3) / 4);
     Array& target = tried.in_place ? base : y;
     for (const Array* array : std::initializer_list<const Array*>{&x, &base, &down, &mix, &up}) array->upload();
@@ -325,7 +325,9 @@ std::vector<Case> edges() {
     add(DataType::kFloat16, 2, 8, 4, 300, {16}, 132);   // one token a block
     add(DataType::kFloat16, 40, 2304, 2, 2, {8}, 192);  // more parts of z than are asked for at a time
     add(DataType::kFloat16, 1, 16640, 2, 2, {8}, 132);  // the most slices, each of two rounds
-    add(DataType::kFloat16, 1, 64, 4, 70, {72}, 16);    // more rows of `up` than are held ahead
+    // More rows of `up` than are under way ahead, for each tile of tokens.
+    for (const int64_t tokens : {1, 3, 6}) add(DataType::kFloat16, tokens, 64, 4, 70, {72}, 16);
+    for (const int64_t tokens : {1, 3, 6}) add(DataType::kFloat32, tokens, 64, 4, 70, {21, 44}, 16);
     add(DataType::kFloat32, 2100, 24, 4, 8, {8, 8, 8, 8}, 1);
     // Each width of the first product's tiles: 1, 3, 5, 7 and 9 of 16 columns.
     for (const int c : {1, 3, 8, 12, 16}) {

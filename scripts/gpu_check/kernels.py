@@ -123,6 +123,8 @@ class Kernels:
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
         self._library.teamlora_workspace_bytes.restype = ctypes.c_size_t
+        self._library.teamlora_workspace_bound.restype = ctypes.c_size_t
+        self._library.teamlora_unsupported.restype = ctypes.c_char_p
 
     def tuning(self) -> Tuning:
         """That of the current device.
@@ -136,6 +138,15 @@ class Kernels:
 
     def workspace_bytes(self, sizes: Sizes, tuning: Tuning) -> int:
         return self._library.teamlora_workspace_bytes(_shape(sizes), _tuning(tuning))
+
+    def workspace_bound(self, sizes: Sizes, tuning: Tuning) -> int:
+        """No less than any number of tokens up to that of `sizes` needs, on any GPU, with the constants of `tuning`."""
+        return self._library.teamlora_workspace_bound(_shape(sizes), _tuning(tuning))
+
+    def unsupported(self, sizes: Sizes) -> str | None:
+        """Why the kernels cannot take it."""
+        reason = self._library.teamlora_unsupported(_shape(sizes))
+        return reason and reason.decode()
 
     def launch(
         self, sizes: Sizes, tuning: Tuning, pointers: Sequence[int], workspace: int, stream: int = 0, schedule: int = 0

@@ -40,22 +40,22 @@ class Trial:
 
 
 # Constant -> the values that are tried, and the numbers of tokens for which it matters.
-_TRIED: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+TRIED: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "overlaps": ((0, 1), (1, 8, 64, 512)),
     "few_slices": ((4, 8, 16), (1, 8)),
     "blocks_each": ((1, 2, 3, 4), (64, 512, 2048)),
     "split_width": ((128, 256, 512), (64, 512)),
     "column_tiles": ((3, 5, 7, 9), (64, 512, 2048)),
 }
-_BORDERS = (8, 16, 24, 32, 48, 64, 96, 128)
+BORDERS = (8, 16, 24, 32, 48, 64, 96, 128)
 
 
 def try_constants(
     stopwatch: Stopwatch, tuning: Tuning, projections: Sequence[Projection], dtype: str, small: bool = False
 ) -> Iterator[Trial]:
     """Every constant of the plan; `small`: with the fewest tokens only, for a dry run."""
-    yield _border(stopwatch, tuning, projections, dtype, _BORDERS[:2] if small else _BORDERS)
-    for name, (values, tokens) in _TRIED.items():
+    yield _border(stopwatch, tuning, projections, dtype, BORDERS[:2] if small else BORDERS)
+    for name, (values, tokens) in TRIED.items():
         now = int(getattr(tuning, name))
         logs = dict.fromkeys(dict.fromkeys((*values, now)), 0.0)
         for projection in projections:

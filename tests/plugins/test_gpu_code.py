@@ -16,6 +16,8 @@ from teamlora_export.engine.plugin import ARCHITECTURES, PluginLibrary
 # Two blocks of 256 threads, or four of 128, fit beside each other with this many. Products of floats hold more, and so
 # does reading elements one by one, where sizes are no multiples of 16 bytes.
 MOST_REGISTERS, MOST_REGISTERS_FLOAT, MOST_REGISTERS_UNALIGNED = 128, 168, 168
+# Four blocks of few_up for one token fit beside each other: weights do not pass through its registers.
+MOST_REGISTERS_ONE_TOKEN = 64
 # One block of these fits: 9 tiles of float sums in each warp.
 MOST_REGISTERS_WIDE_FLOAT = 200
 # Types, tiles and alignments: 3 x (2 x 3 + 1 few_down, 2 x 3 few_up, 5 many_down, many_route, 2 many_up).
@@ -23,15 +25,33 @@ KERNELS = 63
 _KERNEL = re.compile(
     r"_ZN8teamlora\d+(few_down|few_up|many_down|many_route|many_up)I(f|6__half|13__nv_bfloat16)(\w*?)EEv\w*"
 )
-_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)\s*(.*?)\s*;")
+_INSTRUCTION = re.compile(
+    r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)\s*(.*?)\s*; +/\* 0x\w{16} \*/\n"
+    r"\s+/\* (0x\w{16}) \*/"
+)
+NO_SCOREBOARD = 7
+# A copy is an instruction for data and one for zeros.
+COPIES = 2
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """A line of machine code: its name with all suffixes, and its operands as they are printed."""
+    """A line of machine code: its name with all suffixes, its operands as they are printed, and of its control bits
+    (from 41 on of the second word: stall 4, yield 1, scoreboard written 3, scoreboard of operands 3, waits 6) the
+    scoreboard that is free when its result is there, and those that it waits for. A wait is for all instructions on
+    that scoreboard, whatever registers they write."""
 
     name: str
     operands: str
+    control: int
+
+    @property
+    def scoreboard(self) -> int:
+        return self.control >> 46 & 7
+
+    def waits_for(self, scoreboard: int) -> bool:
+        named = self.name.startswith("DEPBAR") and self.operands.startswith(f"SB{scoreboard},")
+        return named or bool(self.control >> 52 >> scoreboard & 1)
 
     def is_wide_load(self) -> bool:
         return self.name.startswith("LDG.E.128")
@@ -113,6 +133,8 @@ def test_registers_stay_below_what_two_blocks_may_have(resources):
         limit = MOST_REGISTERS_FLOAT if kernel.dtype == "float" else MOST_REGISTERS
         if kernel.name == "few_down" and not kernel.aligned:
             limit = MOST_REGISTERS_UNALIGNED
+        if (kernel.name, kernel.numbers) == ("few_up", (1, 1)):
+            limit = MOST_REGISTERS_ONE_TOKEN
         if (kernel.name, kernel.dtype, kernel.numbers) == ("many_down", "float", (9,)):
             limit = MOST_REGISTERS_WIDE_FLOAT
         if used["registers"] > limit:
@@ -128,13 +150,11 @@ def architecture(request) -> str:
 @pytest.fixture(scope="module")
 def code(architecture, plugin: PluginLibrary, cuobjdump) -> Mapping[Kernel, Code]:
     """Kernel -> its instructions, in their order."""
-    found: dict[Kernel, list[Instruction]] = {}
-    lines: list[Instruction] = []
-    for line in cuobjdump("-arch", f"sm_{architecture}", "-sass", plugin.path).splitlines():
-        if match := re.search(r"Function : (\S+)", line):
-            lines = found[Kernel.of(match[1])] = []
-        elif match := _INSTRUCTION.match(line):
-            lines.append(Instruction(match[1], match[2]))
+    _, *functions = cuobjdump("-arch", f"sm_{architecture}", "-sass", plugin.path).split("Function : ")
+    found = {}
+    for function in functions:
+        lines = [Instruction(name, operands, int(word, 16)) for name, operands, word in _INSTRUCTION.findall(function)]
+        found[Kernel.of(function.split()[0])] = lines
     assert len(found) == KERNELS
     return found
 
@@ -143,24 +163,27 @@ def count(lines: Code, prefix: str) -> int:
     return sum(line.name.startswith(prefix) for line in lines)
 
 
-def first_use(lines: Code, load: int) -> int:
-    """The first instruction behind `load` that names a register which it brings."""
-    brought = lines[load].brings()
-    return next((i for i in range(load + 1, len(lines)) if lines[i].registers() & brought), len(lines))
+def places(lines: Code, prefix: str) -> list[int]:
+    return [i for i, line in enumerate(lines) if line.name.startswith(prefix)]
+
+
+def first_wait(lines: Code, load: int) -> int:
+    """The first instruction behind `load` that waits for its scoreboard: for its result, or that of another on it."""
+    scoreboard = lines[load].scoreboard
+    assert scoreboard != NO_SCOREBOARD, lines[load]
+    return next((i for i in range(load + 1, len(lines)) if lines[i].waits_for(scoreboard)), len(lines))
 
 
 def most_in_flight(lines: Code) -> int:
-    """The most wide loads that have been issued before the first use of any of them."""
+    """The most wide loads that have been issued before the first wait for any of them."""
     loads = [i for i, line in enumerate(lines) if line.is_wide_load()]
-    uses = [first_use(lines, load) for load in loads]
-    return max(sum(load < use for load in loads[n:] if use <= min(uses[n:])) for n, use in enumerate(uses))
+    waits = [first_wait(lines, load) for load in loads]
+    return max(sum(load < wait for load in loads[n:] if wait <= min(waits[n:])) for n, wait in enumerate(waits))
 
 
 def test_weights_are_read_sixteen_bytes_at_a_time(code):
     """few_down reads rows and tokens, all in packs: its rows (4 or 1) and a token before anything is used."""
     for kernel, lines in code.items():
-        if kernel.name.startswith("few") and kernel.aligned:
-            assert count(lines, "LDG.E.128") >= 1, kernel
         if kernel.name == "few_down" and kernel.aligned:
             assert count(lines, "LDG") == count(lines, "LDG.E.128"), kernel
             assert most_in_flight(lines) >= kernel.numbers[1] + 1, kernel
@@ -168,15 +191,15 @@ def test_weights_are_read_sixteen_bytes_at_a_time(code):
 
 def test_base_is_in_flight_during_the_product_of_many_tokens(code):
     """A thread's own packs of base, 4 of 8 elements or 8 of 4: nothing touches them before the product is there, and
-    every other load of the kernel is an asynchronous copy."""
+    every other load of the kernel is an asynchronous copy. By the L2 cache, since an op before may have written it."""
     for kernel, lines in code.items():
         if kernel.name == "many_up" and kernel.aligned:
-            loads = [i for i, line in enumerate(lines) if line.name.startswith("LDG.")]
-            assert [lines[i].name for i in loads] == ["LDG.E.128"] * (8 if kernel.dtype == "float" else 4), kernel
+            loads, barriers = places(lines, "LDG."), places(lines, "BAR")
+            expected = ["LDG.E.128.STRONG.GPU"] * (8 if kernel.dtype == "float" else 4)
+            assert [lines[i].name for i in loads] == expected, kernel
             assert len(set.union(*(lines[i].brings() for i in loads))) == 4 * len(loads), kernel
-            barriers = [i for i, line in enumerate(lines) if line.name.startswith("BAR")]
             assert max(loads) < barriers[0], kernel
-            assert min(first_use(lines, load) for load in loads) > barriers[-1], kernel
+            assert min(first_wait(lines, load) for load in loads) > barriers[-1], kernel
 
 
 def test_kernels_begin_before_the_one_ahead_has_ended_where_the_gpu_can(code, architecture):
@@ -190,33 +213,92 @@ def test_kernels_begin_before_the_one_ahead_has_ended_where_the_gpu_can(code, ar
 
 def wait_of(lines: Code) -> int:
     """Where a kernel waits for the one ahead of it."""
-    return next(i for i, line in enumerate(lines) if line.name == "ACQBULK")
+    (place,) = places(lines, "ACQBULK")
+    return place
 
 
-def test_what_does_not_wait_for_z_is_loaded_before_it(code, architecture):
-    """few_up: rows of `up` (4 for one token, 2 for 4), the interaction and `base` (two elements of it for 8 tokens of
-    a 16-bit type) are in flight before the first part of z is asked for, and untouched. From sm_90 on that is before
-    the kernel ahead has ended."""
+def parts_of_z(lines: Code) -> list[int]:
+    """Loads of single numbers from the L2 cache: no other is one."""
+    return [i for i, line in enumerate(lines) if line.name == "LDG.E.STRONG.GPU"]
+
+
+def test_nothing_that_a_kernel_ahead_writes_is_touched_before_it_has_ended(code, architecture):
+    """Aligned or not: no part of z is read, no v is copied, nothing is written and no thread ends before the wait."""
+    if int(architecture) < 90:
+        return
     for kernel, lines in code.items():
-        if kernel.name != "few_up" or not kernel.aligned:
+        if kernel.name not in ("few_up", "many_route", "many_up"):
             continue
-        parts = [i for i, line in enumerate(lines) if line.name == "LDG.E.STRONG.GPU"]
-        border = wait_of(lines) if int(architecture) >= 90 else parts[0]
-        assert parts[0] >= border, kernel
-        early = [i for i in range(border) if lines[i].name.startswith("LDG")]
-        rows = {1: 4, 4: 2, 8: 1}[kernel.numbers[0]]
-        twice = kernel.numbers[0] == 8 and kernel.dtype != "float"
-        assert len(early) == rows + (3 if twice else 2), kernel
-        assert [lines[i].is_wide_load() for i in early].count(True) == rows, kernel
-        assert min(first_use(lines, load) for load in early) > border, kernel
+        early, late = lines[: wait_of(lines)], lines[wait_of(lines) :]
+        assert not parts_of_z(early), kernel
+        assert count(early, "STG") == count(early, "EXIT") == count(early, "ATOM") == count(early, "RED") == 0, kernel
+        if kernel.name == "many_up":
+            # Copies of v are those that are not of `up`, of which two stages of two packs a thread come early.
+            assert count(early, "LDGSTS") == (2 * 2 * COPIES if kernel.aligned else 0), kernel
+            assert count(late, "LDGSTS") > 0, kernel
+        else:
+            assert parts_of_z(late), kernel
 
 
-def test_eight_parts_of_z_are_asked_for_before_the_first_is_used(code):
+def copied_early(lines: Code, border: int) -> list[str]:
+    return [line.name for line in lines[:border] if line.name.startswith("LDGSTS")]
+
+
+def test_what_does_not_wait_for_z_is_under_way_before_it(code, architecture):
+    """few_up: rows of `up` (4, or 2 for 8 tokens), the interaction and `base` are on their way into shared memory
+    before the first part of z is asked for, from sm_90 on before the kernel ahead has ended. No register waits."""
+    for kernel, lines in code.items():
+        if kernel.name == "few_up" and kernel.aligned:
+            border = wait_of(lines) if int(architecture) >= 90 else parts_of_z(lines)[0]
+            rows = 2 if kernel.numbers[0] == 8 else 4
+            copies = copied_early(lines, border)
+            assert copies == ["LDGSTS.E", *["LDGSTS.E.BYPASS.128"] * (rows + 1)], kernel
+            assert count(lines, "LDG.") == len(parts_of_z(lines)), kernel
+
+
+def test_the_router_waits_for_the_interaction_and_not_for_weights(code):
+    """few_up: of the two groups of copies the first is there when the router begins, and the second is waited for
+    behind its last barrier: by its own instruction, and by no other on the same scoreboard."""
+    for kernel, lines in code.items():
+        if kernel.name != "few_up":
+            continue
+        groups, waits = places(lines, "LDGDEPBAR"), places(lines, "DEPBAR")
+        (scoreboard,) = {lines[i].scoreboard for i in groups}
+        barriers = places(lines, "BAR")
+        # Before the router, two within it, at its end, and before y.
+        assert len(barriers) == 5, kernel
+        assert lines[waits[0]].operands == f"SB{scoreboard}, 0x1", kernel
+        assert parts_of_z(lines)[-1] < waits[0] < barriers[0], kernel
+        if kernel.aligned:
+            assert lines[waits[1]].operands == f"SB{scoreboard}, 0x0", kernel
+            assert barriers[3] < waits[1] < barriers[4], kernel
+            last = waits[1]
+        else:
+            assert len(waits) == 1, kernel
+            last = waits[0]
+        others = [line for line in lines[groups[0] : last] if line.waits_for(scoreboard)]
+        assert others == ([lines[waits[0]]] if kernel.aligned else []), kernel
+        users = [line.name for line in lines if line.scoreboard == scoreboard]
+        assert set(users[users.index("LDGDEPBAR") :]) == {"LDGDEPBAR"}, kernel
+
+
+def test_the_router_of_many_tokens_waits_for_the_interaction_behind_the_parts_of_z(code):
+    """many_route: one group of copies, which is under way beside the parts; every other load is a part."""
+    for kernel, lines in code.items():
+        if kernel.name == "many_route":
+            parts, (group,), (wait,) = parts_of_z(lines), places(lines, "LDGDEPBAR"), places(lines, "DEPBAR")
+            assert count(lines, "LDG.") == len(parts), kernel
+            assert group < parts[0] < parts[-1] < wait < places(lines, "BAR")[0], kernel
+            assert lines[wait].operands == f"SB{lines[group].scoreboard}, 0x0", kernel
+            assert not any(line.waits_for(lines[group].scoreboard) for line in lines[group:wait]), kernel
+
+
+def test_eight_parts_of_z_are_asked_for_before_the_first_is_waited_for(code):
     for kernel, lines in code.items():
         if kernel.name in ("few_up", "many_route"):
-            parts = [i for i, line in enumerate(lines) if line.name == "LDG.E.STRONG.GPU"]
+            parts = parts_of_z(lines)
             assert len(parts) >= 8, kernel
-            assert min(first_use(lines, load) for load in parts[:8]) > parts[7], kernel
+            assert min(first_wait(lines, load) for load in parts[:8]) > parts[7], kernel
 
 
 def test_base_and_the_first_weights_of_many_tokens_are_under_way_before_v_is_there(code, architecture):
