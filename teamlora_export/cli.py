@@ -330,7 +330,9 @@ def generate(
     ] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Of the shelf: what answers; give it again for each prompt's own."),
+        typer.Option(
+            metavar="NAME", help="Of the shelf: what answers; give it again for each prompt's own, - for none."
+        ),
     ] = None,
     library: NativeLibraryOption = None,
     device: DeviceOption = "cpu",
@@ -359,7 +361,9 @@ def embed(
     texts: Annotated[list[str], typer.Argument(metavar="TEXT...")],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Of the shelf: what reads them; give it again for each text's own."),
+        typer.Option(
+            metavar="NAME", help="Of the shelf: what reads them; give it again for each text's own, - for none."
+        ),
     ] = None,
     library: NativeLibraryOption = None,
     device: DeviceOption = "cpu",

@@ -111,7 +111,7 @@ def publish(
     bundle: ShelfArgument,
     deployment: Annotated[
         Path,
-        typer.Argument(parser=given_path, metavar="DEPLOYMENT", help="What `deploy python` or `deploy triton` wrote."),
+        typer.Argument(parser=given_path, metavar="DEPLOYMENT", help="What `deploy python`, `cpp` or `triton` wrote."),
     ],
     json: JsonOption = None,
 ) -> None:

@@ -56,6 +56,13 @@ def bench_command(
             help="For PyTorch: the adapter, should it have moved.",
         ),
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Of a shelf: what rows have, the first where it is one; may be given again. Default: all.",
+        ),
+    ] = None,
     memory: Annotated[
         bool, typer.Option("--memory/--no-memory", help="Measure load time and memory, in processes of their own.")
     ] = True,
@@ -95,6 +102,7 @@ def bench_command(
         base=base,
         adapter=adapter,
         memory=memory,
+        only=tuple(only or ()),
     )
     benchmark = bench_bundle(opened, options)
     name = printable(opened.folder.resolve().name)

@@ -76,7 +76,7 @@ def remove_adapter(folder: Path, name: str) -> Bundle:
     """
     with _edited(folder) as bundle:
         shelf = require_shelf(bundle)
-        _require_known(bundle, shelf, name)
+        require_known(bundle, shelf, name)
         left = {other: adapter for other, adapter in shelf["adapters"].items() if other != name}
         return _keep(bundle, left)
 
@@ -93,6 +93,16 @@ def require_shelf(bundle: Bundle) -> Shelf:
             "--slots."
         )
     return bundle.manifest.shelf
+
+
+def require_known(bundle: Bundle, shelf: Shelf, name: str) -> None:
+    """Refuse a name that is not on the shelf of `bundle`.
+
+    Raises:
+        ExportError: there is none of that name.
+    """
+    if name not in shelf["adapters"]:
+        raise ExportError(f"{bundle.folder}: has no adapter {name!r:.80}; it has {some_names(shelf['adapters'])}.")
 
 
 def require_name(name: str) -> str:
@@ -234,14 +244,9 @@ def _put(folder: Path, name: str, source: Path, reporter: Reporter, replaces: bo
 def _require_place(bundle: Bundle, name: str, replaces: bool) -> None:
     shelf = require_shelf(bundle)
     if replaces:
-        _require_known(bundle, shelf, name)
+        require_known(bundle, shelf, name)
     elif name in shelf["adapters"]:
         raise ExportError(f"{bundle.folder}: has an adapter {name} already. Use `adapters replace`, or another name.")
-
-
-def _require_known(bundle: Bundle, shelf: Shelf, name: str) -> None:
-    if name not in shelf["adapters"]:
-        raise ExportError(f"{bundle.folder}: has no adapter {name!r:.80}; it has {some_names(shelf['adapters'])}.")
 
 
 def some_names(names: Iterable[str]) -> str:

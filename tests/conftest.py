@@ -21,6 +21,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from cpp_programs import both_caches, cpp_programs, cpp_project  # noqa: F401
 from shelves import write_shelf
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -28,7 +29,6 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, align_with_base, read_adapter, write_adapter
 from teamlora_export.bundle import MANIFEST_NAME, Bundle, hash_files, read_bundle
 from teamlora_export.engine.plugin import PluginLibrary, build_plugin
-from teamlora_export.engine.toolchain import find_toolchain
 from teamlora_export.export import export_onnx
 from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.model.initialize import new_adapter
@@ -36,7 +36,6 @@ from teamlora_export.model.inject import inject
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "scripts"))
-from get_libraries import get_libraries  # noqa: E402
 from get_model import get_model  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -345,16 +344,6 @@ def pytorch_greedy(base: BaseModel, adapter: Path, prompt: Sequence[int], count:
     inject(model, align_with_base(read_adapter(adapter), base.signature))
     options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None}
     return model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
-
-
-def build_cpp(source: Path, folder: Path, *options: str, targets: Sequence[str] = ("all",)) -> Path:
-    """Build a CMake project on the libraries that deployments are built on; every warning stops it."""
-    prefix = f"{get_libraries()};{find_toolchain().cuda_root}"
-    configure = ["cmake", "-S", source, "-B", folder, f"-DCMAKE_PREFIX_PATH={prefix}", "-DTEAMLORA_WERROR=ON", *options]
-    for command in (configure, ["cmake", "--build", folder, "--parallel", "2", "--target", *targets]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -25,11 +25,19 @@ class Work:
     Attributes:
         bytes: of the weights.
         each: multiply-adds with weights for each token. last: those for the last token of a prompt alone.
+        slot: bytes of an adapter in a slot, where rows have adapters of their own.
+        adapters: how many of them the rows of a batch have, at most.
     """
 
     bytes: int
     each: int
     last: int
+    slot: int = 0
+    adapters: int = 0
+
+    def bytes_of(self, batch: int) -> int:
+        """Of the weights that a batch of so many rows reads."""
+        return self.bytes + self.slot * min(self.adapters, batch)
 
     def operations(self, tokens: int) -> int:
         """Multiply-adds with weights, for a sequence of so many new tokens."""
@@ -44,21 +52,27 @@ class Floor:
     operations: float
 
 
-def floor(adapted: Work, bypassed: Work, tokens: int) -> Floor:
-    """For a call of `tokens` new tokens: 1 in a step of decoding."""
-    return Floor(adapted.bytes / bypassed.bytes, adapted.operations(tokens) / bypassed.operations(tokens))
+def floor(adapted: Work, bypassed: Work, tokens: int, batch: int = 1) -> Floor:
+    """For a call of `tokens` new tokens of each of `batch` rows: 1 in a step of decoding."""
+    return Floor(
+        adapted.bytes_of(batch) / bypassed.bytes_of(batch), adapted.operations(tokens) / bypassed.operations(tokens)
+    )
 
 
 def work_of(model: ir.Model) -> Work:
-    """The work of a graph. A table from which rows are taken is not read whole, and counts nothing."""
+    """The work of a graph, with an adapter in one slot where it has any. A table from which rows are taken is not read
+    whole, and counts nothing."""
     constants = constants_of(model.graph)
-    size = each = last = 0
+    size = slot = each = last = 0
     for weight in model.graph.initializers.values():
         tensor, readers = weight.const_value, list(_readers(weight, constants))
         coded = bool(readers) and all(map(is_quantised, readers))
         if tensor is None or not (coded or tensor.dtype in _FLOATS) or not readers:
             continue
-        size += tensor.nbytes
+        if weight.is_graph_input():
+            slot += tensor.nbytes
+        else:
+            size += tensor.nbytes
         if coded:
             # Its codes; scales and zero points are read, and multiply nothing by themselves.
             products = _products(readers[0]) if readers[0].inputs[1] is weight else 0
@@ -68,7 +82,7 @@ def work_of(model: ir.Model) -> Work:
             last += products
         else:
             each += products
-    return Work(size, each, last)
+    return Work(size, each, last, slot, adapters=1 if slot else 0)
 
 
 def _products(node: ir.Node) -> int:
@@ -82,7 +96,8 @@ def _readers(weight: ir.Value, constants: Collection[ir.Value]) -> Iterator[ir.N
     while waiting:
         for use in waiting.pop().uses():
             rearranged = [value for value in use.node.outputs if value in constants]
-            if not rearranged and not (use.node.op_type == "Gather" and use.idx == 0):
+            is_table = use.node.op_type == "Gather" and use.idx == 0 and not weight.is_graph_input()
+            if not rearranged and not is_table:
                 yield use.node
             waiting += [value for value in rearranged if value not in seen]
             seen.update(rearranged)

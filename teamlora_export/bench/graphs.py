@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ import onnx_ir.passes.common as common
 
 from teamlora_export.attach.interface import grow_window_caches
 from teamlora_export.bench.floor import Work, work_of
-from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME, Bundle
+from teamlora_export.bundle import MODEL_NAME, Bundle, write_manifest
 from teamlora_export.errors import ExportError
 from teamlora_export.files import link_or_copy
 from teamlora_export.graph import op
@@ -52,7 +52,8 @@ def written_graphs(bundle: Bundle) -> Iterator[Graphs]:
         grow_window_caches(model)
         adapted_work = _write(model, bundle, folder / "adapted")
         bypass_experts(model, bundle)
-        bypassed_work = _write(model, bundle, folder / "bypassed")
+        without = dataclasses.replace(bundle.manifest, shelf=None)
+        bypassed_work = _write(model, Bundle(bundle.folder, without), folder / "bypassed")
         yield Graphs(folder / "adapted", folder / "bypassed", adapted_work, bypassed_work)
 
 
@@ -72,6 +73,10 @@ def bypass_experts(model: ir.Model, bundle: Bundle) -> None:
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [identity], node.outputs, identity.outputs)
     model.functions.clear()
     common.RemoveUnusedNodesPass()(model)
+    # The slots, and each row's: inputs that have a default.
+    for value in [value for value in model.graph.inputs if value.const_value is not None]:
+        model.graph.inputs.remove(value)
+        model.graph.initializers.pop(str(value.name), None)
 
 
 def _expert_nodes(model: ir.Model, bundle: Bundle) -> Iterator[ir.Node]:
@@ -93,8 +98,11 @@ def _expert_nodes(model: ir.Model, bundle: Bundle) -> Iterator[ir.Node]:
 
 def _write(model: ir.Model, bundle: Bundle, folder: Path) -> Work:
     folder.mkdir()
-    for name in bundle.data_names:
+    shelf = bundle.manifest.shelf
+    shelved = [adapter["file"] for adapter in shelf["adapters"].values()] if shelf is not None else []
+    for name in (*bundle.data_names, *shelved):
+        (folder / name).parent.mkdir(exist_ok=True)
         link_or_copy(bundle.folder / name, folder / name)
-    shutil.copyfile(bundle.folder / MANIFEST_NAME, folder / MANIFEST_NAME)
+    write_manifest(folder, bundle.manifest)
     (folder / MODEL_NAME).write_bytes(ir.to_proto(model).SerializeToString())
     return work_of(model)

@@ -50,6 +50,7 @@ class Benchmark:
         threads: of each row.
         floors: of rows whose work is known, over the baseline's: by row, quantity and workload.
         alone: empty where it was not asked for.
+        adapters: of a shelf, those that its rows have, by name.
     """
 
     baseline: str
@@ -59,6 +60,7 @@ class Benchmark:
     figures: tuple[Figure, ...]
     floors: Mapping[tuple[str, str, Workload], Floor]
     alone: tuple[Alone, ...]
+    adapters: tuple[str, ...] = ()
 
     @property
     def noisiest(self) -> Figure:
@@ -124,7 +126,10 @@ def _floors(
         return {}
     return {
         (figure.row, figure.quantity, figure.workload): floor(
-            works[figure.row], works[baseline], 1 if figure.quantity == DECODE else figure.workload.length
+            works[figure.row],
+            works[baseline],
+            1 if figure.quantity == DECODE else figure.workload.length,
+            figure.workload.batch,
         )
         for figure in figures
         if figure.row in works

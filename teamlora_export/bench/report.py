@@ -22,6 +22,8 @@ _QUANTITIES = (DECODE, PREFILL)
 def print_benchmark(benchmark: Benchmark, name: str, console: Console) -> None:
     """A table of speeds for each workload, one of load time and memory, and what can be told from them."""
     console.print(f"{name}: time over {benchmark.baseline!r} with its quartiles, beside its floor", markup=False)
+    if benchmark.adapters:
+        console.print(f"Adapters: {', '.join(benchmark.adapters)}; one for all rows is the first", markup=False)
     for table in tables(benchmark):
         console.print(_drawn(table))
     console.print(conclusion(benchmark), markup=False)
@@ -32,6 +34,7 @@ def benchmark_fields(benchmark: Benchmark, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "baseline": benchmark.baseline,
+        "adapters": benchmark.adapters,
         "turns": benchmark.turns,
         "threads": benchmark.threads,
         "quiet": benchmark.quiet,

@@ -46,12 +46,14 @@ class GraphRow:
         folder: with the graph, and the manifest of its bundle.
         library: a native library that runs the op in place of its body.
         threads: 0: one for each core that may be used.
+        adapters: of a shelf, those of a batch's rows, over and over; None: the base alone. Nothing: it has no shelf.
     """
 
     name: str
     folder: Path
     library: Path | None = None
     threads: int = 0
+    adapters: tuple[str | None, ...] = ()
     libraries: tuple[str, ...] = ("onnxruntime", "teamlora_export.deploy.runner")
 
     def open(self) -> Reader:
@@ -60,12 +62,13 @@ class GraphRow:
         from teamlora_export.deploy.session import ModelError
 
         def read(prompts: Sequence[Sequence[int]], count: int) -> Callable[[], object]:
+            chosen = [self.adapters[row % len(self.adapters)] for row in range(len(prompts))] if self.adapters else None
             with told():
                 if not model.generates:
-                    model.encode(prompts)
+                    model.encode(prompts, chosen)
                     return _nothing
                 # None of the tokens that are timed is a text's last, after which its row is cleared.
-                scheduler, answers = model.ask(prompts, count + 2, stops=())
+                scheduler, answers = model.ask(prompts, count + 2, stops=(), adapters=chosen)
 
             def step() -> object:
                 with told():

@@ -1,22 +1,29 @@
-"""`teamlora-export bench`: a bundle, side by side with the same graph without experts, and with PyTorch."""
+"""`teamlora-export bench`: a bundle, side by side with the same graph without experts, and with PyTorch.
+
+A bundle with a shelf has rows for a batch with one adapter for all, with adapters of their own, and with none.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from teamlora_export.bench.floor import Work
 from teamlora_export.bench.graphs import Graphs, written_graphs
 from teamlora_export.bench.measure import Benchmark, measure
 from teamlora_export.bench.rows import GraphRow, Row, TorchRow
 from teamlora_export.bench.turns import Workload
-from teamlora_export.bundle import Bundle, check_files, refuse_shelf
+from teamlora_export.bundle import Bundle, check_files
 from teamlora_export.engine.onnxruntime_library import library_for, library_here
 from teamlora_export.errors import ExportError
 from teamlora_export.progress import Reporter
+from teamlora_export.shelf import require_known, require_shelf
 
 BYPASSED, BODY, NATIVE = "experts bypassed", "op's body", "native op"
 EAGER, COMPILED = "PyTorch", "PyTorch, compiled"
+# Of a shelf: which adapters the rows of a batch have.
+ONE, MIXED, BASE = "one adapter", "mixed adapters", "base alone"
 _LENGTHS = (64, 256)
 
 
@@ -33,6 +40,7 @@ class BenchOptions:
         pytorch, compiled: measure PyTorch in eager mode, and compiled.
         base, adapter: what the bundle was made of, should it have moved; for PyTorch.
         memory: measure load time and memory.
+        only: of a shelf, the adapters that rows have, the first of them where it is one; nothing: all.
     """
 
     lengths: tuple[int, ...] = ()
@@ -46,6 +54,7 @@ class BenchOptions:
     base: str | None = None
     adapter: Path | None = None
     memory: bool = True
+    only: tuple[str, ...] = ()
 
 
 def bench_bundle(bundle: Bundle, options: BenchOptions, reporter: Reporter | None = None) -> Benchmark:
@@ -53,7 +62,8 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, reporter: Reporter | Non
 
     Raises:
         ExportError: the bundle is not what was exported, cannot run on a CPU, or takes no such lengths; the library
-            does not fit; base or adapter are not those of the bundle, or for no row; a row cannot run.
+            does not fit; base or adapter are not those of the bundle, or for no row; an adapter is not on its shelf;
+            a row cannot run.
         ModuleNotFoundError: onnxruntime is not installed.
     """
     reporter = reporter or Reporter()
@@ -62,7 +72,7 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, reporter: Reporter | Non
 
     if (options.base is not None or options.adapter is not None) and not (options.pytorch or options.compiled):
         raise ExportError("--base and --adapter are for PyTorch. Add --pytorch or --compile, or leave them out.")
-    refuse_shelf(bundle, "`bench`")
+    adapters = _adapters(bundle, options.only)
     if bundle.manifest.dtype == "bf16":
         raise ExportError(
             f"{bundle.folder}: is in bfloat16, which ONNX Runtime has no kernels for on a CPU. "
@@ -71,20 +81,24 @@ def bench_bundle(bundle: Bundle, options: BenchOptions, reporter: Reporter | Non
     workloads = choose_workloads(bundle, options)
     check_files(bundle)
     library = _find_library(bundle, options.library, reporter)
-    in_torch = _torch_rows(bundle, options)
+    in_torch = _torch_rows(bundle, options, adapters)
     with written_graphs(bundle) as graphs:
-        rows = [*_graph_rows(graphs, library, options.threads), *in_torch]
-        return measure(
-            rows,
+        rows = {
+            **_graph_rows(graphs, library, options.threads, _ways(bundle, adapters)),
+            **dict.fromkeys(in_torch, graphs.adapted_work),
+        }
+        benchmark = measure(
+            list(rows),
             BYPASSED,
             workloads,
             options.turns,
             vocabulary=bundle.manifest.tokens.vocabulary,
             threads=options.threads,
-            works={BYPASSED: graphs.bypassed_work, **{row.name: graphs.adapted_work for row in rows[1:]}},
+            works={row.name: work for row, work in rows.items()},
             memory=options.memory,
             reporter=reporter,
         )
+    return replace(benchmark, adapters=adapters)
 
 
 def choose_workloads(bundle: Bundle, options: BenchOptions) -> list[Workload]:
@@ -122,25 +136,62 @@ def _find_library(bundle: Bundle, given: Path | None, reporter: Reporter) -> Pat
         return None
 
 
-def _graph_rows(graphs: Graphs, library: Path | None, threads: int) -> list[Row]:
-    rows: list[Row] = [
-        GraphRow(BYPASSED, graphs.bypassed, threads=threads),
-        GraphRow(BODY, graphs.adapted, threads=threads),
-    ]
-    if library is not None:
-        rows.append(GraphRow(NATIVE, graphs.adapted, library, threads))
+def _adapters(bundle: Bundle, only: Sequence[str]) -> tuple[str, ...]:
+    """Of a shelf: what rows have, as many as fit into the slots at a time."""
+    if bundle.manifest.shelf is None and not only:
+        return ()
+    shelf = require_shelf(bundle)
+    for name in only:
+        require_known(bundle, shelf, name)
+    return tuple(dict.fromkeys(only or shelf["adapters"]))[: shelf["slots"]]
+
+
+def _ways(bundle: Bundle, adapters: Sequence[str]) -> Mapping[str, tuple[str | None, ...]]:
+    """What the rows of a batch have, each way by its name."""
+    if bundle.manifest.shelf is None:
+        return {"": ()}
+    found: dict[str, tuple[str | None, ...]] = {}
+    if adapters:
+        found[ONE] = tuple(adapters[:1])
+    if len(adapters) > 1:
+        found[MIXED] = tuple(adapters)
+    return {**found, BASE: (None,)}
+
+
+def _graph_rows(
+    graphs: Graphs, library: Path | None, threads: int, ways: Mapping[str, tuple[str | None, ...]]
+) -> dict[Row, Work]:
+    rows: dict[Row, Work] = {GraphRow(BYPASSED, graphs.bypassed, threads=threads): graphs.bypassed_work}
+    for name, native in ((BODY, None), *([(NATIVE, library)] if library is not None else [])):
+        for way, adapters in ways.items():
+            row = GraphRow(f"{name}, {way}" if way else name, graphs.adapted, native, threads, adapters)
+            own = replace(graphs.adapted_work, adapters=len(adapters))
+            rows[row] = graphs.bypassed_work if None in adapters else own
     return rows
 
 
-def _torch_rows(bundle: Bundle, options: BenchOptions) -> Sequence[Row]:
+def _torch_rows(bundle: Bundle, options: BenchOptions, adapters: Sequence[str]) -> Sequence[Row]:
     chosen = [(EAGER, False)] * options.pytorch + [(COMPILED, True)] * options.compiled
     if not chosen:
         return ()
     from teamlora_export.validate.sources import open_sources
 
-    manifest = bundle.manifest
-    base, adapter = open_sources(bundle, options.base, options.adapter, manifest.adapter["sha256"])
+    manifest, folder, sha256 = bundle.manifest, options.adapter, bundle.manifest.adapter["sha256"]
+    if manifest.shelf is not None:
+        if not adapters:
+            raise ExportError(f"{bundle.folder}: its shelf is empty, and PyTorch runs one adapter. Leave it out.")
+        origin = manifest.shelf["adapters"][adapters[0]]["origin"]
+        folder, sha256 = folder or Path(origin["source"]), origin["sha256"]
+    base, adapter = open_sources(bundle, options.base, folder, sha256)
     return [
-        TorchRow(name, base.name, adapter.source, manifest.task, manifest.dtype, options.threads, compiled)
+        TorchRow(
+            f"{name}, {ONE}" if adapters else name,
+            base.name,
+            adapter.source,
+            manifest.task,
+            manifest.dtype,
+            options.threads,
+            compiled,
+        )
         for name, compiled in chosen
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from teamlora_export.bundle import Bundle
+from teamlora_export.bundle import Bundle, refuse_shelf
 from teamlora_export.deploy.engine import add_engine, refuse_stray_plugin
 from teamlora_export.deploy.folder import TEMPLATES, deployment, require_cpu_dtype
 from teamlora_export.deploy.genai import add_genai_files
@@ -42,7 +42,9 @@ def deploy_cpp(
         raise ExportError("--library is for ONNX Runtime, and an engine runs without it. Leave one of them out.")
     if engine is None:
         require_cpu_dtype(bundle, "cpp")
-    with deployment(bundle, out, "cpp", MODEL_FOLDER, engine is None, logits) as made:
+    else:
+        refuse_shelf(bundle, "`deploy cpp --engine`")
+    with deployment(bundle, out, "cpp", MODEL_FOLDER, engine is None, logits, shelf="slots") as made:
         facts = add_engine(made, engine, plugin) if engine is not None else None
         # The program's tokenizer is onnxruntime-genai's, which reads text generators' alone.
         words = bundle.manifest.task == "text-generation" and why_unreadable(bundle) is None

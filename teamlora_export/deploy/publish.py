@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from teamlora_export.bundle import ADAPTERS_NAME, DATA_NAME, Bundle, shelved_files
+from teamlora_export.deploy.cpp import MODEL_FOLDER
 from teamlora_export.deploy.folder import DEPLOY_NAME, SHELF_FORMAT_VERSION, Description, shelf_of
 from teamlora_export.disk import sync, sync_names
 from teamlora_export.errors import ExportError
@@ -53,8 +54,10 @@ def publish_shelf(bundle: Bundle, out: Path) -> list[str]:
 
 
 def _record_of(out: Path) -> Path:
-    """What describes the model of a deployment: in its folder, or in a model's of a repository."""
-    found = [path for path in (out / DEPLOY_NAME, *sorted(out.glob(f"models/*/1/{DEPLOY_NAME}"))) if path.is_file()]
+    """What describes the model of a deployment: in its folder, in that of a program in C++, or in a model's of a
+    repository."""
+    places = (out / DEPLOY_NAME, out / MODEL_FOLDER / DEPLOY_NAME, *sorted(out.glob(f"models/*/1/{DEPLOY_NAME}")))
+    found = [path for path in places if path.is_file()]
     if len(found) != 1:
         raise ExportError(f"{out}: is not a deployment (no {DEPLOY_NAME}). Make one with `teamlora-export deploy`.")
     return found[0]

@@ -41,6 +41,8 @@ else:
     from words import StoppedText, TextStream, encode_text, open_tokenizer
 
 _LIBRARY_NAME = "libteamlora_onnxruntime.so"
+# In place of an adapter's name, which begins with a letter or a digit.
+_BASE_ALONE = "-"
 # A longer prompt is read in parts of so many tokens, which bounds the memory that it takes.
 _PART = 512
 
@@ -205,9 +207,11 @@ def _arriving(scheduler: Scheduler, answers: Sequence[Answer]) -> Iterator[tuple
                 raise ModelError(str(error)) from None
 
 
-def shared_adapters(adapters: Sequence[str], count: int) -> Sequence[str] | None:
-    """One that is named once is that of all `count` prompts; None: there is none."""
-    return [*adapters] * count if len(adapters) == 1 else adapters or None
+def shared_adapters(adapters: Sequence[str], count: int) -> Sequence[str | None] | None:
+    """Of `count` prompts, as a command line names them: one that is named once is that of all, `-` is the base alone.
+    None: there is none."""
+    named = [None if name == _BASE_ALONE else name for name in adapters]
+    return named * count if len(named) == 1 else named or None
 
 
 def answer(
@@ -264,7 +268,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the likeliest that are so likely together")
     parser.add_argument("--repetition-penalty", type=float, default=1.0, help="of tokens that are there already")
     parser.add_argument("--seed", type=_number, help="the same one draws the same tokens")
-    adapter_help = "of a model with several: the name of the one to answer with; again for each prompt's own"
+    adapter_help = (
+        "of a model with several: the name of the one to answer with; again for each prompt's own, - for none"
+    )
     parser.add_argument("--adapter", action="append", default=[], metavar="NAME", help=adapter_help)
     parser.add_argument("--stop", action="append", default=[], help="end an answer before this string; again for more")
     parser.add_argument("--model", type=Path, default=Path(__file__).parent, help="the model's folder")
@@ -307,10 +313,14 @@ def _answer(given: argparse.Namespace) -> None:
     )
     drawn = Sampling(given.temperature, given.top_k, given.top_p, given.repetition_penalty, seed=given.seed)
     if given.ids and model.generates:
-        found = model.generate([given.ids], given.tokens, sampling=drawn, adapters=given.adapter or None)
+        named = shared_adapters(given.adapter, 1)
+        found = model.generate([given.ids], given.tokens, sampling=drawn, adapters=named)
         _write(" ".join(map(str, found[0])) + "\n")
     elif given.ids:
-        _write(" ".join(map(str, np.ravel(model.encode([given.ids], given.adapter or None)[0]).tolist())) + "\n")
+        _write(
+            " ".join(map(str, np.ravel(model.encode([given.ids], shared_adapters(given.adapter, 1))[0]).tolist()))
+            + "\n"
+        )
     elif model.generates:
         prompts = [prompt.replace("\\n", "\n") for prompt in given.prompts]
         count, seconds = answer(model, prompts, given.tokens, _write, drawn, given.stop, given.adapter)

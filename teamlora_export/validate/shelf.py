@@ -28,7 +28,7 @@ from teamlora_export.errors import ExportError
 from teamlora_export.graph.read import read_graph
 from teamlora_export.model.base import BaseModel
 from teamlora_export.progress import Reporter
-from teamlora_export.shelf import change_manifest, require_shelf, some_names
+from teamlora_export.shelf import change_manifest, require_known, require_shelf
 from teamlora_export.validate.cases import Case, Feeds, Step, first_step, make_cases, next_step
 from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
 from teamlora_export.validate.onnx_runner import OnnxRunner, SlotFill, open_session, run_session
@@ -54,8 +54,7 @@ def open_shelf_sources(
     """
     manifest, shelf = bundle.manifest, require_shelf(bundle)
     for name in (*only, *moved):
-        if name not in shelf["adapters"]:
-            raise ExportError(f"{bundle.folder}: has no adapter {name!r:.80}; it has {some_names(shelf['adapters'])}.")
+        require_known(bundle, shelf, name)
     names = list(dict.fromkeys(only)) or list(shelf["adapters"])
     if not names:
         raise ExportError(f"{bundle.folder}: its shelf is empty, so that there is nothing to judge.")

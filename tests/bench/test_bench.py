@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,12 +20,14 @@ import torch
 import teamlora_export
 from teamlora_export.bench import rows
 from teamlora_export.bench.alone import measure_alone
-from teamlora_export.bench.run import BODY, BYPASSED, EAGER, BenchOptions, bench_bundle, choose_workloads
+from teamlora_export.bench.run import BODY, BYPASSED, EAGER, NATIVE, BenchOptions, bench_bundle, choose_workloads
 from teamlora_export.bench.turns import AGAIN, Workload
 from teamlora_export.bundle import read_bundle
 from teamlora_export.cli import _WrongUsage as WRONG_USAGE
 from teamlora_export.cli import app
 from teamlora_export.deploy.cores import usable_cores
+from teamlora_export.deploy.runner import Model
+from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.errors import ExportError
 from teamlora_export.page import refuse_foreign_report
 
@@ -68,6 +71,48 @@ def test_every_figure_is_in_the_json_the_page_and_the_plot(make_bundle, tmp_path
     # Reports replace reports.
     refuse_foreign_report(report)
     refuse_foreign_report(plot)
+
+
+def test_a_shelf_is_measured_with_one_adapter_with_several_and_with_none(make_shelf, tmp_path, monkeypatch):
+    """What rows have is what their names say: three slots, five adapters."""
+    asked: dict[tuple[str | None, ...], int] = {}
+    ask = Model.ask
+
+    def watched(self: Model, prompts: list[list[int]], *given: object, **options: Any) -> object:
+        names = tuple(options["adapters"] or ())
+        asked[names] = asked.get(names, 0) + 1
+        return ask(self, prompts, *given, **options)
+
+    monkeypatch.setattr(Model, "ask", watched)
+    places = ("--json", tmp_path / "bench.json", "--report", tmp_path / "bench.html", "--no-memory")
+    given = (make_shelf().folder, *BRIEF, "--length", 5, "--batch", 4, *places, "--library", build_library().path)
+    app(["bench", *map(str, given)], standalone_mode=False)
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert found["adapters"] == ["team", "small", "lora"]
+    ways = ("one adapter", "mixed adapters", "base alone")
+    rows = {f"{op}, {way}" for op in (BODY, NATIVE) for way in ways}
+    assert {figure["row"] for figure in found["figures"]} == {BYPASSED, AGAIN, *rows}
+    # Body and native op, two turns and the one before them; the baseline has no shelf.
+    names = [("team",) * 4, ("team", "small", "lora", "team"), (None,) * 4]
+    assert asked == {**dict.fromkeys(names, 6), (): 6}
+    floors = {f["row"]: f["floor"]["bytes"] for f in found["figures"] if f["quantity"] == "decode" and f["floor"]}
+    one, mixed, base = (floors[f"{NATIVE}, {way}"] for way in ways)
+    assert base == 1 < one < mixed
+    assert mixed - 1 == pytest.approx(3 * (one - 1))
+    assert "team, small, lora" in (tmp_path / "bench.html").read_text()
+
+
+def test_of_a_shelf_those_are_measured_that_are_named_beside_pytorch_with_the_first(make_shelf, make_bundle):
+    brief = BenchOptions(lengths=(5,), batches=(2,), count=2, turns=1, memory=False, pytorch=True, only=("moe",))
+    benchmark = bench_bundle(make_shelf(), brief)
+    assert benchmark.adapters == ("moe",)
+    rows = {figure.row for figure in benchmark.figures}
+    assert {f"{BODY}, one adapter", f"{BODY}, base alone", f"{EAGER}, one adapter"} <= rows
+    assert not any("mixed" in row for row in rows)
+    with pytest.raises(ExportError, match="has no adapter 'nobody'; it has hydra, lora"):
+        bench_bundle(make_shelf(), replace(brief, only=("nobody",)))
+    with pytest.raises(ExportError, match="and no shelf"):
+        bench_bundle(make_bundle("llama"), brief)
 
 
 def test_what_cannot_be_printed_is_kept_in_files_all_the_same(make_bundle, tmp_path):

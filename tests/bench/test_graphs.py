@@ -3,6 +3,7 @@ form of a bundle is measured."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from teamlora_export.bench.graphs import bypass_experts, written_graphs
 from teamlora_export.bench.rows import GraphRow
 from teamlora_export.bench.run import BODY, BYPASSED, EAGER, NATIVE, BenchOptions, bench_bundle, choose_workloads
 from teamlora_export.bench.turns import AGAIN, Workload
+from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.scheduler import Scheduler
 from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.errors import ExportError
@@ -90,6 +92,35 @@ def test_the_work_of_a_bundle_is_that_of_its_shapes(op_form, make_bundle):
     # Beside the weights there is a table of a few frequencies for the positions.
     assert base <= bypassed.each <= base + 8
     assert 4 * (base + head + norms) <= bypassed.bytes <= 4 * (base + head + norms + 16)
+
+
+@pytest.mark.parametrize("op_form", ["function", "standard"])
+def test_the_work_of_a_shelf_grows_with_the_adapters_that_a_batch_has(op_form, make_shelf):
+    """Slots of the tiny Llama's shelf, all of whose modules have one: down [a + k, in], mix [k, k], up [k c, out]."""
+    bundle = make_shelf(op_form=op_form)
+    with written_graphs(bundle) as graphs:
+        adapted, bypassed = graphs.adapted_work, graphs.bypassed_work
+    slots = bundle.manifest.refit["projections"].values()
+    numbers = sum((a + k) * d_in + k * k + k * c * d_out for d_in, d_out, a, k, c in slots)
+    assert adapted.slot == 4 * numbers
+    assert adapted.bytes == bypassed.bytes
+    assert adapted.each - bypassed.each == numbers
+    assert (bypassed.slot, bypassed.adapters) == (0, 0)
+    three = replace(adapted, adapters=3)
+    assert floor(three, bypassed, 1, batch=8).bytes == 1 + 3 * adapted.slot / bypassed.bytes
+    assert floor(three, bypassed, 1, batch=2).bytes == 1 + 2 * adapted.slot / bypassed.bytes
+
+
+@pytest.mark.parametrize("op_form", ["function", "standard"])
+def test_the_bypassed_graph_of_a_shelf_is_the_base_and_the_other_has_each_rows_adapter(op_form, make_shelf):
+    bundle = make_shelf(op_form=op_form)
+    prompts = [[5, 9, 200, 31], [77, 3, 4, 300]]
+    expected = Model(bundle.folder)
+    with written_graphs(bundle) as graphs:
+        assert Model(graphs.bypassed, check=False).generate(prompts, 8) == expected.generate(prompts, 8)
+        names = ["team", "small"]
+        found = Model(graphs.adapted, check=False).generate(prompts, 8, adapters=names)
+    assert found == expected.generate(prompts, 8, adapters=names) != expected.generate(prompts, 8)
 
 
 def test_a_floor_is_the_added_bytes_and_operations():

@@ -12,7 +12,8 @@ import onnx_ir as ir
 import onnxruntime_genai as og
 import pytest
 import torch
-from conftest import ARCHITECTURES, MIXTURES, OTHERS, ROTATIONS, build_cpp
+from conftest import ARCHITECTURES, MIXTURES, OTHERS, ROTATIONS
+from cpp_programs import build_cpp
 
 from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.deploy.cpp import deploy_cpp

@@ -4,7 +4,8 @@
 //     echo "504 3575 282" | runner --ids            a line of token ids is a prompt, and so is a line of the answer
 //
 // Options: --model DIR (default: model), --tokens N (64), --backend onnxruntime|tensorrt, --engine NAME,
-// --library FILE (with the op, for ONNX Runtime), --threads N, --no-check (leaves out the comparison of hashes).
+// --library FILE (with the op, for ONNX Runtime), --threads N, --no-check (leaves out the comparison of hashes),
+// --adapter NAME (of a model with several: the one to answer with; again for each prompt's own, - for none).
 // Without prompts, the standard input is one. Exit codes: 0 done, 2 wrong input or environment.
 #include <charconv>
 #include <chrono>
@@ -22,12 +23,21 @@ namespace {
 using teamlora::Error;
 using teamlora::Tokens;
 
+// In place of an adapter's name, which begins with a letter or a digit.
+constexpr const char* kBaseAlone = "-";
+
 struct Arguments {
     std::filesystem::path model = "model";
     std::size_t count = 64;
     bool ids = false;
     std::vector<std::string> prompts;
+    teamlora::AdapterNames adapters;
     teamlora::Options options;
+
+    // One that is named once is that of all prompts.
+    teamlora::AdapterNames adapters_of(std::size_t rows) const {
+        return adapters.size() == 1 ? teamlora::AdapterNames(rows, adapters[0]) : adapters;
+    }
 };
 
 int number(const std::string& option, const std::string& text) {
@@ -64,6 +74,9 @@ Arguments parse(const std::vector<std::string>& words) {
             arguments.options.op_library = value();
         } else if (word == "--threads") {
             arguments.options.threads = number(word, value());
+        } else if (word == "--adapter") {
+            const std::string& name = value();
+            arguments.adapters.push_back(name == kBaseAlone ? std::nullopt : std::make_optional(name));
         } else if (word == "--no-check") {
             arguments.options.check_files = false;
         } else if (word.rfind("--", 0) == 0) {
@@ -130,17 +143,21 @@ void generate_text(const teamlora::Runner& runner, const teamlora::Tokenizer& to
     std::vector<Tokens> ids;
     for (const std::string& prompt : arguments.prompts) ids.push_back(tokenizer.encode(prompt));
     const auto started = std::chrono::steady_clock::now();
+    const teamlora::AdapterNames adapters = arguments.adapters_of(ids.size());
     std::vector<Tokens> answers;
     if (ids.size() == 1) {
         teamlora::TextStream stream(tokenizer);
         std::cout << printable(arguments.prompts[0]) << std::flush;
-        answers = runner.generate(ids, arguments.count, [&](std::size_t, std::int64_t token) {
-            std::cout << printable(stream.add(token)) << std::flush;
-            return true;
-        });
+        answers = runner.generate(
+            ids, arguments.count,
+            [&](std::size_t, std::int64_t token) {
+                std::cout << printable(stream.add(token)) << std::flush;
+                return true;
+            },
+            adapters);
         std::cout << '\n';
     } else {
-        answers = runner.generate(ids, arguments.count);
+        answers = runner.generate(ids, arguments.count, {}, adapters);
         for (std::size_t row = 0; row < ids.size(); ++row) {
             std::cout << printable(arguments.prompts[row] + tokenizer.decode(answers[row])) << '\n';
         }
@@ -154,10 +171,11 @@ void run(Arguments arguments) {
     std::cout.precision(9);
     if (arguments.ids) {
         const std::vector<Tokens> prompts = read_ids(std::cin);
+        const teamlora::AdapterNames adapters = arguments.adapters_of(prompts.size());
         if (runner.generates()) {
-            for (const Tokens& answer : runner.generate(prompts, arguments.count)) print_line(answer);
+            for (const Tokens& answer : runner.generate(prompts, arguments.count, {}, adapters)) print_line(answer);
         } else {
-            for (const auto& row : runner.encode(prompts)) print_line(row);
+            for (const auto& row : runner.encode(prompts, adapters)) print_line(row);
         }
         return;
     }
@@ -170,7 +188,7 @@ void run(Arguments arguments) {
     } else {
         std::vector<Tokens> ids;
         for (const std::string& text : arguments.prompts) ids.push_back(tokenizer.encode(text));
-        for (const auto& row : runner.encode(ids)) print_line(row);
+        for (const auto& row : runner.encode(ids, arguments.adapters_of(ids.size()))) print_line(row);
     }
 }
 

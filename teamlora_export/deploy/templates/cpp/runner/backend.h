@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "adapters.h"
 #include "folder.h"
 #include "runner.h"
 
@@ -32,10 +33,14 @@ class Backend {
 public:
     virtual ~Backend() = default;
     virtual std::string description() const = 0;
-    // A request of `batch` prompts, at most `most` tokens each, answer included.
-    virtual std::unique_ptr<Decoder> start(std::size_t batch, std::size_t most) const = 0;
+    // Those that rows can have; null: the model has one of its own.
+    virtual Adapters* adapters() const { return nullptr; }
+    // A request of `batch` prompts, at most `most` tokens each, answer included. `slots`: of its rows, which are held
+    // for as long as the decoder is there.
+    virtual std::unique_ptr<Decoder> start(std::size_t batch, std::size_t most, const Slots& slots = {}) const = 0;
     // Runs a model without a cache: ids and mask [batch, tokens]. Returns the output, batch first.
-    virtual std::vector<float> encode(const Tokens& ids, const Tokens& mask, std::size_t batch) const = 0;
+    virtual std::vector<float> encode(const Tokens& ids, const Tokens& mask, std::size_t batch,
+                                      const Slots& slots = {}) const = 0;
 };
 
 #ifdef TEAMLORA_ONNXRUNTIME

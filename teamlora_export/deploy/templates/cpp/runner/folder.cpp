@@ -1,15 +1,12 @@
 #include "folder.h"
 
-#include <openssl/evp.h>
-
 #include <algorithm>
-#include <array>
 #include <fstream>
 #include <map>
-#include <memory>
 #include <nlohmann/json.hpp>
 
 #include "error.h"
+#include "hash.h"
 
 namespace teamlora {
 namespace {
@@ -17,8 +14,11 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-constexpr std::int64_t kFormatVersion = 1;
+// 2 is what has a shelf of adapters.
+constexpr std::int64_t kFormatVersion = 2;
 constexpr std::int64_t kLargestId = std::int64_t{1} << 31;
+constexpr std::int64_t kMostSlots = 4096;
+constexpr std::size_t kHashDigits = 64;
 constexpr std::uintmax_t kLargestJson = 64u << 20;
 // What is opened in a model's folder: a list of hashes without one of them is not whole.
 constexpr const char* kOpened[] = {"model.onnx",     "model.onnx.data",       "adapter.onnx.data",
@@ -41,29 +41,18 @@ json read_json(const fs::path& path) {
     }
 }
 
-std::string sha256(const fs::path& path) {
+std::string sha256_of(const fs::path& path) {
     // Opening a FIFO would wait for a writer.
     std::ifstream file;
     if (is_file(path)) file.open(path, std::ios::binary);
     if (!file.is_open()) throw Error(path.string() + ": is missing or cannot be read. Copy the folder again.");
-    const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(), EVP_MD_CTX_free);
     std::vector<char> block(1 << 20);
-    std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};
-    unsigned int size = 0;
-    bool fine = context != nullptr && EVP_DigestInit_ex(context.get(), EVP_sha256(), nullptr) == 1;
-    while (fine && file) {
+    Sha256 sum;
+    while (file) {
         file.read(block.data(), static_cast<std::streamsize>(block.size()));
-        fine = EVP_DigestUpdate(context.get(), block.data(), static_cast<std::size_t>(file.gcount())) == 1;
+        sum.add(block.data(), static_cast<std::size_t>(file.gcount()));
     }
-    if (!fine || EVP_DigestFinal_ex(context.get(), digest.data(), &size) != 1) {
-        throw Error(path.string() + ": its SHA-256 cannot be computed.");
-    }
-    std::string text;
-    for (unsigned int i = 0; i < size; ++i) {
-        constexpr char kDigits[] = "0123456789abcdef";
-        text += {kDigits[digest[i] >> 4], kDigits[digest[i] & 15]};
-    }
-    return text;
+    return sum.digits();
 }
 
 bool stays_inside(const fs::path& relative) {
@@ -91,7 +80,7 @@ void check_files(const fs::path& folder, const std::map<std::string, std::string
         if (!stays_inside(name)) {
             throw Error(described.string() + ": names " + name + ", which is not in its folder.");
         }
-        if (sha256(folder / name) != expected) {
+        if (sha256_of(folder / name) != expected) {
             throw Error((folder / name).string() +
                         ": is not the file that belongs here (its SHA-256 differs). Copy it again.");
         }
@@ -119,16 +108,34 @@ void read_tokens(const json& tokens, Folder& folder) {
     }
 }
 
+// The adapters that deploy.json lists, whose hashes are among those of `files`.
+std::optional<Shelf> read_shelf(const json& deployed, const std::map<std::string, std::string>& files) {
+    if (!deployed.contains("shelf") || deployed["shelf"].is_null()) return {};
+    Shelf shelf;
+    const std::int64_t slots = whole(deployed["shelf"].at("slots"), 1);
+    if (slots < 1 || slots > kMostSlots) throw Error("its shelf has slots that are not as they should be");
+    shelf.slots = static_cast<std::size_t>(slots);
+    for (const auto& [name, fields] : deployed["shelf"].at("adapters").get<std::map<std::string, json>>()) {
+        const auto file = fields.at("file").get<std::string>();
+        const auto listed = files.find(file);
+        if (listed == files.end() || listed->second.size() != kHashDigits || !stays_inside(file)) {
+            throw Error("its adapter " + name.substr(0, 80) + " is not as it should be");
+        }
+        shelf.adapters[name] = {file, listed->second};
+    }
+    return shelf;
+}
+
 }  // namespace
 
 Folder open_folder(const fs::path& path, bool check) {
-    const fs::path described = path / "deploy.json";
+    Folder folder;
+    folder.path = path;
+    const fs::path described = folder.description();
     if (!is_file(described)) {
         throw Error(path.string() + ": holds no deploy.json. Is it the model's folder?");
     }
     const json deployed = read_json(described);
-    Folder folder;
-    folder.path = path;
     std::map<std::string, std::string> files;
     try {
         const std::int64_t version = whole(deployed.at("format_version"), 1);
@@ -138,11 +145,15 @@ Folder open_folder(const fs::path& path, bool check) {
         folder.task = deployed.at("task").get<std::string>();
         read_tokens(deployed.at("tokens"), folder);
         deployed.at("files").get_to(files);
+        folder.shelf = read_shelf(deployed, files);
     } catch (const std::exception& error) {
         throw Error(described.string() + ": cannot be read (" + error.what() + "). Copy the folder again.");
     }
     for (const auto& file : files) {
         if (is_engine(file.first)) folder.engines.push_back(fs::path(file.first).stem().string());
+    }
+    if (folder.shelf) {
+        for (const auto& adapter : folder.shelf->adapters) files.erase(adapter.second.name);
     }
     if (check) check_files(path, files);
     return folder;

@@ -3,10 +3,24 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 namespace teamlora {
+
+// The adapters that rows can have, each a file of its own.
+struct Shelf {
+    struct File {
+        // Relative to the model's folder.
+        std::string name;
+        std::string sha256;
+    };
+    // So many are to be in memory at a time.
+    std::size_t slots = 0;
+    std::map<std::string, File> adapters;
+};
 
 struct Folder {
     std::filesystem::path path;
@@ -23,13 +37,18 @@ struct Folder {
     bool takes_padding = true;
     // Names of the engines in `engines/`.
     std::vector<std::string> engines;
+    // Nothing: the model has one adapter of its own.
+    std::optional<Shelf> shelf;
+
+    std::filesystem::path description() const { return path / "deploy.json"; }
 
     std::filesystem::path model() const { return path / "model.onnx"; }
     std::filesystem::path engine(const std::string& name) const { return path / "engines" / (name + ".engine"); }
     std::filesystem::path plugin() const { return path / "plugins" / "libteamlora_tensorrt.so"; }
 };
 
-// Reads the folder's deploy.json; with `check`, compares every file with its hash. Throws an Error.
+// Reads the folder's deploy.json; with `check`, compares every file with its hash, but for the shelf's, which is done
+// when they are needed: there may be many. Throws an Error.
 Folder open_folder(const std::filesystem::path& path, bool check);
 
 }  // namespace teamlora

@@ -8,6 +8,7 @@
 
 #include "backend.h"
 #include "cores.h"
+#include "onnxruntime_slots.h"
 
 namespace teamlora {
 namespace {
@@ -78,6 +79,7 @@ public:
         try {
             session_ = Ort::Session(environment_, folder.model().c_str(), session_options);
             read_ports();
+            slots_ = OnnxRuntimeSlots(session_, folder, options.check_files);
         } catch (const Ort::Exception& error) {
             throw Error(folder.model().string() + ": ONNX Runtime " + Ort::GetVersionString() + " cannot load it (" +
                         brief(error) + ").");
@@ -86,12 +88,16 @@ public:
 
     std::string description() const override { return "ONNX Runtime " + Ort::GetVersionString(); }
 
-    std::unique_ptr<Decoder> start(std::size_t batch, std::size_t most) const override;
+    Adapters* adapters() const override { return slots_.adapters(); }
 
-    std::vector<float> encode(const Tokens& ids, const Tokens& mask, std::size_t batch) const override {
+    std::unique_ptr<Decoder> start(std::size_t batch, std::size_t most, const Slots& slots) const override;
+
+    std::vector<float> encode(const Tokens& ids, const Tokens& mask, std::size_t batch,
+                              const Slots& slots) const override {
         const Tokens types(ids.size(), 0);
         std::vector<Ort::Value> values;
         for (const Port& input : inputs_) values.push_back(numbers(named(input.name, ids, mask, types), batch));
+        slots_.add_values(values, slots);
         const std::vector<Ort::Value> outputs = run(values, {result()});
         return read_floats(outputs[0], 0, outputs[0].GetTensorTypeAndShapeInfo().GetElementCount());
     }
@@ -107,6 +113,7 @@ public:
 
     const std::vector<Port>& inputs() const { return inputs_; }
     const std::vector<Port>& outputs() const { return outputs_; }
+    const OnnxRuntimeSlots& slots() const { return slots_; }
 
     std::vector<Ort::Value> run(const std::vector<Ort::Value>& values, const std::vector<Port>& wanted) const {
         std::vector<Ort::Value> outputs;
@@ -120,6 +127,7 @@ public:
                   const std::vector<Port>& wanted) const {
         std::vector<const char*> input_names, output_names;
         for (const Port& input : inputs_) input_names.push_back(input.name.c_str());
+        slots_.add_names(input_names);
         for (const Port& output : wanted) output_names.push_back(output.name.c_str());
         try {
             session_.Run(Ort::RunOptions(nullptr), input_names.data(), values.data(), values.size(),
@@ -192,12 +200,14 @@ private:
     // Run is not const, though it may be called by many threads.
     mutable Ort::Session session_{nullptr};
     std::vector<Port> inputs_, outputs_;
+    OnnxRuntimeSlots slots_;
 };
 
 // What both ways to keep a cache have in common.
 class Cache : public Decoder {
 public:
-    Cache(const OnnxRuntime& model, std::size_t batch) : model_(model), batch_(batch) {
+    Cache(const OnnxRuntime& model, std::size_t batch, const Slots& slots)
+        : model_(model), batch_(batch), slots_(slots) {
         const auto add = [&](auto matches) {
             const auto found = std::find_if(model_.outputs().begin(), model_.outputs().end(), matches);
             if (found == model_.outputs().end()) throw Error("The model's outputs do not match its inputs.");
@@ -208,11 +218,23 @@ public:
             if (!is_past(input.name)) continue;
             add([&](const Port& output) { return is_present(output.name) && past_name(output.name) == input.name; });
         }
+        for (const Port& input : model_.inputs())
+            values_.push_back(is_past(input.name) ? zeros(input, 0) : Ort::Value(nullptr));
+        model_.slots().add_values(values_, slots_);
     }
 
     std::size_t part() const override { return kPart; }
 
 protected:
+    // Puts what a call reads among the inputs, which must outlive it.
+    void set_numbers(const Tokens& ids, const Tokens& mask, const Tokens& positions) {
+        for (std::size_t i = 0; i < model_.inputs().size(); ++i) {
+            const std::string& name = model_.inputs()[i].name;
+            if (!is_past(name))
+                values_[i] = OnnxRuntime::numbers(OnnxRuntime::named(name, ids, mask, positions), batch_);
+        }
+    }
+
     // A tensor of zeros for `cache`, [batch, heads, places, size of a head].
     Ort::Value zeros(const Port& cache, std::size_t places) const {
         std::vector<std::int64_t> shape = cache.shape;
@@ -242,8 +264,12 @@ protected:
     std::size_t batch_;
     // The logits, then the cache in the order in which it goes in again.
     std::vector<Port> outputs_;
+    // In the order of the model's inputs, and what rows with adapters take beside them, which reads
+    // `slots_`.
+    std::vector<Ort::Value> values_;
 
 private:
+    const Slots slots_;
     Ort::AllocatorWithDefaultOptions allocator_;
     std::vector<float> logits_;
 };
@@ -251,28 +277,17 @@ private:
 // The cache is what the last call gave out.
 class GrowingCache : public Cache {
 public:
-    GrowingCache(const OnnxRuntime& model, std::size_t batch) : Cache(model, batch) {
-        for (const Port& input : model_.inputs()) {
-            if (is_past(input.name)) cache_.push_back(zeros(input, 0));
-        }
-    }
+    using Cache::Cache;
 
     const std::vector<float>& run(const Tokens& ids, const Tokens& mask, const Tokens& positions) override {
-        std::vector<Ort::Value> values;
-        std::size_t next = 0;
-        for (const Port& input : model_.inputs()) {
-            values.push_back(is_past(input.name)
-                                 ? std::move(cache_[next++])
-                                 : OnnxRuntime::numbers(OnnxRuntime::named(input.name, ids, mask, positions), batch_));
+        set_numbers(ids, mask, positions);
+        std::vector<Ort::Value> outputs = model_.run(values_, outputs_);
+        std::size_t next = 1;
+        for (std::size_t i = 0; i < model_.inputs().size(); ++i) {
+            if (is_past(model_.inputs()[i].name)) values_[i] = std::move(outputs[next++]);
         }
-        std::vector<Ort::Value> outputs = model_.run(values, outputs_);
-        cache_.clear();
-        std::move(outputs.begin() + 1, outputs.end(), std::back_inserter(cache_));
         return read_last(outputs[0]);
     }
-
-private:
-    std::vector<Ort::Value> cache_;
 };
 
 // The cache is a buffer for each layer and kind, into which the model writes: input and output are one memory. It is
@@ -281,20 +296,14 @@ private:
 // window and a part of the prompt is a ring: the model writes over what is not seen any more, and it grows no further.
 class InPlaceCache : public Cache {
 public:
-    InPlaceCache(const OnnxRuntime& model, std::size_t batch, std::size_t most) : Cache(model, batch), most_(most) {
-        for (const Port& input : model_.inputs())
-            values_.push_back(is_past(input.name) ? zeros(input, 0) : Ort::Value(nullptr));
-    }
+    InPlaceCache(const OnnxRuntime& model, std::size_t batch, std::size_t most, const Slots& slots)
+        : Cache(model, batch, slots), most_(most) {}
 
     const std::vector<float>& run(const Tokens& ids, const Tokens& mask, const Tokens& positions) override {
         const std::size_t needed = mask.size() / batch_;
         if (needed > capacity_)
             grow(std::min(std::max({needed, capacity_ * 5 / 4, kLeastCapacity}), std::max(needed, most_)));
-        for (std::size_t i = 0; i < values_.size(); ++i) {
-            const std::string& name = model_.inputs()[i].name;
-            if (!is_past(name))
-                values_[i] = OnnxRuntime::numbers(OnnxRuntime::named(name, ids, mask, positions), batch_);
-        }
+        set_numbers(ids, mask, positions);
         // Their size is the call's.
         ends_[0] = Ort::Value(nullptr);
         model_.run_into(ends_, values_, outputs_);
@@ -305,7 +314,7 @@ private:
     void grow(std::size_t capacity) {
         ends_.clear();
         ends_.emplace_back(nullptr);
-        for (std::size_t i = 0; i < values_.size(); ++i) {
+        for (std::size_t i = 0; i < model_.inputs().size(); ++i) {
             const Port& input = model_.inputs()[i];
             if (!is_past(input.name)) continue;
             // What a ring holds stands where it stood, as long as it was not full: it wraps from then on.
@@ -334,16 +343,16 @@ private:
     }
 
     std::size_t most_, capacity_ = 0;
-    // In the order of the model's inputs, and of `outputs_`.
-    std::vector<Ort::Value> values_, ends_;
+    // In the order of `outputs_`.
+    std::vector<Ort::Value> ends_;
 };
 
-std::unique_ptr<Decoder> OnnxRuntime::start(std::size_t batch, std::size_t most) const {
+std::unique_ptr<Decoder> OnnxRuntime::start(std::size_t batch, std::size_t most, const Slots& slots) const {
     const auto cache =
         std::find_if(inputs_.begin(), inputs_.end(), [](const Port& input) { return is_past(input.name); });
     if (cache == inputs_.end()) throw Error("The model has no KV cache, so it cannot generate text.");
-    if (cache->in_place) return std::make_unique<InPlaceCache>(*this, batch, most);
-    return std::make_unique<GrowingCache>(*this, batch);
+    if (cache->in_place) return std::make_unique<InPlaceCache>(*this, batch, most, slots);
+    return std::make_unique<GrowingCache>(*this, batch, slots);
 }
 
 }  // namespace

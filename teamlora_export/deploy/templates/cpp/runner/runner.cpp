@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
+#include <utility>
 
 #include "backend.h"
 #include "folder.h"
@@ -106,11 +108,57 @@ void require_numbers(std::vector<float>::const_iterator start, std::vector<float
     }
 }
 
+using Rows = std::vector<std::size_t>;
+
+std::size_t slot_count(const Backend& backend) {
+    return backend.adapters() == nullptr ? 0 : backend.adapters()->slots();
+}
+
+// The rows of each batch: at most so many, with no more adapters than there are slots.
+std::vector<Rows> batches(const std::vector<Found>& adapters, std::size_t most, std::size_t slots) {
+    std::vector<Rows> made;
+    std::set<std::string> theirs;
+    for (std::size_t row = 0; row < adapters.size(); ++row) {
+        const bool known = adapters[row] == nullptr || theirs.count(adapters[row]->sha256) != 0;
+        if (made.empty() || made.back().size() == most || (!known && theirs.size() == slots)) {
+            made.emplace_back();
+            theirs.clear();
+        }
+        if (adapters[row] != nullptr) theirs.insert(adapters[row]->sha256);
+        made.back().push_back(row);
+    }
+    return made;
+}
+
+template <typename T>
+std::vector<T> picked(const std::vector<T>& values, const Rows& rows) {
+    std::vector<T> some;
+    for (const std::size_t row : rows) some.push_back(values[row]);
+    return some;
+}
+
+// The slots of rows with these adapters, for as long as it is there.
+class HeldRows {
+public:
+    HeldRows(const Backend& backend, const std::vector<Found>& adapters) {
+        if (backend.adapters() != nullptr) held_.emplace(backend.adapters()->take(adapters));
+    }
+    Slots slots() const { return held_ ? held_->rows() : Slots(); }
+
+private:
+    std::optional<Adapters::Held> held_;
+};
+
 }  // namespace
 
 Runner::Runner(const std::filesystem::path& folder, const Options& options)
     : folder_(std::make_unique<Folder>(open_folder(folder, options.check_files))),
-      backend_(open_backend(*folder_, options)) {}
+      backend_(open_backend(*folder_, options)) {
+    if (folder_->shelf && backend_->adapters() == nullptr) {
+        throw Error(folder_->path.string() + ": has a shelf of adapters, which " + backend_->description() +
+                    " does not take here.");
+    }
+}
 
 Runner::~Runner() = default;
 Runner::Runner(Runner&&) noexcept = default;
@@ -120,22 +168,36 @@ bool Runner::generates() const { return folder_->task == "text-generation"; }
 
 std::string Runner::description() const { return backend_->description(); }
 
-std::vector<Tokens> Runner::generate(const std::vector<Tokens>& prompts, std::size_t count,
-                                     const OnToken& on_token) const {
+std::vector<Tokens> Runner::generate(const std::vector<Tokens>& prompts, std::size_t count, const OnToken& on_token,
+                                     const AdapterNames& adapters) const {
     if (!generates()) throw Error(folder_->path.string() + ": does not generate text.");
     check(prompts);
-    const std::size_t batch = prompts.size(), width = longest(prompts);
+    const std::vector<Found> found = find(adapters, prompts.size());
+    const std::size_t width = longest(prompts);
     count = room(width, count);
     const auto differs = [width](const Tokens& prompt) { return prompt.size() != width; };
-    if (!folder_->takes_padding && std::any_of(prompts.begin(), prompts.end(), differs)) {
-        return generate_apart(prompts, count, on_token);
+    const bool apart = !folder_->takes_padding && std::any_of(prompts.begin(), prompts.end(), differs);
+    std::vector<Tokens> answers(prompts.size());
+    for (const Rows& rows : batches(found, apart ? 1 : prompts.size(), slot_count(*backend_))) {
+        OnToken of_rows;
+        if (on_token) of_rows = [&](std::size_t row, std::int64_t token) { return on_token(rows[row], token); };
+        const HeldRows held(*backend_, picked(found, rows));
+        std::vector<Tokens> theirs = generate_batch(picked(prompts, rows), count, of_rows, held.slots());
+        for (std::size_t i = 0; i < rows.size(); ++i) answers[rows[i]] = std::move(theirs[i]);
     }
+    return answers;
+}
+
+std::vector<Tokens> Runner::generate_batch(const std::vector<Tokens>& prompts, std::size_t count,
+                                           const OnToken& on_token, const Slots& slots) const {
+    const std::size_t batch = prompts.size(), width = longest(prompts);
+    count = room(width, count);
     Tokens ids = pad(prompts, width, folder_->padding, true);
     Tokens mask = pad(ones_like(prompts), width, 0, true);
     Tokens positions = positions_of(mask, batch);
     std::vector<Tokens> answers(batch);
     std::vector<bool> going(batch, true);
-    const std::unique_ptr<Decoder> decoder = backend_->start(batch, width + count);
+    const std::unique_ptr<Decoder> decoder = backend_->start(batch, width + count, slots);
     for (std::size_t step = 0; step < count; ++step) {
         const std::vector<float>& logits = read(*decoder, ids, mask, positions, batch);
         const std::size_t vocabulary = logits.size() / batch;
@@ -160,33 +222,53 @@ std::vector<Tokens> Runner::generate(const std::vector<Tokens>& prompts, std::si
     return answers;
 }
 
-std::vector<Tokens> Runner::generate_apart(const std::vector<Tokens>& prompts, std::size_t count,
-                                           const OnToken& on_token) const {
-    std::vector<Tokens> answers;
-    for (std::size_t row = 0; row < prompts.size(); ++row) {
-        OnToken of_row;
-        if (on_token) of_row = [&on_token, row](std::size_t, std::int64_t token) { return on_token(row, token); };
-        answers.push_back(generate({prompts[row]}, count, of_row).front());
-    }
-    return answers;
-}
-
-std::vector<std::vector<float>> Runner::encode(const std::vector<Tokens>& inputs) const {
+std::vector<std::vector<float>> Runner::encode(const std::vector<Tokens>& inputs, const AdapterNames& adapters) const {
     if (generates()) throw Error(folder_->path.string() + ": generates text; it gives no vectors.");
     check(inputs);
-    const std::size_t batch = inputs.size(), width = longest(inputs);
-    const std::vector<float> values =
-        backend_->encode(pad(inputs, width, folder_->padding, false), pad(ones_like(inputs), width, 0, false), batch);
-    std::vector<std::vector<float>> rows;
-    const std::size_t each = values.size() / batch;
-    for (std::size_t row = 0; row < batch; ++row) {
-        const auto start = values.begin() + static_cast<std::ptrdiff_t>(row * each);
-        // Of hidden states, those of padding mean nothing.
-        require_numbers(start, start + static_cast<std::ptrdiff_t>(std::max<std::size_t>(
-                                           each * inputs[row].size() / width, std::min<std::size_t>(each, 1))));
-        rows.emplace_back(start, start + static_cast<std::ptrdiff_t>(each));
+    const std::vector<Found> found = find(adapters, inputs.size());
+    const std::size_t width = longest(inputs);
+    std::vector<std::vector<float>> vectors(inputs.size());
+    for (const Rows& rows : batches(found, inputs.size(), slot_count(*backend_))) {
+        const HeldRows held(*backend_, picked(found, rows));
+        const std::vector<Tokens> theirs = picked(inputs, rows);
+        const std::vector<float> values =
+            backend_->encode(pad(theirs, width, folder_->padding, false), pad(ones_like(theirs), width, 0, false),
+                             rows.size(), held.slots());
+        const std::size_t each = values.size() / rows.size();
+        for (std::size_t i = 0; i < rows.size(); ++i) {
+            const auto start = values.begin() + static_cast<std::ptrdiff_t>(i * each);
+            // Of hidden states, those of padding mean nothing.
+            require_numbers(start, start + static_cast<std::ptrdiff_t>(std::max<std::size_t>(
+                                               each * theirs[i].size() / width, std::min<std::size_t>(each, 1))));
+            vectors[rows[i]].assign(start, start + static_cast<std::ptrdiff_t>(each));
+        }
     }
-    return rows;
+    return vectors;
+}
+
+std::vector<std::string> Runner::adapters() const {
+    return backend_->adapters() == nullptr ? std::vector<std::string>() : backend_->adapters()->names();
+}
+
+std::vector<Found> Runner::find(const AdapterNames& adapters, std::size_t count) const {
+    std::vector<Found> found(count);
+    if (adapters.empty()) return found;
+    if (adapters.size() != count) {
+        throw Error(std::to_string(adapters.size()) + " adapters for " + std::to_string(count) +
+                    " prompts: name one for each.");
+    }
+    for (std::size_t row = 0; row < count; ++row) {
+        const std::optional<std::string>& name = adapters[row];
+        if (!name) continue;
+        if (backend_->adapters() == nullptr) {
+            throw Error(folder_->path.string() + ": has one adapter of its own, and no other ('" + name->substr(0, 80) +
+                        "').");
+        }
+        const auto earlier = std::find(adapters.begin(), adapters.begin() + static_cast<std::ptrdiff_t>(row), name);
+        const auto first = static_cast<std::size_t>(earlier - adapters.begin());
+        found[row] = first < row ? found[first] : backend_->adapters()->find(*name);
+    }
+    return found;
 }
 
 void Runner::check(const std::vector<Tokens>& rows) const {

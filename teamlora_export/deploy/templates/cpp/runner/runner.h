@@ -12,6 +12,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,8 +22,13 @@ namespace teamlora {
 
 class Backend;
 struct Folder;
+struct Shelved;
 
 using Tokens = std::vector<std::int64_t>;
+
+// The names of adapters, one for each row; nothing in place of one: the base alone. None at all: the base alone for
+// all.
+using AdapterNames = std::vector<std::optional<std::string>>;
 
 // How a model is opened.
 struct Options {
@@ -57,18 +63,29 @@ public:
 
     // Up to `count` tokens after each prompt, greedily, until a stop token, which is left out. Prompts of different
     // length make one batch, unless the model takes no padding. An answer also ends where the model has no room for
-    // more. Throws an Error for an empty prompt, an unknown token, or a prompt that the model is too short for.
+    // more. Throws an Error for an empty prompt, an unknown token, a prompt that the model is too short for, or an
+    // adapter that is not on the shelf.
+    //
+    // A row keeps the adapter that its name stood for when it was asked, also where that is replaced or removed
+    // meanwhile. The call waits while others are at work with as many adapters as there are slots, and makes several
+    // batches of rows that have more of them; so an `on_token` that asks the Runner itself may wait for its own call.
     std::vector<Tokens> generate(const std::vector<Tokens>& prompts, std::size_t count = 64,
-                                 const OnToken& on_token = {}) const;
+                                 const OnToken& on_token = {}, const AdapterNames& adapters = {}) const;
 
     // Tasks other than generation: a row for each input. Sentence embeddings [hidden], class logits [classes], or
     // hidden states [tokens x hidden], padding included.
-    std::vector<std::vector<float>> encode(const std::vector<Tokens>& inputs) const;
+    std::vector<std::vector<float>> encode(const std::vector<Tokens>& inputs, const AdapterNames& adapters = {}) const;
+
+    // What is on the model's shelf by now; none where it has one adapter of its own. Deployments' shelves are changed
+    // by `teamlora-export adapters publish`, while they serve.
+    std::vector<std::string> adapters() const;
 
 private:
-    // One prompt after the other.
-    std::vector<Tokens> generate_apart(const std::vector<Tokens>& prompts, std::size_t count,
-                                       const OnToken& on_token) const;
+    // The adapters of `count` rows.
+    std::vector<std::shared_ptr<const Shelved>> find(const AdapterNames& adapters, std::size_t count) const;
+    // Prompts of one batch, for whose rows `slots` are held.
+    std::vector<Tokens> generate_batch(const std::vector<Tokens>& prompts, std::size_t count, const OnToken& on_token,
+                                       const std::vector<std::int32_t>& slots) const;
     void check(const std::vector<Tokens>& rows) const;
     std::size_t room(std::size_t width, std::size_t count) const;
 

@@ -23,11 +23,11 @@ public:
 
     std::string description() const override { return "TensorRT, engine " + name_; }
 
-    std::unique_ptr<Decoder> start(std::size_t batch, std::size_t most) const override {
+    std::unique_ptr<Decoder> start(std::size_t batch, std::size_t most, const Slots&) const override {
         return open_cache(*engine_, lanes_, batch, most, windowed_);
     }
 
-    std::vector<float> encode(const Tokens& ids, const Tokens& mask, std::size_t batch) const override {
+    std::vector<float> encode(const Tokens& ids, const Tokens& mask, std::size_t batch, const Slots&) const override {
         const std::shared_ptr<Lane> lane = lanes_.take();
         const Tensor& result = find_result(*engine_);
         const Tokens types(ids.size(), 0);

@@ -1,0 +1,114 @@
+// The adapters of a model that takes one for each row of a batch: files beside it, and slots in memory.
+//
+// deploy.json lists them, and is looked at again whenever it has changed: one that is added, replaced or removed while
+// the model serves is so for the requests that come. Those that are at work keep theirs: the slot of an adapter that is
+// held is not written to. Of the others, the one that was given back first makes room.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "folder.h"
+#include "slot_file.h"
+
+namespace teamlora {
+
+// The slot of a row without an adapter.
+inline constexpr std::int32_t kNoAdapter = -1;
+// The slot of each row; none: the model has no slots.
+using Slots = std::vector<std::int32_t>;
+
+// An adapter as it was on the shelf when it was asked for.
+struct Shelved {
+    OpenedFile file;
+    std::string sha256;
+};
+// Null: the base alone.
+using Found = std::shared_ptr<const Shelved>;
+
+// The shelf of one open model; used by many threads.
+class Adapters {
+public:
+    // `inputs`: the model's, in which it takes slots. Of `folder` the shelf alone is read again. `check`: an adapter's
+    // file is compared with its hash when it is read.
+    Adapters(const Folder& folder, bool check, std::vector<SlotInput> inputs);
+
+    // The slots of a request's rows, which nobody writes to before this is gone.
+    class Held {
+    public:
+        Held(Held&& other) noexcept;
+        Held& operator=(Held&&) = delete;
+        ~Held();
+        const Slots& rows() const { return rows_; }
+
+    private:
+        friend class Adapters;
+        explicit Held(Adapters& adapters) : adapters_(&adapters) {}
+        Adapters* adapters_;
+        Slots rows_;
+        // Each once.
+        std::vector<std::size_t> slots_;
+    };
+
+    // What is on the shelf.
+    std::vector<std::string> names();
+    std::size_t slots() const { return content_.size(); }
+
+    // Throws an Error where there is none of that name, or its file cannot be opened.
+    Found find(const std::string& name);
+
+    // The adapters of a request's rows, in slots; waits while others are at work in too many of them. Throws an Error
+    // where there are more of them than slots, or one's file is not what belongs there; no slot has changed then.
+    Held take(const std::vector<Found>& rows);
+
+    const std::vector<SlotInput>& inputs() const { return inputs_; }
+    // Of the input of that number: [slots, shape of one]. It stays where it is.
+    char* memory(std::size_t input) { return memory_[input].data(); }
+
+private:
+    // When and what deploy.json was, which tells it from another that has taken its place.
+    struct Stamp {
+        std::int64_t seconds = 0, nanoseconds = 0;
+        std::uint64_t inode = 0, size = 0;
+        bool operator==(const Stamp& other) const {
+            return seconds == other.seconds && nanoseconds == other.nanoseconds && inode == other.inode &&
+                   size == other.size;
+        }
+    };
+    Stamp stamp() const;
+    // With `listing_` locked: `shelf_` is what deploy.json says now.
+    void look_again();
+    // The slot that has the content of that hash; none: the number of slots.
+    std::size_t slot_of(const std::string& sha256) const;
+    void hold(std::size_t slot, Held& held);
+    void give(const std::vector<std::size_t>& slots);
+
+    const Folder folder_;
+    const bool check_;
+    const std::vector<SlotInput> inputs_;
+    std::vector<std::vector<char>> memory_;
+
+    std::mutex listing_;
+    Stamp seen_;
+    Shelf shelf_;
+
+    // Who has it is the one who may change what is in slots.
+    std::mutex turn_;
+    // In each slot: the hash of its file.
+    std::vector<std::string> content_;
+
+    // Of what follows.
+    std::mutex counts_;
+    std::condition_variable given_;
+    // Of each slot: how many requests hold it. Free ones in the order in which they became so.
+    std::vector<std::size_t> users_;
+    std::deque<std::size_t> free_;
+};
+
+}  // namespace teamlora

@@ -1,0 +1,32 @@
+// Where rows have adapters: the model's inputs that have a slot for each adapter in memory, and the one that has the
+// slot of each row. They are inputs with a default, which a caller may leave out.
+#pragma once
+
+#include <onnxruntime_cxx_api.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "adapters.h"
+
+namespace teamlora {
+
+class OnnxRuntimeSlots {
+public:
+    // Nothing, of a model with one adapter of its own.
+    OnnxRuntimeSlots() = default;
+    // Throws an Error where the model and the folder's shelf do not belong together.
+    OnnxRuntimeSlots(const Ort::Session& session, const Folder& folder, bool check);
+
+    Adapters* adapters() const { return adapters_.get(); }
+    // Adds the names of these inputs, and their values; `rows` is read in place.
+    void add_names(std::vector<const char*>& names) const;
+    void add_values(std::vector<Ort::Value>& values, const Slots& rows) const;
+
+private:
+    std::vector<ONNXTensorElementDataType> types_;
+    std::unique_ptr<Adapters> adapters_;
+};
+
+}  // namespace teamlora

@@ -1,0 +1,293 @@
+"""`deploy cpp` of a bundle with a shelf: each row is answered by its own adapter, as Python's runner answers it alone,
+whatever happens to the shelf meanwhile."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import pytest
+from cpp_programs import run
+from typer.testing import CliRunner
+
+from teamlora_export.bundle import read_bundle
+from teamlora_export.cli import app
+from teamlora_export.deploy.cpp import deploy_cpp
+from teamlora_export.deploy.publish import publish_shelf
+from teamlora_export.deploy.runner import Model
+from teamlora_export.engine.onnxruntime_library import build_library
+from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
+from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
+
+PROMPTS = [[5, 6, 7], [9, 3], [200, 100, 50, 25, 12], [5, 6, 7], [7] * 9, [44, 45, 46, 47], [5, 6, 7]]
+# More than the three slots that there are.
+NAMES = ["team", "small", None, "lora", "hydra", "moe", "team"]
+COUNT = 12
+
+
+def answer(
+    program: Path, model: Path, prompts: Sequence[Sequence[int]], names: Sequence[str | None], *options: object
+) -> list[list[int]]:
+    """Of one batch."""
+    lines = "".join(" ".join(map(str, prompt)) + "\n" for prompt in prompts)
+    chosen = [word for name in names for word in ("--adapter", name or "-")]
+    done = run(program, "--model", model, "--ids", "--tokens", COUNT, *chosen, *options, input=lines)
+    assert done.returncode == 0, done.stderr
+    return [[int(token) for token in line.split()] for line in done.stdout.splitlines()]
+
+
+def expected(folder: Path, names: Sequence[str | None] = NAMES) -> list[list[int]]:
+    """Of each row alone, in Python."""
+    model = Model(folder)
+    return [model.generate([prompt], COUNT, adapters=[name])[0] for prompt, name in zip(PROMPTS, names, strict=True)]
+
+
+@pytest.fixture
+def program(cpp_programs) -> Path:
+    return cpp_programs / "deployed" / "runner"
+
+
+@pytest.fixture(scope="module")
+def model(make_shelf, tmp_path_factory) -> Path:
+    """The folder of the deployed model."""
+    return deploy_cpp(make_shelf(), tmp_path_factory.mktemp("shelf") / "out") / "model"
+
+
+def copied(model: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(model, folder))
+
+
+def change(model: Path, **fields: object) -> None:
+    described = json.loads((model / "deploy.json").read_text())
+    (model / "deploy.json").write_text(json.dumps({**described, **fields}))
+
+
+@pytest.mark.parametrize(("dtype", "cache"), [("fp32", "growing"), ("fp32", "in-place"), ("fp16", "in-place")])
+def test_each_row_is_answered_by_its_own_adapter(dtype, cache, make_shelf, program, tmp_path):
+    """Five adapters and the base in one call, three slots; prompts of unlike lengths."""
+    bundle = make_shelf(dtype=dtype, cache=cache)
+    model = deploy_cpp(bundle, tmp_path / "out") / "model"
+    rows = expected(bundle.folder)
+    assert answer(program, model, PROMPTS, NAMES) == rows
+    assert len({tuple(row) for row in rows}) == len(rows) - 1, "the adapters answer alike"
+    few = [0, 1, 2, 6]
+    assert answer(program, model, [PROMPTS[i] for i in few], [NAMES[i] for i in few]) == [rows[i] for i in few]
+    assert answer(program, model, PROMPTS, ["lora"]) == expected(bundle.folder, ["lora"] * len(PROMPTS))
+    assert answer(program, model, PROMPTS, []) == expected(bundle.folder, [None] * len(PROMPTS))
+
+
+def test_the_native_op_takes_each_rows_adapter_too(model, program, tmp_path):
+    """In a model without the op's definition, so that nothing else can run it."""
+    rows = expected(model)
+    bare = copied(model, tmp_path / "model")
+    graph = onnx.load(bare / "model.onnx", load_external_data=False)
+    del graph.functions[:]
+    (bare / "model.onnx").write_bytes(graph.SerializeToString())
+    assert answer(program, bare, PROMPTS, NAMES, "--no-check", "--library", build_library().path) == rows
+
+
+def test_what_is_deployed_is_whole_and_the_readme_says_how(make_shelf, tmp_path):
+    bundle = make_shelf()
+    out = tmp_path / "out"
+    done = CliRunner().invoke(app, ["deploy", "cpp", str(bundle.folder), "-o", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0
+    described = json.loads((out / "model" / "deploy.json").read_text())
+    assert described["format_version"] == 2, "which programs that know no shelf refuse"
+    assert sorted(described["shelf"]["adapters"]) == ["hydra", "lora", "moe", "small", "team"]
+    for adapter in described["shelf"]["adapters"].values():
+        assert described["files"][adapter["file"]] == sha256_of(out / "model" / adapter["file"]) == adapter["sha256"]
+    assert "build/runner --adapter NAME" in (out / "README.md").read_text()
+    with pytest.raises(ExportError, match="`deploy cpp --engine` takes a bundle with one adapter"):
+        deploy_cpp(bundle, tmp_path / "engine", engine="fp16")
+
+
+def refused(program: Path, model: Path, *options: object, words: str = "5\n") -> str:
+    done = run(program, "--model", model, "--ids", *options, input=words)
+    assert (done.returncode, done.stdout) == (2, ""), done.stdout
+    return done.stderr.splitlines()[-1]
+
+
+def test_a_name_that_is_not_on_the_shelf_is_an_error_and_never_the_base(model, program, make_bundle, tmp_path):
+    known = "there are hydra, lora, moe, small, team"
+    assert f"There is no adapter 'nobody'; {known}." in refused(program, model, "--adapter", "nobody")
+    assert f"There is no adapter ''; {known}." in refused(program, model, "--adapter", "")
+    two = ("--adapter", "team", "--adapter", "lora")
+    assert "2 adapters for 3 prompts: name one for each." in refused(program, model, *two, words="5\n6\n7\n")
+    plain = deploy_cpp(make_bundle("llama"), tmp_path / "plain") / "model"
+    assert "has one adapter of its own, and no other ('team')" in refused(program, plain, "--adapter", "team")
+
+
+def test_a_file_that_does_not_belong_is_refused_and_the_others_are_answered(
+    model, program, make_shelf, make_bundle, tmp_path
+):
+    right = answer(program, model, [PROMPTS[0]], ["team"])
+    broken = copied(model, tmp_path / "model")
+    described = json.loads((broken / "deploy.json").read_text())
+    lora, team = (broken / described["shelf"]["adapters"][name]["file"] for name in ("lora", "team"))
+    whole = lora.read_bytes()
+    content = bytearray(whole)
+    content[-3] ^= 1
+    lora.write_bytes(content)
+    assert "is not the file that belongs here (its SHA-256 differs)" in refused(program, broken, "--adapter", "lora")
+    assert answer(program, broken, [PROMPTS[0]], ["team"]) == right
+
+    def of(data: bytes) -> str:
+        """What is said of a file that is listed with its own hash."""
+        lora.write_bytes(data)
+        change(broken, files={**described["files"], lora.relative_to(broken).as_posix(): sha256_of(lora)})
+        return refused(program, broken, "--adapter", "lora")
+
+    halves = make_shelf(dtype="fp16", cache="in-place")
+    other = halves.manifest.shelf["adapters"]["lora"]["file"]
+    said = of((halves.folder / other).read_bytes())
+    assert re.search(r"has F16 \[[\d,]+\] for \S+, expected F32 \[[\d,]+\]\. Is it of another model\?", said), said
+    assert "is no file of an adapter (its header is not in it)" in of(whole[:100])
+    assert "is no file of an adapter" in of(b"\xff" * 8 + whole[8:])
+    assert "a tensor is not where it should be" in of(whole[:-4])
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+
+    def with_header(fields: dict[str, object]) -> bytes:
+        text = json.dumps(fields).encode()
+        return len(text).to_bytes(8, "little") + text + whole[8 + length :]
+
+    name = next(name for name in header if name != "__metadata__")
+    left = {key: value for key, value in header.items() if key != name}
+    assert f"has nothing for {name}, expected F32" in of(with_header(left))
+    assert "has more than the model takes" in of(with_header({**header, "extra": header[name]}))
+    huge = {**header[name], "data_offsets": [0, 2**63]}
+    assert "a tensor is not where it should be" in of(with_header({**header, name: huge}))
+    assert answer(program, broken, [PROMPTS[0]], ["team"]) == right
+    lora.unlink()
+    assert "cannot be read (No such file or directory)" in refused(program, broken, "--adapter", "lora")
+    for file in ("../secret", team.name, ""):
+        shelf = {"slots": 3, "adapters": {"team": {"file": file}}}
+        change(broken, files=described["files"] | {"../secret": "0" * 64}, shelf=shelf)
+        assert "its adapter team is not as it should be" in refused(program, broken, "--adapter", "team")
+    for slots in (0, 4097, "3"):
+        change(broken, files=described["files"], shelf={"slots": slots, "adapters": {}})
+        assert "not as" in refused(program, broken)
+    change(broken, files=described["files"], shelf=None)
+    assert "its model and its shelf of adapters do not belong together" in refused(program, broken, "--no-check")
+
+
+class Tenants:
+    """The program `tenants`, at work."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def say(self, command: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(command + "\n")
+        self._process.stdin.flush()
+
+    def hear(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def ask(self, name: str | None, prompt: Sequence[int], command: str = "ask") -> None:
+        self.say(f"{command} {name or '-'} {' '.join(map(str, prompt))}")
+
+    def opened(self) -> set[Path]:
+        """The files that it has open."""
+        return {path.readlink() for path in Path(f"/proc/{self._process.pid}/fd").iterdir()}
+
+    def answers(self, count: int) -> list[list[int]]:
+        self.say("go")
+        return [[int(token) for token in self.hear().split()] for _ in range(count)]
+
+
+@contextmanager
+def tenants(programs: Path, model: Path) -> Iterator[Tenants]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([programs / "tenants", model, str(COUNT)], text=True, **pipes) as process:
+        try:
+            yield Tenants(process)
+        finally:
+            process.stdin.close()
+            assert process.wait(60) == 0
+
+
+def test_requests_that_are_at_work_keep_their_adapter_and_those_that_come_get_the_new_one(
+    make_shelf, shelf_adapters, cpp_programs, tmp_path
+):
+    folder = Path(shutil.copytree(make_shelf().folder, tmp_path / "bundle"))
+    out = deploy_cpp(read_bundle(folder), tmp_path / "out")
+    before = expected(folder)
+    with tenants(cpp_programs, out / "model") as program:
+        program.say("names")
+        assert program.hear() == "hydra lora moe small team"
+        program.ask("team", PROMPTS[0])
+        assert program.hear() == "begun"
+        program.ask(None, PROMPTS[2])
+        assert program.hear() == "begun"
+        replace_adapter(folder, "team", shelf_adapters["small"])
+        add_adapter(folder, "late", shelf_adapters["lora"])
+        remove_adapter(folder, "moe")
+        assert publish_shelf(read_bundle(folder), out) == ["hydra", "late", "lora", "small", "team"]
+        program.say("names")
+        assert program.hear() == "hydra late lora small team"
+        program.ask("moe", PROMPTS[5])
+        assert program.hear() == "There is no adapter 'moe'; there are hydra, late, lora, small, team."
+        # What was small's file is team's too now: one slot for both.
+        program.ask("team", PROMPTS[1])
+        assert program.hear() == "begun"
+        program.ask("late", PROMPTS[3])
+        assert program.hear() == "begun"
+        program.say("go")
+        found = [program.hear() for _ in range(5)]
+        assert found.pop(2) == "refused"
+        assert [[int(token) for token in line.split()] for line in found] == [before[i] for i in (0, 2, 1, 3)]
+
+
+def test_a_request_that_waits_for_a_slot_gets_what_its_name_stood_for_though_its_file_is_gone(
+    make_shelf, shelf_adapters, cpp_programs, tmp_path
+):
+    """Three are at work in three slots."""
+    folder = Path(shutil.copytree(make_shelf().folder, tmp_path / "bundle"))
+    out = deploy_cpp(read_bundle(folder), tmp_path / "out")
+    before = expected(folder)
+    order = [0, 1, 3, 4]
+    with tenants(cpp_programs, out / "model") as program:
+        for i in order[:3]:
+            program.ask(NAMES[i], PROMPTS[i])
+            assert program.hear() == "begun"
+        hydra = out / "model" / read_bundle(folder).manifest.shelf["adapters"]["hydra"]["file"]
+        program.ask(NAMES[4], PROMPTS[4], "queue")
+        wait_for(lambda: hydra in program.opened())
+        replace_adapter(folder, "hydra", shelf_adapters["moe"])
+        publish_shelf(read_bundle(folder), out)
+        assert not hydra.exists()
+        assert program.answers(4) == [before[i] for i in order]
+
+
+def test_eight_threads_keep_their_adapters_while_others_come_and_go(make_shelf, shelf_adapters, cpp_programs, tmp_path):
+    """Three slots, six adapters."""
+    folder = Path(shutil.copytree(make_shelf(cache="in-place").folder, tmp_path / "bundle"))
+    out = deploy_cpp(read_bundle(folder), tmp_path / "out")
+    with tenants(cpp_programs, out / "model") as program:
+        for name, prompt in zip(NAMES, PROMPTS, strict=True):
+            program.ask(name, prompt, "request")
+        program.say("race 40")
+        for i in range(6):
+            (replace_adapter if i else add_adapter)(folder, "late", shelf_adapters["small" if i % 2 else "moe"])
+            publish_shelf(read_bundle(folder), out)
+        assert program.hear() == "different 0"
+    files = {path.name for path in (out / "model" / "adapters").iterdir()}
+    assert files == {Path(a["file"]).name for a in read_bundle(folder).manifest.shelf["adapters"].values()}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
