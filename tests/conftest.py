@@ -22,7 +22,8 @@ import tokenizers
 import torch
 import transformers
 from cpp_programs import both_caches, cpp_programs, cpp_project  # noqa: F401
-from shelves import write_shelf
+from shelves import COUNT, NAMES, Answers, write_shelf
+from shelves import PROMPTS as SHELF_PROMPTS
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -285,6 +286,16 @@ def shelf_adapters(make_base, tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def shelf_answers(make_base, shelf_adapters) -> Answers:
+    """What PyTorch answers the requests of `shelves.py`, by adapter and prompt."""
+    base, found = make_base("llama"), {}
+    for prompt, name in zip(SHELF_PROMPTS, NAMES, strict=True):
+        adapter = None if name is None else shelf_adapters[name]
+        found[name, tuple(prompt)] = pytorch_greedy(base, adapter, prompt, COUNT)
+    return found
+
+
+@pytest.fixture(scope="session")
 def make_shelf(make_base, shelf_adapters, tmp_path_factory) -> Callable[..., Bundle]:
     """The bundle of the tiny llama with a shelf of adapters in three slots, exported once a session for each form."""
     made: dict[tuple[str, ...], Bundle] = {}
@@ -338,10 +349,11 @@ def smollm2_greedy() -> dict[tuple[int, ...], list[int]]:
     return answers
 
 
-def pytorch_greedy(base: BaseModel, adapter: Path, prompt: Sequence[int], count: int) -> list[int]:
-    """What PyTorch generates after a prompt, whatever token would end a text."""
+def pytorch_greedy(base: BaseModel, adapter: Path | None, prompt: Sequence[int], count: int) -> list[int]:
+    """What PyTorch generates after a prompt, whatever token would end a text; without an adapter, the base."""
     model = base.load(torch.float32)
-    inject(model, align_with_base(read_adapter(adapter), base.signature))
+    if adapter is not None:
+        inject(model, align_with_base(read_adapter(adapter), base.signature))
     options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None}
     return model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 

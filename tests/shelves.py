@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,3 +68,15 @@ def write_shelf(folder: Path, base: BaseModel) -> dict[str, Path]:
         name: write_family(folder / name, base, family, targets, r, k, seed)
         for seed, (name, (family, targets, r, k)) in enumerate(SHELF.items())
     }
+
+
+# Requests of the tiny model, of more adapters than the three slots that there are.
+PROMPTS = [[5, 6, 7], [9, 3], [200, 100, 50, 25, 12], [5, 6, 7], [7] * 9, [44, 45, 46, 47], [5, 6, 7]]
+NAMES = ["team", "small", None, "lora", "hydra", "moe", "team"]
+COUNT = 12
+Answers = Mapping[tuple[str | None, tuple[int, ...]], list[int]]
+
+
+def expected(answers: Answers, names: Sequence[str | None] = NAMES) -> list[list[int]]:
+    """What each of `PROMPTS` is answered."""
+    return [answers[name, tuple(prompt)] for name, prompt in zip(names, PROMPTS, strict=True)]

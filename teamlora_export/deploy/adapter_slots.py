@@ -2,12 +2,13 @@
 
     shelf = session.adapters
     held = shelf.find("support")            what that name stands for now; an unknown one is an error
-    slot = shelf.take(held)                 in one of the slots from now on, until it is given back
-    shelf.give(slot)
+    slot = shelf.reserve(held)              in one of the slots, or read into it by a thread of the shelf's own
+    shelf.is_filled(slot)                   whether it is there; `take` waits until it is
+    shelf.give(slot)                        needed no more
 
 What describes the model's folder lists its adapters, and is looked at again whenever it has changed: one that is added,
 replaced or removed while the model serves is so for the requests that come. Those that are at work keep theirs: the
-slot of an adapter that is taken is not written to. Of the others, the one that was given back first makes room.
+slot of an adapter that is reserved is not written to. Of the others, the one that was given back first makes room.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import math
 import os
 import stat
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
@@ -37,6 +39,8 @@ ADAPTER, NO_ADAPTER = "adapter", -1
 # NumPy has no bfloat16: by its bits.
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _LARGEST_HEADER = 64 << 20
+# Threads that read adapters, at most: one that waits for a slow disk does not keep the next from being read.
+_READERS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +55,20 @@ class Shelved:
     path: Path
     sha256: str
     file: BufferedReader
+
+
+@dataclass(eq=False)
+class _Load:
+    """An adapter that is read into a slot.
+
+    Attributes:
+        before: what is in the slot until the first number is written: of which file.
+        failure: why it cannot be read; empty while that is not known.
+    """
+
+    adapter: Shelved
+    before: str | None
+    failure: str = ""
 
 
 class Adapters:
@@ -80,19 +98,26 @@ class Adapters:
             name: np.zeros((slots, *shape), kind) for name, (shape, kind) in inputs.items()
         }
         self._folder, self._listed, self._stamp, self._check = folder, listed, stamp, check
-        # Taken again by the one who has it, where Python frees a text's rows in the middle of a call.
-        self._lock = threading.RLock()
-        # In each slot: of which file, and how many have taken it. Free ones in the order in which they became so.
+        # Of the list. What it takes to read it holds up nobody who has an adapter.
+        self._listing = threading.Lock()
+        self._seen: object = None
+        self._shelf: Mapping[str, tuple[str, str]] = {}
+        # Of all that follows. Taken again by the one who has it, where Python frees a text's rows in the middle of a
+        # call.
+        self._changed = threading.Condition(threading.RLock())
+        # In each slot: of which file, and how many have reserved it. Free ones in the order in which they became so.
         self._content: list[str | None] = [None] * slots
         self._users = [0] * slots
         self._free = list(range(slots))
-        self._seen: object = None
-        self._shelf: Mapping[str, tuple[str, str]] = {}
+        # By slot: what is being read, or could not be and has users yet. The reader is one of the slot's users.
+        self._loads: dict[int, _Load] = {}
+        self._unread: deque[int] = deque()
+        self._readers = 0
 
     @property
     def names(self) -> list[str]:
         """What is on the shelf."""
-        with self._lock:
+        with self._listing:
             return sorted(self._current())
 
     @property
@@ -105,7 +130,7 @@ class Adapters:
         Raises:
             ModelError: there is none, or its file cannot be opened.
         """
-        with self._lock:
+        with self._listing:
             before = None
             while True:
                 shelf = self._current()
@@ -124,35 +149,128 @@ class Adapters:
                     before, self._seen = self._seen, None
 
     def take(self, adapter: Shelved) -> int | None:
-        """The slot that it is in; None where others are at work in all of them.
+        """As `reserve`, when the adapter is there.
 
         Raises:
             ModelError: its file is not what belongs there; no slot has changed.
         """
-        with self._lock:
-            if adapter.sha256 in self._content:
-                slot = self._content.index(adapter.sha256)
+        slot = self.reserve(adapter)
+        if slot is not None:
+            self.wait(slot)
+        return slot
+
+    def reserve(self, adapter: Shelved) -> int | None:
+        """The slot that it is in, or is read into in the background; None where others are at work in all of them.
+
+        It is the caller's until it is given back.
+        """
+        with self._changed:
+            slot = self._slot_of(adapter)
+            if slot is not None:
+                self._users[slot] += 1
+                if slot in self._free:
+                    self._free.remove(slot)
             elif self._free:
-                # Read and looked at as a whole before the first number is written.
-                tensors = read_slot(adapter, self.memory, self._check)
-                slot = self._free[0]
-                self._content[slot] = None
-                for name, array in tensors.items():
-                    self.memory[name][slot] = array
-                self._content[slot] = adapter.sha256
-            else:
-                return None
-            if self._users[slot] == 0:
-                self._free.remove(slot)
-            self._users[slot] += 1
+                slot = self._free.pop(0)
+                # The caller, and the one who reads.
+                self._users[slot] = 2
+                self._begin(slot, adapter)
             return slot
 
+    def is_filled(self, slot: int) -> bool:
+        """Whether the adapter for which a slot is reserved is there.
+
+        Raises:
+            ModelError: its file is not what belongs there; the slot is given back, and what was in it is.
+        """
+        with self._changed:
+            load = self._loads.get(slot)
+            if load is None or not load.failure:
+                return load is None
+            self.give(slot)
+            raise ModelError(load.failure)
+
+    def wait(self, slot: int) -> None:
+        """Until `is_filled`; raises as that does."""
+        with self._changed:
+            while not self.is_filled(slot):
+                self._changed.wait()
+
     def give(self, slot: int) -> None:
-        """One who has taken a slot needs it no more."""
-        with self._lock:
+        """One who has reserved a slot needs it no more."""
+        with self._changed:
             self._users[slot] -= 1
-            if self._users[slot] == 0:
+            if self._users[slot] > 0:
+                return
+            load = self._loads.pop(slot, None)
+            if load is None:
                 self._free.append(slot)
+            else:
+                # Nothing has come of it.
+                self._content[slot] = load.before
+                self._free.insert(0, slot)
+
+    def _slot_of(self, adapter: Shelved) -> int | None:
+        if adapter.sha256 in self._content:
+            return self._content.index(adapter.sha256)
+        for slot, load in self._loads.items():
+            # The same content in another file may be damaged there.
+            if load.adapter.path == adapter.path and load.adapter.sha256 == adapter.sha256 and not load.failure:
+                return slot
+        return None
+
+    def _begin(self, slot: int, adapter: Shelved) -> None:
+        """Called with the lock."""
+        self._loads[slot] = _Load(adapter, self._content[slot])
+        self._content[slot] = None
+        self._unread.append(slot)
+        if self._readers == _READERS:
+            return
+        try:
+            threading.Thread(target=self._read_on, name="adapters", daemon=True).start()
+            self._readers += 1
+        except RuntimeError as error:
+            if self._readers == 0:
+                self._unread.remove(slot)
+                self._end(slot, f"{adapter.path}: cannot be read ({error}).")
+
+    def _read_on(self) -> None:
+        """What is to be read, one after another, and no longer: an idle thread would keep the memory."""
+        while True:
+            with self._changed:
+                if not self._unread:
+                    self._readers -= 1
+                    return
+                slot = self._unread.popleft()
+                load = self._loads[slot]
+                if self._users[slot] == 1:
+                    self._end(slot, "Nobody wants it any more.")
+                    continue
+            failure = self._fill(slot, load)
+            with self._changed:
+                self._end(slot, failure)
+
+    def _fill(self, slot: int, load: _Load) -> str:
+        """Read an adapter into its slot; why that cannot be."""
+        try:
+            # Read and looked at as a whole before the first number is written.
+            tensors = read_slot(load.adapter, self.memory, self._check)
+            load.before = None
+            for name, array in tensors.items():
+                self.memory[name][slot] = array
+        except ModelError as error:
+            return str(error)
+        except Exception as error:
+            return f"{load.adapter.path}: cannot be read ({str(error) or type(error).__name__})."
+        return ""
+
+    def _end(self, slot: int, failure: str) -> None:
+        """The reader is done with a slot. Called with the lock."""
+        self._loads[slot].failure = failure
+        if not failure:
+            self._content[slot] = self._loads.pop(slot).adapter.sha256
+        self.give(slot)
+        self._changed.notify_all()
 
     def _current(self) -> Mapping[str, tuple[str, str]]:
         """By name, the file of each adapter and its SHA-256."""

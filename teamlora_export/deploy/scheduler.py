@@ -12,7 +12,7 @@ The model's cache has a row for each text at work. A turn of the scheduler
    token; short prompts that wait together share a call.
 
 A request fails alone: rows of a batch do not see one another, a step that fails is tried again for each row by itself,
-and a row that is left is cleared.
+and a row that is left is cleared. One whose adapter is being read waits, and those behind it do not.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ else:
 _CALL = 16
 # Seconds that requests which find nothing at work wait for the next: those that come at one moment share a call.
 _MOMENT, _MOMENTS = 0.003, 8
-# Seconds after which it is asked again whether there is room for an adapter.
+# Seconds after which it is asked again whether an adapter is there, or there is room for one.
 _AGAIN = 0.001
 
 
@@ -269,8 +269,8 @@ class Scheduler:
             waiting = list(self._waiting)
         for request in waiting:
             if (reason := self._reason_to_end(request)) is not None:
-                with self._changed:
-                    self._waiting.remove(request)
+                self._leave_queue(request)
+                self._model.release(request.adapter)
                 request.answer.end(reason)
 
     def _reason_to_end(self, request: _Request) -> str | Exception | None:
@@ -285,24 +285,38 @@ class Scheduler:
         """Free rows to those that wait; whether there are prompts to be read."""
         free = set(range(self._model.slots)) - {request.row for request in (*self._writing, *self._reading)}
         with self._changed:
-            while free and self._waiting:
-                # The next to be written, most often.
-                row, request = min(free), self._waiting[0]
-                try:
-                    if not self._model.equip(row, request.adapter):
-                        # Others wait behind it, or those whose adapters are there would keep it waiting for ever.
-                        break
-                except ModelError as error:
-                    self._waiting.popleft().answer.end(Failed(str(error)))
-                    continue
-                self._waiting.popleft()
-                request.row = row
-                free.remove(request.row)
-                self._reading.append(request)
+            waiting = list(self._waiting)
+        is_full = False
+        for place, request in enumerate(waiting):
+            # Adapters of the next are read while there is no row for them.
+            if not free and place >= self._model.slots:
+                break
+            if is_full and request.adapter is not None:
+                continue
+            try:
+                if not self._model.reserve(request.adapter):
+                    # Those behind it that need a slot wait, too, or those whose adapters are there would keep it
+                    # waiting for ever.
+                    is_full = True
+                elif self._model.is_ready(request.adapter) and free:
+                    # The next to be written, most often.
+                    row = min(free)
+                    self._model.equip(row, request.adapter)
+                    free.remove(row)
+                    request.row = row
+                    self._reading.append(request)
+                    self._leave_queue(request)
+            except ModelError as error:
+                self._leave_queue(request)
+                request.answer.end(Failed(str(error)))
         if self._waiting and not self._reading and not self._writing:
-            # For a slot that another scheduler of the same model is to give back.
+            # For an adapter to be read, or a slot that another scheduler of the same model is to give back.
             time.sleep(_AGAIN)
         return bool(self._reading)
+
+    def _leave_queue(self, request: _Request) -> None:
+        with self._changed:
+            self._waiting.remove(request)
 
     def _read_prompts(self) -> None:
         """A part of a prompt or several short prompts, in turns."""
@@ -422,6 +436,7 @@ class Scheduler:
             for held in (self._writing, self._reading, self._waiting):
                 held.clear()
         for request in requests:
+            self._model.release(request.adapter)
             request.answer.end(how)
         try:
             for row in range(self._model.slots):

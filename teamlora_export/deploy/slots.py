@@ -58,14 +58,17 @@ class Slots(ABC):
         self.lengths = [0] * slots
         self.padding = MOST_PADDING if self.settings.padded else 0
         self._session = session
-        # Where the model has each row's adapter.
+        # Where the model has each row's adapter, and those of texts that have no row yet.
         self._adapters = [NO_ADAPTER] * slots
+        self._reserved: dict[Shelved, int] = {}
 
     def __del__(self) -> None:
         """Who stops in the middle of a text keeps no adapter from making room."""
         for row, slot in enumerate(getattr(self, "_adapters", ())):
             if slot != NO_ADAPTER:
                 self._leave_adapter(row)
+        for adapter in list(getattr(self, "_reserved", ())):
+            self.release(adapter)
 
     def find_adapter(self, name: str | None) -> Shelved | None:
         """What that name stands for now; None stands for the model without an adapter.
@@ -79,19 +82,53 @@ class Slots(ABC):
             raise ModelError(f"{self._session.folder}: has one adapter of its own, and no other ({name!r:.80}).")
         return self._session.adapters.find(name)
 
+    def reserve(self, adapter: Shelved | None) -> bool:
+        """A text that has no row yet is to have this adapter, which is read in the background; False: there is no room
+        for it yet."""
+        if adapter is None or adapter in self._reserved:
+            return True
+        assert self._session.adapters is not None
+        slot = self._session.adapters.reserve(adapter)
+        if slot is not None:
+            self._reserved[adapter] = slot
+        return slot is not None
+
+    def is_ready(self, adapter: Shelved | None) -> bool:
+        """Whether an adapter that is reserved has been read.
+
+        Raises:
+            ModelError: it cannot be read; it is reserved no more.
+        """
+        if adapter is None:
+            return True
+        assert self._session.adapters is not None
+        try:
+            return self._session.adapters.is_filled(self._reserved[adapter])
+        except ModelError:
+            del self._reserved[adapter]
+            raise
+
+    def release(self, adapter: Shelved | None) -> None:
+        """There will be no text of an adapter that may be reserved."""
+        if adapter in self._reserved:
+            assert self._session.adapters is not None
+            self._session.adapters.give(self._reserved.pop(adapter))
+
     def equip(self, row: int, adapter: Shelved | None) -> bool:
-        """The text that begins in a row is this adapter's, until the row is cleared; False: there is no room for the
-        adapter yet.
+        """The text that begins in a row is this adapter's, until the row is cleared; waits until it is read. False:
+        there is no room for it yet.
 
         Raises:
             ModelError: it cannot be read.
         """
-        if adapter is not None:
-            assert self._session.adapters is not None
-            slot = self._session.adapters.take(adapter)
-            if slot is None:
-                return False
-            self._adapters[row] = slot
+        if adapter is None:
+            return True
+        if not self.reserve(adapter):
+            return False
+        assert self._session.adapters is not None
+        slot = self._reserved.pop(adapter)
+        self._session.adapters.wait(slot)
+        self._adapters[row] = slot
         return True
 
     def _leave_adapter(self, row: int) -> None:

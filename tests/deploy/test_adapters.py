@@ -15,9 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as og
 import pytest
-import torch
-from conftest import pytorch_greedy
-from shelves import SHELF
+from shelves import COUNT, NAMES, PROMPTS, SHELF, Answers, expected
 from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parent))
@@ -38,29 +36,10 @@ from teamlora_export.errors import ExportError
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 from teamlora_export.staging import entries
 
-PROMPTS = [[5, 6, 7], [9, 3], [200, 100, 50, 25, 12], [5, 6, 7], [7] * 9, [44, 45, 46, 47], [5, 6, 7]]
-# More than the three slots that there are.
-NAMES = ["team", "small", None, "lora", "hydra", "moe", "team"]
-COUNT = 12
-
 
 @pytest.fixture(scope="module")
-def answers(make_base, shelf_adapters) -> dict[tuple[str | None, tuple[int, ...]], list[int]]:
-    """What PyTorch answers, by adapter and prompt."""
-    base, found = make_base("llama"), {}
-    for prompt, name in zip(PROMPTS, NAMES, strict=True):
-        if name is None:
-            model = base.load(torch.float32)
-            options = {"max_new_tokens": COUNT, "do_sample": False, "eos_token_id": None}
-            tokens = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
-        else:
-            tokens = pytorch_greedy(base, shelf_adapters[name], prompt, COUNT)
-        found[name, tuple(prompt)] = tokens
-    return found
-
-
-def expected(answers, names=NAMES) -> list[list[int]]:  # type: ignore[no-untyped-def]
-    return [answers[name, tuple(prompt)] for name, prompt in zip(names, PROMPTS, strict=True)]
+def answers(shelf_answers) -> Answers:
+    return shelf_answers
 
 
 def own_copy(bundle, folder: Path) -> Path:  # type: ignore[no-untyped-def]
@@ -158,24 +137,23 @@ def swap_texts_alone(self, one, other):  # type: ignore[no-untyped-def]
     self._adapters[one], self._adapters[other] = self._adapters[other], self._adapters[one]
 
 
-def copy_nothing(self, adapter):  # type: ignore[no-untyped-def]
+def copy_nothing(self, slot, load):  # type: ignore[no-untyped-def]
     """Into a slot that has had another."""
-    held = {name: array.copy() for name, array in self.memory.items()}
-    used = list(self._content)
-    slot = _TAKE(self, adapter)
-    if slot is not None and used[slot] not in (None, adapter.sha256):
+    held, before = {name: array[slot].copy() for name, array in self.memory.items()}, load.before
+    failure = _FILL(self, slot, load)
+    if before is not None:
         for name, array in held.items():
-            self.memory[name][slot] = array[slot]
-    return slot
+            self.memory[name][slot] = array
+    return failure
 
 
-_ADAPTERS_OF, _SWAP, _TAKE = Slots._adapters_of, Slots.swap, Adapters.take
+_ADAPTERS_OF, _SWAP, _FILL = Slots._adapters_of, Slots.swap, Adapters._fill
 # What goes wrong -> a place of the programs, and what it does in place of what it should.
 FAULTS = {
     "index off by one": (Slots, "_adapters_of", off_by_one),
     "another row's adapter": (Slots, "_adapters_of", first_rows),
     "a text that moves without its adapter": (Slots, "swap", swap_texts_alone),
-    "a stale slot": (Adapters, "take", copy_nothing),
+    "a stale slot": (Adapters, "_fill", copy_nothing),
 }
 
 

@@ -1,0 +1,262 @@
+"""Adapters are read in the background: those at work go on, and what fails or is slow is its own request's alone."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from shelves import COUNT, PROMPTS
+
+from teamlora_export.bundle import read_bundle
+from teamlora_export.deploy import adapter_slots
+from teamlora_export.deploy.adapter_slots import Adapters, Shelved
+from teamlora_export.deploy.scheduler import Answer, Failed, Late, Scheduler
+from teamlora_export.deploy.session import ModelError, Session
+from teamlora_export.deploy.slots import open_slots
+from teamlora_export.shelf import add_adapter, replace_adapter
+
+SECONDS = 20
+
+
+class SlowFiles:
+    """Files that are read when they are let through, in place of a disk that takes its time.
+
+    Attributes:
+        begun: the names of adapters whose files somebody began to read, in order.
+    """
+
+    def __init__(self, slow: set[str]) -> None:
+        self.begun: list[str] = []
+        self._slow, self._open = slow, threading.Event()
+        self._read = adapter_slots.read_slot
+
+    def read(self, adapter: Shelved, memory: Mapping[str, np.ndarray], check: bool = True) -> dict[str, np.ndarray]:
+        self.begun.append(adapter.name)
+        if adapter.name in self._slow and not self._open.wait(SECONDS):
+            raise ModelError(f"{adapter.name}: was not let through.")
+        return self._read(adapter, memory, check)
+
+    def let_through(self) -> None:
+        self._open.set()
+
+
+@pytest.fixture
+def slow_files(monkeypatch) -> Callable[..., SlowFiles]:
+    def make(*slow: str) -> SlowFiles:
+        files = SlowFiles(set(slow))
+        monkeypatch.setattr(adapter_slots, "read_slot", files.read)
+        return files
+
+    return make
+
+
+def tokens(answer: Answer) -> list[int]:
+    return [token.id for token in answer]
+
+
+def turns_until(scheduler: Scheduler, condition: Callable[[], object]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        scheduler.turn()
+
+
+def finish(scheduler: Scheduler) -> None:
+    turns_until(scheduler, lambda: not scheduler.busy)
+
+
+def state(shelf: Adapters) -> tuple[list[str | None], list[int], list[int]]:
+    return list(shelf._content), list(shelf._users), list(shelf._free)
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def settled(shelf: Adapters) -> None:
+    """Nothing is being read any more."""
+    wait_until(lambda: not shelf._readers)
+
+
+@pytest.mark.parametrize("cache", ["growing", "in-place"])
+def test_while_an_adapter_is_read_others_go_on_and_pass_the_request_that_waits_for_it(
+    cache, make_shelf, shelf_answers, slow_files
+):
+    """Each turn gives those at work a token, a request that came later is answered, another adapter is read."""
+    files = slow_files("lora")
+    scheduler = Scheduler(open_slots(Session(make_shelf(cache=cache).folder), 2))
+    working = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="team")
+    turns_until(scheduler, lambda: scheduler._writing)
+    waiting = scheduler.submit(PROMPTS[3], COUNT, stops=(), adapter="lora")
+    others = {
+        name: scheduler.submit(PROMPTS[i], COUNT, stops=(), adapter=name) for i, name in ((1, "small"), (2, None))
+    }
+    for _ in range(4):
+        before = scheduler._writing[0].left
+        scheduler.turn()
+        assert scheduler._writing[0].left == before - 1
+    turns_until(scheduler, lambda: working.finish and all(answer.finish for answer in others.values()))
+    assert tokens(working) == shelf_answers["team", tuple(PROMPTS[0])]
+    assert tokens(others["small"]) == shelf_answers["small", tuple(PROMPTS[1])]
+    assert tokens(others[None]) == shelf_answers[None, tuple(PROMPTS[2])]
+    assert not list(waiting.arrived()) and not waiting.finish
+    files.let_through()
+    finish(scheduler)
+    assert tokens(waiting) == shelf_answers["lora", tuple(PROMPTS[3])]
+    assert sorted(files.begun) == ["lora", "small", "team"]
+
+
+def test_a_replaced_adapter_is_read_beside_the_one_it_replaces(make_shelf, shelf_adapters, shelf_answers, tmp_path):
+    """The request at work keeps the old one, in its slot, to its end; the one that came later has the new one."""
+    folder = Path(shutil.copytree(make_shelf().folder, tmp_path / "bundle"))
+    session = Session(folder)
+    scheduler = Scheduler(open_slots(session, 2))
+    old = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="team")
+    turns_until(scheduler, lambda: scheduler._writing)
+    replace_adapter(folder, "team", shelf_adapters["small"])
+    new = scheduler.submit(PROMPTS[1], COUNT, stops=(), adapter="team")
+    scheduler.turn()
+    settled(session.adapters)
+    scheduler.turn()
+    assert [len(scheduler._writing), scheduler._writing[0].answer] == [2, old]
+    finish(scheduler)
+    assert tokens(old) == shelf_answers["team", tuple(PROMPTS[0])]
+    assert tokens(new) == shelf_answers["small", tuple(PROMPTS[1])]
+
+
+def test_the_adapter_of_the_next_in_line_is_read_before_there_is_a_row_for_it(make_shelf, shelf_answers, slow_files):
+    files = slow_files()
+    scheduler = Scheduler(open_slots(Session(make_shelf().folder), 1))
+    answers = [scheduler.submit(PROMPTS[i], COUNT, stops=(), adapter=name) for i, name in ((0, "team"), (3, "lora"))]
+    turns_until(scheduler, lambda: scheduler._writing)
+    scheduler.turn()
+    wait_until(lambda: "lora" in files.begun)
+    assert not answers[0].finish
+    finish(scheduler)
+    assert tokens(answers[1]) == shelf_answers["lora", tuple(PROMPTS[3])]
+
+
+def test_who_is_not_wanted_any_more_or_late_while_an_adapter_is_read_leaves_no_slot_taken(make_shelf, slow_files):
+    files, now = slow_files("lora", "moe"), [100.0]
+    shelf = Session(make_shelf().folder)
+    scheduler = Scheduler(open_slots(shelf, 2), clock=lambda: now[0])
+    adapters = shelf.adapters
+    assert adapters is not None
+    cancelled = scheduler.submit(PROMPTS[0], COUNT, adapter="lora")
+    late = scheduler.submit(PROMPTS[0], COUNT, adapter="moe", seconds=5)
+    # Both readers are busy with the two before it: nobody begins to read this one.
+    unread = scheduler.submit(PROMPTS[0], COUNT, adapter="team")
+    turns_until(scheduler, lambda: len(files.begun) == 2)
+    cancelled.cancel()
+    unread.cancel()
+    now[0] = 106.0
+    scheduler.turn()
+    assert (cancelled.finish, unread.finish) == ("cancelled", "cancelled")
+    with pytest.raises(Late):
+        tokens(late)
+    assert adapters._users == [1, 1, 1], "of those who read"
+    files.let_through()
+    settled(adapters)
+    content, users, free = state(adapters)
+    assert (users, sorted(free), content.count(None)) == ([0, 0, 0], [0, 1, 2], 1)
+    assert sorted(files.begun) == ["lora", "moe"]
+
+
+def test_a_scheduler_that_is_closed_or_dropped_leaves_no_slot_taken(make_shelf, slow_files):
+    files, session = slow_files("lora"), Session(make_shelf().folder)
+    adapters = session.adapters
+    with Scheduler(open_slots(session, 2)) as scheduler:
+        closed = scheduler.submit(PROMPTS[0], COUNT, adapter="lora")
+        wait_until(lambda: files.begun)
+    with pytest.raises(Failed, match="closing"):
+        tokens(closed)
+    dropped = Scheduler(open_slots(session, 2))
+    dropped.submit(PROMPTS[0], COUNT, adapter="lora")
+    dropped.turn()
+    assert sum(adapters._users) == 2
+    del dropped
+    files.let_through()
+    settled(adapters)
+    assert adapters._users == [0, 0, 0]
+    assert files.begun == ["lora"], "it was read once for both"
+
+
+def test_an_adapter_that_cannot_be_read_is_its_requests_sentence_and_what_was_in_the_slot_is_kept(
+    make_shelf, shelf_answers, slow_files, tmp_path
+):
+    folder = Path(shutil.copytree(make_shelf().folder, tmp_path / "bundle"))
+    damaged = folder / read_bundle(folder).manifest.shelf["adapters"]["moe"]["file"]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    session = Session(folder)
+    adapters = session.adapters
+    for name in ("team", "lora", "small"):
+        adapters.give(adapters.take(adapters.find(name)))
+    settled(adapters)
+    before, files = state(adapters), slow_files("moe")
+    scheduler = Scheduler(open_slots(session, 3))
+    bad = [scheduler.submit(PROMPTS[5], COUNT, adapter="moe") for _ in range(2)]
+    good = scheduler.submit(PROMPTS[3], COUNT, stops=(), adapter="lora")
+    turns_until(scheduler, lambda: good.finish)
+    files.let_through()
+    finish(scheduler)
+    for answer in bad:
+        with pytest.raises(Failed, match="SHA-256 differs"):
+            tokens(answer)
+    assert tokens(good) == shelf_answers["lora", tuple(PROMPTS[3])]
+    settled(adapters)
+    content, users, free = state(adapters)
+    assert (content, users) == (before[0], [0, 0, 0])
+    # The one that was to make room is still the first to do so; that which had a text since is the last.
+    assert free == [0, 2, 1]
+    assert set(files.begun) == {"moe"}
+
+
+def test_a_damaged_copy_of_an_adapter_fails_no_request_of_the_whole_one(
+    make_shelf, shelf_adapters, slow_files, tmp_path
+):
+    folder = Path(shutil.copytree(make_shelf().folder, tmp_path / "bundle"))
+    add_adapter(folder, "twin", shelf_adapters["lora"])
+    shelf = read_bundle(folder).manifest.shelf["adapters"]
+    assert shelf["twin"]["sha256"] == shelf["lora"]["sha256"]
+    (folder / shelf["twin"]["file"]).write_bytes(b"")
+    files, adapters = slow_files("twin", "lora"), Session(folder).adapters
+    held = [adapters.reserve(adapters.find(name)) for name in ("twin", "lora")]
+    files.let_through()
+    with pytest.raises(ModelError, match="SHA-256 differs"):
+        adapters.wait(held[0])
+    adapters.wait(held[1])
+    assert adapters.take(adapters.find("twin")) == held[1], "by its content, which is there"
+
+
+def test_no_thread_for_reading_is_a_sentence(make_shelf, monkeypatch):
+    adapters = Session(make_shelf().folder).adapters
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(ModelError, match=r"cannot be read \(can't start new thread\)"):
+            adapters.take(adapters.find("lora"))
+    assert state(adapters) == ([None] * 3, [0] * 3, [0, 1, 2])
+    assert adapters.take(adapters.find("lora")) == 0
+
+
+def test_the_one_that_was_given_back_first_makes_room(make_shelf):
+    adapters = Session(make_shelf().folder).adapters
+    slots = {name: adapters.take(adapters.find(name)) for name in ("team", "lora", "moe")}
+    for name in ("lora", "team", "moe"):
+        adapters.give(slots[name])
+    adapters.give(adapters.take(adapters.find("lora")))
+    assert adapters.take(adapters.find("small")) == slots["team"]
+    assert adapters.take(adapters.find("hydra")) == slots["moe"]
+    assert adapters.take(adapters.find("lora")) == slots["lora"]
+    settled(adapters)
