@@ -218,6 +218,8 @@ def _arguments(options: TrainOptions, rows: int) -> Any:
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Several processes on CPUs find one another only so.
+        use_cpu=not torch.accelerator.is_available(),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
