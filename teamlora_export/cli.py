@@ -42,6 +42,7 @@ from teamlora_export.cli_output import (
     write_json,
     writing_to_standard_output,
 )
+from teamlora_export.cli_train import train_command
 from teamlora_export.errors import ExportError, printable
 
 app = typer.Typer(
@@ -381,6 +382,7 @@ def embed(
 
 
 app.command("bench")(bench_command)
+app.command("train")(train_command)
 
 
 # What the command line library raises for arguments that it cannot take.

@@ -7,8 +7,9 @@
 | moelora | lora_A{i}, lora_B{i}, lora_route | own A | 1 | alpha / rank of an expert |
 | lora | lora_A, lora_B | the whole of A | 1 (k = 1) | alpha / r, or alpha / sqrt(r) with use_rslora |
 
-A family says which leaves a module must have with which shapes (`expected`), and makes an `ExpertProjection` of them
-(`build`). Reading, checking and reporting are the same for all and live in `read.py`.
+A family says which leaves a module must have with which shapes (`expected`), makes an `ExpertProjection` of them
+(`build`), and takes one apart again (`leaves`). Reading, checking and reporting are the same for all and live in
+`read.py`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Family:
     Attributes:
         signature: a leaf that only this family has, given the ones before it in `FAMILIES`.
         expected: leaf name -> acceptable shapes, the usual one first.
-        build: makes the projection of leaves that passed `expected`.
+        build: makes the projection of leaves that passed `expected`. leaves: the other way round.
         splits_rank: k must divide r.
     """
 
@@ -55,6 +56,7 @@ class Family:
     signature: Callable[[Set[str]], bool]
     expected: Callable[[ModuleSizes], dict[str, tuple[Shape, ...]]]
     build: Callable[[str, Leaves, ModuleSizes, AdapterConfig], ExpertProjection]
+    leaves: Callable[[ExpertProjection], dict[str, np.ndarray]]
     splits_rank: bool
 
 
@@ -68,8 +70,17 @@ def count_experts(leaves: Set[str]) -> int:
     return max(1, sum(leaf.startswith("lora_B") and leaf != "lora_B.weight" for leaf in leaves))
 
 
+def family_named(name: str) -> Family:
+    """The family of that name."""
+    return next(family for family in FAMILIES if family.name == name)
+
+
 def _ups(leaves: Leaves, sizes: ModuleSizes) -> tuple[np.ndarray, ...]:
     return tuple(leaves[f"lora_B{i}.weight"] for i in range(sizes.num_experts))
+
+
+def _numbered_ups(projection: ExpertProjection) -> dict[str, np.ndarray]:
+    return {f"lora_B{i}.weight": up for i, up in enumerate(projection.ups)}
 
 
 def _no_interaction(sizes: ModuleSizes) -> np.ndarray:
@@ -99,6 +110,15 @@ def _build_teamlora(path: str, leaves: Leaves, sizes: ModuleSizes, config: Adapt
     )
 
 
+def _leaves_teamlora(projection: ExpertProjection) -> dict[str, np.ndarray]:
+    return {
+        "lora_A.weight": projection.down,
+        "lora_route.fc.weight": projection.router,
+        "lora_interaction_matrix.weight": projection.interaction,
+        **_numbered_ups(projection),
+    }
+
+
 def _expected_hydralora(sizes: ModuleSizes) -> dict[str, tuple[Shape, ...]]:
     return {
         "lora_A.weight": ((sizes.rank, sizes.in_features),),
@@ -118,6 +138,10 @@ def _build_hydralora(path: str, leaves: Leaves, sizes: ModuleSizes, config: Adap
         routing_sum=1.0,
         shared_down=sizes.num_experts > 1,
     )
+
+
+def _leaves_hydralora(projection: ExpertProjection) -> dict[str, np.ndarray]:
+    return {"lora_A.weight": projection.down, "lora_route.weight": projection.router, **_numbered_ups(projection)}
 
 
 def _expected_moelora(sizes: ModuleSizes) -> dict[str, tuple[Shape, ...]]:
@@ -144,6 +168,15 @@ def _build_moelora(path: str, leaves: Leaves, sizes: ModuleSizes, config: Adapte
     )
 
 
+def _leaves_moelora(projection: ExpertProjection) -> dict[str, np.ndarray]:
+    downs = np.split(projection.down, projection.num_experts)
+    return {
+        **{f"lora_A{i}.weight": down for i, down in enumerate(downs)},
+        "lora_route.weight": projection.router,
+        **_numbered_ups(projection),
+    }
+
+
 def _expected_lora(sizes: ModuleSizes) -> dict[str, tuple[Shape, ...]]:
     return {
         "lora_A.weight": ((sizes.rank, sizes.in_features),),
@@ -164,6 +197,10 @@ def _build_lora(path: str, leaves: Leaves, sizes: ModuleSizes, config: AdapterCo
     )
 
 
+def _leaves_lora(projection: ExpertProjection) -> dict[str, np.ndarray]:
+    return {"lora_A.weight": projection.down, "lora_B.weight": projection.ups[0]}
+
+
 # In the order in which they are told apart.
 FAMILIES = (
     Family(
@@ -171,9 +208,19 @@ FAMILIES = (
         lambda leaves: "lora_interaction_matrix.weight" in leaves or "lora_route.fc.weight" in leaves,
         _expected_teamlora,
         _build_teamlora,
+        _leaves_teamlora,
         splits_rank=True,
     ),
-    Family("moelora", lambda leaves: "lora_A0.weight" in leaves, _expected_moelora, _build_moelora, False),
-    Family("hydralora", lambda leaves: "lora_B0.weight" in leaves, _expected_hydralora, _build_hydralora, False),
-    Family("lora", lambda leaves: "lora_B.weight" in leaves, _expected_lora, _build_lora, False),
+    Family(
+        "moelora", lambda leaves: "lora_A0.weight" in leaves, _expected_moelora, _build_moelora, _leaves_moelora, False
+    ),
+    Family(
+        "hydralora",
+        lambda leaves: "lora_B0.weight" in leaves,
+        _expected_hydralora,
+        _build_hydralora,
+        _leaves_hydralora,
+        False,
+    ),
+    Family("lora", lambda leaves: "lora_B.weight" in leaves, _expected_lora, _build_lora, _leaves_lora, False),
 )

@@ -1,4 +1,4 @@
-"""Writes a TeamLoRA adapter in the layout its authors publish, as safetensors."""
+"""Writes an adapter of any family in the layout its authors publish, as safetensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from teamlora_export.adapter.config import CONFIG_NAME
+from teamlora_export.adapter.families import family_named
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.adapter.tensors import SAFETENSORS_NAME
-from teamlora_export.errors import ExportError
 
 _PREFIX = "base_model.model."
 
@@ -23,12 +23,7 @@ def write_adapter(adapter: AdapterSpec, folder: str | Path, dtype: np.dtype | ty
 
     Args:
         dtype: cast every tensor to it; None keeps each tensor's own.
-
-    Raises:
-        ExportError: the adapter is of another family; only TeamLoRA has this layout.
     """
-    if adapter.family != "teamlora":
-        raise ExportError(f"{adapter.source}: is a {adapter.family} adapter; only teamlora is written.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -45,12 +40,9 @@ def write_adapter(adapter: AdapterSpec, folder: str | Path, dtype: np.dtype | ty
 
 def _named_tensors(adapter: AdapterSpec) -> dict[str, np.ndarray]:
     tensors = dict(adapter.overrides)
+    family = family_named(adapter.family)
     for path, projection in adapter.projections.items():
-        tensors[f"{path}.lora_A.weight"] = projection.down
-        tensors[f"{path}.lora_route.fc.weight"] = projection.router
-        tensors[f"{path}.lora_interaction_matrix.weight"] = projection.interaction
-        for i, up in enumerate(projection.ups):
-            tensors[f"{path}.lora_B{i}.weight"] = up
+        tensors.update({f"{path}.{leaf}": value for leaf, value in family.leaves(projection).items()})
     return tensors
 
 
@@ -64,7 +56,7 @@ def _config_fields(adapter: AdapterSpec) -> dict[str, object]:
         "alpha_pattern": config.alpha_pattern,
     }
     return {
-        "peft_type": "TEAMLORA",
+        "peft_type": adapter.family.upper(),
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path,
         "r": config.r,

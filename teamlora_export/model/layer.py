@@ -49,9 +49,12 @@ class ExpertLinear(FrozenLinear):
         last_routing: w of the last forward, [.., k], in the autograd graph while training.
     """
 
-    def __init__(self, linear: nn.Module, projection: ExpertProjection, dropout: float = 0.0) -> None:
+    def __init__(
+        self, linear: nn.Module, projection: ExpertProjection, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> None:
+        """`dtype`: of the adapter's own tensors. Default: the linear layer's."""
         super().__init__(linear)
-        dtype, device = self.weight.dtype, self.weight.device
+        dtype, device = dtype or self.weight.dtype, self.weight.device
         self.scaling = projection.scaling
         self.routing_sum = projection.routing_sum
         self.shared_down = projection.shared_down

@@ -1,0 +1,208 @@
+"""What a killed training goes on from: a folder beside the output, OUT.training.
+
+    session.json              the options, the files' hashes and the versions that the training was begun with
+    checkpoint-N/             after step N, whole or not there at all; the one before goes when it is
+      tensors.safetensors     the adapter, the best one so far, the optimiser's state, the random numbers' state
+      state.json              the schedule, the early stop, what was measured before
+      trainer_state.json      the Trainer's own: steps, epochs, what was logged
+
+The base is in none of them. Tensors are safetensors, the rest is JSON: nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from teamlora_export import interrupt
+from teamlora_export.disk import sync, sync_names
+from teamlora_export.errors import ExportError
+from teamlora_export.files import open_file, read_json, read_record
+from teamlora_export.staging import existing, real_path, scratch_folder, write_aside
+from teamlora_export.train.options import option_name
+
+SESSION_NAME = "session.json"
+_TENSORS_NAME = "tensors.safetensors"
+_STATE_NAME = "state.json"
+# As the Trainer calls it, which reads it itself.
+TRAINER_STATE_NAME = "trainer_state.json"
+_NAMES = {_TENSORS_NAME, _STATE_NAME, TRAINER_STATE_NAME}
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a training was begun with.
+
+    Attributes:
+        options: `TrainOptions.outcome`. hashes: SHA-256 of the data's files, in order, and of the base's.
+        processes: how many train together. versions: of the libraries that compute.
+    """
+
+    options: dict[str, Any]
+    hashes: dict[str, str]
+    processes: int
+    versions: dict[str, str]
+    format_version: int = _FORMAT
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read: its folder, tensors by name, and state."""
+
+    folder: Path
+    step: int
+    tensors: dict[str, Any]
+    state: dict[str, Any]
+
+    def part(self, name: str) -> dict[str, Any]:
+        """The tensors of one part (adapter, best, optimizer, random)."""
+        prefix = f"{name}."
+        return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
+
+
+def work_folder(output: Path) -> Path:
+    """Where the checkpoints of a training lie."""
+    place = real_path(output)
+    return place.with_name(f"{place.name}.training")
+
+
+def begin(work: Path, session: Session) -> None:
+    """Write down what a training begins with.
+
+    Raises:
+        ExportError: it cannot be written.
+    """
+    with existing(work):
+        write_aside(work / SESSION_NAME, json.dumps(asdict(session), indent=2) + "\n", result=False)
+
+
+def last_checkpoint(work: Path, session: Session) -> Path | None:
+    """The folder of the last checkpoint in `work`, or None.
+
+    Raises:
+        ExportError: the training there was begun with other options or files, each named; or holds what is not ours.
+    """
+    _refuse_other(work, _read_session(work), session)
+    steps = [int(match[1]) for path in work.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    return work / f"checkpoint-{max(steps)}" if steps else None
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint.
+
+    Raises:
+        ExportError: it is damaged, or not one of ours.
+    """
+    from safetensors.torch import load_file
+
+    advice = f"Remove {folder.name}, and the training goes on from an earlier one or begins anew."
+    match = _CHECKPOINT.fullmatch(folder.name)
+    assert match is not None
+    try:
+        state = read_json(folder / _STATE_NAME, advice, folder.parent)
+        trainer = read_json(folder / TRAINER_STATE_NAME, advice, folder.parent)
+        open_file(folder / _TENSORS_NAME, folder.parent).close()
+        tensors = load_file(folder / _TENSORS_NAME)
+    except FileNotFoundError as error:
+        raise ExportError(f"{error.filename}: is missing. {advice}") from None
+    except ExportError:
+        raise
+    except Exception as error:  # safetensors raises many kinds
+        raise ExportError(f"{folder / _TENSORS_NAME}: cannot be read ({error}). {advice}") from None
+    if trainer.get("global_step") != int(match[1]):
+        raise ExportError(f"{folder / TRAINER_STATE_NAME}: is of another step. {advice}")
+    return Checkpoint(folder, int(match[1]), tensors, state)
+
+
+def write_checkpoint(
+    work: Path, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], trainer: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint whole, then remove those before it.
+
+    Raises:
+        ExportError: it cannot be written; those before it are left.
+    """
+    from safetensors.torch import save_file
+
+    place = work / f"checkpoint-{step}"
+    with scratch_folder(place) as staging:
+        save_file(dict(tensors), staging / _TENSORS_NAME)
+        (staging / _STATE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        (staging / TRAINER_STATE_NAME).write_text(json.dumps(trainer) + "\n", encoding="utf-8")
+        sync(staging)
+        with interrupt.held():
+            _remove_checkpoint(place)
+            os.rename(staging, place)
+            sync_names(work)
+    for path in work.iterdir():
+        if path != place and _CHECKPOINT.fullmatch(path.name):
+            _remove_checkpoint(path)
+
+
+def finish(work: Path) -> None:
+    """Remove what a training that is done leaves behind; what is not ours stays."""
+    with interrupt.held():
+        for path in work.iterdir():
+            if _CHECKPOINT.fullmatch(path.name):
+                _remove_checkpoint(path)
+        (work / SESSION_NAME).unlink(missing_ok=True)
+        with suppress(OSError):
+            work.rmdir()
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    """What is in there and not of a checkpoint is somebody else's, and stays."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= _NAMES:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_session(work: Path) -> Session:
+    advice = f"Remove {work}, and train again."
+    try:
+        return read_record(work / SESSION_NAME, Session, advice, work, newest=_FORMAT)
+    except FileNotFoundError:
+        raise ExportError(
+            f"{work}: is there, and no training of this tool is in it. Move it elsewhere, or choose another -o."
+        ) from None
+
+
+def _refuse_other(work: Path, begun: Session, asked: Session) -> None:
+    found = []
+    for name in asked.options:
+        before, now = begun.options.get(name), asked.options[name]
+        if before != now:
+            found.append(f"{option_name(name)} {_shown(before)} (now {_shown(now)})")
+    if [*begun.hashes.values()] != [*asked.hashes.values()]:
+        known = set(begun.hashes.values())
+        changed = [name for name, sha256 in asked.hashes.items() if sha256 not in known]
+        found.append(f"other contents of {', '.join(changed)}" if changed else "other files, or in another order")
+    if begun.processes != asked.processes:
+        found.append(f"{begun.processes} processes (now {asked.processes})")
+    if found:
+        raise ExportError(
+            f"{work}: the training there was begun with {'; '.join(found)}. Give the same again to go on with it, or "
+            "remove that folder to begin anew."
+        )
+
+
+def changed_versions(work: Path, asked: Session) -> list[str]:
+    """Libraries that are others than when the training was begun: it goes on, but not to the bit."""
+    begun = _read_session(work).versions
+    return [
+        f"{name} {begun.get(name)} (now {version})"
+        for name, version in asked.versions.items()
+        if begun.get(name) != version
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else f"{value}"[:80]

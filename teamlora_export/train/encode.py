@@ -1,0 +1,159 @@
+"""Rows as token ids, cut into words as the deployed programs do it: what is trained is what will be asked.
+
+    prompt    as a program reads it: with the special tokens that the tokenizer puts around a text; or as a user's turn
+              of the model's own chat template, which renders in a limited process of its own
+    answer    no special tokens, and then the token that ends a text
+    labels    the answer and its end; nothing is learned from the prompt
+
+Free of torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from teamlora_export.deploy.chat import Chat
+from teamlora_export.deploy.session import ModelError
+from teamlora_export.deploy.words import encode_prompt, encode_text, open_tokenizer
+from teamlora_export.errors import ExportError, raise_findings
+from teamlora_export.tokens import read_tokens
+from teamlora_export.train.data import Row
+from teamlora_export.train.options import TrainOptions
+
+_DEFAULT_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row: `ids`, of which the first `prompt_length` are the prompt's; `task` is a number."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    task: int
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What became of rows that were too long, for the report."""
+
+    most: int
+    cut: int = 0
+    skipped: int = 0
+
+    def told(self) -> str | None:
+        words = [
+            f"{self.cut:,} prompts lost their beginning" if self.cut else "",
+            f"{self.skipped:,} rows were left out" if self.skipped else "",
+        ]
+        found = " and ".join(filter(None, words))
+        return f"{found}: longer than {self.most:,} tokens." if found else None
+
+
+class Encoder:
+    """Encodes rows for the model in `folder`.
+
+    Attributes:
+        most: tokens of a row. ends: whether there is a token that ends a text.
+
+    Raises:
+        ExportError: the model has no tokenizer, or --max-length is more than it takes.
+    """
+
+    def __init__(self, folder: Path, options: TrainOptions) -> None:
+        tokens = read_tokens(folder, "text-generation")
+        self.most = _longest(options, tokens.most)
+        self.padding = tokens.padding
+        self.ends = bool(tokens.stops)
+        self._end = tokens.stops[:1]
+        self._start = tokens.start
+        self._too_long = options.too_long
+        with _explained():
+            self._tokenizer = open_tokenizer(folder, None)
+        self._chat = Chat(folder) if options.chat else None
+
+    def encode(self, rows: Sequence[Row], tasks: Sequence[str]) -> tuple[list[Encoded], Lengths]:
+        """The rows that fit, and what became of the others.
+
+        Raises:
+            ExportError: a row is too long, or the tokenizer or the chat template refuses it; all of them by line.
+        """
+        numbers = {task: number for number, task in enumerate(tasks)}
+        encoded: list[Encoded] = []
+        findings: list[str] = []
+        cut = skipped = 0
+        try:
+            for row in rows:
+                with _explained(row.where):
+                    prompt, answer = self._prompt(row.prompt), self._answer(row.answer)
+                over = len(prompt) + len(answer) - self.most
+                if over > 0 and self._too_long == "skip":
+                    skipped += 1
+                    continue
+                if over > 0 and (self._too_long == "error" or len(answer) >= self.most):
+                    findings.append(f"{row.where}: {len(prompt) + len(answer):,} tokens, {self.most:,} at most")
+                    continue
+                if over > 0:
+                    prompt = self._without_beginning(prompt, over)
+                    cut += 1
+                encoded.append(Encoded((*prompt, *answer), len(prompt), numbers[row.task]))
+        finally:
+            if self._chat is not None:
+                self._chat.close()
+        raise_findings("Rows that are too long (raise --max-length, or give --too-long cut or skip)", findings)
+        if not encoded:
+            raise ExportError(f"No row has {self.most:,} tokens or fewer. Raise --max-length.")
+        return encoded, Lengths(self.most, cut, skipped)
+
+    def _prompt(self, text: str) -> list[int]:
+        if self._chat is None:
+            return encode_text(self._tokenizer, text)
+        return encode_prompt(self._tokenizer, self._chat.text(json.dumps([{"role": "user", "content": text}])))
+
+    def _answer(self, text: str) -> list[int]:
+        return [*encode_text(self._tokenizer, text, specials=False), *self._end]
+
+    def _without_beginning(self, prompt: list[int], over: int) -> list[int]:
+        """The token that begins a text stays."""
+        start = 1 if prompt[0] == self._start and len(prompt) > over + 1 else 0
+        return prompt[:start] + prompt[start + over :]
+
+
+def collator(padding: int) -> Callable[[Sequence[Encoded]], dict[str, Any]]:
+    """Makes a batch of rows: input_ids, attention_mask and labels (-100: not learned), int64 [rows, longest]."""
+
+    def collate(rows: Sequence[Encoded]) -> dict[str, Any]:
+        import torch
+
+        longest = max(len(row.ids) for row in rows)
+        ids = torch.full((len(rows), longest), padding)
+        labels = torch.full((len(rows), longest), -100)
+        mask = torch.zeros((len(rows), longest), dtype=torch.int64)
+        for i, row in enumerate(rows):
+            length = len(row.ids)
+            ids[i, :length] = torch.tensor(row.ids)
+            labels[i, row.prompt_length : length] = ids[i, row.prompt_length : length]
+            mask[i, :length] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    return collate
+
+
+def _longest(options: TrainOptions, positions: int | None) -> int:
+    if options.max_length is None:
+        return min(_DEFAULT_LENGTH, positions or _DEFAULT_LENGTH)
+    if positions is not None and options.max_length > positions:
+        raise ExportError(f"--max-length {options.max_length}: the model has {positions:,} positions.")
+    return options.max_length
+
+
+@contextmanager
+def _explained(where: str = "") -> Iterator[None]:
+    try:
+        yield
+    except ModelError as error:
+        raise ExportError(f"{where}: {error}" if where else str(error)) from None

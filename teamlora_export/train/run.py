@@ -1,0 +1,368 @@
+"""A training from end to end: rows, base, adapter, loop, figures, files.
+
+Everything that can be wrong with the input is found before the base's weights are loaded. What takes long can be
+killed: checkpoints lie beside the output (`checkpoint.py`), and the output takes its place whole, at the end.
+
+Under `torchrun` or `accelerate launch` each process runs this: the first one alone decides, writes and prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from teamlora_export import __version__, interrupt
+from teamlora_export.errors import ExportError
+from teamlora_export.progress import Reporter
+from teamlora_export.staging import refuse_foreign, staged
+from teamlora_export.train.card import TrainResult, listed, use_by_layer, use_by_task, write_result
+from teamlora_export.train.data import Row, Rows, read_rows, shared_prompts, split_rows
+from teamlora_export.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from teamlora_export.model.base import BaseModel
+    from teamlora_export.train.checkpoint import Session
+    from teamlora_export.train.encode import Encoded, Encoder
+    from teamlora_export.train.trainer import AdapterTrainer
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers")
+# Of each task, to measure the use of experts where nothing is held out.
+_MEASURED_ROWS = 32
+_EVALUATIONS, _LOGS = 10, 50
+
+
+@dataclass(frozen=True)
+class _Material:
+    """The rows of a training, encoded."""
+
+    rows: list[Encoded]
+    held_out: list[Encoded]
+    tasks: list[str]
+    hashes: dict[str, str]
+    encoder: Encoder
+
+
+def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResult:
+    """Train an adapter and write it to `options.output`.
+
+    Raises:
+        ExportError: the options, the data or the base are not what they should be, the training diverged, or what was
+            begun before was begun with other options.
+    """
+    options.check()
+    first = int(os.environ.get("RANK", "0")) == 0
+    reporter = reporter or Reporter(quiet=not first)
+    read = read_rows(options.data)
+    held_out = read_rows(options.validation_paths) if options.validation_paths else None
+
+    from teamlora_export.model.base import open_base
+
+    base = open_base(options.base, "text-generation")
+    with _companions(base) as folder:
+        material = _encode(options, read, held_out, folder, reporter)
+    return _train(options, base, material, reporter)
+
+
+def count_parameters(options: TrainOptions) -> int:
+    """How many numbers such a training would train; neither data nor weights are read.
+
+    Raises:
+        ExportError: the options or the base are not what they should be.
+    """
+    options.check()
+    from teamlora_export.model.base import open_base
+    from teamlora_export.train.model import trained_parameters
+
+    return trained_parameters(open_base(options.base, "text-generation").signature, options)
+
+
+@contextmanager
+def _companions(base: BaseModel) -> Iterator[Path]:
+    """The folder with the base's tokenizer."""
+    if base.source.gguf_file is None:
+        yield base.folder
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        base.save_companions(Path(folder))
+        yield Path(folder)
+
+
+def _encode(options: TrainOptions, read: Rows, held_out: Rows | None, folder: Path, reporter: Reporter) -> _Material:
+    from teamlora_export.train.encode import Encoder
+
+    rows, kept = read.rows, held_out.rows if held_out is not None else []
+    if options.held_out_share:
+        rows, kept = split_rows(read.rows, options.held_out_share, options.seed)
+    if both := shared_prompts(rows, kept):
+        reporter.warn(f"{both:,} of {len(kept):,} held-out rows have a prompt that is trained on.")
+    encoder = Encoder(folder, options)
+    if not encoder.ends:
+        reporter.warn("The model names no token that ends a text: answers are trained without an end.")
+    tasks = sorted({row.task for row in (*rows, *kept)})
+    encoded = [_encode_part(part, encoder, tasks, reporter) for part in (rows, kept)]
+    hashes = {**read.sha256, **(held_out.sha256 if held_out is not None else {})}
+    counts = f"{len(encoded[0]):,} rows of {len(tasks):,} tasks"
+    reporter.say(f"{counts}, {len(encoded[1]):,} rows held out" if kept else counts)
+    return _Material(encoded[0], encoded[1], tasks, hashes, encoder)
+
+
+def _encode_part(rows: Sequence[Row], encoder: Encoder, tasks: Sequence[str], reporter: Reporter) -> list[Encoded]:
+    if not rows:
+        return []
+    encoded, lengths = encoder.encode(rows, tasks)
+    if told := lengths.told():
+        reporter.warn(told)
+    return encoded
+
+
+def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter: Reporter) -> TrainResult:
+    import torch
+
+    from teamlora_export.dtypes import DTYPES
+    from teamlora_export.model.inject import extract
+    from teamlora_export.model.source import weights_sha256
+    from teamlora_export.train import checkpoint
+    from teamlora_export.train.model import adapt, start_adapter
+
+    adapter, asked = start_adapter(base.signature, options), options
+    options = dataclasses.replace(options, targets=adapter.config.target_modules)
+    arguments = _arguments(options, len(material.rows))
+    hashes = {**material.hashes, **base.source.identity(), **weights_sha256(base.source)}
+    session = checkpoint.Session(options.outcome(), hashes, arguments.world_size, _versions())
+    work = checkpoint.work_folder(options.output)
+    resumed = _shared(arguments, lambda: _begin(options, work, session, reporter))
+    with reporter.step(f"Loading {base.name}"):
+        model, missing = base.load_and_miss(getattr(torch, DTYPES[options.dtype].torch))
+    _refuse_missing(base, missing)
+    layers = adapt(model, adapter, options)
+    trainer, timed, told, stopped = _trainer(model, arguments, layers, material, options, work, resumed, reporter)
+    trained = sum(parameter.numel() for parameter in trainer.adapter().values())
+    reporter.say(
+        f"{options.family}: {trained:,} trained parameters on {len(layers):,} layers, {session.processes} at work"
+    )
+    try:
+        with interrupt.held():
+            _run(trainer, resumed)
+        if stopped.stopped:
+            # Another process was interrupted.
+            raise interrupt.Interrupted
+    finally:
+        told.stop()
+    trainer.take_best()
+    figures = _figures(trainer, material, list(layers))
+    result = TrainResult(
+        folder=options.output,
+        family=options.family,
+        trained_parameters=trained,
+        seconds_per_step=statistics.median(timed.seconds[1:] or timed.seconds or [math.nan]),
+        rows=len(material.rows),
+        held_out_rows=len(material.held_out),
+        versions=session.versions,
+        hashes=hashes,
+        is_first=trainer.is_world_process_zero(),
+        **figures,
+    )
+    if trainer.is_world_process_zero():
+        with staged(options.output, listed, _inputs(options, base)) as staging:
+            write_result(staging, extract(model, adapter), result, asked)
+        checkpoint.finish(work)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _arguments(options: TrainOptions, rows: int) -> Any:
+    """The Trainer's own, which also joins the other processes."""
+    import torch
+    from transformers import TrainingArguments
+    from transformers.utils import logging
+
+    from teamlora_export.train.checkpoint import work_folder
+
+    logging.set_verbosity_error()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    steps_an_epoch = math.ceil(math.ceil(rows / (options.batch * world)) / options.accumulate)
+    epochs = 3.0 if options.epochs is None else options.epochs
+    steps = options.steps or math.ceil(epochs * steps_an_epoch)
+    evaluate_every = options.evaluate_every or max(1, math.ceil(steps / _EVALUATIONS))
+    arguments = TrainingArguments(
+        str(work_folder(options.output)),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulate,
+        average_tokens_across_devices=True,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if options.schedule == "constant" else options.schedule,
+        warmup_steps=options.warmup,
+        optim="adamw_torch",
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.clip,
+        logging_steps=options.log_every or max(1, steps // _LOGS),
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if options.validation is not None else "no",
+        eval_steps=evaluate_every,
+        save_strategy="steps",
+        save_steps=options.save_every or evaluate_every,
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        seed=options.seed,
+        data_seed=options.seed,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+    )
+    # Several GPUs in one process would each have a copy of the layers, whose routing is not seen.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _begin(options: TrainOptions, work: Path, session: Session, reporter: Reporter) -> Path | None:
+    """Look at what is there, and write down what begins; the checkpoint to go on from."""
+    from teamlora_export.train import checkpoint
+
+    refuse_foreign(work.with_name(work.name.removesuffix(".training")), listed, ())
+    if not work.exists():
+        if options.resume:
+            reporter.say(f"No training of {options.output} was left unfinished: it begins.")
+        checkpoint.begin(work, session)
+        return None
+    found = checkpoint.last_checkpoint(work, session) if options.resume else None
+    if not options.resume:
+        raise ExportError(
+            f"{work}: a training of {options.output} was left unfinished. Go on with --resume, or remove that folder."
+        )
+    if found is None:
+        checkpoint.begin(work, session)
+    elif changed := checkpoint.changed_versions(work, session):
+        reporter.warn(f"Begun with {', '.join(changed)}: it goes on, though not to the bit.")
+    reporter.say(f"Going on from {found.name}." if found else "No checkpoint was written yet: it begins anew.")
+    return found
+
+
+def _shared(arguments: Any, decide: Any) -> Any:
+    """What the first process decides, in all of them; what it refuses, all refuse."""
+    if arguments.world_size == 1:
+        return decide()
+    import torch
+
+    answer: list[Any] = [None, None]
+    if arguments.process_index == 0:
+        try:
+            answer = [decide(), None]
+        except ExportError as error:
+            answer = [None, str(error)]
+    torch.distributed.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise ExportError(answer[1])
+    return answer[0]
+
+
+def _refuse_missing(base: BaseModel, missing: set[str]) -> None:
+    from teamlora_export.errors import raise_findings
+    from teamlora_export.model.checkpoint import missing_text
+
+    raise_findings(f"The weights of {base.name}", [missing_text(name) for name in sorted(missing)])
+
+
+def _trainer(
+    model: Any,
+    arguments: Any,
+    layers: Any,
+    material: _Material,
+    options: TrainOptions,
+    work: Path,
+    resumed: Path | None,
+    reporter: Reporter,
+) -> tuple[AdapterTrainer, Any, Any, Any]:
+    from teamlora_export.train.callbacks import Stopped, Timed, Told
+    from teamlora_export.train.checkpoint import read_checkpoint
+    from teamlora_export.train.encode import collator
+    from teamlora_export.train.trainer import AdapterTrainer
+
+    timed = Timed()
+    told, stopped = Told(reporter, timed), Stopped(work)
+    trainer = AdapterTrainer(
+        model,
+        arguments,
+        layers,
+        material.rows,
+        material.held_out,
+        material.tasks,
+        collator(material.encoder.padding),
+        options,
+        work,
+        read_checkpoint(resumed) if resumed is not None else None,
+        [timed, told, stopped],
+    )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ExportError("FSDP and DeepSpeed: not supported. Launch the processes without them (data parallelism).")
+    return trainer, timed, told, stopped
+
+
+def _run(trainer: AdapterTrainer, resumed: Path | None) -> None:
+    """From the beginning or from a checkpoint to the end; a training that had ended already is only taken up."""
+    if resumed is None:
+        if trainer.held_out:
+            trainer.standing.before = trainer.measure(trainer.held_out).by_task(trainer.tasks)
+        trainer.train()
+        return
+    from transformers import TrainerState
+
+    from teamlora_export.train.checkpoint import TRAINER_STATE_NAME
+
+    state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
+    if state.global_step < trainer.args.max_steps and not trainer.standing.stopped:
+        trainer.train(resume_from_checkpoint=str(resumed))
+        return
+    trainer._load_from_checkpoint(str(resumed))
+    trainer.state = state
+
+
+def _figures(trainer: AdapterTrainer, material: _Material, paths: Sequence[str]) -> dict[str, Any]:
+    log = trainer.state.log_history
+    steps, held_out = trainer.state.global_step, bool(material.held_out)
+    found = trainer.measure(material.held_out or _some_of_each(material.rows))
+    return {
+        "steps": steps,
+        "best_step": trainer.standing.best_step if held_out else steps,
+        "stopped_early": trainer.standing.stopped,
+        "losses": [(entry["step"], entry["loss"]) for entry in log if "loss" in entry],
+        "held_out_before": trainer.standing.before,
+        "held_out": found.by_task(material.tasks) if held_out else {},
+        "held_out_loss": found.loss if held_out else None,
+        "balance_loss": found.balance(),
+        "expert_use": use_by_task(found, material.tasks),
+        "layer_use": use_by_layer(found, paths),
+        "log": log,
+    }
+
+
+def _some_of_each(rows: Sequence[Encoded]) -> list[Encoded]:
+    taken: dict[int, list[Encoded]] = {}
+    for row in rows:
+        of_task = taken.setdefault(row.task, [])
+        if len(of_task) < _MEASURED_ROWS:
+            of_task.append(row)
+    return [row for of_task in taken.values() for row in of_task]
+
+
+def _inputs(options: TrainOptions, base: BaseModel) -> list[Path]:
+    return [base.folder, *options.data, *options.validation_paths]
+
+
+def _versions() -> dict[str, str]:
+    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+    return {"teamlora-export": __version__, **versions}
