@@ -113,7 +113,7 @@ def run_cell(cell: Cell, place: Place, threads: int = 1) -> dict[str, Any] | Non
             "code": code_version(),
             **_run(cell, place, folder),
         }
-        write_aside(folder / RESULT_NAME, json.dumps(result, indent=1) + "\n")
+        write_aside(folder / RESULT_NAME, json.dumps(result, indent=1) + "\n", result=False)
         return result
 
 
@@ -130,7 +130,8 @@ def _run(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
     started, settings, trained = time.monotonic(), place.settings, {}
     if cell.family != BASE:
         options = options_of(cell, settings, place.base, data_folder(place), folder / "adapter")
-        if not options.output.is_dir():
+        record = folder / "training.json"
+        if not record.is_file():
             done = train(options, Reporter(quiet=True))
             trained = {
                 "rank": options.rank,
@@ -143,8 +144,8 @@ def _run(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
                 "versions": dict(done.versions),
                 "command": options.command(),
             }
-            write_aside(folder / "training.json", json.dumps(trained) + "\n")
-        trained = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+            write_aside(record, json.dumps(trained) + "\n", result=False)
+        trained = json.loads(record.read_text(encoding="utf-8"))
     base = open_base(str(place.base), "text-generation")
     model = base.load(torch.float32)
     if cell.family != BASE:
@@ -154,6 +155,7 @@ def _run(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
     return {
         **trained,
         "mean": scores.mean,
+        "right": {task: "".join("01"[right] for right in found) for task, found in scores.right.items()},
         "by_task": scores.by_task,
         "answers": scores.answers,
         "seconds": time.monotonic() - started,

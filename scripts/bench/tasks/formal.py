@@ -14,12 +14,16 @@ _VARIABLES = split(
 )
 # What an expression does, said in ways of each part's own.
 _EXPRESSIONS = {
-    "len({v})": split("the length of {v}, the number of elements in {v}", "the size of {v}", "how many entries {v} has"),
+    "len({v})": split(
+        "the length of {v}, the number of elements in {v}", "the size of {v}", "how many entries {v} has"
+    ),
     "max({v})": split("the largest of {v}, the maximum of {v}", "the highest in {v}", "the greatest element in {v}"),
     "min({v})": split("the smallest of {v}, the minimum of {v}", "the least in {v}", "the lowest element in {v}"),
     "sum({v})": split("the sum of {v}, all of {v} added up", "the sum over {v}", "the total of everything in {v}"),
     "sorted({v})": split("{v} in order, {v} sorted", "{v} put in order", "{v} in ascending order"),
-    "{v}[0]": split("the first of {v}, the first element of {v}", "what {v} begins with", "the item at the start of {v}"),
+    "{v}[0]": split(
+        "the first of {v}, the first element of {v}", "what {v} begins with", "the item at the start of {v}"
+    ),
     "{v}[-1]": split("the last of {v}, the last element of {v}", "what {v} ends with", "the item at the end of {v}"),
     "{v}[::-1]": split("{v} reversed, {v} from back to front", "{v} backwards", "{v} in reverse order"),
     "set({v})": split("{v} without repetitions, the distinct of {v}", "{v} deduplicated", "the unique items in {v}"),
@@ -30,7 +34,9 @@ _EXPRESSIONS = {
         "the average of {v}, the mean of {v}", "the average over {v}", "the arithmetic mean for {v}"
     ),
     "max({v}) - min({v})": split(
-        "the range of {v}, from the smallest to the largest of {v}", "the width of {v}", "the spread between extremes in {v}"
+        "the range of {v}, from the smallest to the largest of {v}",
+        "the width of {v}",
+        "the spread between extremes in {v}",
     ),
 }
 _CODED = {

@@ -14,7 +14,7 @@ _COMPARED = split(
 )
 _CLAIMED = {
     "train": (
-        "Premise: {a} is {more} than {b}, and {b} is {more} than {c}.\nClaim: {claim}\nDoes it follow (yes, no, maybe):",
+        "Premise: {a} is {more} than {b}, and {b} is {more} than {c}.\nClaim: {claim}\nFollows (yes, no, maybe):",
         "{a} is {more} than {b}. {b} is {more} than {c}.\nIs it true that {claim}\nAnswer:",
         "We know: {b} is {more} than {c}; {a} is {more} than {b}.\nHypothesis: {claim}\nYes, no or maybe:",
     ),

@@ -59,9 +59,7 @@ _ASKED = {
 def questions(part: Part, rng: random.Random, index: int) -> tuple[str, str]:
     """Three facts of one frame, and a question about one of them."""
     asked = ("name", "thing", "place")[index % 3]
-    rows = zip(
-        rng.sample(NAMES[part], 3), rng.sample(THINGS[part], 3), rng.sample(PLACES[part], 3), strict=True
-    )
+    rows = zip(rng.sample(NAMES[part], 3), rng.sample(THINGS[part], 3), rng.sample(PLACES[part], 3), strict=True)
     facts = [{"name": name, "thing": thing, "place": place} for name, thing, place in rows]
     text = " ".join(rng.choice(_FACTS[part]).format(**fact) for fact in facts)
     fact = rng.choice(facts)

@@ -54,7 +54,7 @@ def arithmetic(part: Part, rng: random.Random, index: int) -> tuple[str, str]:
 _SORTED = split(
     "apple, bread, cloud, door, engine, forest, glass, house, island, jar, kettle, lemon, moon, needle, ocean, pearl, "
     "queen, river, stone, tiger, uncle, valley, window, yard, zebra, arrow, bridge, circle, dragon, eagle",
-    "anchor, bottle, castle, desert, elbow, flame, guitar, hill, iron, jacket, lion, monkey",
+    "anchor, bottle, castle, desert, elbow, flame, guitar, hill, idol, jacket, lion, monkey",
     "actor, basket, camel, diamond, earth, flower, grape, honey, insect, jungle, kitten, ladder, mountain, nest, "
     "orange, pencil, rabbit, salad, temple, village, winter",
 )

@@ -39,7 +39,7 @@ _PRAISED = {
     ),
     "test": (
         "Comment: I thought the {aspect} of the {thing} was {a}. It is {b}.\nOpinion, positive or negative:",
-        "\"Such a {a} {thing}, with {b} {aspect} throughout.\"\nThe writer's view:",
+        '"Such a {a} {thing}, with {b} {aspect} throughout."\nThe writer\'s view:',
         "Rating by a visitor. {aspect}: {a}. {thing}: {b}.\nPositive or negative overall:",
     ),
 }
