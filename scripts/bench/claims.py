@@ -61,7 +61,8 @@ def main() -> None:
         "inference": _timed(place, "inference", given, lambda: _inference(place, given, reporter)),
         "exports": _exports(cells, place, given, reporter),
     }
-    found["machine"], found["notes"] = _machine(), _notes(found, place)
+    found["machine"] = _machine()
+    found["notes"] = _notes(found, place)
     _tell(found, given.output)
     if failures:
         raise ExportError("; ".join(failures))
@@ -117,7 +118,7 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
     started, failures = time.monotonic(), []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as workers:
-        futures = {workers.submit(run_cell, cell, place, threads): cell for cell in waiting}
+        futures = {workers.submit(_work, cell, place, threads): cell for cell in waiting}
         for number, future in enumerate(as_completed(futures), 1):
             name = futures[future].name
             try:
@@ -130,6 +131,14 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
             seconds = time.monotonic() - started
             reporter.say(f"{number} of {len(waiting)}, after {seconds:,.0f} s: {name}: {told}")
     return failures
+
+
+def _work(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
+    """`run_cell` in a process of its own."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return run_cell(cell, place)
 
 
 def _timed(place: Place, part: str, given: argparse.Namespace, measure: Callable[[], list[Any]]) -> list[Any]:
@@ -213,7 +222,7 @@ def _tell(found: dict[str, Any], output: Path | None) -> None:
     from method.report import tables, write_plot
 
     text = tables(found)
-    print(text)
+    print(text, end="")
     if output is None:
         return
     output.mkdir(parents=True, exist_ok=True)

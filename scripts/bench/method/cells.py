@@ -27,6 +27,7 @@ from write_tasks import write_tasks
 import teamlora_export
 from method.plan import BASE, Cell, Settings, options_of
 from teamlora_export.cache import cache_folder
+from teamlora_export.files import sha256_of
 from teamlora_export.staging import write_aside
 
 RESULT_NAME = "result.json"
@@ -87,7 +88,7 @@ def default_folder() -> Path:
     return cache_folder() / "claims"
 
 
-def run_cell(cell: Cell, place: Place, threads: int = 1) -> dict[str, Any] | None:
+def run_cell(cell: Cell, place: Place) -> dict[str, Any] | None:
     """The result of a cell, from before or from now; None while another process is at it.
 
     Raises:
@@ -102,10 +103,6 @@ def run_cell(cell: Cell, place: Place, threads: int = 1) -> dict[str, Any] | Non
             return None
         if (found := place.find(cell)) is not None:
             return found
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        import torch
-
-        torch.set_num_threads(threads)
         result = {
             "cell": cell.name,
             **dataclasses.asdict(cell),
@@ -151,7 +148,7 @@ def _run(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
     if cell.family != BASE:
         inject(model, align_with_base(read_adapter(folder / "adapter"), base.signature))
     model.eval()
-    scores = score(torch_generate(model, base.folder), tokenizer_of(base.folder), test_examples(settings))
+    scores = score(torch_generate(model, base.folder), tokenizer_of(base.folder), asked_examples(settings))
     return {
         **trained,
         "mean": scores.mean,
@@ -162,7 +159,8 @@ def _run(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
     }
 
 
-def test_examples(settings: Settings) -> list[Any]:
+def asked_examples(settings: Settings) -> list[Any]:
+    """The questions of the test part, task by task."""
     return [example for task in TASKS for example in make_examples(task, "test", settings.test, settings.data_seed)]
 
 
@@ -201,10 +199,8 @@ def _hash_of_code(paths: tuple[Path, ...]) -> str:
 
 @cache
 def _hash_of_base(folder: Path) -> str:
-    from teamlora_export.model.base import open_base
-    from teamlora_export.model.source import weights_sha256
-
-    return _short_hash(weights_sha256(open_base(str(folder), "text-generation").source))
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return _short_hash({path.name: sha256_of(path) for path in files})
 
 
 def _short_hash(fields: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from method.cells import Place, code_version, test_examples
+from method.cells import Place, asked_examples, code_version
 from method.plan import Cell
 from method.score import runner_generate, score, tokenizer_of
 from teamlora_export import __version__
@@ -37,7 +37,7 @@ def score_export(cell: Cell, place: Place, form: str, threads: int, reporter: Re
     with TemporaryDirectory(dir=place.folder) as folder:
         bundle = export_onnx(str(place.base), adapter, f"{folder}/bundle", reporter=reporter, **FORMS[form])
         size = sum(file.stat().st_size for file in bundle.folder.iterdir())
-        found = score(runner_generate(bundle.folder, threads), tokenizer_of(place.base), test_examples(place.settings))
+        found = score(runner_generate(bundle.folder, threads), tokenizer_of(place.base), asked_examples(place.settings))
     pairs = [
         (one, other)
         for task, answers in found.answers.items()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from teamlora_export.train import TrainOptions, count_parameters
+from teamlora_export.adapter import BaseSignature
+from teamlora_export.train import TrainOptions
 
 FAMILIES = ("teamlora", "hydralora", "moelora", "lora")
 EXPERTS = (2, 4, 8)
@@ -139,6 +141,20 @@ def nearest_rank(options: TrainOptions, parameters: float) -> int:
     unit = options.experts if options.family in ("teamlora", "moelora") else 1
     least, more = (count_parameters(dataclasses.replace(options, rank=n * unit)) for n in (1, 2))
     return unit * max(1, 1 + round((parameters - least) / (more - least)))
+
+
+def count_parameters(options: TrainOptions) -> int:
+    """As `teamlora_export.train.count_parameters`, which opens the base each time."""
+    from teamlora_export.train.model import trained_parameters
+
+    return trained_parameters(_signature(options.base), options)
+
+
+@cache
+def _signature(base: str) -> BaseSignature:
+    from teamlora_export.model.base import open_base
+
+    return open_base(base, "text-generation").signature
 
 
 def _sums_to_k(cell: Cell) -> bool:

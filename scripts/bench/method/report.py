@@ -66,9 +66,10 @@ def _score_table(scores: Rows) -> list[str]:
     for results in groups(scores).values():
         first, means = results[0], [result["mean"] for result in results]
         spread = f"{statistics.stdev(means):.1f}" if len(means) > 1 else "-"
-        trained = (_TARGETS[first["targets"]], str(first["rank"]), f"{first['parameters']:,}")
-        targets, rank, parameters = ("-", "-", "0") if first["family"] == BASE else trained
-        cells = [_title(first), targets, rank, parameters, str(len(results)), f"{statistics.mean(means):.1f}", spread]
+        trained = ("-", "-", "0")
+        if first["family"] != BASE:
+            trained = (_TARGETS[first["targets"]], str(first["rank"]), f"{first['parameters']:,}")
+        cells = [_title(first), *trained, str(len(results)), f"{statistics.mean(means):.1f}", spread]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
