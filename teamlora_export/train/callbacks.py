@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from teamlora_export import interrupt
 from teamlora_export.progress import Reporter
+from teamlora_export.train.checkpoint import note_checkpoint
 
 
 class Timed(TrainerCallback):
@@ -101,7 +102,7 @@ class Stopped(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.stopped and state.is_world_process_zero:
-            interrupt.note_written(f"{self._work}, after step {state.global_step:,}; --resume goes on from there")
+            note_checkpoint(self._work)
 
     def _arrived(self, args: Any) -> bool:
         arrived = interrupt.arrived()

@@ -11,13 +11,14 @@ The base is in none of them. Tensors are safetensors, the rest is JSON: nothing 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,31 @@ class Session:
     format_version: int = _FORMAT
 
 
+@dataclass
+class Standing:
+    """How the held-out loss has done.
+
+    Attributes:
+        before: that of the base, by task. best_loss, best_step: the lowest one since; None before the first.
+        worse: evaluations since then. stopped: the training ended for that.
+    """
+
+    before: dict[str, float] = field(default_factory=dict)
+    best_loss: float | None = None
+    best_step: int = 0
+    worse: int = 0
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """What a training has beside tensors: `groups` are the optimiser's rates, `schedule` is of the learning rate."""
+
+    standing: Standing
+    groups: list[dict[str, float]]
+    schedule: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint that was read: its folder, tensors by name, and state."""
@@ -61,7 +87,7 @@ class Checkpoint:
     folder: Path
     step: int
     tensors: dict[str, Any]
-    state: dict[str, Any]
+    state: State
 
     def part(self, name: str) -> dict[str, Any]:
         """The tensors of one part (adapter, best, optimizer, random)."""
@@ -85,15 +111,67 @@ def begin(work: Path, session: Session) -> None:
         write_aside(work / SESSION_NAME, json.dumps(asdict(session), indent=2) + "\n", result=False)
 
 
-def last_checkpoint(work: Path, session: Session) -> Path | None:
+@contextmanager
+def alone(work: Path) -> Iterator[None]:
+    """Nobody else trains in `work` inside of the block; the system lets go of it where the process is killed.
+
+    Raises:
+        ExportError: somebody does.
+    """
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        # A file system that has no locks does without.
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ExportError(f"{work}: another training is at work there. Wait, or choose another -o.") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def last_checkpoint(work: Path) -> Path | None:
     """The folder of the last checkpoint in `work`, or None.
 
     Raises:
-        ExportError: the training there was begun with other options or files, each named; or holds what is not ours.
+        ExportError: no training of ours was begun there.
     """
-    _refuse_other(work, _read_session(work), session)
+    _read_session(work)
     steps = [int(match[1]) for path in work.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
     return work / f"checkpoint-{max(steps)}" if steps else None
+
+
+def refuse_other(work: Path, asked: Session) -> list[str]:
+    """Refuse to go on with other options or files than the training in `work` was begun with.
+
+    Returns:
+        Libraries that are others: it goes on, but not to the bit.
+
+    Raises:
+        ExportError: there are some; each is named.
+    """
+    begun = _read_session(work)
+    found = []
+    for name in asked.options:
+        before, now = begun.options.get(name), asked.options[name]
+        if before != now:
+            found.append(f"{option_name(name)} {_shown(before)} (now {_shown(now)})")
+    if [*begun.hashes.values()] != [*asked.hashes.values()]:
+        known = set(begun.hashes.values())
+        changed = [name for name, sha256 in asked.hashes.items() if sha256 not in known]
+        found.append(f"other contents of {', '.join(changed)}" if changed else "other files, or in another order")
+    if begun.processes != asked.processes:
+        found.append(f"{begun.processes} processes (now {asked.processes})")
+    if found:
+        raise ExportError(
+            f"{work}: the training there was begun with {'; '.join(found)}. Give the same again to go on with it, or "
+            "remove that folder to begin anew."
+        )
+    versions = asked.versions.items()
+    return [
+        f"{name} {begun.versions.get(name)} (now {now})" for name, now in versions if begun.versions.get(name) != now
+    ]
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -108,7 +186,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     match = _CHECKPOINT.fullmatch(folder.name)
     assert match is not None
     try:
-        state = read_json(folder / _STATE_NAME, advice, folder.parent)
+        state = read_record(folder / _STATE_NAME, State, advice, folder.parent)
         trainer = read_json(folder / TRAINER_STATE_NAME, advice, folder.parent)
         open_file(folder / _TENSORS_NAME, folder.parent).close()
         tensors = load_file(folder / _TENSORS_NAME)
@@ -124,7 +202,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def write_checkpoint(
-    work: Path, step: int, tensors: Mapping[str, Any], state: Mapping[str, Any], trainer: Mapping[str, Any]
+    work: Path, step: int, tensors: Mapping[str, Any], state: State, trainer: Mapping[str, Any]
 ) -> None:
     """Write a checkpoint whole, then remove those before it.
 
@@ -136,7 +214,7 @@ def write_checkpoint(
     place = work / f"checkpoint-{step}"
     with scratch_folder(place) as staging:
         save_file(dict(tensors), staging / _TENSORS_NAME)
-        (staging / _STATE_NAME).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        (staging / _STATE_NAME).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
         (staging / TRAINER_STATE_NAME).write_text(json.dumps(trainer) + "\n", encoding="utf-8")
         sync(staging)
         with interrupt.held():
@@ -146,6 +224,12 @@ def write_checkpoint(
     for path in work.iterdir():
         if path != place and _CHECKPOINT.fullmatch(path.name):
             _remove_checkpoint(path)
+
+
+def note_checkpoint(work: Path) -> None:
+    """An interruption that comes now or came before tells from where the training goes on."""
+    if (found := last_checkpoint(work)) is not None:
+        interrupt.note_written(f"{found}; --resume goes on from there")
 
 
 def finish(work: Path) -> None:
@@ -173,35 +257,6 @@ def _read_session(work: Path) -> Session:
         raise ExportError(
             f"{work}: is there, and no training of this tool is in it. Move it elsewhere, or choose another -o."
         ) from None
-
-
-def _refuse_other(work: Path, begun: Session, asked: Session) -> None:
-    found = []
-    for name in asked.options:
-        before, now = begun.options.get(name), asked.options[name]
-        if before != now:
-            found.append(f"{option_name(name)} {_shown(before)} (now {_shown(now)})")
-    if [*begun.hashes.values()] != [*asked.hashes.values()]:
-        known = set(begun.hashes.values())
-        changed = [name for name, sha256 in asked.hashes.items() if sha256 not in known]
-        found.append(f"other contents of {', '.join(changed)}" if changed else "other files, or in another order")
-    if begun.processes != asked.processes:
-        found.append(f"{begun.processes} processes (now {asked.processes})")
-    if found:
-        raise ExportError(
-            f"{work}: the training there was begun with {'; '.join(found)}. Give the same again to go on with it, or "
-            "remove that folder to begin anew."
-        )
-
-
-def changed_versions(work: Path, asked: Session) -> list[str]:
-    """Libraries that are others than when the training was begun: it goes on, but not to the bit."""
-    begun = _read_session(work).versions
-    return [
-        f"{name} {begun.get(name)} (now {version})"
-        for name, version in asked.versions.items()
-        if begun.get(name) != version
-    ]
 
 
 def _shown(value: Any) -> str:

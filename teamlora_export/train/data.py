@@ -155,7 +155,7 @@ def _parse(line: bytes, stem: str, where: str) -> Row | str:
     except RecursionError:
         return "is not a row: it is nested too deep"
     except ValueError as error:
-        return f"is not JSON ({error!s:.120})"
+        return f"is not JSON ({str(error).partition(';')[0]:.120})"
     if not isinstance(fields, dict):
         return f"is no JSON object, {_ADVICE}"
     for name in ("prompt", "answer"):

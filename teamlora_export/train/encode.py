@@ -21,6 +21,7 @@ from teamlora_export.deploy.chat import Chat
 from teamlora_export.deploy.session import ModelError
 from teamlora_export.deploy.words import encode_prompt, encode_text, open_tokenizer
 from teamlora_export.errors import ExportError, raise_findings
+from teamlora_export.files import read_json
 from teamlora_export.tokens import read_tokens
 from teamlora_export.train.data import Row
 from teamlora_export.train.options import TrainOptions
@@ -46,12 +47,14 @@ class Lengths:
     skipped: int = 0
 
     def told(self) -> str | None:
-        words = [
-            f"{self.cut:,} prompts lost their beginning" if self.cut else "",
-            f"{self.skipped:,} rows were left out" if self.skipped else "",
-        ]
-        found = " and ".join(filter(None, words))
-        return f"{found}: longer than {self.most:,} tokens." if found else None
+        words = []
+        if self.cut:
+            words.append(
+                "1 prompt lost its beginning" if self.cut == 1 else f"{self.cut:,} prompts lost their beginning"
+            )
+        if self.skipped:
+            words.append("1 row was left out" if self.skipped == 1 else f"{self.skipped:,} rows were left out")
+        return f"Longer than {self.most:,} tokens: {' and '.join(words)}." if words else None
 
 
 class Encoder:
@@ -74,6 +77,8 @@ class Encoder:
         self._too_long = options.too_long
         with _explained():
             self._tokenizer = open_tokenizer(folder, None)
+        if options.chat and not _has_template(folder):
+            raise ExportError("--chat: the model has no chat template. Leave the option out.")
         self._chat = Chat(folder) if options.chat else None
 
     def encode(self, rows: Sequence[Row], tasks: Sequence[str]) -> tuple[list[Encoded], Lengths]:
@@ -141,6 +146,13 @@ def collator(padding: int) -> Callable[[Sequence[Encoded]], dict[str, Any]]:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     return collate
+
+
+def _has_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and bool(read_json(path, "Download the model again.", folder).get("chat_template"))
 
 
 def _longest(options: TrainOptions, positions: int | None) -> int:

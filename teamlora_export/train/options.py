@@ -102,6 +102,15 @@ class TrainOptions:
     resume: bool = False
     implementation: str = "packed"
 
+    def __post_init__(self) -> None:
+        """One path, or a list of them, is a tuple of paths."""
+        object.__setattr__(self, "data", _paths(self.data))
+        object.__setattr__(self, "output", Path(self.output))
+        if self.validation is not None and not isinstance(self.validation, (int, float)):
+            object.__setattr__(self, "validation", _paths(self.validation))
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
+
     @property
     def num_experts(self) -> int:
         return 1 if self.family == "lora" else self.experts
@@ -260,6 +269,10 @@ def parse_validation(given: Sequence[str]) -> tuple[Path, ...] | float | None:
 
 _KINDS = {int: "a whole number", float: "a number"}
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.,- ")
+
+
+def _paths(given: Any) -> tuple[Path, ...]:
+    return (Path(given),) if isinstance(given, (str, Path)) else tuple(map(Path, given))
 
 
 def _is_between(value: Any, kind: type, least: float, most: float) -> bool:

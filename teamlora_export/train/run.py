@@ -15,13 +15,13 @@ import os
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teamlora_export import __version__, interrupt
-from teamlora_export.errors import ExportError
+from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import refuse_foreign, staged
 from teamlora_export.train.card import TrainResult, listed, use_by_layer, use_by_task, write_result
@@ -29,7 +29,9 @@ from teamlora_export.train.data import Row, Rows, read_rows, shared_prompts, spl
 from teamlora_export.train.options import TrainOptions
 
 if TYPE_CHECKING:
+    from teamlora_export.adapter import AdapterSpec
     from teamlora_export.model.base import BaseModel
+    from teamlora_export.train.callbacks import Timed
     from teamlora_export.train.checkpoint import Session
     from teamlora_export.train.encode import Encoded, Encoder
     from teamlora_export.train.trainer import AdapterTrainer
@@ -110,9 +112,13 @@ def _encode(options: TrainOptions, read: Rows, held_out: Rows | None, folder: Pa
     tasks = sorted({row.task for row in (*rows, *kept)})
     encoded = [_encode_part(part, encoder, tasks, reporter) for part in (rows, kept)]
     hashes = {**read.sha256, **(held_out.sha256 if held_out is not None else {})}
-    counts = f"{len(encoded[0]):,} rows of {len(tasks):,} tasks"
-    reporter.say(f"{counts}, {len(encoded[1]):,} rows held out" if kept else counts)
+    held = f", {_count(encoded[1], 'row')} held out" if kept else ""
+    reporter.say(f"{_count(encoded[0], 'row')} of {_count(tasks, 'task')}{held}")
     return _Material(encoded[0], encoded[1], tasks, hashes, encoder)
+
+
+def _count(things: Sequence[Any], name: str) -> str:
+    return f"{len(things):,} {name}{'s' if len(things) != 1 else ''}"
 
 
 def _encode_part(rows: Sequence[Row], encoder: Encoder, tasks: Sequence[str], reporter: Reporter) -> list[Encoded]:
@@ -128,8 +134,10 @@ def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter
     import torch
 
     from teamlora_export.dtypes import DTYPES
+    from teamlora_export.model.checkpoint import missing_text
     from teamlora_export.model.inject import extract
     from teamlora_export.model.source import weights_sha256
+    from teamlora_export.origin import warn_of_normalizers
     from teamlora_export.train import checkpoint
     from teamlora_export.train.model import adapt, start_adapter
 
@@ -139,43 +147,22 @@ def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter
     hashes = {**material.hashes, **base.source.identity(), **weights_sha256(base.source)}
     session = checkpoint.Session(options.outcome(), hashes, arguments.world_size, _versions())
     work = checkpoint.work_folder(options.output)
-    resumed = _shared(arguments, lambda: _begin(options, work, session, reporter))
-    with reporter.step(f"Loading {base.name}"):
-        model, missing = base.load_and_miss(getattr(torch, DTYPES[options.dtype].torch))
-    _refuse_missing(base, missing)
-    layers = adapt(model, adapter, options)
-    trainer, timed, told, stopped = _trainer(model, arguments, layers, material, options, work, resumed, reporter)
-    trained = sum(parameter.numel() for parameter in trainer.adapter().values())
-    reporter.say(
-        f"{options.family}: {trained:,} trained parameters on {len(layers):,} layers, {session.processes} at work"
-    )
-    try:
-        with interrupt.held():
-            _run(trainer, resumed)
-        if stopped.stopped:
-            # Another process was interrupted.
-            raise interrupt.Interrupted
-    finally:
-        told.stop()
-    trainer.take_best()
-    figures = _figures(trainer, material, list(layers))
-    result = TrainResult(
-        folder=options.output,
-        family=options.family,
-        trained_parameters=trained,
-        seconds_per_step=statistics.median(timed.seconds[1:] or timed.seconds or [math.nan]),
-        rows=len(material.rows),
-        held_out_rows=len(material.held_out),
-        versions=session.versions,
-        hashes=hashes,
-        is_first=trainer.is_world_process_zero(),
-        **figures,
-    )
-    if trainer.is_world_process_zero():
-        with staged(options.output, listed, _inputs(options, base)) as staging:
-            write_result(staging, extract(model, adapter), result, asked)
-        checkpoint.finish(work)
-    trainer.accelerator.wait_for_everyone()
+    with ExitStack() as alone:
+        resumed = _shared(arguments, lambda: _begin(options, work, session, reporter, alone))
+        with reporter.step(f"Loading {base.name}"):
+            model, missing = base.load_and_miss(getattr(torch, DTYPES[options.dtype].torch))
+        raise_findings(f"The weights of {base.name}", [missing_text(name) for name in sorted(missing)])
+        layers = adapt(model, adapter, options)
+        trainer, timed = _run(model, arguments, layers, material, options, work, resumed, reporter)
+        result = _result(trainer, timed, material, session)
+        found = extract(model, adapter)
+        _refuse_not_finite(found, options)
+        warn_of_normalizers(found, reporter)
+        if result.is_first:
+            with staged(options.output, listed, [base.folder, *options.data, *options.validation_paths]) as staging:
+                write_result(staging, found, result, asked)
+            checkpoint.finish(work)
+        trainer.accelerator.wait_for_everyone()
     return result
 
 
@@ -218,6 +205,8 @@ def _arguments(options: TrainOptions, rows: int) -> Any:
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=torch.cuda.is_available(),
+        # Several processes on CPUs find one another only so.
+        use_cpu=not torch.accelerator.is_available(),
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         report_to="none",
@@ -229,27 +218,35 @@ def _arguments(options: TrainOptions, rows: int) -> Any:
     return arguments
 
 
-def _begin(options: TrainOptions, work: Path, session: Session, reporter: Reporter) -> Path | None:
-    """Look at what is there, and write down what begins; the checkpoint to go on from."""
+def _begin(options: TrainOptions, work: Path, session: Session, reporter: Reporter, alone: ExitStack) -> Path | None:
+    """Look at what is there, and write down what begins; the checkpoint to go on from.
+
+    Args:
+        alone: nobody else trains there until it ends.
+    """
     from teamlora_export.train import checkpoint
 
     refuse_foreign(work.with_name(work.name.removesuffix(".training")), listed, ())
-    if not work.exists():
-        if options.resume:
-            reporter.say(f"No training of {options.output} was left unfinished: it begins.")
-        checkpoint.begin(work, session)
-        return None
-    found = checkpoint.last_checkpoint(work, session) if options.resume else None
-    if not options.resume:
+    found = None
+    if work.exists():
+        alone.enter_context(checkpoint.alone(work))
+        found = checkpoint.last_checkpoint(work)
+    if found is not None and not options.resume:
         raise ExportError(
             f"{work}: a training of {options.output} was left unfinished. Go on with --resume, or remove that folder."
         )
-    if found is None:
-        checkpoint.begin(work, session)
-    elif changed := checkpoint.changed_versions(work, session):
-        reporter.warn(f"Begun with {', '.join(changed)}: it goes on, though not to the bit.")
-    reporter.say(f"Going on from {found.name}." if found else "No checkpoint was written yet: it begins anew.")
-    return found
+    if found is not None:
+        if changed := checkpoint.refuse_other(work, session):
+            reporter.warn(f"Begun with {', '.join(changed)}: it goes on, though not to the bit.")
+        reporter.say(f"Going on from {found.name}.")
+        return found
+    if options.resume:
+        reporter.say(f"No training of {options.output} was left unfinished: it begins.")
+    new = not work.exists()
+    checkpoint.begin(work, session)
+    if new:
+        alone.enter_context(checkpoint.alone(work))
+    return None
 
 
 def _shared(arguments: Any, decide: Any) -> Any:
@@ -270,14 +267,7 @@ def _shared(arguments: Any, decide: Any) -> Any:
     return answer[0]
 
 
-def _refuse_missing(base: BaseModel, missing: set[str]) -> None:
-    from teamlora_export.errors import raise_findings
-    from teamlora_export.model.checkpoint import missing_text
-
-    raise_findings(f"The weights of {base.name}", [missing_text(name) for name in sorted(missing)])
-
-
-def _trainer(
+def _run(
     model: Any,
     arguments: Any,
     layers: Any,
@@ -286,7 +276,8 @@ def _trainer(
     work: Path,
     resumed: Path | None,
     reporter: Reporter,
-) -> tuple[AdapterTrainer, Any, Any, Any]:
+) -> tuple[AdapterTrainer, Timed]:
+    """Train to the end; `model` has the adapter that is to be written."""
     from teamlora_export.train.callbacks import Stopped, Timed, Told
     from teamlora_export.train.checkpoint import read_checkpoint
     from teamlora_export.train.encode import collator
@@ -309,10 +300,20 @@ def _trainer(
     )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ExportError("FSDP and DeepSpeed: not supported. Launch the processes without them (data parallelism).")
-    return trainer, timed, told, stopped
+    reporter.say(f"{options.family}: {trainer.num_trained:,} trained parameters on {len(layers):,} layers")
+    try:
+        with interrupt.held():
+            _loop(trainer, resumed)
+    finally:
+        told.stop()
+    if stopped.stopped:
+        # Another process was interrupted.
+        raise interrupt.Interrupted
+    trainer.take_best()
+    return trainer, timed
 
 
-def _run(trainer: AdapterTrainer, resumed: Path | None) -> None:
+def _loop(trainer: AdapterTrainer, resumed: Path | None) -> None:
     """From the beginning or from a checkpoint to the end; a training that had ended already is only taken up."""
     if resumed is None:
         if trainer.held_out:
@@ -323,7 +324,11 @@ def _run(trainer: AdapterTrainer, resumed: Path | None) -> None:
 
     from teamlora_export.train.checkpoint import TRAINER_STATE_NAME
 
-    state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
+    path = resumed / TRAINER_STATE_NAME
+    try:
+        state = TrainerState.load_from_json(str(path))
+    except TypeError as error:
+        raise ExportError(f"{path}: {error}. Remove {resumed.parent}, and train again.") from None
     if state.global_step < trainer.args.max_steps and not trainer.standing.stopped:
         trainer.train(resume_from_checkpoint=str(resumed))
         return
@@ -331,23 +336,46 @@ def _run(trainer: AdapterTrainer, resumed: Path | None) -> None:
     trainer.state = state
 
 
-def _figures(trainer: AdapterTrainer, material: _Material, paths: Sequence[str]) -> dict[str, Any]:
+def _result(trainer: AdapterTrainer, timed: Timed, material: _Material, session: Session) -> TrainResult:
     log = trainer.state.log_history
     steps, held_out = trainer.state.global_step, bool(material.held_out)
     found = trainer.measure(material.held_out or _some_of_each(material.rows))
-    return {
-        "steps": steps,
-        "best_step": trainer.standing.best_step if held_out else steps,
-        "stopped_early": trainer.standing.stopped,
-        "losses": [(entry["step"], entry["loss"]) for entry in log if "loss" in entry],
-        "held_out_before": trainer.standing.before,
-        "held_out": found.by_task(material.tasks) if held_out else {},
-        "held_out_loss": found.loss if held_out else None,
-        "balance_loss": found.balance(),
-        "expert_use": use_by_task(found, material.tasks),
-        "layer_use": use_by_layer(found, paths),
-        "log": log,
-    }
+    return TrainResult(
+        folder=trainer.options.output,
+        family=trainer.options.family,
+        steps=steps,
+        best_step=trainer.standing.best_step if held_out else steps,
+        stopped_early=trainer.standing.stopped,
+        trained_parameters=trainer.num_trained,
+        seconds_per_step=statistics.median(timed.seconds[1:] or timed.seconds or [math.nan]),
+        losses=[(int(entry["step"]), entry["loss"]) for entry in log if "loss" in entry],
+        rows=len(material.rows),
+        held_out_rows=len(material.held_out),
+        held_out_before=trainer.standing.before,
+        held_out=found.by_task(material.tasks) if held_out else {},
+        held_out_loss=found.loss if held_out else None,
+        balance_loss=found.balance(),
+        expert_use=use_by_task(found, material.tasks),
+        layer_use=use_by_layer(found, list(trainer.layers)),
+        versions=session.versions,
+        hashes=session.hashes,
+        log=log,
+        is_first=trainer.is_world_process_zero(),
+    )
+
+
+def _refuse_not_finite(adapter: AdapterSpec, options: TrainOptions) -> None:
+    """Of an adapter as it is written."""
+    import numpy as np
+
+    largest = 65504.0 if options.save_dtype == "fp16" else float(np.finfo(np.float32).max)
+    for path, projection in adapter.projections.items():
+        for array in (projection.down, projection.router, projection.interaction, *projection.ups):
+            if not np.abs(array).max() <= largest:
+                raise ExportError(
+                    f"{path}: its trained numbers do not fit into --save-dtype {options.save_dtype}, or are none: the "
+                    "training diverged. Lower --learning-rate."
+                )
 
 
 def _some_of_each(rows: Sequence[Encoded]) -> list[Encoded]:
@@ -357,10 +385,6 @@ def _some_of_each(rows: Sequence[Encoded]) -> list[Encoded]:
         if len(of_task) < _MEASURED_ROWS:
             of_task.append(row)
     return [row for of_task in taken.values() for row in of_task]
-
-
-def _inputs(options: TrainOptions, base: BaseModel) -> list[Path]:
-    return [base.folder, *options.data, *options.validation_paths]
 
 
 def _versions() -> dict[str, str]:

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from teamlora_export import interrupt
 from teamlora_export.errors import ExportError
-from teamlora_export.train.checkpoint import Checkpoint, write_checkpoint
+from teamlora_export.train.checkpoint import Checkpoint, Standing, State, note_checkpoint, write_checkpoint
 from teamlora_export.train.encode import Encoded
 from teamlora_export.train.evaluate import Measured, measure, token_losses
 from teamlora_export.train.model import TrainedLinear, routing_of
@@ -33,22 +32,6 @@ from teamlora_export.train.options import TrainOptions
 
 # Of w, which sums to k, so that 1 is an equal share: `calculate_overconfidence_loss` of the published code.
 OVERCONFIDENCE_THRESHOLD = 1.5
-
-
-@dataclass
-class Standing:
-    """How the held-out loss has done; it goes into checkpoints.
-
-    Attributes:
-        before: held-out loss of the base, by task. best_loss, best_step: of the lowest one since.
-        worse: evaluations since then. stopped: the training ended for that.
-    """
-
-    before: dict[str, float] = field(default_factory=dict)
-    best_loss: float = math.inf
-    best_step: int = 0
-    worse: int = 0
-    stopped: bool = False
 
 
 class AdapterTrainer(Trainer):
@@ -82,13 +65,17 @@ class AdapterTrainer(Trainer):
         self.layers, self.rows, self.held_out, self.tasks = layers, rows, held_out, tasks
         self.options, self.work, self.resumed = options, work, resumed
         self.network, self.collate = model, collate
-        self.standing = Standing(**resumed.state["standing"]) if resumed is not None else Standing()
+        self.standing = resumed.state.standing if resumed is not None else Standing()
         self.best: dict[str, Tensor] | None = None
         self._shares: list[tuple[float, np.ndarray]] = []
 
     def adapter(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
         return {f"{path}.{name}": p for path, layer in self.layers.items() for name, p in layer.trained().items()}
+
+    @property
+    def num_trained(self) -> int:
+        return sum(parameter.numel() for parameter in self.adapter().values())
 
     def take_best(self) -> None:
         """The model has the adapter with the lowest held-out loss afterwards."""
@@ -138,7 +125,7 @@ class AdapterTrainer(Trainer):
         standing = self.standing
         metrics = {f"{metric_key_prefix}_loss": found.loss}
         metrics |= {f"{metric_key_prefix}_loss_{task}": loss for task, loss in found.by_task(self.tasks).items()}
-        if found.loss < standing.best_loss:
+        if standing.best_loss is None or found.loss < standing.best_loss:
             standing.best_loss, standing.best_step, standing.worse = found.loss, self.state.global_step, 0
             self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.adapter().items()}
         else:
@@ -176,7 +163,7 @@ class AdapterTrainer(Trainer):
             tensors |= {f"optimizer.{name}": p.cpu().contiguous() for name, p in optimizer.items()}
             tensors |= {f"random.{name}": p for name, p in random.items()}
             schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
-            state = {"standing": dataclasses.asdict(self.standing), "groups": groups, "schedule": schedule}
+            state = State(self.standing, groups, schedule)
             trainer = json.loads(json.dumps(dataclasses.asdict(self.state)))
             write_checkpoint(self.work, self.state.global_step, tensors, state, trainer)
         self.accelerator.wait_for_everyone()
@@ -192,11 +179,11 @@ class AdapterTrainer(Trainer):
         assert self.optimizer is not None and self.lr_scheduler is not None
         state = self.optimizer.state_dict()
         state["state"] = _optimizer_state(self.optimizer, self.adapter(), self.resumed.part("optimizer"))
-        for group, saved in zip(state["param_groups"], self.resumed.state["groups"], strict=True):
+        for group, saved in zip(state["param_groups"], self.resumed.state.groups, strict=True):
             group |= saved
         self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(
-            {**self.resumed.state["schedule"], "lr_lambdas": [None] * len(state["param_groups"])}
+            {**self.resumed.state.schedule, "lr_lambdas": [None] * len(state["param_groups"])}
         )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -249,6 +236,7 @@ class AdapterTrainer(Trainer):
     def _leave_where_interrupted(self) -> None:
         """An evaluation changes nothing, and may be long: it is not waited for."""
         if interrupt.arrived() and self.args.world_size == 1:
+            note_checkpoint(self.work)
             raise interrupt.Interrupted
 
 

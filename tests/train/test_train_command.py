@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pickle
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,14 +16,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+import torch
+from safetensors.numpy import load_file, save_file
 
 from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.errors import ExportError
+from teamlora_export.export import export_onnx
+from teamlora_export.inspect import inspect_path
+from teamlora_export.model.inject import inject
 from teamlora_export.progress import Reporter
-from teamlora_export.train import TrainOptions, count_parameters, train
+from teamlora_export.train import TrainOptions, TrainResult, checkpoint, count_parameters, train
+from teamlora_export.train import run as run_module
 from teamlora_export.train import trainer as trainer_module
+from teamlora_export.train.data import read_rows, split_rows
+from teamlora_export.train.encode import Encoder
 from teamlora_export.train.options import FAMILY_NAMES
+from teamlora_export.validate.run import validate_bundle
 
 QUIET = Reporter(quiet=True)
 
@@ -37,13 +47,12 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def options(make_base, data, tmp_path) -> TrainOptions:
+def asked(base: str, data: Path, output: Path) -> TrainOptions:
     """Three epochs of six steps, with dropout, so that random numbers count, and held-out rows."""
     return TrainOptions(
-        base=make_base("llama").name,
+        base=base,
         data=(data,),
-        output=tmp_path / "adapter",
+        output=output,
         rank=4,
         experts=2,
         targets=("q_proj", "down_proj"),
@@ -56,6 +65,11 @@ def options(make_base, data, tmp_path) -> TrainOptions:
         save_every=4,
         patience=0,
     )
+
+
+@pytest.fixture
+def options(make_base, data, tmp_path) -> TrainOptions:
+    return asked(make_base("llama").name, data, tmp_path / "adapter")
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
@@ -87,6 +101,15 @@ def crash_at(monkeypatch, forward: int) -> None:
     monkeypatch.setattr(trainer_module.AdapterTrainer, "compute_loss", fail)
 
 
+def crash(options: TrainOptions, monkeypatch, forward: int) -> Path:
+    """A training that is killed in its n-th step; the folder of what it left."""
+    with monkeypatch.context() as patched:
+        crash_at(patched, forward)
+        with pytest.raises(Crash):
+            train(options, QUIET)
+    return options.output.with_name(f"{options.output.name}.training")
+
+
 KILLED = """
 import os, signal, sys
 from teamlora_export.train import trainer
@@ -104,33 +127,173 @@ cli.main()
 
 def run_killed(options: TrainOptions, kind: str) -> subprocess.CompletedProcess[str]:
     """The command, which gets a signal within its eleventh step."""
-    import shlex
-
     command = [sys.executable, "-c", KILLED, *shlex.split(options.command())[1:]]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "KIND": kind}, check=False)
 
 
-def test_a_killed_training_goes_on_and_ends_with_the_same_adapter_to_the_bit(options, tmp_path, monkeypatch):
-    whole = dataclasses.replace(options, output=tmp_path / "whole")
-    result = train(whole, QUIET)
+@pytest.fixture(scope="module")
+def whole(make_base, data, tmp_path_factory) -> TrainResult:
+    """The training of `options`, uninterrupted."""
+    return train(asked(make_base("llama").name, data, tmp_path_factory.mktemp("whole") / "adapter"), QUIET)
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_adapter_to_the_bit(options, whole, monkeypatch):
     assert run_killed(options, "SIGKILL").returncode == -signal.SIGKILL
-    work = tmp_path / "adapter.training"
+    work = options.output.with_name("adapter.training")
     assert sorted(path.name for path in work.iterdir()) == ["checkpoint-8", "session.json"]
     assert not options.output.exists()
     size = sum(path.stat().st_size for path in work.rglob("*"))
-    assert size < 12 * 4 * result.trained_parameters + 60_000, "the base is in no checkpoint"
-
-    with pytest.raises(ExportError, match="left unfinished. Go on with --resume"):
+    # The adapter, the best one, and two moments of each number; the base has 35,000 more.
+    assert size < 4 * 4 * whole.trained_parameters + 60_000, "the base is in no checkpoint"
+    with pytest.raises(ExportError, match=r"left unfinished\. Go on with --resume"):
         train(options, QUIET)
     again = dataclasses.replace(options, resume=True)
-    with monkeypatch.context() as patched, pytest.raises(Crash):
-        # In the middle of an epoch once more, after two more checkpoints.
-        crash_at(patched, 9)
-        train(again, QUIET)
+    # In the middle of an epoch once more, after two more checkpoints.
+    crash(again, monkeypatch, 9)
     assert (work / "checkpoint-16").is_dir()
     resumed = train(again, QUIET)
     assert not work.exists()
-    assert_same(options.output, whole.output)
-    assert resumed.held_out == result.held_out
-    assert resumed.held_out_before == result.held_out_before
-    assert resumed.best_step == result.best_step
+    assert_same(options.output, whole.folder)
+    assert (resumed.held_out, resumed.best_step) == (whole.held_out, whole.best_step)
+    assert resumed.held_out_before == whole.held_out_before
+
+
+def test_a_training_that_was_killed_after_its_last_step_is_only_written(options, whole, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "_result", lambda *_: (_ for _ in ()).throw(Crash))
+        with pytest.raises(Crash):
+            train(options, QUIET)
+    again = dataclasses.replace(options, resume=True)
+    with monkeypatch.context() as patched:
+        crash_at(patched, 1)
+        result = train(again, QUIET)
+    assert_same(options.output, whole.folder)
+    assert (result.steps, result.best_step, result.held_out) == (whole.steps, whole.best_step, whole.held_out)
+
+
+def test_ctrl_c_ends_it_with_a_checkpoint_and_says_how_it_goes_on(options, whole):
+    done = run_killed(options, "SIGINT")
+    assert done.returncode == 2
+    assert "Error: Interrupted; was written whole before: " in done.stderr
+    assert "checkpoint-11; --resume goes on from there." in done.stderr
+    train(dataclasses.replace(options, resume=True), QUIET)
+    assert_same(options.output, whole.folder)
+
+
+def test_a_training_goes_on_with_the_same_options_and_files_only(options, data, tmp_path, monkeypatch):
+    work = crash(options, monkeypatch, 6)
+    other = tmp_path / "other"
+    shutil.copytree(data, other)
+    with (other / "copy.jsonl").open("a") as file:
+        file.write('{"prompt": "new", "answer": "row"}\n')
+    again = dataclasses.replace(options, resume=True)
+    for changed, told in (
+        (dataclasses.replace(again, learning_rate=1e-3, rank=8), r"--rank 4 \(now 8\); --learning-rate 0.02 \(now"),
+        (dataclasses.replace(again, data=(other,)), "other contents of .*copy.jsonl"),
+    ):
+        with pytest.raises(ExportError, match=told):
+            train(changed, QUIET)
+    with checkpoint.alone(work), pytest.raises(ExportError, match="another training is at work"):
+        train(again, QUIET)
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    assert train(dataclasses.replace(again, data=(moved,), log_every=3), QUIET).steps == 18
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(options, monkeypatch):
+    work = crash(options, monkeypatch, 6)
+    again = dataclasses.replace(options, resume=True)
+    found = work / "checkpoint-4"
+
+    def refused(path: Path, content: bytes | None, told: str) -> None:
+        before = path.read_bytes()
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(ExportError, match=told):
+            train(again, QUIET)
+        path.write_bytes(before)
+
+    state = json.loads((found / "state.json").read_text())
+    refused(found / "state.json", json.dumps({**state, "standing": 3}).encode(), "state.json: .*standing")
+    refused(found / "trainer_state.json", b'{"global_step": 4, "strange": 1}', "strange")
+    refused(found / "trainer_state.json", None, "trainer_state.json: is missing")
+    # A pickle, were it opened as one, would run.
+    refused(found / "tensors.safetensors", pickle.dumps(Crash("run")), "tensors.safetensors: cannot be read")
+    refused(work / "session.json", None, "no training of this tool is in it")
+    tensors = load_file(found / "tensors.safetensors")
+    tensors.pop(next(name for name in tensors if name.startswith("adapter.")))
+    save_file(tensors, found / "tensors.safetensors")
+    with pytest.raises(ExportError, match="of another adapter"):
+        train(again, QUIET)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_what_is_written_does_what_was_measured(family, options, make_base):
+    """The files, read back into the reference layer, have the held-out loss that the record tells."""
+    asked_for = dataclasses.replace(options, family=family, targets="all-linear")
+    result = train(asked_for, QUIET)
+    assert count_parameters(asked_for) == result.trained_parameters
+    assert result.held_out_loss < sum(result.held_out_before.values()) / 2 - 0.1, "it learns"
+    base = make_base("llama")
+    model = base.load(torch.float32)
+    inject(model, align_with_base(read_adapter(options.output), base.signature))
+    rows = split_rows(read_rows(options.data).rows, 0.25, options.seed)[1]
+    encoder = Encoder(base.folder, options)
+    losses = []
+    for row in encoder.encode(rows, ["copy", "turn"])[0]:
+        ids = torch.tensor([row.ids])
+        logits = model(ids).logits[0, row.prompt_length - 1 : -1]
+        losses += torch.nn.functional.cross_entropy(logits, ids[0, row.prompt_length :], reduction="none").tolist()
+    # 1e-4: means of float32 losses, summed in another order.
+    assert np.mean(losses) == pytest.approx(result.held_out_loss, abs=1e-4)
+    record = json.loads((options.output / "training.json").read_text())
+    assert record["held_out_loss"] == result.held_out
+    shares = [*record["expert_use"].values(), *record["expert_use_by_layer"].values()]
+    assert bool(shares) == (family != "lora")
+    assert all(sum(share) == pytest.approx(1, abs=1e-3) for share in shares)
+    assert "model.safetensors" in record["inputs"] and "config.json" in record["inputs"]
+    card = (options.output / "README.md").read_text()
+    assert f"{result.trained_parameters:,} trained parameters" in card and options.command().split()[1] in card
+
+
+def test_a_trained_adapter_is_exported_and_found_right(options, whole, make_base, tmp_path):
+    bundle = export_onnx(make_base("llama").name, whole.folder, tmp_path / "bundle")
+    assert validate_bundle(bundle).passed
+    assert "teamlora" in "\n".join(inspect_path(whole.folder).lines())
+
+
+def test_memory_and_batches_of_a_step_change_no_figure(options, whole):
+    for fields in ({"gradient_checkpointing": True}, {"batch": 3, "accumulate": 2, "balance_weight": 0.0}):
+        plain = dataclasses.replace(options, dropout=0.0, steps=6, **{k: fields[k] for k in fields if k[:2] == "ba"})
+        expected = train(dataclasses.replace(plain, batch=6), QUIET).held_out_loss
+        found = train(dataclasses.replace(options, dropout=0.0, steps=6, **fields), QUIET).held_out_loss
+        # 1e-4: float32, other sums.
+        assert found == pytest.approx(expected, abs=1e-4), fields
+
+
+def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best(options):
+    rising = dataclasses.replace(options, learning_rate=0.5, warmup=0.0, schedule="constant", steps=60, patience=2)
+    result = train(dataclasses.replace(rising, evaluate_every=2), QUIET)
+    record = json.loads((options.output / "training.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in record["log"] if "eval_loss" in entry}
+    assert result.stopped_early and result.steps < 60
+    assert result.steps == max(losses) == result.best_step + 4
+    assert result.held_out_loss == pytest.approx(min(losses.values())) == pytest.approx(losses[result.best_step])
+
+
+def test_a_training_that_diverges_is_one_sentence(options):
+    with pytest.raises(ExportError, match=r"Step \d+: (loss|grad_norm|eval_loss) is (nan|inf): the training diverged"):
+        train(dataclasses.replace(options, learning_rate=1e3, clip=0.0, warmup=0.0, log_every=1), QUIET)
+    assert not options.output.exists()
+
+
+def test_only_what_a_training_wrote_is_replaced(options, whole):
+    shutil.copytree(whole.folder, options.output)
+    with (options.output / "README.md").open("a") as file:
+        file.write("My own notes.\n")
+    with pytest.raises(ExportError, match=r"README\.md: is not a file that teamlora-export wrote"):
+        train(options, QUIET)
+    shutil.copy(whole.folder / "README.md", options.output)
+    train(dataclasses.replace(options, steps=2), QUIET)
+    (options.output / "training.json").unlink()
+    with pytest.raises(ExportError, match="no training of this tool is in it"):
+        train(options, QUIET)
