@@ -181,19 +181,11 @@ def _exports(cells: Sequence[Cell], place: Place, given: argparse.Namespace, rep
     """PyTorch's scores, and those of each form, of the cells that are exported; those that there are."""
     if "exports" not in given.parts:
         return []
-    from method.exports import FORMS, score_export
+    from method.exports import FORMS, score_exports
 
-    rows = []
-    for cell in cells:
-        trained = place.find(cell)
-        if cell.group != _EXPORTED or cell.seed != given.seeds[0] or trained is None:
-            continue
-        rows.append({"cell": cell.name, "form": "PyTorch", "mean": trained["mean"], "same": 100.0, "bytes": 0})
-        for form in FORMS:
-            row = score_export(cell, place, form, usable_cores(), reporter)
-            if row is not None:
-                rows.append(row)
-    return rows
+    chosen = [cell for cell in cells if cell.group == _EXPORTED and cell.seed == given.seeds[0]]
+    rows = [row for cell in chosen for row in score_exports(cell, place, list(FORMS), usable_cores(), reporter)]
+    return [_without(row, "answers") for row in rows]
 
 
 def _machine() -> dict[str, Any]:

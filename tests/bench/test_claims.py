@@ -29,7 +29,7 @@ sys.path.append(str(ROOT / "scripts"))
 from get_model import get_model  # noqa: E402
 from method import cells as cells_module  # noqa: E402
 from method.cells import Place, asked_examples, data_folder, run_cell  # noqa: E402
-from method.exports import score_export  # noqa: E402
+from method.exports import score_exports  # noqa: E402
 from method.plan import BASE, FULL, Cell, Settings, count_parameters, full_grid, nearest_rank, options_of, quick_grid  # noqa: E402
 from method.report import difference, tables, write_plot  # noqa: E402
 from method.score import runner_generate, score, tokenizer_of, torch_generate  # noqa: E402
@@ -214,12 +214,15 @@ def test_pytorch_and_the_deployed_program_make_the_same_tokens(make_bundle, make
     assert made == [in_torch([prompt], 9)[0] for prompt in prompts]
 
 
-def test_an_export_has_its_own_score_beside_pytorchs(team, place, monkeypatch):
-    found = score_export(TEAM, place, "fp32", 1, Reporter(quiet=True))
-    assert found["same"] == 100.0 and found["by_task"] == team["by_task"] and found["bytes"] > 10_000
+def test_exports_have_scores_beside_pytorchs(team, place, monkeypatch):
+    quiet = Reporter(quiet=True)
+    in_torch, exported = score_exports(TEAM, place, ["fp32"], 1, quiet)
+    assert (in_torch["form"], exported["form"], in_torch["same"], exported["same"]) == ("PyTorch", "fp32", 100, 100)
+    assert exported["by_task"] == in_torch["by_task"] == team["by_task"] and exported["bytes"] > 10_000
+    assert any(answer for answers in exported["answers"].values() for answer in answers)
     monkeypatch.setattr("method.exports.export_onnx", lambda *_, **__: pytest.fail("exported again"))
-    assert score_export(TEAM, place, "fp32", 1, Reporter(quiet=True)) == found
-    assert score_export(dataclasses.replace(TEAM, seed=7), place, "fp32", 1, Reporter(quiet=True)) is None
+    assert score_exports(TEAM, place, ["fp32"], 1, quiet) == [in_torch, exported]
+    assert score_exports(dataclasses.replace(TEAM, seed=7), place, ["fp32"], 1, quiet) == []
 
 
 def test_steps_are_timed_in_turns_and_change_only_what_is_trained(place):

@@ -26,7 +26,9 @@ from write_tasks import write_tasks
 
 import teamlora_export
 from method.plan import BASE, Cell, Settings, options_of
+from method.score import Scores, score, tokenizer_of, torch_generate
 from teamlora_export.cache import cache_folder
+from teamlora_export.dtypes import DTYPES
 from teamlora_export.files import sha256_of
 from teamlora_export.staging import write_aside
 
@@ -111,44 +113,17 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any] | None:
             **_run(cell, place, folder),
         }
         write_aside(folder / RESULT_NAME, json.dumps(result, indent=1) + "\n", result=False)
+        if not cell.keeps_adapter:
+            shutil.rmtree(folder / "adapter", ignore_errors=True)
         return result
 
 
 def _run(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
-    import torch
-
-    from method.score import score, tokenizer_of, torch_generate
-    from teamlora_export.adapter import align_with_base, read_adapter
-    from teamlora_export.model.base import open_base
-    from teamlora_export.model.inject import inject
-    from teamlora_export.progress import Reporter
-    from teamlora_export.train import train
-
-    started, settings, trained = time.monotonic(), place.settings, {}
+    started, trained = time.monotonic(), {}
     if cell.family != BASE:
-        options = options_of(cell, settings, place.base, data_folder(place), folder / "adapter")
-        record = folder / "training.json"
-        if not record.is_file():
-            done = train(options, Reporter(quiet=True))
-            trained = {
-                "rank": options.rank,
-                "alpha": options.used_alpha,
-                "parameters": done.trained_parameters,
-                "seconds_per_step": done.seconds_per_step,
-                "held_out_loss": done.held_out_loss,
-                "best_step": done.best_step,
-                "losses": list(done.losses),
-                "versions": dict(done.versions),
-                "command": options.command(),
-            }
-            write_aside(record, json.dumps(trained) + "\n", result=False)
-        trained = json.loads(record.read_text(encoding="utf-8"))
-    base = open_base(str(place.base), "text-generation")
-    model = base.load(torch.float32)
-    if cell.family != BASE:
-        inject(model, align_with_base(read_adapter(folder / "adapter"), base.signature))
-    model.eval()
-    scores = score(torch_generate(model, base.folder), tokenizer_of(base.folder), asked_examples(settings))
+        trained = _trained(cell, place, folder)
+    adapter = None if cell.family == BASE else folder / "adapter"
+    scores = score_in_torch(place, adapter, place.settings.dtype)
     return {
         **trained,
         "mean": scores.mean,
@@ -157,6 +132,45 @@ def _run(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
         "answers": scores.answers,
         "seconds": time.monotonic() - started,
     }
+
+
+def _trained(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
+    """What is known of the training that wrote the adapter, from before or from now."""
+    from teamlora_export.progress import Reporter
+    from teamlora_export.train import train
+
+    record = folder / "training.json"
+    if not record.is_file():
+        options = options_of(cell, place.settings, place.base, data_folder(place), folder / "adapter")
+        done = train(options, Reporter(quiet=True))
+        known = {
+            "rank": options.rank,
+            "alpha": options.used_alpha,
+            "parameters": done.trained_parameters,
+            "seconds_per_step": done.seconds_per_step,
+            "held_out_loss": done.held_out_loss,
+            "best_step": done.best_step,
+            "losses": list(done.losses),
+            "versions": dict(done.versions),
+        }
+        write_aside(record, json.dumps(known) + "\n", result=False)
+    return json.loads(record.read_text(encoding="utf-8"))
+
+
+def score_in_torch(place: Place, adapter: Path | None, dtype: str) -> Scores:
+    """The score of the base with an adapter, or without one; all of it computes in `dtype`."""
+    import torch
+
+    from teamlora_export.adapter import align_with_base, read_adapter
+    from teamlora_export.model.base import open_base
+    from teamlora_export.model.inject import inject
+
+    base = open_base(str(place.base), "text-generation")
+    model = base.load(getattr(torch, DTYPES[dtype].torch))
+    if adapter is not None:
+        inject(model, align_with_base(read_adapter(adapter), base.signature))
+    generate = torch_generate(model.eval(), base.folder)
+    return score(generate, tokenizer_of(base.folder), asked_examples(place.settings))
 
 
 def asked_examples(settings: Settings) -> list[Any]:

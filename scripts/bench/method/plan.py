@@ -30,7 +30,7 @@ class Settings:
     Attributes:
         rank: r of the TeamLoRA with four experts whose number of parameters the others are given.
         train, validation, test: examples of each kind of task.
-        dtype: of the frozen base while it is trained; scores are in fp32.
+        dtype: of the frozen base while it is trained, and of the whole model while it is scored.
     """
 
     rank: int = 32
@@ -70,6 +70,11 @@ class Cell:
     def name(self) -> str:
         """For people, and for `--cells`."""
         return self.group if self.family == BASE else f"{self.group}-s{self.seed}"
+
+    @property
+    def keeps_adapter(self) -> bool:
+        """Whether the trained adapter stays when it has been scored: those of all cells would fill gigabytes."""
+        return self.family == "teamlora" and self.seed == 0
 
     @property
     def group(self) -> str:
