@@ -60,6 +60,18 @@ class MoeLora(FrozenLinear):
         return y
 
 
+class HydraLora(ExpertLinear):
+    """One A, and a B for each expert that reads all of it, y = x Wt + b + sum_i softmax(x Rt)_i (x At s) Bit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = torch.softmax(nn.functional.linear(x, self.router), dim=-1)
+        u = nn.functional.linear(x, self.down) * self.scaling
+        y = self.base_projection(x)
+        for i, w_i in enumerate(w.split(1, dim=-1)):
+            y = y + w_i * nn.functional.linear(u, self.up[i])
+        return y
+
+
 class PlainLora(FrozenLinear):
     """y = x Wt + b + (x At) Bt s."""
 

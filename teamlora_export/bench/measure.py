@@ -95,7 +95,7 @@ def measure(
     Raises:
         ExportError: a row cannot be opened or run.
     """
-    machine = _this_machine()
+    machine = this_machine()
     alone: Sequence[Alone] = ()
     if memory:
         # First: the models that this process opens would take memory from them.
@@ -136,7 +136,8 @@ def _floors(
     }
 
 
-def _this_machine() -> Machine:
+def this_machine() -> Machine:
+    """As it is now."""
     versions = {}
     for package in _PACKAGES:
         try:

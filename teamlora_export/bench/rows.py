@@ -123,7 +123,7 @@ class TorchRow:
         inject(model, align_with_base(read_adapter(self.adapter), base.signature))
         model.eval()
         forward = torch.compile(model, dynamic=True) if self.compiled else model
-        run = _generate_in_torch if self.task == "text-generation" else _encode_in_torch
+        run = generate_in_torch if self.task == "text-generation" else _encode_in_torch
 
         def read(prompts: Sequence[Sequence[int]], _count: int) -> Callable[[], object]:
             with told():
@@ -147,7 +147,8 @@ class TorchRow:
         return read
 
 
-def _generate_in_torch(forward: Any, prompts: Sequence[Sequence[int]]) -> Callable[[], object]:
+def generate_in_torch(forward: Any, prompts: Sequence[Sequence[int]]) -> Callable[[], object]:
+    """Read the prompts, all of one length; what is returned makes one more token of each."""
     import torch
     from transformers import DynamicCache
 

@@ -1,0 +1,237 @@
+"""Does TeamLoRA keep its promise, and what does it cost? Trains, scores and times all families on one small base.
+
+    scripts/bench/claims.py --quick                       one seed, a small grid: 15 minutes on two quiet cores
+    scripts/bench/claims.py                               everything; hours
+    scripts/bench/claims.py --cells teamlora-k4-ffn moelora-k4-ffn --seeds 3       two cells with another seed
+    scripts/bench/claims.py --parts steps inference       timings alone: on a machine with nothing else to do
+
+TeamLoRA, HydraLoRA, MoELoRA and LoRA at equal numbers of trained parameters, and TeamLoRA at half of them, on the tasks
+of scripts/bench/tasks. What was found is kept in the user's cache cell by cell (claims/), so that a run that was
+interrupted goes on; the same command prints what it has. -o writes figures.json, README.md and plot.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from method.cells import Place, code_version, default_folder, run_cell
+from method.plan import EXPERTS, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
+
+from teamlora_export.deploy.cores import usable_cores
+from teamlora_export.errors import ExportError
+from teamlora_export.progress import Reporter
+from teamlora_export.staging import write_aside
+
+PARTS = ("scores", "steps", "inference", "exports")
+_EXPORTED = "teamlora-k4-ffn"
+
+
+def main() -> None:
+    given = _arguments()
+    reporter = Reporter()
+    settings = QUICK if given.quick else FULL
+    changed = {name: value for name in _CHANGED if (value := getattr(given, name)) is not None}
+    place = Place(_base(given.base), dataclasses.replace(settings, **changed), given.cache, given.any_version)
+    grid = (quick_grid if given.quick else full_grid)(given.seeds)
+    cells = [c for c in grid if not given.cells or any(part in c.name for part in given.cells)]
+    if not cells:
+        raise ExportError(f"--cells {' '.join(given.cells)}: none of {', '.join(cell.name for cell in grid)}.")
+    failures = _run_cells(cells, place, given.jobs, reporter) if "scores" in given.parts else []
+    found = {
+        "title": ("A quick look at" if given.quick else "The measure of") + " four families of adapters",
+        "quick": given.quick,
+        "command": shlex.join(["scripts/bench/claims.py", *sys.argv[1:]]),
+        "settings": dataclasses.asdict(place.settings),
+        "code": code_version(),
+        "seeds": given.seeds,
+        "missing": [cell.name for cell in cells if place.find(cell) is None],
+        "scores": [_without(result, "answers") for cell in cells if (result := place.find(cell)) is not None],
+        "steps": _timed(place, "steps", given, lambda: _steps(place, given, reporter)),
+        "inference": _timed(place, "inference", given, lambda: _inference(place, given, reporter)),
+        "exports": _exports(cells, place, given, reporter),
+    }
+    found["machine"] = _machine()
+    found["notes"] = _notes(found, place)
+    _tell(found, given.output)
+    if failures:
+        raise ExportError("; ".join(failures))
+
+
+# Of `Settings`, what may be given.
+_CHANGED = ("steps", "batch", "learning_rate", "rank", "train", "validation", "test", "dtype")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small grid, short trainings, few questions")
+    parser.add_argument("--jobs", type=_count, default=usable_cores(), help="cells at a time (default: the cores)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2; with --quick 0")
+    parser.add_argument("--cells", nargs="+", default=[], help="only cells whose names hold one of these; scores alone")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"default: {' '.join(PARTS)}")
+    parser.add_argument("--turns", type=_count, help="of the timings (default: 9; with --quick 3)")
+    parser.add_argument("--base", type=Path, help="a folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--cache", type=Path, default=default_folder(), help="where cells are kept")
+    parser.add_argument("--any-version", action="store_true", help="take what other versions of the code have found")
+    parser.add_argument("-o", "--output", type=Path, help="a folder for figures.json, README.md and plot.png")
+    for name in _CHANGED:
+        kind = {"learning_rate": float, "dtype": str}.get(name, _count)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    given.seeds = given.seeds or ([0] if given.quick else [0, 1, 2])
+    given.parts = given.parts or (["scores"] if given.cells else list(PARTS))
+    given.turns = given.turns or (3 if given.quick else 9)
+    return given
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1.")
+    return int(text)
+
+
+def _base(given: Path | None) -> Path:
+    if given is not None:
+        return given
+    sys.path.append(str(Path(__file__).parents[1]))
+    from get_model import get_model
+
+    return get_model("smollm2")
+
+
+def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporter) -> list[str]:
+    """What went wrong, a sentence for each cell. The results are in the cache."""
+    waiting = [cell for cell in cells if place.find(cell) is None]
+    threads = max(1, usable_cores() // jobs)
+    # Before the workers load a library that reads it.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    started, failures = time.monotonic(), []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as workers:
+        futures = {workers.submit(_work, cell, place, threads): cell for cell in waiting}
+        for number, future in enumerate(as_completed(futures), 1):
+            name = futures[future].name
+            try:
+                result = future.result()
+            except Exception as error:  # of any kind: it is one cell's
+                failures.append(f"{name}: {error}")
+                reporter.warn(failures[-1])
+                continue
+            told = f"{result['mean']:.1f}" if result is not None else "another process is at it"
+            seconds = time.monotonic() - started
+            reporter.say(f"{number} of {len(waiting)}, after {seconds:,.0f} s: {name}: {told}")
+    return failures
+
+
+def _work(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
+    """`run_cell` in a process of its own."""
+    import torch
+
+    torch.set_num_threads(threads)
+    return run_cell(cell, place)
+
+
+def _timed(place: Place, part: str, given: argparse.Namespace, measure: Callable[[], list[Any]]) -> list[Any]:
+    """Rows of a timing from now, or those that were kept where it is not asked for."""
+    path = place.folder / f"{part}{'-quick' if given.quick else ''}-{place.base.name}.json"
+    if part in given.parts:
+        rows = measure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_aside(path, json.dumps(rows, indent=1) + "\n", result=False)
+        return rows
+    if given.cells or not path.is_file():
+        return []
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _steps(place: Place, given: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
+    from method.steps import time_steps
+
+    rows = []
+    for targets in ["ffn"] if given.quick else TARGETS:
+        with reporter.step(f"Timing steps, {targets}"):
+            rows += time_steps(place, EXPERTS, targets, given.turns, usable_cores())
+    return rows
+
+
+def _inference(place: Place, given: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
+    from method.inference import Asked, time_inference
+
+    asked = Asked(turns=given.turns, trace=not given.quick)
+    cells = [c for c in quick_grid([0]) if c.targets == "ffn" and c.share == 1 and c.experts in (1, 4)]
+    rows = []
+    for cell in cells:
+        if cell.family != "base":
+            with reporter.step(f"Timing inference, {cell.group}"):
+                rows += time_inference(place, cell, asked, usable_cores(), reporter)
+    return rows
+
+
+def _exports(cells: Sequence[Cell], place: Place, given: argparse.Namespace, reporter: Reporter) -> list[Any]:
+    """PyTorch's scores, and those of each form, of the cells that are exported; those that there are."""
+    if "exports" not in given.parts:
+        return []
+    from method.exports import FORMS, score_exports
+
+    chosen = [cell for cell in cells if cell.group == _EXPORTED and cell.seed == given.seeds[0]]
+    rows = [row for cell in chosen for row in score_exports(cell, place, list(FORMS), usable_cores(), reporter)]
+    return [_without(row, "answers") for row in rows]
+
+
+def _machine() -> dict[str, Any]:
+    from teamlora_export.bench.measure import this_machine
+
+    return dataclasses.asdict(this_machine())
+
+
+def _notes(found: dict[str, Any], place: Place) -> list[str]:
+    settings, machine = place.settings, found["machine"]
+    notes = [
+        f"Made by `{found['command']}` on {machine['processor']}, {machine['cores']} cores; base {place.base.name}, "
+        f"code {found['code']}.",
+        f"Each training: {settings.steps} steps of {settings.batch} rows, learning rate {settings.learning_rate:g}, "
+        f"base in {settings.dtype}; {settings.train} rows of each of eleven kinds to train on, {settings.test} to be "
+        "asked, greedily; an answer counts when it is right to the letter.",
+    ]
+    if found["quick"]:
+        notes.append("**A quick run: one seed, short trainings, few questions. It shows costs; of scores only hints.**")
+    if found["missing"]:
+        notes.append(f"Not run yet: {', '.join(found['missing'])}.")
+    return notes
+
+
+def _tell(found: dict[str, Any], output: Path | None) -> None:
+    from method.report import tables, write_plot
+
+    text = tables(found)
+    print(text, end="")
+    if output is None:
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    write_aside(output / "figures.json", json.dumps(found, indent=1) + "\n", result=False)
+    write_aside(output / "README.md", text, result=False)
+    if found["scores"] or found["steps"]:
+        write_plot(found, output / "plot.png")
+
+
+def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if key != name}
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        main()
+    except ExportError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,233 @@
+"""Trains and scores one cell of the grid, and keeps what was found.
+
+A cell's result is a JSON file in the user's cache, under a key of all of its options, of the base's weights and of the
+code that it came from. A training that was killed goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tasks import PARTS, TASKS, make_examples
+from write_tasks import write_tasks
+
+import teamlora_export
+from method.plan import BASE, Cell, Settings, options_of
+from method.score import Scores, score, tokenizer_of, torch_generate
+from teamlora_export.cache import cache_folder
+from teamlora_export.dtypes import DTYPES
+from teamlora_export.files import sha256_of
+from teamlora_export.staging import write_aside
+
+RESULT_NAME = "result.json"
+_BENCH = Path(__file__).parents[1]
+_PACKAGE = Path(teamlora_export.__file__).parent
+# What a score depends on; a change elsewhere leaves results as they are.
+_CODE = (
+    *(_BENCH / "tasks").glob("*.py"),
+    *(_BENCH / "method" / name for name in ("plan.py", "score.py", "cells.py")),
+    *(_PACKAGE / "train" / name for name in ("encode.py", "evaluate.py", "model.py", "run.py", "trainer.py")),
+    *(_PACKAGE / name for name in ("adapter/families.py", "model/layer.py", "model/inject.py")),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where cells are kept, and what they are of.
+
+    Attributes:
+        any_version: results of other versions of the code count as well.
+    """
+
+    base: Path
+    settings: Settings
+    folder: Path
+    any_version: bool = False
+
+    def of(self, cell: Cell) -> Path:
+        return self.folder / "cells" / f"{cell.name}-{self._key(cell)}"
+
+    def find(self, cell: Cell) -> dict[str, Any] | None:
+        """The result of a cell, or None."""
+        for folder in [self.of(cell), *(self._others(cell) if self.any_version else ())]:
+            with suppress(FileNotFoundError):
+                return json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+        return None
+
+    def adapter(self, cell: Cell) -> Path | None:
+        """The trained adapter of a cell, or None."""
+        folders = [self.of(cell), *(self._others(cell) if self.any_version else ())]
+        found = (folder / "adapter" for folder in folders if (folder / RESULT_NAME).is_file())
+        return next((folder for folder in found if folder.is_dir()), None)
+
+    def _key(self, cell: Cell) -> str:
+        asked = {**dataclasses.asdict(cell), **dataclasses.asdict(self.settings), "base": _hash_of_base(self.base)}
+        if cell.family == BASE:
+            asked = {name: asked[name] for name in ("test", "data_seed", "base")}
+        return f"{_short_hash(asked)}-{code_version()}"
+
+    def _others(self, cell: Cell) -> list[Path]:
+        """Of the same options, the newest first."""
+        options = self._key(cell).partition("-")[0]
+        found = (self.folder / "cells").glob(f"{cell.name}-{options}-*")
+        return sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+
+def default_folder() -> Path:
+    return cache_folder() / "claims"
+
+
+def run_cell(cell: Cell, place: Place) -> dict[str, Any] | None:
+    """The result of a cell, from before or from now; None while another process is at it.
+
+    Raises:
+        ExportError: it cannot be trained.
+    """
+    if (found := place.find(cell)) is not None:
+        return found
+    folder = place.of(cell)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder) as is_alone:
+        if not is_alone:
+            return None
+        if (found := place.find(cell)) is not None:
+            return found
+        result = {
+            "cell": cell.name,
+            **dataclasses.asdict(cell),
+            "settings": dataclasses.asdict(place.settings),
+            "code": code_version(),
+            **_run(cell, place, folder),
+        }
+        write_aside(folder / RESULT_NAME, json.dumps(result, indent=1) + "\n", result=False)
+        if not cell.keeps_adapter:
+            shutil.rmtree(folder / "adapter", ignore_errors=True)
+        return result
+
+
+def _run(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
+    started, trained = time.monotonic(), {}
+    if cell.family != BASE:
+        trained = _trained(cell, place, folder)
+    adapter = None if cell.family == BASE else folder / "adapter"
+    scores = score_in_torch(place, adapter, place.settings.dtype)
+    return {
+        **trained,
+        "mean": scores.mean,
+        "right": {task: "".join("01"[right] for right in found) for task, found in scores.right.items()},
+        "by_task": scores.by_task,
+        "answers": scores.answers,
+        "seconds": time.monotonic() - started,
+    }
+
+
+def _trained(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
+    """What is known of the training that wrote the adapter, from before or from now."""
+    from teamlora_export.progress import Reporter
+    from teamlora_export.train import train
+
+    record = folder / "training.json"
+    if not record.is_file():
+        options = options_of(cell, place.settings, place.base, data_folder(place), folder / "adapter")
+        done = train(options, Reporter(quiet=True))
+        known = {
+            "rank": options.rank,
+            "alpha": options.used_alpha,
+            "parameters": done.trained_parameters,
+            "seconds_per_step": done.seconds_per_step,
+            "held_out_loss": done.held_out_loss,
+            "best_step": done.best_step,
+            "losses": list(done.losses),
+            "versions": dict(done.versions),
+        }
+        write_aside(record, json.dumps(known) + "\n", result=False)
+    return json.loads(record.read_text(encoding="utf-8"))
+
+
+def score_in_torch(place: Place, adapter: Path | None, dtype: str) -> Scores:
+    """The score of the base with an adapter, or without one; all of it computes in `dtype`."""
+    import torch
+
+    from teamlora_export.adapter import align_with_base, read_adapter
+    from teamlora_export.model.base import open_base
+    from teamlora_export.model.inject import inject
+
+    base = open_base(str(place.base), "text-generation")
+    model = base.load(getattr(torch, DTYPES[dtype].torch))
+    if adapter is not None:
+        inject(model, align_with_base(read_adapter(adapter), base.signature))
+    generate = torch_generate(model.eval(), base.folder)
+    return score(generate, tokenizer_of(base.folder), asked_examples(place.settings))
+
+
+def asked_examples(settings: Settings) -> list[Any]:
+    """The questions of the test part, task by task."""
+    return [example for task in TASKS for example in make_examples(task, "test", settings.test, settings.data_seed)]
+
+
+def data_folder(place: Place) -> Path:
+    """The files of `write_tasks` for these settings, written once."""
+    settings = place.settings
+    code = _hash_of_code(tuple(path for path in _CODE if path.parent.name == "tasks"))
+    folder = place.folder / "data" / f"{_short_hash({**settings.counts, 'seed': settings.data_seed})}-{code}"
+    if not folder.is_dir():
+        staging = folder.with_name(f"{folder.name}.{os.getpid()}")
+        write_tasks(staging, {part: settings.counts[part] for part in PARTS}, settings.data_seed)
+        try:
+            os.rename(staging, folder)
+        except OSError:
+            # Another process was faster.
+            shutil.rmtree(staging)
+    return folder
+
+
+@cache
+def code_version() -> str:
+    """Of the code that decides about a score, but for comments, docstrings and layout."""
+    return _hash_of_code(_CODE)
+
+
+def _hash_of_code(paths: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        digest.update(f"{path.name}\n{ast.dump(tree)}\n".encode())
+    return digest.hexdigest()[:8]
+
+
+@cache
+def _hash_of_base(folder: Path) -> str:
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return _short_hash({path.name: sha256_of(path) for path in files})
+
+
+def _short_hash(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Whether no other process works in the folder; none will until the block ends."""
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -1,0 +1,77 @@
+"""Does the export keep the score? The same questions to bundles of a trained cell, through the deployed program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from method.cells import Place, asked_examples, code_version, score_in_torch
+from method.plan import Cell
+from method.score import runner_generate, score, tokenizer_of
+from teamlora_export import __version__
+from teamlora_export.export import export_onnx
+from teamlora_export.progress import Reporter
+from teamlora_export.staging import write_aside
+
+# Options of `export_onnx`; PyTorch is what they are compared with.
+TORCH = "PyTorch"
+FORMS: Mapping[str, Mapping[str, str]] = {
+    "fp32": {},
+    "fp16": {"dtype": "fp16"},
+    "int4": {"weights_form": "int4"},
+}
+
+
+def score_exports(
+    cell: Cell, place: Place, forms: Sequence[str], threads: int, reporter: Reporter
+) -> list[dict[str, Any]]:
+    """The scores of a cell in PyTorch in fp32 and of its bundles in `forms`, from before or from now; none where the
+    cell has not been trained.
+
+    `same` is the share of answers, in percent, that are to the letter what PyTorch answers, right or wrong.
+    """
+    adapter = place.adapter(cell)
+    if adapter is None:
+        return []
+    rows = []
+    for form in (TORCH, *forms):
+        path = adapter.parent / f"export-{form}-{code_version()}.json"
+        if not path.is_file():
+            with reporter.step(f"Scoring {cell.name}, {form}"):
+                row = _score(cell, place, adapter, form, threads, reporter)
+            write_aside(path, json.dumps(row, indent=1) + "\n", result=False)
+        rows.append(json.loads(path.read_text(encoding="utf-8")))
+    return [{**row, "same": _same(row, rows[0])} for row in rows]
+
+
+def _score(cell: Cell, place: Place, adapter: Path, form: str, threads: int, reporter: Reporter) -> dict[str, Any]:
+    size = 0
+    if form == TORCH:
+        found = score_in_torch(place, adapter, "fp32")
+    else:
+        with TemporaryDirectory(dir=place.folder) as folder:
+            bundle = export_onnx(str(place.base), adapter, f"{folder}/bundle", reporter=reporter, **FORMS[form])
+            size = sum(file.stat().st_size for file in bundle.folder.iterdir())
+            generate = runner_generate(bundle.folder, threads)
+            found = score(generate, tokenizer_of(place.base), asked_examples(place.settings))
+    return {
+        "cell": cell.name,
+        "form": form,
+        "mean": found.mean,
+        "by_task": found.by_task,
+        "answers": found.answers,
+        "bytes": size,
+        "version": __version__,
+    }
+
+
+def _same(row: Mapping[str, Any], reference: Mapping[str, Any]) -> float:
+    pairs = [
+        one == other
+        for task, answers in row["answers"].items()
+        for one, other in zip(answers, reference["answers"][task], strict=True)
+    ]
+    return 100 * sum(pairs) / len(pairs)

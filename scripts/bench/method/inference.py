@@ -1,0 +1,164 @@
+"""Time of each family's layers at inference over the base's: as published in PyTorch, traced as they are, exported.
+
+Every way has a base of its own kind beside it, in the same turns: PyTorch without an adapter, the base traced in the
+same way, the exported graph with its experts bypassed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import traced
+
+from method.cells import Place, data_folder
+from method.plan import Cell, options_of
+from teamlora_export.adapter import AdapterSpec, write_adapter
+from teamlora_export.bench.graphs import written_graphs
+from teamlora_export.bench.measure import make_prompts
+from teamlora_export.bench.rows import GraphRow, generate_in_torch
+from teamlora_export.bench.turns import AGAIN, Figure, Reader, Workload, take_turns
+from teamlora_export.bundle import MANIFEST_NAME
+from teamlora_export.cache import cache_folder
+from teamlora_export.engine.onnxruntime_library import find_library
+from teamlora_export.export import export_onnx
+from teamlora_export.model.base import BaseModel, open_base
+from teamlora_export.progress import Reporter
+from teamlora_export.train import TrainOptions
+from teamlora_export.train.model import adapt, start_adapter
+
+TORCH, TRACED, BODY, NATIVE = "published, PyTorch", "published, traced as it is", "our export", "our export, native op"
+_BASES = {TORCH: "base, PyTorch", TRACED: "base, traced as it is", BODY: "base, exported", NATIVE: "base, exported"}
+_SPREAD = 0.02
+_LAYERS: Mapping[str, traced.Layer] = {
+    "teamlora": traced.TeamLora,
+    "hydralora": traced.HydraLora,
+    "moelora": traced.MoeLora,
+    "lora": traced.PlainLora,
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How inference is timed.
+
+    Attributes:
+        length, count: of a prompt's tokens, and of those after it.
+        trace: trace what was not traced before; each takes minutes. Otherwise it is left out.
+    """
+
+    length: int = 64
+    count: int = 24
+    turns: int = 5
+    trace: bool = False
+
+
+def time_inference(place: Place, cell: Cell, asked: Asked, threads: int, reporter: Reporter) -> list[dict[str, Any]]:
+    """Rows of one cell's family; its numbers are random, and of no account for speed."""
+    base = open_base(str(place.base), "text-generation")
+    workload = Workload(1, asked.length, asked.count)
+    options = options_of(cell, place.settings, place.base, data_folder(place), Path("unused"))
+    adapter = _random(start_adapter(base.signature, options))
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        write_adapter(adapter, Path(folder) / "adapter")
+        bundle = export_onnx(
+            base.name, Path(folder) / "adapter", Path(folder) / "bundle", cache="in-place", reporter=reporter
+        )
+        graphs = stack.enter_context(written_graphs(bundle))
+        readers: dict[str, Reader] = {
+            _BASES[BODY]: GraphRow(_BASES[BODY], graphs.bypassed, None, threads).open(),
+            BODY: GraphRow(BODY, graphs.adapted, None, threads).open(),
+        }
+        library = find_library(None, reporter).path
+        if library is not None:
+            readers[NATIVE] = GraphRow(NATIVE, graphs.adapted, library, threads).open()
+        readers |= _traced(base, adapter, cell, graphs.adapted / MANIFEST_NAME, asked.trace, threads)
+        readers[_BASES[TORCH]] = _torch_reader(base, None, options, threads)
+        readers[TORCH] = _torch_reader(base, adapter, options, threads)
+        prompts = make_prompts(workload, base.config.vocab_size)
+        figures = take_turns(readers, _BASES[BODY], workload, prompts, asked.turns)
+    return [row for way in _BASES for row in _rows(way, figures, cell, threads)]
+
+
+def _rows(way: str, figures: Sequence[Figure], cell: Cell, threads: int) -> list[dict[str, Any]]:
+    """Of prefill and decode, where the way was timed."""
+    rows = []
+    for figure in figures:
+        if figure.row != way:
+            continue
+        own = next(f for f in figures if f.row == _BASES[way] and f.quantity == figure.quantity)
+        again = next(f for f in figures if f.row == AGAIN and f.quantity == figure.quantity)
+        low, median, high = np.percentile(np.array(figure.seconds) / np.array(own.seconds), (25, 50, 75)).tolist()
+        rows.append(
+            {
+                "row": way,
+                "family": cell.family,
+                "experts": cell.experts,
+                "targets": cell.targets,
+                "quantity": figure.quantity,
+                "workload": dataclasses.asdict(figure.workload),
+                "threads": threads,
+                "seconds": list(figure.seconds),
+                "over_base": {"median": median, "low": low, "high": high},
+                "base_over_itself": dataclasses.asdict(again.ratio),
+            }
+        )
+    return rows
+
+
+def _torch_reader(base: BaseModel, adapter: AdapterSpec | None, options: TrainOptions, threads: int) -> Reader:
+    """The published layer: a product for each expert."""
+    import torch
+
+    torch.set_num_threads(threads)
+    model = base.load(torch.float32)
+    if adapter is not None:
+        adapt(model, adapter, dataclasses.replace(options, implementation="published"))
+    model.eval()
+
+    def read(prompts: Sequence[Sequence[int]], _count: int) -> Callable[[], object]:
+        return generate_in_torch(model, prompts)
+
+    return read
+
+
+def _traced(
+    base: BaseModel, adapter: AdapterSpec, cell: Cell, manifest: Path, trace: bool, threads: int
+) -> dict[str, Reader]:
+    """The base and the published layers, traced whole; none where they have to be traced and shall not."""
+    name = f"traced-{base.folder.name}"
+    kept = {
+        _BASES[TRACED]: (f"{name}-base", {}, None),
+        TRACED: (f"{name}-{cell.group}-r{adapter.config.r}", adapter.projections, _LAYERS[cell.family]),
+    }
+    if not trace and not all((cache_folder() / "bench" / folder).is_dir() for folder, _, _ in kept.values()):
+        return {}
+    readers = {}
+    for row, (folder_name, projections, layer) in kept.items():
+        folder = traced.traced_graph(folder_name, base, projections, layer)
+        # What the runner knows of the model's tokens.
+        shutil.copyfile(manifest, folder / MANIFEST_NAME)
+        readers[row] = GraphRow(row, folder, None, threads).open()
+    return readers
+
+
+def _random(adapter: AdapterSpec) -> AdapterSpec:
+    """With a B that is not zero."""
+    rng = np.random.default_rng(0)
+    return dataclasses.replace(
+        adapter,
+        projections={
+            path: dataclasses.replace(
+                projection,
+                ups=tuple(rng.normal(0.0, _SPREAD, up.shape).astype(np.float32) for up in projection.ups),
+            )
+            for path, projection in adapter.projections.items()
+        },
+    )

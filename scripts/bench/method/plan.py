@@ -1,0 +1,166 @@
+"""What is trained: families, numbers of experts, targets and seeds, at equal numbers of trained parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from teamlora_export.adapter import BaseSignature
+from teamlora_export.train import TrainOptions
+
+FAMILIES = ("teamlora", "hydralora", "moelora", "lora")
+EXPERTS = (2, 4, 8)
+BASE = "base"
+TARGETS = {
+    "ffn": ("gate_proj", "up_proj", "down_proj"),
+    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+}
+# What LoRA's update is multiplied by in every family. TeamLoRA's experts sum to k, the others' to 1; alpha is chosen so
+# that a step of the optimiser moves the sum of all experts equally far.
+SCALE = 4.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of a grid have in common.
+
+    Attributes:
+        rank: r of the TeamLoRA with four experts whose number of parameters the others are given.
+        train, validation, test: examples of each kind of task.
+        dtype: of the frozen base while it is trained, and of the whole model while it is scored.
+    """
+
+    rank: int = 32
+    steps: int = 300
+    batch: int = 16
+    learning_rate: float = 3e-3
+    train: int = 400
+    validation: int = 10
+    test: int = 100
+    dtype: str = "bf16"
+    data_seed: int = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+
+FULL = Settings()
+QUICK = Settings(steps=60, validation=4, test=20)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its score; of `BASE`, a score alone.
+
+    Attributes:
+        share: of the number of trained parameters that the others have.
+    """
+
+    family: str
+    experts: int
+    targets: str
+    share: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For people, and for `--cells`."""
+        return self.group if self.family == BASE else f"{self.group}-s{self.seed}"
+
+    @property
+    def keeps_adapter(self) -> bool:
+        """Whether the trained adapter stays when it has been scored: those of all cells would fill gigabytes."""
+        return self.family == "teamlora" and self.seed == 0
+
+    @property
+    def group(self) -> str:
+        """The same for all seeds."""
+        if self.family == BASE:
+            return BASE
+        experts = "" if self.family == "lora" else f"-k{self.experts}"
+        return f"{self.family}{experts}-{self.targets}" + ("" if self.share == 1 else "-half")
+
+
+def full_grid(seeds: Sequence[int]) -> list[Cell]:
+    """Every cell, in an order that tells most soon: seed by seed, four experts first, feed-forward layers first."""
+    return [
+        Cell(BASE, 1, "ffn", 1.0, 0),
+        *(
+            cell
+            for seed in seeds
+            for targets in TARGETS
+            for experts in (4, 2, 8)
+            for cell in _of_experts(experts, targets, seed)
+        ),
+    ]
+
+
+def quick_grid(seeds: Sequence[int]) -> list[Cell]:
+    """Four experts on the feed-forward layers, and TeamLoRA with two and eight."""
+    others = (Cell("teamlora", experts, "ffn", 1.0, seed) for seed in seeds for experts in (2, 8))
+    return [Cell(BASE, 1, "ffn", 1.0, 0), *(c for seed in seeds for c in _of_experts(4, "ffn", seed)), *others]
+
+
+def _of_experts(experts: int, targets: str, seed: int) -> Iterator[Cell]:
+    for family in FAMILIES:
+        if family != "lora" or experts == 4:
+            yield Cell(family, 1 if family == "lora" else experts, targets, 1.0, seed)
+    yield Cell("teamlora", experts, targets, 0.5, seed)
+
+
+def options_of(cell: Cell, settings: Settings, base: Path, data: Path, output: Path) -> TrainOptions:
+    """The training of a cell; its rank is the one that comes nearest to the number of parameters that it is to have.
+
+    Args:
+        data: the folder of `write_tasks`.
+    """
+    options = TrainOptions(
+        base=str(base),
+        data=(data / "train.jsonl",),
+        validation=(data / "validation.jsonl",),
+        output=output,
+        family=cell.family,
+        experts=cell.experts,
+        targets=TARGETS[cell.targets],
+        steps=settings.steps,
+        batch=settings.batch,
+        learning_rate=settings.learning_rate,
+        warmup=0.1,
+        evaluate_every=max(1, settings.steps // 3),
+        patience=0,
+        seed=cell.seed,
+        dtype=settings.dtype,
+        resume=True,
+    )
+    team = dataclasses.replace(options, family="teamlora", experts=4, rank=settings.rank)
+    rank = nearest_rank(options, cell.share * count_parameters(team))
+    return dataclasses.replace(options, rank=rank, alpha=SCALE * rank / (cell.experts if _sums_to_k(cell) else 1))
+
+
+def nearest_rank(options: TrainOptions, parameters: float) -> int:
+    """The rank whose number of trained parameters, which grows linearly, comes nearest to `parameters`."""
+    unit = options.experts if options.family in ("teamlora", "moelora") else 1
+    least, more = (count_parameters(dataclasses.replace(options, rank=n * unit)) for n in (1, 2))
+    return unit * max(1, 1 + round((parameters - least) / (more - least)))
+
+
+def count_parameters(options: TrainOptions) -> int:
+    """As `teamlora_export.train.count_parameters`, which opens the base each time."""
+    from teamlora_export.train.model import trained_parameters
+
+    return trained_parameters(_signature(options.base), options)
+
+
+@cache
+def _signature(base: str) -> BaseSignature:
+    from teamlora_export.model.base import open_base
+
+    return open_base(base, "text-generation").signature
+
+
+def _sums_to_k(cell: Cell) -> bool:
+    return cell.family == "teamlora"

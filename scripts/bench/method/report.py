@@ -1,0 +1,261 @@
+"""What was found, beside the paper's figures: tables in Markdown, a plot, and plain words where both compare."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from method.plan import BASE, EXPERTS
+
+# TeamLoRA, arXiv 2408.09856: averages over CME, and time of a training over MoELoRA's.
+PAPER_SCORES = {"teamlora": 60.29, "moelora": 59.69, "hydralora": 59.06, "lora": 58.81}
+PAPER_TIMES = {2: 0.87, 4: 0.70, 8: 0.63}
+NAMES = {"teamlora": "TeamLoRA", "moelora": "MoELoRA", "hydralora": "HydraLoRA", "lora": "LoRA", BASE: "the base"}
+_TARGETS = {"ffn": "gate, up, down", "all": "all projections"}
+# A difference of so many of its standard errors is taken for one.
+_TELLS = 2.0
+
+Result = Mapping[str, Any]
+Rows = Sequence[Result]
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """All parts that there are, as Markdown. `found` is what `claims.py` writes as JSON."""
+    parts = [
+        (found["scores"], "Scores", [*_score_table(found["scores"]), "", *_task_table(found["scores"])]),
+        (found["scores"], "Beside the paper", list(verdicts(found))),
+        (found["steps"], "A training step", _step_table(found["steps"])),
+        (found["inference"], "Inference", _inference_table(found["inference"])),
+        (found["exports"], "Does the export keep the score?", _export_table(found["exports"])),
+    ]
+    text = [f"# {found['title']}", "", "\n\n".join(found["notes"])]
+    for rows, title, lines in parts:
+        if rows and lines:
+            text += ["", f"## {title}", "", *lines]
+    return "\n".join(text) + "\n"
+
+
+def groups(scores: Rows) -> dict[str, list[Result]]:
+    """Results of the same cell but for the seed, by what `Cell.group` calls them."""
+    found: dict[str, list[Result]] = {}
+    for result in scores:
+        found.setdefault(_group(result), []).append(result)
+    return found
+
+
+def _group(result: Result) -> str:
+    name = str(result["cell"])
+    return name if result["family"] == BASE else name.rpartition("-s")[0]
+
+
+def _title(result: Result) -> str:
+    name = NAMES[result["family"]]
+    if result["family"] in (BASE, "lora"):
+        return name
+    return f"{name}, k={result['experts']}" + (", half the parameters" if result["share"] != 1 else "")
+
+
+def _score_table(scores: Rows) -> list[str]:
+    lines = [
+        "| | targets | rank | trained parameters | seeds | average score | spread over seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for results in groups(scores).values():
+        first, means = results[0], [result["mean"] for result in results]
+        spread = f"{statistics.stdev(means):.1f}" if len(means) > 1 else "-"
+        trained = ("-", "-", "0")
+        if first["family"] != BASE:
+            trained = (_TARGETS[first["targets"]], str(first["rank"]), f"{first['parameters']:,}")
+        cells = [_title(first), *trained, str(len(results)), f"{statistics.mean(means):.1f}", spread]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _task_table(scores: Rows) -> list[str]:
+    """Means over seeds, a column for each task."""
+    tasks = list(scores[0]["by_task"])
+    lines = [f"| | targets | {' | '.join(tasks)} |", "|---" * (len(tasks) + 2) + "|"]
+    for results in groups(scores).values():
+        shares = [f"{statistics.mean(result['by_task'][task] for result in results):.0f}" for task in tasks]
+        targets = "-" if results[0]["family"] == BASE else _TARGETS[results[0]["targets"]]
+        lines.append(f"| {_title(results[0])} | {targets} | {' | '.join(shares)} |")
+    return lines
+
+
+def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each claim of the paper that was looked at."""
+    by_group = groups(found["scores"])
+    for targets in _TARGETS:
+        ours = by_group.get(f"teamlora-k4-{targets}")
+        for family in ("moelora", "hydralora", "lora"):
+            theirs = by_group.get(f"{family}-{targets}" if family == "lora" else f"{family}-k4-{targets}")
+            if ours and theirs:
+                paper = PAPER_SCORES["teamlora"] - PAPER_SCORES[family]
+                where = f"{NAMES[family]} of equal size on {_TARGETS[targets]}"
+                yield f"- TeamLoRA, k=4, over {where}: {_told(*difference(ours, theirs), paper)}"
+        half = by_group.get(f"teamlora-k4-{targets}-half")
+        moe = by_group.get(f"moelora-k4-{targets}")
+        if half and moe:
+            gap, error = difference(half, moe)
+            where = f"a MoELoRA on {_TARGETS[targets]}"
+            yield f"- TeamLoRA, k=4, with half the parameters over {where}: {_points(gap, error)}. {_tells(gap, error)}"
+        scores = {k: by_group.get(f"teamlora-k{k}-{targets}") for k in EXPERTS}
+        if all(scores.values()):
+            means = {k: statistics.mean(result["mean"] for result in results or ()) for k, results in scores.items()}
+            listed = ", ".join(f"k={k}: {mean:.1f}" for k, mean in means.items())
+            yield f"- TeamLoRA by number of experts on {_TARGETS[targets]}: {listed}. The paper has k=4 best."
+    yield from _step_verdicts(found["steps"])
+
+
+def _step_verdicts(steps: Rows) -> Iterator[str]:
+    for experts, paper in PAPER_TIMES.items():
+        for how in ("published", "packed"):
+            times = {
+                row["family"]: row["seconds"]
+                for row in steps
+                if row["experts"] == experts and row["implementation"] == how
+            }
+            if not {"teamlora", "moelora"} <= set(times):
+                continue
+            ratio = statistics.median(a / b for a, b in zip(times["teamlora"], times["moelora"], strict=True))
+            layers = "layers as published" if how == "published" else "our packed layers"
+            claimed = f" The paper: {paper:.2f}." if how == "published" else ""
+            yield f"- A training step of TeamLoRA over MoELoRA's, k={experts}, {layers}: {ratio:.2f}.{claimed}"
+
+
+def difference(ours: Rows, theirs: Rows) -> tuple[float, float]:
+    """Of the average scores over the seeds that both have, in points, and its standard error.
+
+    The error is of the questions: those of the same number are the same, so that differences are taken by question
+    (averaged over seeds). That another seed gives another training is in it only as far as it changes answers.
+    """
+    ours, theirs = _of_common_seeds(ours, theirs)
+    gaps, variances = [], []
+    for task in ours[0]["right"]:
+        pairs = zip(_means(ours, task), _means(theirs, task), strict=True)
+        gap = [a - b for a, b in pairs]
+        gaps.append(statistics.mean(gap))
+        variances.append(statistics.variance(gap) / len(gap) if len(gap) > 1 else 0.0)
+    return 100 * statistics.mean(gaps), 100 * math.sqrt(sum(variances)) / len(variances)
+
+
+def _of_common_seeds(ours: Rows, theirs: Rows) -> tuple[Rows, Rows]:
+    common = {result["seed"] for result in ours} & {result["seed"] for result in theirs}
+    if not common:
+        return ours, theirs
+    return [r for r in ours if r["seed"] in common], [r for r in theirs if r["seed"] in common]
+
+
+def _means(results: Rows, task: str) -> list[float]:
+    return [
+        statistics.mean(map(int, bits)) for bits in zip(*(result["right"][task] for result in results), strict=True)
+    ]
+
+
+def _points(gap: float, error: float) -> str:
+    return f"{gap:+.1f} points (standard error {error:.1f})"
+
+
+def _tells(gap: float, error: float) -> str:
+    if abs(gap) < _TELLS * error:
+        return "Too small to tell."
+    return "Better." if gap > 0 else "Worse."
+
+
+def _told(gap: float, error: float, paper: float) -> str:
+    told = f"{_points(gap, error)}; the paper {paper:+.1f}."
+    if abs(gap) < _TELLS * error or gap == 0:
+        return f"{told} Too small to tell."
+    return f"{told} {'Agrees' if gap > 0 else 'Does not agree'} on which is better."
+
+
+def _ratio(ratio: Mapping[str, float]) -> str:
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} - {ratio['high']:.2f})"
+
+
+def _step_table(steps: Rows) -> list[str]:
+    if not steps:
+        return []
+    lines = [
+        "Median over the turns, with its quartiles, of the time over LoRA's in the same turn.",
+        "",
+        "| | layers | targets | trained parameters | seconds a step | over LoRA's |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in steps:
+        name = NAMES[row["family"]] + ("" if row["family"] == "lora" else f", k={row['experts']}")
+        layers = "-" if row["family"] == "lora" else row["implementation"]
+        taken = f"{statistics.median(row['seconds']):.2f}"
+        cells = [name, layers, _TARGETS[row["targets"]], f"{row['parameters']:,}", taken, _ratio(row["over_lora"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _inference_table(rows: Rows) -> list[str]:
+    if not rows:
+        return []
+    ways = list(dict.fromkeys(row["row"] for row in rows))
+    workload = rows[0]["workload"]
+    asked = f"{workload['batch']} x {workload['length']} tokens, {workload['count']} more"
+    lines = [
+        f"Time over that of the same base without experts, in the same turns ({asked}): median and quartiles.",
+        "",
+        f"| | targets | | {' | '.join(ways)} |",
+        "|---" * (len(ways) + 3) + "|",
+    ]
+    keys = dict.fromkeys((row["family"], row["experts"], row["targets"], row["quantity"]) for row in rows)
+    for family, experts, targets, quantity in keys:
+        of = {
+            r["row"]: r
+            for r in rows
+            if (r["family"], r["experts"], r["targets"], r["quantity"]) == (family, experts, targets, quantity)
+        }
+        name = NAMES[family] + ("" if family == "lora" else f", k={experts}")
+        cells = [_ratio(of[way]["over_base"]) if way in of else "-" for way in ways]
+        lines.append(f"| {name} | {_TARGETS[targets]} | {quantity} | {' | '.join(cells)} |")
+    return lines
+
+
+def _export_table(exports: Rows) -> list[str]:
+    if not exports:
+        return []
+    lines = ["| | runs in | size | average score | answers as PyTorch's |", "|---|---|---|---|---|"]
+    for row in exports:
+        size = f"{row['bytes'] / 1e6:.0f} MB" if row["bytes"] else "-"
+        runs = "PyTorch, fp32" if row["form"] == "PyTorch" else f"ONNX Runtime, {row['form']}"
+        lines.append(f"| {row['cell']} | {runs} | {size} | {row['mean']:.1f} | {row['same']:.1f} % |")
+    return lines
+
+
+def write_plot(found: Mapping[str, Any], path: Path) -> None:
+    """Average scores with their spread over seeds, and a training step's time over LoRA's."""
+    # Without pyplot, which would look for a screen.
+    from matplotlib.figure import Figure
+
+    panels = [rows for rows in (found["scores"], found["steps"]) if rows]
+    figure = Figure(
+        figsize=(9, 1 + 0.3 * sum(len(groups(found["scores"])) if p is found["scores"] else len(p) for p in panels)),
+        layout="constrained",
+    )
+    places = iter(figure.subplots(len(panels), 1, squeeze=False)[:, 0])
+    if found["scores"]:
+        axes = next(places)
+        for results in reversed(groups(found["scores"]).values()):
+            means = [result["mean"] for result in results]
+            label = f"{_title(results[0])} ({results[0]['targets']})" if results[0]["family"] != BASE else "the base"
+            spread = statistics.stdev(means) if len(means) > 1 else 0.0
+            axes.errorbar(statistics.mean(means), label, xerr=spread, fmt="o", color="#0969da", capsize=3)
+        axes.set_xlabel("average score, percent" + (" (bars: spread over seeds)" if len(found["seeds"]) > 1 else ""))
+    if found["steps"]:
+        axes = next(places)
+        for row in reversed(found["steps"]):
+            ratio = row["over_lora"]
+            errors = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
+            axes.errorbar(ratio["median"], f"{row['row']} ({row['targets']})", xerr=errors, fmt="o", color="#cf222e")
+        axes.axvline(1, color="#57606a", linewidth=1)
+        axes.set_xlabel("time of a training step over LoRA's (bars: quartiles)")
+    figure.suptitle(found["title"])
+    figure.savefig(path, format="png", dpi=110)

@@ -1,0 +1,332 @@
+"""The measure of the method: equal numbers of parameters, cells that are kept and go on, scores, and what is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from teamlora_export.adapter import align_with_base, read_adapter
+from teamlora_export.model.inject import inject
+from teamlora_export.progress import Reporter
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "scripts" / "bench"))
+sys.path.append(str(ROOT / "scripts"))
+from get_model import get_model  # noqa: E402
+from method import cells as cells_module  # noqa: E402
+from method.cells import Place, asked_examples, data_folder, run_cell  # noqa: E402
+from method.exports import score_exports  # noqa: E402
+from method.plan import BASE, FULL, Cell, Settings, count_parameters, full_grid, nearest_rank, options_of, quick_grid  # noqa: E402
+from method.report import difference, tables, write_plot  # noqa: E402
+from method.score import runner_generate, score, tokenizer_of, torch_generate  # noqa: E402
+from method.steps import time_steps  # noqa: E402
+from tasks import TASKS  # noqa: E402
+
+TINY = Settings(rank=8, steps=2, batch=2, train=3, validation=1, test=2, dtype="fp32")
+TEAM, LORA = Cell("teamlora", 4, "ffn", 1.0, 0), Cell("lora", 1, "ffn", 1.0, 0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny Llama that takes the longest prompts, cut into single letters as they are."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=384,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=512,
+        pad_token_id=0,
+    )
+    folder = tmp_path_factory.mktemp("claims") / "base"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<pad>", "<s>", "</s>"]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=384, special_tokens=specials, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(base, tmp_path_factory) -> Place:
+    return Place(base, TINY, tmp_path_factory.mktemp("claims-cache"))
+
+
+@pytest.fixture(scope="module")
+def team(place) -> dict:
+    return run_cell(TEAM, place)
+
+
+def test_families_train_equally_many_parameters_on_the_real_base():
+    """Ranks are whole numbers, and multiples of k: that is worth 6 % at the most, and 18 % of a half with k=8."""
+    base = get_model("smollm2")
+    budgets = {}
+    for cell in full_grid([0]):
+        if cell.family == BASE:
+            continue
+        count = count_parameters(options_of(cell, FULL, base, Path("data"), Path("out")))
+        budget = budgets.setdefault(cell.targets, count)
+        assert cell != TEAM or budget == count, "the first is the one that others are given the parameters of"
+        off = 0.06 if cell.share == 1 else 0.18 if cell.experts == 8 else 0.08
+        assert count / budget == pytest.approx(cell.share, rel=off), cell.name
+
+
+def test_the_rank_is_the_nearest_and_the_scale_the_same_for_all(place):
+    budget = count_parameters(options_of(TEAM, TINY, place.base, Path("data"), Path("out")))
+    for cell in full_grid([0])[1:]:
+        options = options_of(cell, TINY, place.base, Path("data"), Path("out"))
+        unit = cell.experts if cell.family in ("teamlora", "moelora") else 1
+        if cell.targets == "ffn":
+            asked = cell.share * budget
+            off = {
+                rank: abs(count_parameters(dataclasses.replace(options, rank=rank)) - asked)
+                for rank in (options.rank - unit, options.rank, options.rank + unit)
+                if rank > 0
+            }
+            assert min(off, key=off.__getitem__) == options.rank == nearest_rank(options, asked)
+        # alpha over what it is divided by, times the sum of the routing weights, of experts side by side.
+        side_by_side = cell.experts if cell.family in ("teamlora", "moelora") else 1
+        routing_sum = cell.experts if cell.family == "teamlora" else 1
+        divisor = options.rank / side_by_side
+        each = options.used_alpha / divisor * routing_sum / side_by_side
+        assert each == pytest.approx(4.0)
+
+
+def test_the_grids_have_every_cell_once_and_the_most_telling_first():
+    grid = full_grid([0, 1, 2])
+    names = [cell.name for cell in grid]
+    assert len(set(names)) == len(names) == 1 + 3 * 2 * (3 * 4 + 1)
+    assert names[:3] == ["base", "teamlora-k4-ffn-s0", "hydralora-k4-ffn-s0"]
+    assert {cell.name for cell in quick_grid([0])} <= set(names)
+    assert {cell.seed for cell in grid[: len(grid) // 3]} == {0}
+
+
+def test_a_cell_is_trained_once_and_scored(team, place):
+    assert team["parameters"] == 7_248 and team["rank"] == 8 and len(team["losses"]) == 2
+    assert set(team["by_task"]) == set(TASKS) and 0 <= team["mean"] <= 100
+    assert {task: len(right) for task, right in team["right"].items()} == dict.fromkeys(TASKS, TINY.test)
+    assert place.find(TEAM) == json.loads(json.dumps(team))
+    assert read_adapter(place.adapter(TEAM)).family == "teamlora"
+    # From the files now: nothing is trained again.
+    (place.of(TEAM) / "adapter" / "adapter_model.safetensors").rename(place.of(TEAM) / "moved")
+    assert run_cell(TEAM, place) == place.find(TEAM)
+    (place.of(TEAM) / "moved").rename(place.of(TEAM) / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_killed_cell_goes_on_where_it_was(team, place, monkeypatch):
+    """Killed while it scored: the trained adapter is taken as it is."""
+    import teamlora_export.train
+
+    folder = place.of(TEAM)
+    result = (folder / "result.json").rename(folder / "kept")
+    monkeypatch.setattr(teamlora_export.train, "train", lambda *_: pytest.fail("trained again"))
+    again = run_cell(TEAM, place)
+    assert {**again, "seconds": 0} == {**team, "seconds": 0}
+    result.unlink()
+
+
+def test_a_cell_that_another_process_is_at_is_left_to_it(place):
+    folder = place.of(LORA)
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert run_cell(LORA, place) is None
+    assert place.find(LORA) is None
+
+
+def test_other_code_or_other_options_are_other_cells(team, place, monkeypatch):
+    longer = dataclasses.replace(place, settings=dataclasses.replace(TINY, steps=3))
+    assert longer.find(TEAM) is None
+    assert place.find(dataclasses.replace(TEAM, seed=1)) is None
+    monkeypatch.setattr(cells_module, "code_version", lambda: "otherone")
+    assert place.find(TEAM) is None
+    assert dataclasses.replace(place, any_version=True).find(TEAM)["right"] == team["right"]
+    assert dataclasses.replace(longer, any_version=True).find(TEAM) is None
+
+
+def test_layout_and_comments_leave_the_code_what_it_is(tmp_path):
+    one, other, third = (tmp_path / name / "code.py" for name in "abc")
+    for path, text in (
+        (one, '"""Said."""\ndef f(x):\n    """Said."""\n    return x + 1\n'),
+        (other, "def f( x ):\n    # not said\n    return (x + 1)\n"),
+        (third, "def f(x):\n    return x + 2\n"),
+    ):
+        path.parent.mkdir()
+        path.write_text(text)
+    versions = [cells_module._hash_of_code((path,)) for path in (one, other, third)]
+    assert versions[0] == versions[1] != versions[2]
+
+
+def test_only_answers_that_are_right_to_the_letter_count(place):
+    examples = asked_examples(TINY)
+    tokenizer = tokenizer_of(place.base)
+    answers = {tuple(tokenizer.encode(e.prompt).ids): e for e in examples}
+    batches: list[tuple[int, int]] = []
+
+    def generate(prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """Right but for ordering, where something follows, and code, of which letters are missing."""
+        batches.append((len(prompts), count))
+        said = []
+        for prompt in prompts:
+            example = answers[tuple(prompt)]
+            text = {"ordering": example.answer + ", x", "code": example.answer[:-1]}.get(example.task, example.answer)
+            said.append(tokenizer.encode(text + " ", add_special_tokens=False).ids[:count])
+        return said
+
+    found = score(generate, tokenizer, examples, batch=5)
+    assert found.by_task == {task: 0.0 if task in ("ordering", "code") else 100.0 for task in TASKS}
+    assert found.mean == pytest.approx(100 * (len(TASKS) - 2) / len(TASKS))
+    assert [size for size, _ in batches] == [5, 5, 5, 5, 2]
+    assert [count for _, count in batches] == sorted(count for _, count in batches)
+    assert found.answers["ordering"][0].endswith(", x")
+
+
+def test_pytorch_and_the_deployed_program_make_the_same_tokens(make_bundle, make_base, make_adapter):
+    """Prompts of unlike lengths in one batch, padded in PyTorch; and each alone, where nothing is padded."""
+    bundle, base = make_bundle("llama"), make_base("llama")
+    model = base.load(torch.float32)
+    inject(model, align_with_base(read_adapter(make_adapter("llama")), base.signature))
+    in_torch = torch_generate(model, base.folder)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 384, length).tolist() for length in (3, 11, 6)]
+    made = in_torch(prompts, 9)
+    assert made == runner_generate(bundle.folder, threads=1)(prompts, 9)
+    assert made == [in_torch([prompt], 9)[0] for prompt in prompts]
+
+
+def test_exports_have_scores_beside_pytorchs(team, place, monkeypatch):
+    quiet = Reporter(quiet=True)
+    in_torch, exported = score_exports(TEAM, place, ["fp32"], 1, quiet)
+    assert (in_torch["form"], exported["form"], in_torch["same"], exported["same"]) == ("PyTorch", "fp32", 100, 100)
+    assert exported["by_task"] == in_torch["by_task"] == team["by_task"] and exported["bytes"] > 10_000
+    assert any(answer for answers in exported["answers"].values() for answer in answers)
+    monkeypatch.setattr("method.exports.export_onnx", lambda *_, **__: pytest.fail("exported again"))
+    assert score_exports(TEAM, place, ["fp32"], 1, quiet) == [in_torch, exported]
+    assert score_exports(dataclasses.replace(TEAM, seed=7), place, ["fp32"], 1, quiet) == []
+
+
+def test_steps_are_timed_in_turns_and_change_only_what_is_trained(place):
+    now = iter(range(10_000))
+    rows = time_steps(place, [2, 4], "ffn", 2, torch.get_num_threads(), clock=lambda: float(next(now)))
+    assert [row["row"] for row in rows if row["family"] == "teamlora"] == [
+        f"teamlora k={k}, {how}" for k in (2, 4) for how in ("published", "packed")
+    ]
+    assert len(rows) == 13 and all(row["seconds"] == [1.0, 1.0] for row in rows)
+    assert all(row["over_lora"] == {"median": 1.0, "low": 1.0, "high": 1.0} for row in rows)
+    trained = {row["family"]: row["parameters"] for row in rows if row["experts"] in (1, 4)}
+    for family, parameters in trained.items():
+        options = options_of(Cell(family, 4, "ffn", 1.0, 0), TINY, place.base, data_folder(place), Path("out"))
+        assert parameters == count_parameters(options)
+
+
+def _result(family: str, right: str, seed: int = 0, share: float = 1.0) -> dict:
+    cell = Cell(family, 1 if family in ("lora", BASE) else 4, "ffn", share, seed)
+    bits = {"one": right, "two": right[::-1]}
+    by_task = {task: 100 * found.count("1") / len(found) for task, found in bits.items()}
+    return {
+        "cell": cell.name,
+        **dataclasses.asdict(cell),
+        "rank": 8,
+        "parameters": 100,
+        "mean": np.mean(list(by_task.values())),
+        "by_task": by_task,
+        "right": bits,
+    }
+
+
+def test_a_difference_is_taken_by_question_with_its_standard_error():
+    ours = [_result("teamlora", "111101110111"), _result("teamlora", "111111110111", seed=1)]
+    theirs = [_result("moelora", "101001110011"), _result("moelora", "101001100011", seed=1)]
+    gap, error = difference(ours, theirs)
+    means = [np.mean([[int(b) for b in r["right"]["one"]] for r in results], axis=0) for results in (ours, theirs)]
+    by_question = means[0] - means[1]
+    assert gap == pytest.approx(100 * by_question.mean())
+    assert error == pytest.approx(100 * math.sqrt(2 * by_question.var(ddof=1) / 12) / 2)
+    # Of a seed that the others do not have, nothing.
+    assert difference([*ours, _result("teamlora", "0" * 12, seed=2)], theirs) == (gap, error)
+
+
+def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
+    scores = [
+        _result(BASE, "000000000100"),
+        _result("teamlora", "111101110111"),
+        _result("moelora", "000000000000"),
+        _result("lora", "111101110110"),
+        _result("teamlora", "111001110011", share=0.5),
+    ]
+    row = {"experts": 4, "targets": "ffn", "parameters": 1, "over_lora": {"median": 1.5, "low": 1.4, "high": 1.7}}
+    steps = [
+        {**row, "row": family, "family": family, "implementation": "published", "seconds": seconds}
+        for family, seconds in (("teamlora", [3.0, 3.0, 4.0]), ("moelora", [4.0, 4.0, 4.0]))
+    ]
+    ratio = {"median": 1.25, "low": 1.2, "high": 1.3}
+    timed = {"family": "teamlora", "experts": 4, "targets": "ffn", "quantity": "decode", "over_base": ratio}
+    workload = {"batch": 1, "length": 64, "count": 24}
+    exports = [{"cell": "c", "form": "int4", "mean": 40.0, "same": 90.0, "bytes": 5_000_000}]
+    found = {
+        "title": "A look",
+        "notes": ["First.", "Second."],
+        "seeds": [0],
+        "scores": scores,
+        "steps": steps,
+        "inference": [{**timed, "row": "our export", "workload": workload}],
+        "exports": exports,
+    }
+    text = tables(found)
+    assert "MoELoRA of equal size on gate, up, down: +83.3 points (standard error 7.9); the paper +0.6. Agrees" in text
+    assert "LoRA of equal size on gate, up, down: +8.3 points (standard error 5.9); the paper +1.5. Too small" in text
+    assert "half the parameters over a MoELoRA on gate, up, down: +66.7 points" in text
+    assert "TeamLoRA over MoELoRA's, k=4, layers as published: 0.75. The paper: 0.70." in text
+    assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.25 (1.20 - 1.30) |" in text
+    assert "| c | ONNX Runtime, int4 | 5 MB | 40.0 | 90.0 % |" in text
+    assert "| the base | - | - | 0 | 1 | 8.3 | - |" in text
+    write_plot(found, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def claims(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "bench" / "claims.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+
+
+def test_the_command_runs_what_is_missing_and_writes_what_it_found(base, tmp_path):
+    few = [
+        word
+        for name, value in dataclasses.asdict(TINY).items()
+        if name != "data_seed"
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    asked = ("--quick", "--base", base, "--cache", tmp_path / "cache", "--cells", "base", "moelora", *few)
+    done = claims(*asked, "-o", tmp_path / "out", "--jobs", 2)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2, after" in done.stderr
+    found = json.loads((tmp_path / "out" / "figures.json").read_text())
+    assert [result["cell"] for result in found["scores"]] == ["base", "moelora-k4-ffn-s0"]
+    assert (found["missing"], found["quick"], found["settings"]["steps"]) == ([], True, 2)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert text == done.stdout and "A quick run" in text
+    again = claims(*asked)
+    assert again.returncode == 0 and " of 2, after" not in again.stderr
+    other = claims(*asked, "--seeds", 5, "--cells", "nothing")
+    assert (other.returncode, other.stderr) == (2, other.stderr) and "none of base, teamlora-k4-ffn-s5" in other.stderr
+    assert claims("--jobs", 0).returncode == 2
