@@ -285,7 +285,7 @@ FAULTS = {
         "i < k * k; i += static_cast<int>(blockDim.x)",
         "i < k * k; i = k * k",
     ),
-    "the second round of parts left out": ("parts.cuh", "first < parts.count;", "first < 1;"),
+    "the second round of parts left out": ("parts.cuh", "first < parts_.count;", "first < 1;"),
     "the parts of a thread's first number for all of its numbers": (
         "parts.cuh",
         "begin = begin_of(i);",
@@ -296,7 +296,7 @@ FAULTS = {
         "static_cast<unsigned>(divisor) + 1}",
         "static_cast<unsigned>(divisor)}",
     ),
-    "parts that nobody has written": ("parts.cuh", "first + n < parts.count ? load", "true ? load"),
+    "parts that nobody has written": ("parts.cuh", "first + n < parts_.count ? load", "true ? load"),
     "the part of every split in the first's place": ("many_tokens.cuh", "int64_t{blockIdx.z} *", "int64_t{0} *"),
     "a split that reads on into the next": (
         "many_tokens.cuh",
