@@ -390,21 +390,22 @@ def element_type(array: np.ndarray) -> Any:
     return _BFLOAT16 if array.dtype == np.uint16 else array.dtype
 
 
-def run_once(session: Any, wanted: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """The outputs `wanted` of a session of ONNX Runtime, whose inputs may be bfloat16 by its bits."""
+def ort_value(array: np.ndarray) -> Any:
+    """ONNX Runtime's value on a contiguous array, which must outlive it; `uint16` is bfloat16 by its bits."""
     import onnxruntime as ort
 
+    if array.dtype == np.uint16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def run_once(session: Any, wanted: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The outputs `wanted` of a session of ONNX Runtime, whose inputs may be bfloat16 by its bits."""
     if not any(array.dtype == np.uint16 for array in feeds.values()):
         found: list[np.ndarray] = session.run(list(wanted), dict(feeds))
         return found
-    # The values are what these arrays hold, which must outlive them.
     held = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-    values = {
-        name: ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
-        if array.dtype == np.uint16
-        else ort.OrtValue.ortvalue_from_numpy(array)
-        for name, array in held.items()
-    }
+    values = {name: ort_value(array) for name, array in held.items()}
     return [value.numpy() for value in session.run_with_ort_values(list(wanted), values)]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 
 import numpy as np
+import onnxruntime_genai as og
 import pytest
 from faults import judged
 from safetensors import safe_open
 
 from teamlora_export.bundle import Bundle, read_bundle
+from teamlora_export.deploy.genai import deploy_genai
 from teamlora_export.deploy.runner import Model
 from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.shelf import add_adapter
@@ -76,6 +78,25 @@ def test_rows_are_answered_by_body_and_native_op_alike_and_alone_as_together(dty
     for prompt, name, answer in zip(prompts, names, together, strict=True):
         assert body.generate([prompt], 12, adapters=[name]) == [answer]
     assert together[0] != together[3]
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_onnxruntime_genais_own_adapters_are_ours(dtype, make_shelf, tmp_path):
+    bundle = make_shelf(adapter_dtype=dtype)
+    out = deploy_genai(bundle, tmp_path / "out")
+    model = og.Model(str(out))
+    adapters = og.Adapters(model)
+    adapters.load(str(out / "adapters" / "team.onnx_adapter"), "team")
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=3 + 8, do_sample=False)
+    generator = og.Generator(model, parameters)
+    generator.set_active_adapter(adapters, "team")
+    generator.append_tokens(np.array([[5, 6, 7]], np.int32))
+    found = []
+    while not generator.is_done():
+        generator.generate_next_token()
+        found.append(int(generator.get_next_tokens()[0]))
+    assert found == Model(bundle.folder).generate([[5, 6, 7]], 8, adapters=["team"])[0]
 
 
 def test_an_adapter_that_is_added_is_rounded_as_the_others(shelf_adapters, copied):
