@@ -16,11 +16,11 @@ import numpy as np
 
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import ADAPTER, NO_ADAPTER, Shelved, rows_adapter
-    from teamlora_export.deploy.session import CAPACITY, NUMPY, ModelError, Session, brief, present_of
+    from teamlora_export.deploy.session import CAPACITY, NUMPY, ModelError, Session, brief, element_type, present_of
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import ADAPTER, NO_ADAPTER, Shelved, rows_adapter
-    from session import CAPACITY, NUMPY, ModelError, Session, brief, present_of
+    from session import CAPACITY, NUMPY, ModelError, Session, brief, element_type, present_of
 
 _LEAST_CAPACITY = 256
 MOST_SLOTS = 1024
@@ -434,7 +434,7 @@ def _bind_inputs(binding: Any, arrays: Mapping[str, np.ndarray]) -> None:
     """Where they are, which must outlive the call. `bind_cpu_input` does not know inputs that have a default (ONNX
     Runtime 1.32)."""
     for name, array in arrays.items():
-        binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        binding.bind_input(name, "cpu", 0, element_type(array), array.shape, array.ctypes.data)
 
 
 @dataclass
