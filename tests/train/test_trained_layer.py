@@ -105,6 +105,9 @@ def test_the_losses_of_experts_follow_their_formulas_and_leave_padding_out():
     trainer = Trainer(options)
     assert float(trainer._routing_loss(routing, mask)) == pytest.approx(2 * balance)
     assert trainer._shares[0][0] == pytest.approx(balance)
+    # As published, of w that sums to k (README: Training).
+    published = np.mean(np.square(2 * np.array([use, 1 - use]) - 1 / 2))
+    assert published == pytest.approx(2**2 * balance + (1 - 1 / 2) ** 2)
     assert trainer._shares[0][1].tolist() == pytest.approx([use, 1 - use])
     # Of w = 2 shares, what is above 1.5: 0.3 of the first token's first expert.
     over = Trainer(dataclasses.replace(options, overconfidence_weight=3.0))
