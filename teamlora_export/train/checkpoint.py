@@ -116,9 +116,10 @@ def alone(work: Path) -> Iterator[None]:
     """Nobody else trains in `work` inside of the block; the system lets go of it where the process is killed.
 
     Raises:
-        ExportError: somebody does.
+        ExportError: somebody does, or no training of ours was begun there.
     """
-    descriptor = os.open(work, os.O_RDONLY)
+    _read_session(work)
+    descriptor = os.open(work / SESSION_NAME, os.O_RDONLY)
     try:
         # A file system that has no locks does without.
         with suppress(OSError):

@@ -178,7 +178,7 @@ class TrainOptions:
             ("epochs", float, 1e-6, 1e6),
             ("batch", int, 1, 1 << 20),
             ("accumulate", int, 1, 1 << 20),
-            ("learning_rate", float, 0, 1e3),
+            ("learning_rate", float, 0, 1e6),
             ("warmup", float, 0, _LARGEST),
             ("weight_decay", float, 0, 1e3),
             ("clip", float, 0, 1e9),

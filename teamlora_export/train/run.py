@@ -242,10 +242,8 @@ def _begin(options: TrainOptions, work: Path, session: Session, reporter: Report
         return found
     if options.resume:
         reporter.say(f"No training of {options.output} was left unfinished: it begins.")
-    new = not work.exists()
     checkpoint.begin(work, session)
-    if new:
-        alone.enter_context(checkpoint.alone(work))
+    alone.enter_context(checkpoint.alone(work))
     return None
 
 
