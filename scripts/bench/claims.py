@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from method.cells import Place, code_version, default_folder, run_cell
-from method.plan import EXPERTS, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
+from method.plan import BASE, EXPERTS, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
 
 from teamlora_export.deploy.cores import usable_cores
 from teamlora_export.errors import ExportError
@@ -167,11 +167,10 @@ def _steps(place: Place, given: argparse.Namespace, reporter: Reporter) -> list[
 def _inference(place: Place, given: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
     from method.inference import Asked, time_inference
 
-    asked = Asked(turns=given.turns, trace=not given.quick)
-    cells = [c for c in quick_grid([0]) if c.targets == "ffn" and c.share == 1 and c.experts in (1, 4)]
+    asked = Asked(count=8 if given.quick else 24, turns=given.turns, trace=not given.quick)
     rows = []
-    for cell in cells:
-        if cell.family != "base":
+    for cell in quick_grid([0]):
+        if cell.family != BASE and cell.share == 1:
             with reporter.step(f"Timing inference, {cell.group}"):
                 rows += time_inference(place, cell, asked, usable_cores(), reporter)
     return rows
@@ -183,8 +182,10 @@ def _exports(cells: Sequence[Cell], place: Place, given: argparse.Namespace, rep
         return []
     from method.exports import FORMS, score_exports
 
+    # In 16 bits ONNX Runtime is slow on a CPU.
+    forms = [form for form in FORMS if form != "fp16" or not given.quick]
     chosen = [cell for cell in cells if cell.group == _EXPORTED and cell.seed == given.seeds[0]]
-    rows = [row for cell in chosen for row in score_exports(cell, place, list(FORMS), usable_cores(), reporter)]
+    rows = [row for cell in chosen for row in score_exports(cell, place, forms, usable_cores(), reporter)]
     return [_without(row, "answers") for row in rows]
 
 

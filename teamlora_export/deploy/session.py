@@ -433,7 +433,7 @@ def _sha256(path: Path) -> str:
         raise ModelError(f"{path}: cannot be read ({error}). Copy the folder again.") from None
 
 
-def element_type(array: np.ndarray) -> Any:
+def element_type(array: np.ndarray | DeviceTensor) -> Any:
     """What ONNX Runtime calls the type of an array that a model is given; `uint16` is bfloat16 by its bits."""
     return _BFLOAT16 if array.dtype == np.uint16 else array.dtype
 

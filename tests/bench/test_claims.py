@@ -20,14 +20,18 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from teamlora_export.adapter import align_with_base, read_adapter
+from teamlora_export.model.base import open_base
 from teamlora_export.model.inject import inject
+from teamlora_export.model.layer import ExpertLinear
 from teamlora_export.progress import Reporter
+from teamlora_export.train.model import start_adapter
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts" / "bench"))
 sys.path.append(str(ROOT / "scripts"))
 from get_model import get_model  # noqa: E402
 from method import cells as cells_module  # noqa: E402
+from method import inference  # noqa: E402
 from method.cells import Place, asked_examples, data_folder, run_cell  # noqa: E402
 from method.exports import score_exports  # noqa: E402
 from method.plan import BASE, FULL, Cell, Settings, count_parameters, full_grid, nearest_rank, options_of, quick_grid  # noqa: E402
@@ -237,6 +241,31 @@ def test_steps_are_timed_in_turns_and_change_only_what_is_trained(place):
     for family, parameters in trained.items():
         options = options_of(Cell(family, 4, "ffn", 1.0, 0), TINY, place.base, data_folder(place), Path("out"))
         assert parameters == count_parameters(options)
+
+
+@pytest.mark.parametrize("cell", [cell for cell in quick_grid([0]) if cell.family != BASE and cell.share == 1.0])
+def test_layers_that_are_traced_compute_what_is_trained(cell, place):
+    """The published layers, written once more for tracing, against the reference layer, in float64."""
+    options = options_of(cell, TINY, place.base, Path("data"), Path("out"))
+    adapter = inference.with_random_ups(start_adapter(open_base(str(place.base)).signature, options))
+    projection = adapter.projections["model.layers.1.mlp.down_proj"]
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(48, 32, bias=False), torch.randn(5, 3, 48, dtype=torch.float64)
+    reference = ExpertLinear(linear.double(), projection)(x)
+    layer = inference.LAYERS[cell.family](linear, projection).double()
+    torch.testing.assert_close(layer(x), reference, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(reference, linear(x), atol=0.01)
+
+
+def test_inference_is_timed_beside_a_base_of_each_kind(place):
+    asked = inference.Asked(length=6, count=2, turns=2)
+    rows = inference.time_inference(place, TEAM, asked, torch.get_num_threads(), Reporter(quiet=True))
+    assert {inference.TORCH, inference.BODY} <= {row["row"] for row in rows}
+    assert inference.TRACED not in {row["row"] for row in rows}, "nothing was traced before, and nothing shall be"
+    for row in rows:
+        assert row["quantity"] in ("prefill", "decode") and len(row["seconds"]) == 2 and min(row["seconds"]) > 0
+        assert row["over_base"]["low"] <= row["over_base"]["median"] <= row["over_base"]["high"]
+        assert row["workload"] == {"batch": 1, "length": 6, "count": 2}
 
 
 def _result(family: str, right: str, seed: int = 0, share: float = 1.0) -> dict:

@@ -28,6 +28,7 @@ from teamlora_export.bench.turns import AGAIN, Figure, Reader, Workload, take_tu
 from teamlora_export.bundle import MANIFEST_NAME
 from teamlora_export.cache import cache_folder
 from teamlora_export.engine.onnxruntime_library import find_library
+from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.progress import Reporter
@@ -37,7 +38,7 @@ from teamlora_export.train.model import adapt, start_adapter
 TORCH, TRACED, BODY, NATIVE = "published, PyTorch", "published, traced as it is", "our export", "our export, native op"
 _BASES = {TORCH: "base, PyTorch", TRACED: "base, traced as it is", BODY: "base, exported", NATIVE: "base, exported"}
 _SPREAD = 0.02
-_LAYERS: Mapping[str, traced.Layer] = {
+LAYERS: Mapping[str, traced.Layer] = {
     "teamlora": traced.TeamLora,
     "hydralora": traced.HydraLora,
     "moelora": traced.MoeLora,
@@ -65,7 +66,7 @@ def time_inference(place: Place, cell: Cell, asked: Asked, threads: int, reporte
     base = open_base(str(place.base), "text-generation")
     workload = Workload(1, asked.length, asked.count)
     options = options_of(cell, place.settings, place.base, data_folder(place), Path("unused"))
-    adapter = _random(start_adapter(base.signature, options))
+    adapter = with_random_ups(start_adapter(base.signature, options))
     with TemporaryDirectory() as folder, ExitStack() as stack:
         write_adapter(adapter, Path(folder) / "adapter")
         bundle = export_onnx(
@@ -76,8 +77,11 @@ def time_inference(place: Place, cell: Cell, asked: Asked, threads: int, reporte
             _BASES[BODY]: GraphRow(_BASES[BODY], graphs.bypassed, None, threads).open(),
             BODY: GraphRow(BODY, graphs.adapted, None, threads).open(),
         }
-        library = find_library(None, reporter).path
-        if library is not None:
+        try:
+            library = find_library(None, reporter).path
+        except ExportError as error:
+            reporter.warn(f"Native op: left out. {error}")
+        else:
             readers[NATIVE] = GraphRow(NATIVE, graphs.adapted, library, threads).open()
         readers |= _traced(base, adapter, cell, graphs.adapted / MANIFEST_NAME, asked.trace, threads)
         readers[_BASES[TORCH]] = _torch_reader(base, None, options, threads)
@@ -136,7 +140,7 @@ def _traced(
     name = f"traced-{base.folder.name}"
     kept = {
         _BASES[TRACED]: (f"{name}-base", {}, None),
-        TRACED: (f"{name}-{cell.group}-r{adapter.config.r}", adapter.projections, _LAYERS[cell.family]),
+        TRACED: (f"{name}-{cell.group}-r{adapter.config.r}", adapter.projections, LAYERS[cell.family]),
     }
     if not trace and not all((cache_folder() / "bench" / folder).is_dir() for folder, _, _ in kept.values()):
         return {}
@@ -149,8 +153,8 @@ def _traced(
     return readers
 
 
-def _random(adapter: AdapterSpec) -> AdapterSpec:
-    """With a B that is not zero."""
+def with_random_ups(adapter: AdapterSpec) -> AdapterSpec:
+    """`adapter` with matrices B that are not zero."""
     rng = np.random.default_rng(0)
     return dataclasses.replace(
         adapter,

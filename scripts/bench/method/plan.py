@@ -100,9 +100,8 @@ def full_grid(seeds: Sequence[int]) -> list[Cell]:
 
 
 def quick_grid(seeds: Sequence[int]) -> list[Cell]:
-    """Four experts on the feed-forward layers, and TeamLoRA with two and eight."""
-    others = (Cell("teamlora", experts, "ffn", 1.0, seed) for seed in seeds for experts in (2, 8))
-    return [Cell(BASE, 1, "ffn", 1.0, 0), *(c for seed in seeds for c in _of_experts(4, "ffn", seed)), *others]
+    """Four experts on the feed-forward layers."""
+    return [Cell(BASE, 1, "ffn", 1.0, 0), *(cell for seed in seeds for cell in _of_experts(4, "ffn", seed))]
 
 
 def _of_experts(experts: int, targets: str, seed: int) -> Iterator[Cell]:
