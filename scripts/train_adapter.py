@@ -1,10 +1,9 @@
-"""Trains a TeamLoRA adapter on SmolLM2-135M-Instruct: four small tasks, a few minutes on two cores.
+"""Trains a TeamLoRA adapter on SmolLM2-135M-Instruct: four small tasks, some ten minutes on two cores.
 
-The loss is the language model's on the answers, plus the balance loss. Everything is seeded. Prints the loss on
-held-out
-examples, by task, for the base and for the adapter, and writes the adapter in the published layout (fp16 safetensors).
+Makes the rows up (seeded), writes them as JSON Lines with held-out ones that share no prompt with them, and asks
+`teamlora-export train` for the rest; prints its command. What follows `--` goes to it as well.
 
-    scripts/train_adapter.py [-o adapters/smollm2-teamlora] [--steps 160]
+    scripts/train_adapter.py [-o out/smollm2-teamlora] [--data out/rows] [-- --steps 40 --family lora ...]
 """
 
 from __future__ import annotations
@@ -12,33 +11,22 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
-from dataclasses import dataclass
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from get_model import get_model
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from teamlora_export.adapter import AdapterConfig, write_adapter
-from teamlora_export.model.balance import add_balance_loss, balance_loss
-from teamlora_export.model.base import open_base
-from teamlora_export.model.initialize import new_adapter
-from teamlora_export.model.inject import extract, inject
 
 SEED = 20240817
-HELD_OUT = 24
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-CONFIG = AdapterConfig(
-    r=8,
-    lora_alpha=8.0,
-    lora_nums=4,
-    target_modules=TARGETS,
-    blc_weight=0.05,
-    base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct",
-    task_type="CAUSAL_LM",
+# Of each task.
+ROWS, HELD_OUT = 480, 24
+OPTIONS = (
+    *("--rank", "8", "--experts", "4", "--alpha", "8", "--balance-weight", "0.05"),
+    *("--steps", "160", "--batch", "12", "--learning-rate", "4e-3", "--warmup", "0.1", "--patience", "0"),
+    *("--evaluate-every", "40", "--seed", str(SEED), "--save-dtype", "fp16"),
 )
 
 
@@ -87,86 +75,34 @@ TASKS = {"sentiment": sentiment, "arithmetic": arithmetic, "extraction": extract
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path(__file__).parents[1] / "adapters" / "smollm2-teamlora"
-    )
-    parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--batch", type=int, default=12)
-    arguments = parser.parse_args()
+    parser.add_argument("-o", "--output", type=Path, default=Path("out/smollm2-teamlora"))
+    parser.add_argument("--data", type=Path, default=Path("out/rows"), help="folder for the rows")
+    arguments, more = parser.parse_known_args()
 
-    torch.manual_seed(SEED)
-    rng = random.Random(SEED)
+    for part, rows in make_rows(random.Random(SEED)).items():
+        for task, examples in rows.items():
+            path = arguments.data / part / f"{task}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(asdict(example)) + "\n" for example in examples))
+    command = ["train", str(get_model("smollm2")), "--data", str(arguments.data / "train")]
+    command += ["--validation", str(arguments.data / "held-out"), "-o", str(arguments.output), *OPTIONS]
+    command += [word for word in more if word != "--"]
+    print(f"$ teamlora-export {shlex.join(command)}", flush=True)
+    sys.exit(subprocess.run([sys.executable, "-m", "teamlora_export", *command], check=False).returncode)
+
+
+def make_rows(rng: random.Random) -> dict[str, dict[str, list[Example]]]:
+    """The rows of each part and task; those to train on have other prompts than those that are held out."""
     held_out = {task: [make(rng) for _ in range(HELD_OUT)] for task, make in TASKS.items()}
     seen = {example.prompt for examples in held_out.values() for example in examples}
-    folder = get_model("smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    base = open_base(str(folder), "text-generation")
-    model = base.load(torch.float32)
-    before = evaluate(model, tokenizer, held_out)
-
-    adapter = new_adapter(base.signature, CONFIG, SEED)
-    inject(model, adapter)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.rpartition(".")[2] in ("down", "router", "interaction", "up"))
-    add_balance_loss(model, CONFIG.blc_weight)
-    train(model, tokenizer, rng, seen, arguments.steps, arguments.batch)
-
-    write_adapter(extract(model, adapter), arguments.output, np.dtype(np.float16))
-    after = evaluate(model, tokenizer, held_out)
-    report(before, after, float(balance_loss(model)), arguments.output)
+    trained = {task: [_unseen(make, rng, seen) for _ in range(ROWS)] for task, make in TASKS.items()}
+    return {"train": trained, "held-out": held_out}
 
 
-def train(model, tokenizer, rng: random.Random, seen: set[str], steps: int, batch: int) -> None:  # type: ignore[no-untyped-def]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=4e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.1)
-    started = time.monotonic()
-    model.train()
-    for step in range(steps):
-        examples: list[Example] = []
-        while len(examples) < batch:
-            example = TASKS[list(TASKS)[len(examples) % len(TASKS)]](rng)
-            if example.prompt not in seen:
-                examples.append(example)
-        loss = model(**collate(examples, tokenizer)).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 10 == 0 or step == steps - 1:
-            print(f"step {step:4d}  loss {loss.item():.3f}  {time.monotonic() - started:.0f} s", flush=True)
-    model.eval()
-
-
-def collate(examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Right-padded ids; labels on the answers only."""
-    ids, labels = [], []
-    for example in examples:
-        prompt, answer = tokenizer(example.prompt)["input_ids"], tokenizer(example.answer)["input_ids"]
-        answer = [*answer, tokenizer.eos_token_id]
-        ids.append(torch.tensor(prompt + answer))
-        labels.append(torch.tensor([-100] * len(prompt) + answer))
-    padded = pad_sequence(ids, batch_first=True, padding_value=0)
-    lengths = torch.tensor([len(row) for row in ids])
-    mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
-    return {"input_ids": padded, "attention_mask": mask, "labels": pad_sequence(labels, True, -100)}
-
-
-def evaluate(model, tokenizer, held_out: dict[str, list[Example]]) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    """Mean loss of the answers, by task."""
-    with torch.no_grad():
-        return {task: model(**collate(examples, tokenizer)).loss.item() for task, examples in held_out.items()}
-
-
-def report(before: dict[str, float], after: dict[str, float], balance: float, folder: Path) -> None:
-    print(f"\n{'held-out loss':<14}{'base':>8}{'adapter':>9}")
-    for task in before:
-        print(f"{task:<14}{before[task]:>8.3f}{after[task]:>9.3f}")
-    size = (folder / "adapter_model.safetensors").stat().st_size
-    print(f"\nbalance loss {balance:.4f} (0: all experts used equally); {size / 1e6:.2f} MB in {folder}")
-    figures = {"before": before, "after": after, "balance_loss": balance, "bytes": size}
-    (folder / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
+def _unseen(make: Callable[[random.Random], Example], rng: random.Random, seen: set[str]) -> Example:
+    while (example := make(rng)).prompt in seen:
+        pass
+    return example
 
 
 if __name__ == "__main__":

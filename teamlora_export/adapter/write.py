@@ -55,16 +55,16 @@ def _config_fields(adapter: AdapterSpec) -> dict[str, object]:
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
     }
+    # What plain LoRA does not have, PEFT does not know.
+    of_experts = {"lora_nums": config.lora_nums, "blc_alpha": config.blc_alpha, "blc_weight": config.blc_weight}
     return {
         "peft_type": adapter.family.upper(),
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path,
         "r": config.r,
         "lora_alpha": config.lora_alpha,
-        "lora_nums": config.lora_nums,
+        **(of_experts if adapter.family != "lora" else {}),
         "lora_dropout": config.lora_dropout,
-        "blc_alpha": config.blc_alpha,
-        "blc_weight": config.blc_weight,
         "bias": config.bias,
         "fan_in_fan_out": config.fan_in_fan_out,
         "target_modules": _names(config.target_modules),

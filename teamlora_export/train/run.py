@@ -24,7 +24,7 @@ from teamlora_export import __version__, interrupt
 from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import refuse_foreign, staged
-from teamlora_export.train.card import TrainResult, listed, use_by_layer, use_by_task, write_result
+from teamlora_export.train.card import RECORD_NAME, TrainResult, listed, use_by_layer, use_by_task, write_result
 from teamlora_export.train.data import Row, Rows, read_rows, shared_prompts, split_rows
 from teamlora_export.train.options import TrainOptions
 
@@ -148,7 +148,8 @@ def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter
     session = checkpoint.Session(options.outcome(), hashes, arguments.world_size, _versions())
     work = checkpoint.work_folder(options.output)
     with ExitStack() as alone:
-        resumed = _shared(arguments, lambda: _begin(options, work, session, reporter, alone))
+        inputs = [base.folder, *options.data, *options.validation_paths]
+        resumed = _shared(arguments, lambda: _begin(options, work, inputs, session, reporter, alone))
         with reporter.step(f"Loading {base.name}"):
             model, missing = base.load_and_miss(getattr(torch, DTYPES[options.dtype].torch))
         raise_findings(f"The weights of {base.name}", [missing_text(name) for name in sorted(missing)])
@@ -159,7 +160,7 @@ def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter
         _refuse_not_finite(found, options)
         warn_of_normalizers(found, reporter)
         if result.is_first:
-            with staged(options.output, listed, [base.folder, *options.data, *options.validation_paths]) as staging:
+            with staged(options.output, listed, inputs) as staging:
                 write_result(staging, found, result, asked)
             checkpoint.finish(work)
         trainer.accelerator.wait_for_everyone()
@@ -218,7 +219,9 @@ def _arguments(options: TrainOptions, rows: int) -> Any:
     return arguments
 
 
-def _begin(options: TrainOptions, work: Path, session: Session, reporter: Reporter, alone: ExitStack) -> Path | None:
+def _begin(
+    options: TrainOptions, work: Path, inputs: Sequence[Path], session: Session, reporter: Reporter, alone: ExitStack
+) -> Path | None:
     """Look at what is there, and write down what begins; the checkpoint to go on from.
 
     Args:
@@ -226,7 +229,8 @@ def _begin(options: TrainOptions, work: Path, session: Session, reporter: Report
     """
     from teamlora_export.train import checkpoint
 
-    refuse_foreign(work.with_name(work.name.removesuffix(".training")), listed, ())
+    place = work.with_name(work.name.removesuffix(".training"))
+    refuse_foreign(place, listed, inputs)
     found = None
     if work.exists():
         alone.enter_context(checkpoint.alone(work))
@@ -240,6 +244,8 @@ def _begin(options: TrainOptions, work: Path, session: Session, reporter: Report
             reporter.warn(f"Begun with {', '.join(changed)}: it goes on, though not to the bit.")
         reporter.say(f"Going on from {found.name}.")
         return found
+    if options.resume and not work.exists() and (place / RECORD_NAME).exists():
+        raise ExportError(f"{options.output}: its training has ended. Leave --resume out to train it anew.")
     if options.resume:
         reporter.say(f"No training of {options.output} was left unfinished: it begins.")
     checkpoint.begin(work, session)
@@ -276,6 +282,8 @@ def _run(
     reporter: Reporter,
 ) -> tuple[AdapterTrainer, Timed]:
     """Train to the end; `model` has the adapter that is to be written."""
+    import torch
+
     from teamlora_export.train.callbacks import Stopped, Timed, Told
     from teamlora_export.train.checkpoint import read_checkpoint
     from teamlora_export.train.encode import collator
@@ -298,6 +306,8 @@ def _run(
     )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ExportError("FSDP and DeepSpeed: not supported. Launch the processes without them (data parallelism).")
+    if torch.cuda.device_count() > 1 and arguments.world_size == 1:
+        reporter.warn(f"One of {torch.cuda.device_count()} GPUs is used. Launch with torchrun to use them all.")
     reporter.say(f"{options.family}: {trainer.num_trained:,} trained parameters on {len(layers):,} layers")
     try:
         with interrupt.held():

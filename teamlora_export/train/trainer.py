@@ -191,9 +191,10 @@ class AdapterTrainer(Trainer):
             return
         random = self.resumed.part("random")
         rank = self.args.process_index
-        torch.set_rng_state(random["cpu"][rank])
+        # PyTorch 2.13 reads a view from where its storage begins.
+        torch.set_rng_state(random["cpu"][rank].clone())
         if torch.cuda.is_available() and "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"][rank])
+            torch.cuda.set_rng_state(random["cuda"][rank].clone())
 
     # What those need.
 

@@ -155,6 +155,8 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_adapter_to_the_bit(opt
     resumed = train(again, QUIET)
     assert not work.exists()
     assert_same(options.output, whole.folder)
+    with pytest.raises(ExportError, match="its training has ended"):
+        train(again, QUIET)
     assert (resumed.held_out, resumed.best_step) == (whole.held_out, whole.best_step)
     assert resumed.held_out_before == whole.held_out_before
 
@@ -269,6 +271,20 @@ def test_memory_and_batches_of_a_step_change_no_figure(options, whole):
         found = train(dataclasses.replace(options, dropout=0.0, steps=6, **fields), QUIET).held_out_loss
         # 1e-4: float32, other sums.
         assert found == pytest.approx(expected, abs=1e-4), fields
+
+
+def test_two_processes_train_what_one_does_with_twice_the_batch(options):
+    alone = dataclasses.replace(options, dropout=0.0, steps=6, balance_weight=0.0)
+    expected = train(alone, QUIET)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    both = dataclasses.replace(alone, batch=3, output=options.output.with_name("both"))
+    command = [*launch, "-m", "teamlora_export", *shlex.split(both.command())[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("seconds a step") == 1, "one of them tells"
+    record = json.loads((both.output / "training.json").read_text())
+    # 1e-4: float32 in collectives, other sums.
+    assert record["held_out_loss"] == pytest.approx(expected.held_out, abs=1e-4)
 
 
 def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best(options):

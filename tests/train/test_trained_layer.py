@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch import nn
 from teamlora_export.adapter import read_adapter, write_adapter
 from teamlora_export.model.layer import ExpertLinear
 from teamlora_export.train import TrainOptions, count_parameters
+from teamlora_export.train.checkpoint import Checkpoint, Standing, State
 from teamlora_export.train.evaluate import token_losses
 from teamlora_export.train.model import TrainedLinear, start_adapter
 from teamlora_export.train.trainer import AdapterTrainer
@@ -105,10 +108,29 @@ def test_the_losses_of_experts_follow_their_formulas_and_leave_padding_out():
     trainer = Trainer(options)
     assert float(trainer._routing_loss(routing, mask)) == pytest.approx(2 * balance)
     assert trainer._shares[0][0] == pytest.approx(balance)
+    # As published, of w that sums to k (README: Training).
+    published = np.mean(np.square(2 * np.array([use, 1 - use]) - 1 / 2))
+    assert published == pytest.approx(2**2 * balance + (1 - 1 / 2) ** 2)
     assert trainer._shares[0][1].tolist() == pytest.approx([use, 1 - use])
     # Of w = 2 shares, what is above 1.5: 0.3 of the first token's first expert.
     over = Trainer(dataclasses.replace(options, overconfidence_weight=3.0))
     assert float(over._routing_loss(routing, mask)) == pytest.approx(2 * balance + 3 * 0.3 / 3 / 2)
+
+
+def test_each_process_has_its_own_random_numbers_again():
+    class Trainer(AdapterTrainer):
+        def __init__(self, states: torch.Tensor, rank: int) -> None:
+            self.resumed = Checkpoint(Path("checkpoint-1"), 1, {"random.cpu": states}, State(Standing(), [], {}))
+            self.args = SimpleNamespace(process_index=rank)
+
+    states, drawn = [], []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        states.append(torch.get_rng_state())
+        drawn.append(torch.rand(3).tolist())
+    for rank in range(2):
+        Trainer(torch.stack(states), rank)._load_rng_state("checkpoint-1")
+        assert torch.rand(3).tolist() == drawn[rank]
 
 
 def test_the_loss_is_that_of_the_answers_tokens():
