@@ -1,9 +1,11 @@
 """Times several ways to run one model in strict turns, and says what can be told from it.
 
-In a turn every row reads the same prompts, and then all make their tokens side by side: each makes its first, then each
-its second, every time in another order. What else the machine does hits each alike, and a ratio within a turn is worth
-more than two times from different minutes. The baseline runs twice in a turn, as if it were another row. Its ratio to
-itself is 1 but for noise, so that the spread of this ratio says how much of every other one is noise.
+In a turn every row reads the same prompts, and then all make their tokens side by side: each makes its first few, then
+each its next few, every time in another order. What else the machine does hits each alike, and a ratio within a turn is
+worth more than two times from different minutes. A few at once, as they are made where a model is alone: the first of
+them wakes threads and brings weights back that the row before pushed out of the caches, and is not timed. The baseline
+runs twice in a turn, as if it were another row. Its ratio to itself is 1 but for noise, so that the spread of this
+ratio says how much of every other one is noise.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ Reader = Callable[[Sequence[Sequence[int]], int], Callable[[], object]]
 PREFILL, DECODE = "prefill", "decode"
 AGAIN = "the baseline again"
 _WARM_UP = 1
+# Tokens that a row makes before the next one's turn.
+_BURST = 8
 # Threads of the row before still spin for some milliseconds, on a core that the next one needs.
 _PAUSE = 0.005
 
@@ -119,7 +123,7 @@ def _time(
     count: int,
     clock: Callable[[], float],
 ) -> dict[str, tuple[float, float]]:
-    """Seconds of each row's prefill, and of its step of decoding in the median of `count`."""
+    """Seconds of each row's prefill, and of its step of decoding in the median of those of `count` that are timed."""
     steps: dict[str, Callable[[], object]] = {}
     prefills: dict[str, float] = {}
     decodes: dict[str, list[float]] = {name: [] for name in readers}
@@ -128,12 +132,15 @@ def _time(
         begin = clock()
         steps[name] = readers[name](prompts, count)
         prefills[name] = clock() - begin
-    for _ in range(count):
+    for done in range(0, count, _BURST):
         for name in orders.permutation(list(readers)).tolist():
             time.sleep(_PAUSE)
-            begin = clock()
-            steps[name]()
-            decodes[name].append(clock() - begin)
+            taken = []
+            for _ in range(min(_BURST, count - done)):
+                begin = clock()
+                steps[name]()
+                taken.append(clock() - begin)
+            decodes[name] += taken[1:] or taken
     return {name: (prefills[name], float(np.median(decodes[name])) if count else 0.0) for name in readers}
 
 

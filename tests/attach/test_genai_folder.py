@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,8 +14,15 @@ import onnx
 import onnxruntime_genai as og
 import pytest
 import torch
-import transformers
 from conftest import random_adapter, save_tokenizer
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parents[1] / "deploy"))
@@ -42,14 +50,10 @@ PROMPT = [1, 17, 200, 44, 9, 300, 21]
 COUNT = 12
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    """A tiny Llama whose heads GroupQueryAttention takes, an adapter on all of it, and its graphs in fp32 and int4."""
-    folder = tmp_path_factory.mktemp("genai")
-    torch.manual_seed(5)
-    config = transformers.LlamaConfig(
+def small(kind: type[PretrainedConfig], **others: int) -> PretrainedConfig:
+    """Two layers whose heads GroupQueryAttention takes."""
+    return kind(
         vocab_size=384,
-        hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -57,17 +61,34 @@ def made(tmp_path_factory) -> Path:
         head_dim=16,
         max_position_embeddings=128,
         pad_token_id=0,
+        **others,
     )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
+
+
+def save_base(folder: Path, kind: type[PreTrainedModel], config: PretrainedConfig, targets: Sequence[str]) -> None:
+    """A base with random weights and a tokenizer, and an adapter on its `targets`."""
+    torch.manual_seed(5)
+    kind(config).save_pretrained(folder / "base")
     save_tokenizer(folder / "base")
-    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     write_adapter(random_adapter(open_base(str(folder / "base")), targets), folder / "adapter")
+
+
+def build_with_genai(folder: Path, out: str, *options: str) -> None:
+    """The base in `folder` as onnxruntime-genai's builder exports it."""
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", "base", "-o", out, "-e", "cpu"]
+    done = subprocess.run([*command, "-c", "cache", *options], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A tiny Llama, an adapter on all of it, and its graphs in fp32 and int4."""
+    folder = tmp_path_factory.mktemp("genai")
+    targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    save_base(folder, LlamaForCausalLM, small(LlamaConfig, hidden_size=32), targets)
     for precision in ("fp32", "int4"):
         # Its default lets products read 8 bits of x; the test of the graph has to see past that.
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", "base", "-o", f"genai-{precision}"]
-        options = ["-p", precision, "-e", "cpu", "-c", "cache", "--extra_options", "accuracy_level=1"]
-        done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        build_with_genai(folder, f"genai-{precision}", "-p", precision, "--extra_options", "accuracy_level=1")
     return folder
 
 
@@ -180,26 +201,10 @@ def test_triton_steps_it_with_its_cache_as_state(bundle, tmp_path):
 def windowed(tmp_path_factory) -> Bundle:
     """A tiny Gemma 2, whose every other layer has a cache with room for its window of eight alone."""
     folder = tmp_path_factory.mktemp("windowed")
-    torch.manual_seed(5)
-    config = transformers.Gemma2Config(
-        vocab_size=384,
-        # The builder rounds its root, which embeddings are multiplied by.
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=128,
-        sliding_window=8,
-        query_pre_attn_scalar=16,
-    )
-    transformers.Gemma2ForCausalLM(config).save_pretrained(folder / "base")
-    save_tokenizer(folder / "base")
-    write_adapter(random_adapter(open_base(str(folder / "base")), ("q_proj", "down_proj")), folder / "adapter")
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", "base", "-o", "genai", "-p", "fp32"]
-    done = subprocess.run([*command, "-e", "cpu", "-c", "cache"], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    # The builder rounds the root of a width, which embeddings are multiplied by: 64 has a whole one.
+    config = small(Gemma2Config, hidden_size=64, sliding_window=8, query_pre_attn_scalar=16)
+    save_base(folder, Gemma2ForCausalLM, config, ("q_proj", "down_proj"))
+    build_with_genai(folder, "genai", "-p", "fp32")
     return attach(folder / "genai", folder / "adapter", folder / "out", base_source=str(folder / "base"))
 
 

@@ -77,12 +77,25 @@ def test_every_row_runs_once_a_turn_and_the_baseline_twice_in_another_order_each
     assert len(set(orders)) > 1
 
 
-def test_rows_make_their_tokens_side_by_side():
+def test_rows_make_their_tokens_side_by_side_a_few_at_once():
     world = World()
-    world.measure({name: world.row(name, 1.0, 1.0) for name in ("base", "other")}, 3)
-    for start in range(0, len(world.steps), 3):
-        assert sorted(world.steps[start : start + 3]) == ["base", "base", "other"]
-    assert len(world.steps) == 3 * WORKLOAD.count * (3 + 1)
+    world.measure({name: world.row(name, 1.0, 1.0) for name in ("base", "other")}, 3, Workload(1, 10, 11))
+    assert len(world.steps) == 3 * 11 * (3 + 1)
+    for start in range(0, len(world.steps), 3 * 11):
+        turn = world.steps[start : start + 3 * 11]
+        assert (turn[:24].count("base"), turn[:24].count("other")) == (16, 8)
+        assert {tuple(turn[at : at + 8]) for at in (0, 8, 16)} == {("base",) * 8, ("other",) * 8}
+        assert {tuple(turn[at : at + 3]) for at in (24, 27, 30)} == {("base",) * 3, ("other",) * 3}
+
+
+def test_the_first_step_after_another_row_is_not_in_the_time_of_a_step():
+    world, made = World(), iter(range(1000))
+
+    def read(_prompts: object, _count: int) -> Callable[[], None]:
+        return lambda: world._step("other", 9.0 if next(made) % 2 == 0 else 1.0)
+
+    figures = world.measure({"base": world.row("base", 1.0, 1.0), "other": read}, 3, Workload(1, 10, 2))
+    assert pick(figures, "other", DECODE).seconds == pytest.approx((1.0, 1.0, 1.0))
 
 
 def test_a_step_that_was_disturbed_is_not_in_the_time_of_a_step():
