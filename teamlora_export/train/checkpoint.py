@@ -26,7 +26,7 @@ from teamlora_export import interrupt
 from teamlora_export.disk import sync, sync_names
 from teamlora_export.errors import ExportError
 from teamlora_export.files import open_file, read_json, read_record
-from teamlora_export.staging import existing, real_path, scratch_folder, write_aside
+from teamlora_export.staging import existing, real_path, scratch_folder, settle, write_aside
 from teamlora_export.train.options import option_name
 
 SESSION_NAME = "session.json"
@@ -132,6 +132,17 @@ def alone(work: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def left_where_useful(work: Path) -> Iterator[None]:
+    """What fails inside of the block before there is a checkpoint leaves nothing."""
+    try:
+        yield
+    except BaseException:
+        if work.is_dir() and not _steps(work):
+            finish(work)
+        raise
+
+
 def last_checkpoint(work: Path) -> Path | None:
     """The folder of the last checkpoint in `work`, or None.
 
@@ -139,7 +150,7 @@ def last_checkpoint(work: Path) -> Path | None:
         ExportError: no training of ours was begun there.
     """
     _read_session(work)
-    steps = [int(match[1]) for path in work.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
+    steps = _steps(work)
     return work / f"checkpoint-{max(steps)}" if steps else None
 
 
@@ -236,12 +247,17 @@ def note_checkpoint(work: Path) -> None:
 def finish(work: Path) -> None:
     """Remove what a training that is done leaves behind; what is not ours stays."""
     with interrupt.held():
+        settle(work)
         for path in work.iterdir():
             if _CHECKPOINT.fullmatch(path.name):
                 _remove_checkpoint(path)
         (work / SESSION_NAME).unlink(missing_ok=True)
         with suppress(OSError):
             work.rmdir()
+
+
+def _steps(work: Path) -> list[int]:
+    return [int(match[1]) for path in work.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))]
 
 
 def _remove_checkpoint(folder: Path) -> None:

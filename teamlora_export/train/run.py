@@ -150,6 +150,8 @@ def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter
     with ExitStack() as alone:
         inputs = [base.folder, *options.data, *options.validation_paths]
         resumed = _shared(arguments, lambda: _begin(options, work, inputs, session, reporter, alone))
+        if arguments.process_index == 0:
+            alone.enter_context(checkpoint.left_where_useful(work))
         with reporter.step(f"Loading {base.name}"):
             model, missing = base.load_and_miss(getattr(torch, DTYPES[options.dtype].torch))
         raise_findings(f"The weights of {base.name}", [missing_text(name) for name in sorted(missing)])

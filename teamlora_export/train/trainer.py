@@ -5,6 +5,8 @@
     checkpoints   `checkpoint.py`'s, in place of the Trainer's: no base in them, nothing pickled, whole or not there
 
 The loop, the data's order, accumulation, clipping, the schedule, several processes and logging are the Trainer's.
+Its methods that begin with `_` are replaced as transformers 5.23 calls them; were they no longer called,
+tests/train/test_train_command.py would find the base in a checkpoint, or another adapter after a resume.
 """
 
 from __future__ import annotations

@@ -305,6 +305,7 @@ def test_a_training_that_diverges_is_one_sentence(options, monkeypatch):
     )
     with pytest.raises(ExportError, match=r"Step 3: loss is nan: the training diverged\. Lower --learning-rate"):
         train(dataclasses.replace(options, log_every=1), QUIET)
+    assert not list(options.output.parent.iterdir()), "there is nothing to go on from"
     monkeypatch.undo()
     with pytest.raises(ExportError, match="do not fit into --save-dtype fp16"):
         train(dataclasses.replace(options, save_dtype="fp16", learning_rate=1e5, steps=2, validation=None), QUIET)
