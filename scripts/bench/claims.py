@@ -1,13 +1,13 @@
 """Does TeamLoRA keep its promise, and what does it cost? Trains, scores and times all families on one small base.
 
-    scripts/bench/claims.py --quick                       one seed, a small grid: 15 minutes on two quiet cores
+    scripts/bench/claims.py --quick                       one seed, a small grid: made for 15 minutes on two cores
     scripts/bench/claims.py                               everything; hours
     scripts/bench/claims.py --cells teamlora-k4-ffn moelora-k4-ffn --seeds 3       two cells with another seed
     scripts/bench/claims.py --parts steps inference       timings alone: on a machine with nothing else to do
 
 TeamLoRA, HydraLoRA, MoELoRA and LoRA at equal numbers of trained parameters, and TeamLoRA at half of them, on the tasks
 of scripts/bench/tasks. What was found is kept in the user's cache cell by cell (claims/), so that a run that was
-interrupted goes on; the same command prints what it has. -o writes figures.json, README.md and plot.png.
+interrupted goes on; timings are taken anew. -o writes figures.json, README.md and plot.png.
 """
 
 from __future__ import annotations
