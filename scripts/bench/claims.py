@@ -1,13 +1,13 @@
 """Does TeamLoRA keep its promise, and what does it cost? Trains, scores and times all families on one small base.
 
-    scripts/bench/claims.py --quick                       one seed, a small grid: 15 minutes on two quiet cores
+    scripts/bench/claims.py --quick                       one seed, a small grid: made for 15 minutes on two cores
     scripts/bench/claims.py                               everything; hours
     scripts/bench/claims.py --cells teamlora-k4-ffn moelora-k4-ffn --seeds 3       two cells with another seed
     scripts/bench/claims.py --parts steps inference       timings alone: on a machine with nothing else to do
 
 TeamLoRA, HydraLoRA, MoELoRA and LoRA at equal numbers of trained parameters, and TeamLoRA at half of them, on the tasks
 of scripts/bench/tasks. What was found is kept in the user's cache cell by cell (claims/), so that a run that was
-interrupted goes on; the same command prints what it has. -o writes figures.json, README.md and plot.png.
+interrupted goes on; timings are taken anew. -o writes figures.json, README.md and plot.png.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from method.cells import Place, code_version, default_folder, run_cell
 from method.plan import BASE, EXPERTS, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
 
 from teamlora_export.deploy.cores import usable_cores
-from teamlora_export.errors import ExportError
+from teamlora_export.errors import ExportError, first_line
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import write_aside
 
@@ -119,18 +119,26 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as workers:
         futures = {workers.submit(_work, cell, place, threads): cell for cell in waiting}
-        for number, future in enumerate(as_completed(futures), 1):
-            name = futures[future].name
-            try:
-                result = future.result()
-            except Exception as error:  # of any kind: it is one cell's
-                failures.append(f"{name}: {error}")
-                reporter.warn(failures[-1])
-                continue
-            told = f"{result['mean']:.1f}" if result is not None else "another process is at it"
-            seconds = time.monotonic() - started
-            reporter.say(f"{number} of {len(waiting)}, after {seconds:,.0f} s: {name}: {told}")
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                cell, seconds = futures[future], time.monotonic() - started
+                told = _outcome(future)
+                reporter.say(f"{number} of {len(waiting)}, after {seconds:,.0f} s: {cell.name}: {told}")
+                if future.exception() is not None:
+                    failures.append(f"{cell.name}: {told}")
+        except KeyboardInterrupt:
+            # Those at work leave checkpoints; the others do not begin.
+            workers.shutdown(cancel_futures=True)
+            raise
     return failures
+
+
+def _outcome(future: Future[dict[str, Any] | None]) -> str:
+    error = future.exception()
+    if error is not None:
+        return first_line(error)
+    result = future.result()
+    return f"{result['mean']:.1f}" if result is not None else "another process is at it"
 
 
 def _work(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
@@ -236,3 +244,6 @@ if __name__ == "__main__":
     except ExportError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import io
 import json
 import math
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from teamlora_export.adapter import align_with_base, read_adapter
+from teamlora_export.errors import ExportError
 from teamlora_export.model.base import open_base
 from teamlora_export.model.inject import inject
 from teamlora_export.model.layer import ExpertLinear
@@ -29,6 +33,7 @@ from teamlora_export.train.model import start_adapter
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "scripts" / "bench"))
 sys.path.append(str(ROOT / "scripts"))
+import claims as command  # noqa: E402
 from get_model import get_model  # noqa: E402
 from method import cells as cells_module  # noqa: E402
 from method import inference  # noqa: E402
@@ -331,6 +336,31 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
     assert "| the base | - | - | 0 | 1 | 8.3 | - |" in text
     write_plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cell_that_fails_costs_no_other(place, monkeypatch):
+    """In threads, in place of processes."""
+
+    def work(cell: Cell, _place: Place, _threads: int) -> dict[str, float] | None:
+        if cell.family == "hydralora":
+            raise ExportError("it diverged")
+        return None if cell.family == "lora" else {"mean": 12.34}
+
+    monkeypatch.setattr(command, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(command, "_work", work)
+    told = io.StringIO()
+    elsewhere = dataclasses.replace(place, folder=place.folder / "elsewhere")
+    failures = command._run_cells(quick_grid([0]), elsewhere, 2, Reporter(Console(file=told, width=200)))
+    assert failures == ["hydralora-k4-ffn-s0: it diverged"]
+    lines = sorted(line.partition(" s: ")[2] for line in told.getvalue().splitlines())
+    assert lines == [
+        "base: 12.3",
+        "hydralora-k4-ffn-s0: it diverged",
+        "lora-ffn-s0: another process is at it",
+        "moelora-k4-ffn-s0: 12.3",
+        "teamlora-k4-ffn-half-s0: 12.3",
+        "teamlora-k4-ffn-s0: 12.3",
+    ]
 
 
 def claims(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -76,7 +76,7 @@ class Place:
     def _key(self, cell: Cell) -> str:
         asked = {**dataclasses.asdict(cell), **dataclasses.asdict(self.settings), "base": _hash_of_base(self.base)}
         if cell.family == BASE:
-            asked = {name: asked[name] for name in ("test", "data_seed", "base")}
+            asked = {name: asked[name] for name in ("test", "data_seed", "dtype", "base")}
         return f"{_short_hash(asked)}-{code_version()}"
 
     def _others(self, cell: Cell) -> list[Path]:
