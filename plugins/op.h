@@ -5,7 +5,7 @@ namespace teamlora {
 
 inline constexpr const char* kOpName = "MixedExpertProjection";
 inline constexpr const char* kOpDomain = "teamlora";
-// What a node without the optional input is, and all that the CUDA kernels and TensorRT's plugin know.
+// What a node without the optional input is. TensorRT's plugin has this version for both: a node's does not reach it.
 inline constexpr int kOpVersion = 1;
 inline constexpr const char* kOpVersionText = "1";
 inline constexpr const char* kOpInputs[] = {"x", "base", "down", "mix", "up"};

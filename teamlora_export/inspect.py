@@ -215,7 +215,9 @@ def _engine_rows(facts: EngineFacts) -> Iterable[tuple[str, str]]:
         shapes = [
             f"{name}: {' / '.join(str(list(shape)) for shape in points)}"
             for name, points in profile.inputs.items()
-            if not name.startswith("past_key_values.") or name == "past_key_values.0.key"
+            if (not name.startswith("past_key_values.") or name == "past_key_values.0.key")
+            # Slots have one size each, and there are hundreds.
+            and not (facts.slots is not None and points[0] == points[2])
         ]
         yield f"profile {profile.name}", "\n".join(shapes)
     plugin = facts.plugin
@@ -231,7 +233,7 @@ def _engine_rows(facts: EngineFacts) -> Iterable[tuple[str, str]]:
     if facts.plugin_times is not None:
         plugin_us, inlined_us = (1e6 * facts.plugin_times[name] for name in ("plugin", "inlined"))
         yield "a step", f"{plugin_us:,.0f} us with the plugin, {inlined_us:,.0f} us with the op's body"
-    yield "adapter", facts.adapter_sha256
+    yield "adapter", facts.adapter_sha256 if facts.slots is None else f"any of a shelf, {facts.slots} slots as inputs"
     yield "refit", f"{len(facts.refit_weights)} weights of the adapter" if facts.refit_weights else "no"
     yield "weights", "left out" if facts.stripped else "in the engine"
     yield "size", f"{facts.size / 1e6:,.1f} MB"

@@ -328,8 +328,6 @@ def test_exports_that_cannot_be_are_refused_before_anything_is_traced(make_base,
 @pytest.mark.parametrize(
     "words",
     [
-        ["trt", "BUNDLE"],
-        ["trt", "graph", "BUNDLE", "-o", "OUT"],
         *(["deploy", target, "BUNDLE", "-o", "OUT", "--batching", "sequence"] for target in ("triton", "kubernetes")),
     ],
 )

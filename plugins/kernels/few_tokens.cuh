@@ -7,6 +7,7 @@
 #include "parts.cuh"
 #include "plan.h"
 #include "routing.cuh"
+#include "rows.cuh"
 
 namespace teamlora {
 
@@ -29,16 +30,27 @@ __device__ inline float sum_of_warp(float value) {
     return value;
 }
 
+// Blocks that fit beside each other. Sums of one token or of eight, as there are tokens of an adapter, are two loops.
+template <int kTokens, bool kAligned, typename... Rows>
+inline constexpr int kDownBlocks = kAligned && !(kHasSlots<Rows...> && kTokens > 1) ? 4 : 3;
+
 // Grid: groups of kDownRows rows, slices of `in`, tiles of tokens. Each thread holds a pack of every row of its group
 // before it uses the first, so that the loads are in flight together.
-template <typename T, int kTokens, int kDownRows, bool kAligned>
-__global__ void __launch_bounds__(kDownThreads, kAligned ? 4 : 3) few_down(FewDownArguments arguments) {
+template <typename T, int kTokens, int kDownRows, bool kAligned, typename... Rows>
+__global__ void __launch_bounds__(kDownThreads, kDownBlocks<kTokens, kAligned, Rows...>)
+    few_down(FewDownArguments arguments, Rows... batch) {
     constexpr int kWidth = Pack<T>::kWidth, kSums = kDownRows * kTokens;
     static_assert(kSums <= 32, "a block may have one warp, which adds them up");
     TEAMLORA_DYNAMIC_SHARED(sums);  // [warps, kSums]
     let_next_kernel_begin();
     const int in = arguments.in, threads = static_cast<int>(blockDim.x);
-    const int row0 = blockIdx.x * kDownRows, token0 = blockIdx.z * kTokens;
+    const int row0 = blockIdx.x * kDownRows;
+    const auto own = tokens_of<kTokens>(arguments.tokens, blockIdx.z, batch...);
+    const T* down = static_cast<const T*>(arguments.down);
+    if constexpr (kHasSlots<Rows...>) {
+        if (own.count == 0 || own.slot < 0) return;
+        down = weights_of(down, own.slot, static_cast<int64_t>(arguments.rows) * in);
+    }
     const int begin = blockIdx.y * arguments.slice_width;
     const int end = min(begin + arguments.slice_width, in);
 
@@ -47,31 +59,42 @@ __global__ void __launch_bounds__(kDownThreads, kAligned ? 4 : 3) few_down(FewDo
     const T* tokens[kTokens];
 #pragma unroll
     for (int r = 0; r < kDownRows; ++r) {
-        rows[r] = static_cast<const T*>(arguments.down) + static_cast<int64_t>(min(row0 + r, arguments.rows - 1)) * in;
+        rows[r] = down + static_cast<int64_t>(min(row0 + r, arguments.rows - 1)) * in;
     }
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
-        tokens[t] =
-            static_cast<const T*>(arguments.x) + static_cast<int64_t>(min(token0 + t, arguments.tokens - 1)) * in;
+        tokens[t] = static_cast<const T*>(arguments.x) + static_cast<int64_t>(own.clamped(t)) * in;
     }
 
     float z[kDownRows][kTokens] = {};
-    for (int i = begin + threadIdx.x * kWidth; i < end; i += threads * kWidth) {
-        Pack<T> weights[kDownRows];
+    const auto add_products = [&](auto own_tokens) {
+        for (int i = begin + threadIdx.x * kWidth; i < end; i += threads * kWidth) {
+            Pack<T> weights[kDownRows];
 #pragma unroll
-        for (int r = 0; r < kDownRows; ++r) {
-            weights[r] = kAligned ? load_constant(rows[r] + i) : load_elements(rows[r] + i, end - i);
-        }
+            for (int r = 0; r < kDownRows; ++r) {
+                weights[r] = kAligned ? load_constant(rows[r] + i) : load_elements(rows[r] + i, end - i);
+            }
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-            const Pack<T> x = kAligned ? load_constant(tokens[t] + i) : load_elements(tokens[t] + i, end - i);
+            for (int t = 0; t < decltype(own_tokens)::value; ++t) {
+                const Pack<T> x = kAligned ? load_constant(tokens[t] + i) : load_elements(tokens[t] + i, end - i);
 #pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
-                const float value = to_float(x.values[j]);
+                for (int j = 0; j < kWidth; ++j) {
+                    const float value = to_float(x.values[j]);
 #pragma unroll
-                for (int r = 0; r < kDownRows; ++r) z[r][t] += value * to_float(weights[r].values[j]);
+                    for (int r = 0; r < kDownRows; ++r) z[r][t] += value * to_float(weights[r].values[j]);
+                }
             }
         }
+    };
+    if constexpr (kHasSlots<Rows...> && kTokens > 1) {
+        // A batch of many adapters: without the products of seven tokens that there are not.
+        if (own.count == 1) {
+            add_products(std::integral_constant<int, 1>{});
+        } else {
+            add_products(std::integral_constant<int, kTokens>{});
+        }
+    } else {
+        add_products(std::integral_constant<int, kTokens>{});
     }
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -84,11 +107,11 @@ __global__ void __launch_bounds__(kDownThreads, kAligned ? 4 : 3) few_down(FewDo
         }
     }
     __syncthreads();
-    const int token = token0 + threadIdx.x / kDownRows, row = row0 + threadIdx.x % kDownRows;
-    if (threadIdx.x < kSums && token < arguments.tokens && row < arguments.rows) {
+    const int t = threadIdx.x / kDownRows, row = row0 + threadIdx.x % kDownRows;
+    if (threadIdx.x < kSums && own.has(t) && row < arguments.rows) {
         float sum = 0.0F;
         for (int w = 0; w < threads / 32; ++w) sum += sums[w * kSums + threadIdx.x];
-        const int64_t at = static_cast<int64_t>(blockIdx.y) * arguments.tokens + token;
+        const int64_t at = static_cast<int64_t>(blockIdx.y) * arguments.tokens + own.place(t);
         arguments.partials[at * arguments.rows + row] = sum;
     }
 }
@@ -107,32 +130,49 @@ struct FewUpArguments {
 
 // Grid: tiles of columns (never across siblings), tiles of tokens. kAligned: `base`, `up` and `y` are packs, which no
 // sibling's end cuts.
-template <typename T, int kTokens, bool kAligned>
-__global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments) {
+template <typename T, int kTokens, bool kAligned, typename... Rows>
+__global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments, Rows... batch) {
     constexpr int kWidth = Pack<T>::kWidth, kColumns = kUpLanes * kWidth, kWarps = kUpThreads / 32;
     constexpr int kOwn = (kTokens * kColumns + kUpThreads - 1) / kUpThreads, kAhead = kUpAhead<kTokens>;
     static_assert(kTokens <= kUpRowGroups, "a thread copies one pack of base");
     TEAMLORA_DYNAMIC_SHARED(shared);
     const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank.value;
     const int up_rank = k * c, sibling_rows = a + k, thread = threadIdx.x;
+    const int room = room_of<kTokens>(batch...);
     auto* up_places = reinterpret_cast<uint4*>(shared);                    // [kAhead, threads]
     T* base_tile = reinterpret_cast<T*>(up_places + kAhead * kUpThreads);  // [tokens, columns]
-    float* z = reinterpret_cast<float*>(base_tile + kTokens * kColumns);   // [tokens, a + k]
-    float* weights = z + kTokens * sibling_rows;                           // [tokens, k]
-    float* sums = weights + kTokens * k;                                   // [warps, tokens, columns]
-    float* mix = sums + kWarps * kTokens * kColumns;                       // [k, k]
+    float* z = reinterpret_cast<float*>(base_tile + room * kColumns);      // [tokens, a + k]
+    float* weights = z + room * sibling_rows;                              // [tokens, k]
+    float* sums = weights + room * k;                                      // [warps, tokens, columns]
+    float* mix = sums + kWarps * room * kColumns;                          // [k, k]
     const ColumnTile tile = arguments.columns.tile(blockIdx.x, kColumns);
-    const int token0 = blockIdx.y * kTokens;
+    const auto own = tokens_of<kTokens>(arguments.tokens, blockIdx.y, batch...);
     const int64_t out = arguments.out;
+    const int own_tokens = own.size();
+    const T* weights_up = static_cast<const T*>(arguments.up);
+    const float* global_mix = arguments.mix;
+    if constexpr (kHasSlots<Rows...>) {
+        if (own.count == 0 || own.slot < 0) {
+            wait_for_kernel_before();
+            for (int i = thread; i < own.count * kColumns; i += kUpThreads) {
+                if (i % kColumns >= tile.width) continue;
+                write_without_adapter(static_cast<const T*>(arguments.base), static_cast<T*>(arguments.y),
+                                      own.place(i / kColumns) * out + tile.first + i % kColumns, own.slot);
+            }
+            return;
+        }
+        weights_up = weights_of(weights_up, own.slot, up_rank * out);
+        global_mix = weights_of(global_mix, own.slot, static_cast<int64_t>(arguments.columns.num_siblings) * k * k);
+    }
 
     // What does not wait for z is under way first, while few_down still runs: the interaction, rows of `up` for each
     // thread, and `base`. They are copied past the registers: a wait for one register is often one for all loads ahead
     // of it, and would be one for `up` before the router.
-    copy_interaction(mix, arguments.mix + tile.sibling * k * k, k);
+    copy_interaction(mix, global_mix + tile.sibling * k * k, k);
     const int lane_column = thread % kUpLanes * kWidth, row0 = thread / kUpLanes;
     const int available = tile.width - lane_column;
     // Columns past the end read the tile's first, and what comes of them is dropped.
-    const T* up = static_cast<const T*>(arguments.up) + tile.first + (available > 0 ? lane_column : 0);
+    const T* up = weights_up + tile.first + (available > 0 ? lane_column : 0);
     const auto load_row_of_up = [&](int first) {
         const int row = first + row0;
         return load_elements(up + row * out, row < up_rank ? available : 0);
@@ -152,30 +192,31 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
     T base[kOwn];
     if constexpr (kAligned) {
         copy_rows_of_up(0);
-        const int token = thread / kUpLanes;
-        if (token < kTokens && token0 + token < arguments.tokens && available > 0) {
-            const T* source = own_base + (token0 + token) * out + lane_column;
-            __pipeline_memcpy_async(base_tile + token * kColumns + lane_column, source, sizeof(uint4));
+        const int t = thread / kUpLanes;
+        if (t < kTokens && own.has(t) && available > 0) {
+            const T* source = own_base + own.place(t) * out + lane_column;
+            __pipeline_memcpy_async(base_tile + t * kColumns + lane_column, source, sizeof(uint4));
         }
     } else {
 #pragma unroll
         for (int n = 0; n < kAhead; ++n) next[n] = load_row_of_up(n * kUpRowGroups);
 #pragma unroll
         for (int n = 0; n < kOwn; ++n) {
-            const int i = thread + n * kUpThreads, column = i % kColumns, token = token0 + i / kColumns;
-            const bool inside = i < kTokens * kColumns && column < tile.width && token < arguments.tokens;
-            base[n] = inside ? own_base[token * out + column] : from_float<T>(0.0F);
+            const int i = thread + n * kUpThreads, column = i % kColumns, t = i / kColumns;
+            const bool inside = i < kTokens * kColumns && column < tile.width && own.has(t);
+            base[n] = inside ? own_base[own.place(t) * out + column] : from_float<T>(0.0F);
         }
     }
     __pipeline_commit();
-    const PartsOfBlock parts({arguments.partials, arguments.slices, arguments.tokens, arguments.rows}, token0,
+    const auto token_of = [&](int t) { return own.nearest(t); };
+    const PartsOfBlock parts({arguments.partials, arguments.slices, arguments.tokens, arguments.rows}, token_of,
                              tile.sibling * sibling_rows, arguments.sibling_rows);
 
     wait_for_kernel_before();
-    parts.add_up<T>(z, kTokens);
+    parts.template add_up<T>(z, own_tokens);
     wait_for_copies<1>();  // the interaction
     __syncthreads();
-    route(z + a, sibling_rows, kTokens, k, mix, weights);
+    route<kHasSlots<Rows...>>(z + a, sibling_rows, own_tokens, k, mix, weights);
 
     float delta[kTokens][kWidth] = {};
 #pragma unroll 1
@@ -197,6 +238,7 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
                       source = arguments.shared_down ? row - expert * c : row;
 #pragma unroll
             for (int t = 0; t < kTokens; ++t) {
+                if (kHasSlots<Rows...> && t >= own_tokens) break;
                 const float value = rounded<T>(z[t * sibling_rows + source] * weights[t * k + expert]);
 #pragma unroll
                 for (int j = 0; j < kWidth; ++j) delta[t][j] += value * to_float(weight.values[j]);
@@ -208,23 +250,24 @@ __global__ void __launch_bounds__(kUpThreads, 2) few_up(FewUpArguments arguments
     const int warp = thread / 32, lane = thread % 32;
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
+        if (kHasSlots<Rows...> && t >= own_tokens) break;
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) {
             float sum = delta[t][j];
             sum += __shfl_xor_sync(0xffffffffU, sum, 8);
             sum += __shfl_xor_sync(0xffffffffU, sum, 16);
-            if (lane < kUpLanes) sums[(warp * kTokens + t) * kColumns + lane_column + j] = sum;
+            if (lane < kUpLanes) sums[(warp * room + t) * kColumns + lane_column + j] = sum;
         }
     }
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < kOwn; ++n) {
-        const int i = thread + n * kUpThreads, column = i % kColumns, token = token0 + i / kColumns;
-        if (i < kTokens * kColumns && column < tile.width && token < arguments.tokens) {
+        const int i = thread + n * kUpThreads, column = i % kColumns, t = i / kColumns;
+        if (i < kTokens * kColumns && column < tile.width && own.has(t)) {
             float sum = to_float(kAligned ? base_tile[i] : base[n]);
 #pragma unroll
-            for (int w = 0; w < kWarps; ++w) sum += sums[w * kTokens * kColumns + i];
-            static_cast<T*>(arguments.y)[token * out + tile.first + column] = from_float<T>(sum);
+            for (int w = 0; w < kWarps; ++w) sum += sums[w * room * kColumns + i];
+            static_cast<T*>(arguments.y)[own.place(t) * out + tile.first + column] = from_float<T>(sum);
         }
     }
 }

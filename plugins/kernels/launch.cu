@@ -28,27 +28,53 @@ Columns columns_of(const MixedExpertShape& shape) noexcept {
     return columns;
 }
 
-template <typename T, int kTokens>
-auto few_down_of(int rows, bool aligned) noexcept {
-    if constexpr (kTokens == 1) {
-        if (aligned && rows == 1) return few_down<T, kTokens, 1, true>;
-    }
-    return aligned ? few_down<T, kTokens, 4, true> : few_down<T, kTokens, 4, false>;
+// Whose weights the blocks of a call take, where `tiles` blocks share a group of tokens or a row.
+AdapterOfRow adapters_of(const MixedExpertShape& shape, const MixedExpertTensors& tensors, int tile,
+                         int tiles) noexcept {
+    return {tensors.adapter, shape.slots, tile, Divisor::of(static_cast<int>(shape.row_tokens)), Divisor::of(tiles)};
 }
 
-template <typename T, int kTokens>
+AdapterOfRow with_tiles(AdapterOfRow rows, int tiles) noexcept {
+    rows.tiles = Divisor::of(tiles);
+    return rows;
+}
+
+// Of several adapters, one token at a time is taken only where it is aligned, and its rows never one at a time.
+template <typename T, int kTokens, typename... Rows>
+auto few_down_of(int rows, bool aligned) noexcept {
+    if constexpr (kTokens == 1 && kHasSlots<Rows...>) {
+        return few_down<T, kTokens, 4, true, Rows...>;
+    } else {
+        if constexpr (kTokens == 1) {
+            if (aligned && rows == 1) return few_down<T, kTokens, 1, true, Rows...>;
+        }
+        return aligned ? few_down<T, kTokens, 4, true, Rows...> : few_down<T, kTokens, 4, false, Rows...>;
+    }
+}
+
+template <typename T, int kTokens, typename... Rows>
+auto few_up_of(bool aligned) noexcept {
+    if constexpr (kTokens == 1 && kHasSlots<Rows...>) {
+        return few_up<T, kTokens, true, Rows...>;
+    } else {
+        return aligned ? few_up<T, kTokens, true, Rows...> : few_up<T, kTokens, false, Rows...>;
+    }
+}
+
+template <typename T, int kTokens, typename... Rows>
 cudaError_t launch_few(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
-                       const FewTokensPlan& plan, void* workspace, cudaStream_t stream) noexcept {
+                       const FewTokensPlan& plan, void* workspace, cudaStream_t stream, const Rows&... batch) noexcept {
     float* parts = static_cast<float*>(workspace);
     const int tokens = static_cast<int>(shape.tokens);
-    const auto token_tiles = static_cast<unsigned>(ceil_div(tokens, kTokens));
+    const auto token_blocks = static_cast<unsigned>(plan.token_blocks);
     const bool aligned = aligned_inputs(shape, tensors);
-    const int down_rows = aligned ? plan.down_rows : 4;
+    const int down_rows = aligned && !kHasSlots<Rows...> ? plan.down_rows : 4;
     const FewDownArguments down{tensors.x, tensors.down, parts, tokens, shape.in, shape.rows(), plan.slice_width};
-    const dim3 down_grid(ceil_div(shape.rows(), down_rows), plan.slices, token_tiles);
+    const dim3 down_grid(ceil_div(shape.rows(), down_rows), plan.slices, token_blocks);
     const size_t sums_bytes = sizeof(float) * plan.down_threads / 32 * down_rows * kTokens;
-    const cudaError_t error = launch_kernel(few_down_of<T, kTokens>(down_rows, aligned), down_grid, plan.down_threads,
-                                            sums_bytes, stream, Place::kFirst, tuning.overlaps, down);
+    const cudaError_t error =
+        launch_kernel(few_down_of<T, kTokens, Rows...>(down_rows, aligned), down_grid, plan.down_threads, sums_bytes,
+                      stream, Place::kFirst, tuning.overlaps, down, batch...);
     if (error != cudaSuccess) return error;
 
     const Columns columns = columns_of(shape);
@@ -67,15 +93,22 @@ cudaError_t launch_few(const MixedExpertShape& shape, const Tuning& tuning, cons
                             Divisor::of(shape.sibling_rows()),
                             shape.shared_down,
                             columns};
-    const dim3 up_grid(columns.num_tiles(kUpLanes * Pack<T>::kWidth), token_tiles);
-    const auto up_kernel = aligned_outputs(shape, tensors) ? few_up<T, kTokens, true> : few_up<T, kTokens, false>;
-    return launch_kernel(up_kernel, up_grid, kUpThreads, plan.shared_bytes, stream, Place::kLast, tuning.overlaps, up);
+    const dim3 up_grid(columns.num_tiles(kUpLanes * Pack<T>::kWidth), token_blocks);
+    return launch_kernel(few_up_of<T, kTokens, Rows...>(aligned_outputs(shape, tensors)), up_grid, kUpThreads,
+                         plan.shared_bytes, stream, Place::kLast, tuning.overlaps, up, batch...);
 }
 
 template <typename T>
 cudaError_t launch_few(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
                        void* workspace, cudaStream_t stream) noexcept {
     const FewTokensPlan plan = plan_few_tokens(shape, tuning);
+    if (shape.slots > 0) {
+        const AdapterOfRow rows = adapters_of(shape, tensors, plan.token_tile, plan.group_blocks);
+        const bool aligned = aligned_inputs(shape, tensors) && aligned_outputs(shape, tensors);
+        return plan.token_tile == 1 && aligned
+                   ? launch_few<T, 1>(shape, tuning, tensors, plan, workspace, stream, rows)
+                   : launch_few<T, 8>(shape, tuning, tensors, plan, workspace, stream, rows);
+    }
     switch (plan.token_tile) {
         case 1:
             return launch_few<T, 1>(shape, tuning, tensors, plan, workspace, stream);
@@ -86,11 +119,19 @@ cudaError_t launch_few(const MixedExpertShape& shape, const Tuning& tuning, cons
     }
 }
 
-template <typename T, int kColumnTiles>
-cudaError_t launch_down(const ManyDownArguments& arguments, dim3 grid, bool overlaps, cudaStream_t stream) noexcept {
+template <typename T, int kColumnTiles, typename... Rows>
+cudaError_t launch_down(const ManyDownArguments& arguments, dim3 grid, bool overlaps, cudaStream_t stream,
+                        const Rows&... batch) noexcept {
     using Shape = ManyDown<T, kColumnTiles>;
-    return launch_kernel(many_down<T, kColumnTiles>, grid, Shape::kThreads, Shape::kSharedBytes, stream, Place::kFirst,
-                         overlaps, arguments);
+    return launch_kernel(many_down<T, kColumnTiles, Rows...>, grid, Shape::kThreads, Shape::kSharedBytes, stream,
+                         Place::kFirst, overlaps, arguments, batch...);
+}
+
+template <typename T>
+cudaError_t launch_down(const ManyDownArguments& arguments, int column_tiles, dim3 grid, bool overlaps,
+                        cudaStream_t stream, const AdapterOfRow& batch) noexcept {
+    return column_tiles == 3 ? launch_down<T, 3>(arguments, grid, overlaps, stream, batch)
+                             : launch_down<T, 9>(arguments, grid, overlaps, stream, batch);
 }
 
 template <typename T>
@@ -110,10 +151,10 @@ cudaError_t launch_down(const ManyDownArguments& arguments, int column_tiles, di
     }
 }
 
-template <typename T>
+template <typename T, typename... Rows>
 cudaError_t launch_many(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
-                        void* workspace, cudaStream_t stream) noexcept {
-    const ManyTokensPlan plan = plan_many_tokens(shape, tuning);
+                        const ManyTokensPlan& plan, void* workspace, cudaStream_t stream,
+                        const Rows&... batch) noexcept {
     auto* parts = static_cast<float*>(workspace);
     void* values = static_cast<char*>(workspace) + plan.values_offset;
     const int tokens = static_cast<int>(shape.tokens);
@@ -121,7 +162,7 @@ cudaError_t launch_many(const MixedExpertShape& shape, const Tuning& tuning, con
                                  tokens,          shape.in,         shape.rows(),
                                  plan.row_stride, plan.split_width, aligned_inputs(shape, tensors)};
     const dim3 down_grid(plan.token_blocks, plan.column_blocks, plan.splits);
-    cudaError_t error = launch_down<T>(down, plan.column_tiles, down_grid, tuning.overlaps, stream);
+    cudaError_t error = launch_down<T>(down, plan.column_tiles, down_grid, tuning.overlaps, stream, batch...);
     if (error != cudaSuccess) return error;
 
     const ManyRouteArguments middle{{parts, plan.splits, tokens, plan.row_stride},
@@ -134,18 +175,29 @@ cudaError_t launch_many(const MixedExpertShape& shape, const Tuning& tuning, con
                                     Divisor::of(shape.sibling_rows()),
                                     Divisor::of(plan.value_stride),
                                     shape.shared_down};
-    const dim3 route_grid(ceil_div(tokens, plan.route_tokens), shape.num_siblings);
-    error = launch_kernel(many_route<T>, route_grid, kRouteThreads, plan.route_shared_bytes, stream, Place::kNext,
-                          tuning.overlaps, middle);
+    const dim3 route_grid(plan.route_blocks, shape.num_siblings);
+    error = launch_kernel(many_route<T, Rows...>, route_grid, kRouteThreads, plan.route_shared_bytes, stream,
+                          Place::kNext, tuning.overlaps, middle, with_tiles(batch, plan.route_row_blocks)...);
     if (error != cudaSuccess) return error;
 
     const Columns columns = columns_of(shape);
     const ManyUpArguments up{tensors.base,    tensors.up,        tensors.y,   values, tokens,
                              shape.up_rank(), plan.value_stride, shape.out(), columns};
     const dim3 up_grid(plan.token_blocks, columns.num_tiles(ManyUp<T>::kColumns));
-    const auto up_kernel = aligned_outputs(shape, tensors) ? many_up<T, true> : many_up<T, false>;
+    const auto up_kernel = aligned_outputs(shape, tensors) ? many_up<T, true, Rows...> : many_up<T, false, Rows...>;
     return launch_kernel(up_kernel, up_grid, ManyUp<T>::kThreads, ManyUp<T>::kSharedBytes, stream, Place::kLast,
-                         tuning.overlaps, up);
+                         tuning.overlaps, up, batch...);
+}
+
+template <typename T>
+cudaError_t launch_many(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
+                        void* workspace, cudaStream_t stream) noexcept {
+    const ManyTokensPlan plan = plan_many_tokens(shape, tuning);
+    if (shape.slots == 0) {
+        return launch_many<T>(shape, tuning, tensors, plan, workspace, stream);
+    }
+    return launch_many<T>(shape, tuning, tensors, plan, workspace, stream,
+                          adapters_of(shape, tensors, 0, plan.row_blocks));
 }
 
 template <typename T>

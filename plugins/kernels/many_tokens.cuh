@@ -8,6 +8,7 @@
 #include "parts.cuh"
 #include "plan.h"
 #include "routing.cuh"
+#include "rows.cuh"
 #include "tile.cuh"
 
 namespace teamlora {
@@ -95,20 +96,27 @@ struct ManyDown {
 };
 
 // Grid: tiles of tokens, tiles of rows of `down` (the columns of z, whatever their sibling), splits of `in`.
-template <typename T, int kColumnTiles>
+template <typename T, int kColumnTiles, typename... Rows>
 __global__ void __launch_bounds__(ManyDown<T, kColumnTiles>::kThreads, kBlocks<T, ManyDown<T, kColumnTiles>::kThreads>)
-    many_down(ManyDownArguments arguments) {
+    many_down(ManyDownArguments arguments, Rows... batch) {
     using Shape = ManyDown<T, kColumnTiles>;
     using Product = Tile<T>;
     TEAMLORA_DYNAMIC_SHARED(shared);
     let_next_kernel_begin();
     T* stages = reinterpret_cast<T*>(shared);
-    const int64_t token0 = static_cast<int64_t>(blockIdx.x) * Shape::kTokens;
+    const auto own =
+        range_of(static_cast<int64_t>(blockIdx.x) * Shape::kTokens, arguments.tokens, Shape::kTokens, batch...);
+    const int64_t token0 = own.first;
+    const T* down = static_cast<const T*>(arguments.down);
+    if constexpr (kHasSlots<Rows...>) {
+        if (own.slot < 0) return;
+        down = weights_of(down, own.slot, static_cast<int64_t>(arguments.rows) * arguments.in);
+    }
     const int column0 = blockIdx.y * Shape::kColumns, columns = arguments.rows - column0;
     const int begin = blockIdx.z * arguments.split_width;
     const int end = min(begin + arguments.split_width, arguments.in);
 
-    const auto token_of = [&](int row) { return token0 + row < arguments.tokens ? token0 + row : int64_t{-1}; };
+    const auto token_of = [&](int row) { return token0 + row < own.end ? token0 + row : int64_t{-1}; };
     const auto row_of = [&](int column) { return column < columns ? int64_t{column0} + column : int64_t{-1}; };
     const auto fetch = [&](int step) {
         T* stage = stages + step % Shape::kStages * Shape::kStageElements;
@@ -116,8 +124,7 @@ __global__ void __launch_bounds__(ManyDown<T, kColumnTiles>::kThreads, kBlocks<T
         copy_rows<T, Shape::kTokens, Shape::kStageWidth, Shape::kStride, Shape::kThreads>(
             stage, static_cast<const T*>(arguments.x), arguments.in, first, end, arguments.aligned, token_of);
         copy_rows<T, Shape::kColumns, Shape::kStageWidth, Shape::kStride, Shape::kThreads>(
-            stage + Shape::kTokens * Shape::kStride, static_cast<const T*>(arguments.down), arguments.in, first, end,
-            arguments.aligned, row_of);
+            stage + Shape::kTokens * Shape::kStride, down, arguments.in, first, end, arguments.aligned, row_of);
     };
 
     const int warp = threadIdx.x / 32, token_tile = warp % Shape::kTokenTiles, depth_warp = warp / Shape::kTokenTiles;
@@ -161,7 +168,7 @@ __global__ void __launch_bounds__(ManyDown<T, kColumnTiles>::kThreads, kBlocks<T
     float* parts = arguments.parts + (int64_t{blockIdx.z} * arguments.tokens + token0) * arguments.row_stride + column0;
     for (int i = threadIdx.x; i < Shape::kTokens * Shape::kColumns / 4; i += Shape::kThreads) {
         const int token = i / (Shape::kColumns / 4), column = i % (Shape::kColumns / 4) * 4;
-        if (token0 + token >= arguments.tokens) break;
+        if (token0 + token >= own.end) break;
         if (column0 + column >= arguments.row_stride) continue;
         const uint4 four = *reinterpret_cast<const uint4*>(z + token * Shape::kZStride + column);
         __stcg(reinterpret_cast<uint4*>(parts + static_cast<int64_t>(token) * arguments.row_stride + column), four);
@@ -180,30 +187,37 @@ struct ManyRouteArguments {
 inline constexpr int kRouteThreads = 128;
 
 // Grid: groups of `own_tokens` tokens, siblings. Given fewer registers, the compiler waits for each part in turn.
-template <typename T>
-__global__ void __launch_bounds__(kRouteThreads, 8) many_route(ManyRouteArguments arguments) {
+template <typename T, typename... Rows>
+__global__ void __launch_bounds__(kRouteThreads, 8) many_route(ManyRouteArguments arguments, Rows... batch) {
     TEAMLORA_DYNAMIC_SHARED(shared);
     let_next_kernel_begin();
     const int k = arguments.num_experts, a = arguments.down_rank, c = arguments.expert_rank.value, up_rank = k * c;
     const int sibling = blockIdx.y, sibling_rows = a + k, own_tokens = arguments.own_tokens;
-    const int token0 = blockIdx.x * own_tokens, stride = arguments.value_stride.value;
+    const auto own = range_of(static_cast<int>(blockIdx.x * own_tokens), arguments.parts.tokens, own_tokens, batch...);
+    const int token0 = own.first, stride = arguments.value_stride.value;
+    const float* global_mix = arguments.mix + sibling * k * k;
+    if constexpr (kHasSlots<Rows...>) {
+        if (own.slot < 0) return wait_for_kernel_before();
+        global_mix = weights_of(global_mix, own.slot, static_cast<int64_t>(gridDim.y) * k * k);
+    }
     float* z = shared;                               // [own_tokens, a + k]
     float* weights = z + own_tokens * sibling_rows;  // [own_tokens, k]
     float* mix = weights + own_tokens * k;           // [k, k]
-    copy_interaction(mix, arguments.mix + sibling * k * k, k);
-    const PartsOfBlock parts(arguments.parts, token0, sibling * sibling_rows, arguments.sibling_rows);
+    copy_interaction(mix, global_mix, k);
+    const auto token_of = [&](int t) { return min(token0 + t, own.end - 1); };
+    const PartsOfBlock parts(arguments.parts, token_of, sibling * sibling_rows, arguments.sibling_rows);
 
     wait_for_kernel_before();
-    parts.add_up<T>(z, own_tokens);
+    parts.template add_up<T>(z, own_tokens);
     wait_for_copies<0>();
     __syncthreads();
-    route(z + a, sibling_rows, own_tokens, k, mix, weights);
+    route<kHasSlots<Rows...>>(z + a, sibling_rows, own_tokens, k, mix, weights);
 
     T* values = static_cast<T*>(arguments.values);
     for (int i = threadIdx.x; i < own_tokens * stride; i += kRouteThreads) {
         const int token = arguments.value_stride.quotient(i), row = i - token * stride;
         const int expert = min(arguments.expert_rank.quotient(row), k - 1);
-        if (token0 + token >= arguments.parts.tokens) break;
+        if (token0 + token >= own.end) break;
         const int source = arguments.shared_down ? row - expert * c : row;
         // v is padded to whole packs, which the second product reads.
         const float value = row < up_rank ? z[token * sibling_rows + source] * weights[token * k + expert] : 0.0F;
@@ -236,9 +250,9 @@ struct ManyUp {
 
 // Grid: tiles of tokens, tiles of columns. kAligned: `base`, `up` and `y` are read and written in whole packs, which
 // no sibling's end cuts.
-template <typename T, bool kAligned>
+template <typename T, bool kAligned, typename... Rows>
 __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kThreads>)
-    many_up(ManyUpArguments arguments) {
+    many_up(ManyUpArguments arguments, Rows... batch) {
     using Shape = ManyUp<T>;
     using Product = Tile<T>;
     constexpr int kWidth = Pack<T>::kWidth, kColumnTiles = 4;
@@ -247,11 +261,28 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kTh
     TEAMLORA_DYNAMIC_SHARED(shared);
     T* stages = reinterpret_cast<T*>(shared);
     const ColumnTile tile = arguments.columns.tile(blockIdx.y, Shape::kColumns);
-    const int64_t token0 = static_cast<int64_t>(blockIdx.x) * Shape::kTokens, out = arguments.out;
+    const auto block =
+        range_of(static_cast<int64_t>(blockIdx.x) * Shape::kTokens, arguments.tokens, Shape::kTokens, batch...);
+    const int64_t token0 = block.first, out = arguments.out;
+    const T* up = static_cast<const T*>(arguments.up);
+    if constexpr (kHasSlots<Rows...>) {
+        if (block.slot < 0) {
+            wait_for_kernel_before();
+            const int rows = static_cast<int>(min(block.end - token0, int64_t{Shape::kTokens}));
+            const int width = min(tile.width, Shape::kColumns);
+            for (int i = threadIdx.x; i < rows * width; i += Shape::kThreads) {
+                const int64_t at = (token0 + i / width) * out + tile.first + i % width;
+                write_without_adapter(static_cast<const T*>(arguments.base), static_cast<T*>(arguments.y), at,
+                                      block.slot);
+            }
+            return;
+        }
+        up = weights_of(up, block.slot, arguments.up_rank * out);
+    }
 
     const int64_t token_stride = static_cast<int64_t>(arguments.columns.num_siblings) * arguments.value_stride;
     const T* sibling_values = static_cast<const T*>(arguments.values) + tile.sibling * arguments.value_stride;
-    const auto token_of = [&](int row) { return token0 + row < arguments.tokens ? token0 + row : int64_t{-1}; };
+    const auto token_of = [&](int row) { return token0 + row < block.end ? token0 + row : int64_t{-1}; };
     const auto stage_of = [&](int step) { return stages + step % Shape::kStages * Shape::kStageElements; };
     const auto fetch_values = [&](int step) {
         copy_rows<T, Shape::kTokens, Shape::kDepth, Shape::kValueStride, Shape::kThreads>(
@@ -261,8 +292,8 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kTh
         const int depth0 = step * Shape::kDepth, up_rank = arguments.up_rank;
         const auto row_of = [&](int row) { return depth0 + row < up_rank ? depth0 + row : int64_t{-1}; };
         copy_rows<T, Shape::kDepth, Shape::kColumns, Shape::kUpStride, Shape::kThreads>(
-            stage_of(step) + Shape::kTokens * Shape::kValueStride, static_cast<const T*>(arguments.up), out, tile.first,
-            tile.first + tile.width, kAligned, row_of);
+            stage_of(step) + Shape::kTokens * Shape::kValueStride, up, out, tile.first, tile.first + tile.width,
+            kAligned, row_of);
     };
     const auto fetch = [&](int step) {
         fetch_values(step);
@@ -281,7 +312,7 @@ __global__ void __launch_bounds__(ManyUp<T>::kThreads, kBlocks<T, ManyUp<T>::kTh
     const int own_column = threadIdx.x % kPacksAcross * kWidth, own_row = threadIdx.x / kPacksAcross;
     const int own_width = tile.width - own_column;
     const int own_rows =
-        own_width > 0 ? static_cast<int>(min(arguments.tokens - token0, int64_t{Shape::kTokens})) - own_row : 0;
+        own_width > 0 ? static_cast<int>(min(block.end - token0, int64_t{Shape::kTokens})) - own_row : 0;
     const int64_t own = (token0 + own_row) * out + tile.first + own_column;
     const T* own_base = static_cast<const T*>(arguments.base) + own;
     uint4 base[kAligned ? kOwn : 1];

@@ -34,7 +34,13 @@ struct MixedExpertShape {
     bool shared_down = false;
     int32_t num_siblings = 0;
     int32_t out_splits[kMaxSiblings] = {};
+    // Version 2 of the op: adapters that `down`, `mix` and `up` have, and tokens of each row, which has an index of its
+    // own; all tokens where one index is for all. 0 slots: version 1.
+    int32_t slots = 0;
+    int64_t row_tokens = 0;
 
+    // Rows of the batch that an index is given for.
+    int64_t batch() const noexcept { return row_tokens > 0 ? tokens / row_tokens : 0; }
     int32_t up_rank() const noexcept { return num_experts * expert_rank; }
     int32_t down_rank() const noexcept { return shared_down ? expert_rank : up_rank(); }
     int32_t sibling_rows() const noexcept { return down_rank() + num_experts; }
@@ -68,6 +74,9 @@ struct MixedExpertTensors {
     const float* mix;  // [G, k, k]
     const void* up;    // T [k c, O]
     void* y;           // T [tokens, O]
+    // Version 2, where the three weights have a leading dimension of slots: int32 [tokens / row_tokens], the slot of
+    // each row; below 0: y is base. A row whose index is that of no slot becomes NaN: no host has seen it.
+    const int32_t* adapter = nullptr;
 };
 
 // Why the kernels cannot take `shape`, or nullptr where they can. Any number of tokens is taken, none too.
@@ -76,13 +85,15 @@ const char* unsupported(const MixedExpertShape& shape) noexcept;
 // Bytes of workspace that `launch` needs for exactly these sizes: a pure function of its arguments.
 size_t workspace_bytes(const MixedExpertShape& shape, const Tuning& tuning) noexcept;
 
-// No less than any number of tokens from 0 to `shape.tokens` needs, on any GPU, with the constants of `tuning`.
+// No less than any number of tokens from 0 to `shape.tokens`, in as many rows or fewer, needs on any GPU, with the
+// constants of `tuning`.
 size_t workspace_bound(const MixedExpertShape& shape, const Tuning& tuning = {}) noexcept;
 
 // That of the current device, which is asked once.
 cudaError_t tuning_of_device(Tuning& tuning) noexcept;
 
-// Enqueues the projection. No allocation, no synchronisation, no host read: CUDA graphs capture it.
+// Enqueues the projection. No allocation, no synchronisation, no host read: CUDA graphs capture it, and take what the
+// tensors hold, indices and slots too, when they run.
 // `workspace` is 256-byte aligned and has `workspace_bytes(shape, tuning)` bytes; its content does not matter.
 cudaError_t launch(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
                    void* workspace, cudaStream_t stream) noexcept;

@@ -15,13 +15,15 @@ struct Parts {
 };
 
 // Made before the kernel waits for the one ahead: where a thread's first number has its parts is known by then.
+// `TokenOf` gives the place of the block's n-th token, of one that may be read where it has none.
+template <typename TokenOf>
 class PartsOfBlock {
 public:
-    // Of the tokens `token0` on, and `rows` rows from `first_row` on.
-    __device__ PartsOfBlock(const Parts& parts, int token0, int first_row, const Divisor& rows)
+    // Of the block's tokens, and `rows` rows from `first_row` on.
+    __device__ PartsOfBlock(const Parts& parts, const TokenOf& token_of, int first_row, const Divisor& rows)
         : parts_(parts),
           rows_(rows),
-          token0_(token0),
+          token_of_(token_of),
           first_row_(first_row),
           stride_(static_cast<int64_t>(parts.tokens) * parts.row_stride),
           first_(begin_of(threadIdx.x)) {
@@ -29,8 +31,8 @@ public:
         hold(first_);
     }
 
-    // z [own_tokens, rows] in shared memory, added up in the order of the parts and rounded to T. Tokens past the last
-    // are the last again. Called by all threads; a barrier is the caller's.
+    // z [own_tokens, rows] in shared memory, added up in the order of the parts and rounded to T. Called by all
+    // threads; a barrier is the caller's.
     template <typename T>
     __device__ void add_up(float* z, int own_tokens) const {
         const float* begin = first_;
@@ -60,13 +62,14 @@ private:
     // The first part of number `i` of z.
     __device__ const float* begin_of(int i) const {
         const int token_of_block = rows_.quotient(i), row = first_row_ + i - token_of_block * rows_.value;
-        const int token = min(token0_ + token_of_block, parts_.tokens - 1);
+        const int token = token_of_(token_of_block);
         return parts_.sums + static_cast<int64_t>(token) * parts_.row_stride + row;
     }
 
     Parts parts_;
     Divisor rows_;
-    int token0_, first_row_;
+    TokenOf token_of_;
+    int first_row_;
     int64_t stride_;  // from part to part
     const float* first_;
 };

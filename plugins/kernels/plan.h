@@ -31,7 +31,9 @@ constexpr int32_t up_rows_ahead(int32_t token_tile) noexcept { return token_tile
 
 // Few tokens: z is summed in `slices` parts of `in`, each by blocks of its own; the second kernel adds them up.
 struct FewTokensPlan {
-    int32_t token_tile;    // tokens a block works on at a time: 1, 4 or 8
+    int32_t token_tile;  // tokens a block works on at a time: 1, 4 or 8; of one adapter at most, where there are slots
+    int32_t token_blocks;  // blocks along the tokens
+    int32_t group_blocks;  // where there are slots: of 32 tokens, as many as they may need
     int32_t down_rows;     // of a block of the first kernel: 4, or 1 for one token where that gives too few blocks
     int32_t down_threads;  // of such a block: no more warps than a slice has packs for
     int32_t slices;
@@ -48,9 +50,12 @@ struct ManyTokensPlan {
     int32_t splits;
     int32_t split_width;
     int32_t token_blocks;
+    int32_t row_blocks;    // where there are slots: of each row
     int32_t row_stride;    // floats of one token's z, padded to 16 bytes
     int32_t value_stride;  // elements of one token's v of one sibling, padded to 16 bytes
     int32_t route_tokens;  // of a block of the second kernel
+    int32_t route_blocks;  // along the tokens
+    int32_t route_row_blocks;
     size_t route_shared_bytes;
     size_t values_offset;  // v is behind the parts of z, float [splits, tokens, row_stride]
     size_t workspace_bytes;
@@ -58,6 +63,8 @@ struct ManyTokensPlan {
 
 // A block's tokens, and its columns of y.
 inline constexpr int32_t kManyTokens = 64, kManyColumns = 128;
+// A kernel for few tokens of several adapters looks at so many together, to find those of one.
+inline constexpr int32_t kGroupedTokens = 32;
 
 bool takes_few(const MixedExpertShape& shape, const Tuning& tuning) noexcept;
 FewTokensPlan plan_few_tokens(const MixedExpertShape& shape, const Tuning& tuning) noexcept;

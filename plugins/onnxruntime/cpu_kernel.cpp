@@ -120,12 +120,7 @@ void CpuKernel::compute_slots(OrtKernelContext* raw) {
                           adapter = context.GetInput(kAdapter);
     const SlotWidths sizes(attributes_, dims_of(down), dims_of(mix), dims_of(up));
     const Dims given = dims_of(x), shape = dims_of(base), indices = dims_of(adapter);
-    if (given.size() != 3)
-        refuse("x is " + text(given) + ", expected [batch, tokens, in] beside an adapter for each row.");
-    count_tokens(sizes.widths, given, shape);
-    if (indices.size() != 1 || (indices[0] != 1 && indices[0] != given[0])) {
-        refuse("adapter is " + text(indices) + ", expected [1] or [" + std::to_string(given[0]) + "].");
-    }
+    count_row_tokens(sizes.widths, given, shape, indices);
     const int32_t* numbers = adapter.GetTensorData<int32_t>();
     for (int64_t row = 0; row < indices[0]; ++row) {
         if (numbers[row] >= sizes.slots) {

@@ -60,10 +60,7 @@ MixedExpertShape shape_of(DataType dtype, const Attributes& attributes, const Wi
 }  // namespace
 
 CudaKernel::CudaKernel(const OrtKernelInfo* info, ONNXTensorElementDataType type)
-    : dtype_(data_type_of<DataType>(type)), attributes_(info) {
-    if (takes_adapters(info)) {
-        refuse("an adapter for each row (version 2) has no CUDA kernels yet; the CPU provider runs it.");
-    }
+    : dtype_(data_type_of<DataType>(type)), attributes_(info), takes_adapters_(takes_adapters(info)) {
     OrtAllocator* allocator = nullptr;
     Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(info, OrtMemTypeDefault, &allocator));
     allocator_.reset(allocator);
@@ -76,15 +73,35 @@ OrtStatusPtr CudaKernel::ComputeV2(OrtKernelContext* context) noexcept {
     return as_status([&] { compute(Ort::KernelContext(context), context); });
 }
 
+MixedExpertShape CudaKernel::shape_of_call(const Ort::KernelContext& context) const {
+    const Dims x = dims_of(context.GetInput(kX)), base = dims_of(context.GetInput(kBase)),
+               down = dims_of(context.GetInput(kDown)), mix = dims_of(context.GetInput(kMix)),
+               up = dims_of(context.GetInput(kUp));
+    if (!takes_adapters_) {
+        const Widths widths(attributes_, down, mix, up);
+        return shape_of(dtype_, attributes_, widths, count_tokens(widths, x, base));
+    }
+    const SlotWidths sizes(attributes_, down, mix, up);
+    const Dims adapter = dims_of(context.GetInput(kAdapter));
+    const int64_t row_tokens = count_row_tokens(sizes.widths, x, base, adapter), tokens = x[0] * row_tokens;
+    if (sizes.slots < 1 || sizes.slots > INT32_MAX) refuse("there are " + std::to_string(sizes.slots) + " slots.");
+    MixedExpertShape shape = shape_of(dtype_, attributes_, sizes.widths, tokens);
+    shape.slots = static_cast<int32_t>(sizes.slots);
+    shape.row_tokens = adapter[0] == x[0] ? row_tokens : tokens;
+    return shape;
+}
+
 void CudaKernel::compute(const Ort::KernelContext& context, OrtKernelContext* raw) {
-    const Ort::ConstValue x = context.GetInput(kX), base = context.GetInput(kBase), down = context.GetInput(kDown),
-                          mix = context.GetInput(kMix), up = context.GetInput(kUp);
-    const Widths widths(attributes_, dims_of(down), dims_of(mix), dims_of(up));
-    const Dims dims = dims_of(base);
-    const MixedExpertShape shape = shape_of(dtype_, attributes_, widths, count_tokens(widths, dims_of(x), dims));
-    Ort::UnownedValue y = context.GetOutput(0, dims);
-    const MixedExpertTensors tensors{x.GetTensorRawData(),       base.GetTensorRawData(), down.GetTensorRawData(),
-                                     mix.GetTensorData<float>(), up.GetTensorRawData(),   y.GetTensorMutableRawData()};
+    const MixedExpertShape shape = shape_of_call(context);
+    const auto input = [&](Input which) { return context.GetInput(which).GetTensorRawData(); };
+    Ort::UnownedValue y = context.GetOutput(0, dims_of(context.GetInput(kBase)));
+    const MixedExpertTensors tensors{input(kX),
+                                     input(kBase),
+                                     input(kDown),
+                                     static_cast<const float*>(input(kMix)),
+                                     input(kUp),
+                                     y.GetTensorMutableRawData(),
+                                     takes_adapters_ ? static_cast<const int32_t*>(input(kAdapter)) : nullptr};
     void* const stream = context.GetGPUComputeStream();
     Tuning tuning;
     cudaError_t error = tuning_of_device(tuning);

@@ -13,8 +13,8 @@
 
 namespace teamlora {
 
-// Every input is in the device's memory, mix too. Weights are read as they are, so it makes no difference whether they
-// are constant.
+// Every input is in the device's memory, mix and the indices of adapters too. Weights are read as they are, so it makes
+// no difference whether they are constant.
 class CudaKernel {
 public:
     static constexpr const char* kProvider = TEAMLORA_CUDA_PROVIDER;
@@ -29,10 +29,12 @@ private:
         void operator()(OrtAllocator* allocator) const noexcept { Ort::GetApi().ReleaseAllocator(allocator); }
     };
 
+    MixedExpertShape shape_of_call(const Ort::KernelContext& context) const;
     void compute(const Ort::KernelContext& context, OrtKernelContext* raw);
 
     DataType dtype_;
     Attributes attributes_;
+    bool takes_adapters_;
     // The provider's, of the device's memory.
     std::unique_ptr<OrtAllocator, ReleaseAllocator> allocator_;
 };

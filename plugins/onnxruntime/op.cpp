@@ -71,6 +71,17 @@ int64_t count_tokens(const Widths& widths, const Dims& x, const Dims& base) {
     return std::accumulate(x.begin(), x.end() - 1, int64_t{1}, std::multiplies<int64_t>());
 }
 
+int64_t count_row_tokens(const Widths& widths, const Dims& x, const Dims& base, const Dims& adapter) {
+    if (x.size() != 3) {
+        refuse("x is " + text(x) + ", expected [batch, tokens, in] beside an adapter for each row.");
+    }
+    count_tokens(widths, x, base);
+    if (adapter.size() != 1 || (adapter[0] != 1 && adapter[0] != x[0])) {
+        refuse("adapter is " + text(adapter) + ", expected [1] or [" + std::to_string(x[0]) + "].");
+    }
+    return x[1];
+}
+
 bool takes_adapters(const OrtKernelInfo* raw) {
     const Ort::ConstKernelInfo info(raw);
     return info.GetInputCount() > kAdapter && !info.GetInputName(kAdapter).empty();

@@ -55,6 +55,10 @@ struct SlotWidths {
     Widths widths;
 };
 
+// How many tokens a row of x [batch, tokens, in] has, whose indices have the shape `adapter`. Refuses what does not
+// belong together, as `count_tokens` does.
+int64_t count_row_tokens(const Widths& widths, const Dims& x, const Dims& base, const Dims& adapter);
+
 // The shape of a tensor, [] where there is none.
 template <class Value>
 Dims dims_of(const Value& tensor) {

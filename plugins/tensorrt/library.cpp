@@ -49,8 +49,8 @@ extern "C" nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCrea
 extern "C" const char* teamlora_plugin_info() {
     static const std::string info =
         std::string("{\"op\": \"") + teamlora::kOpDomain + "::" + teamlora::kOpName +
-        "\", \"op_version\": " + teamlora::kOpVersionText + ", \"attributes\": [\"" + teamlora::kOpAttributes[0] +
-        "\", \"" + teamlora::kOpAttributes[1] + "\", \"" + teamlora::kOpAttributes[2] +
+        "\", \"op_version\": " + teamlora::kOpAdaptersVersionText + ", \"attributes\": [\"" +
+        teamlora::kOpAttributes[0] + "\", \"" + teamlora::kOpAttributes[1] + "\", \"" + teamlora::kOpAttributes[2] +
         "\"], \"tensorrt\": \"" TEAMLORA_NUMBER(NV_TENSORRT_MAJOR) "." TEAMLORA_NUMBER(
             NV_TENSORRT_MINOR) "." TEAMLORA_NUMBER(NV_TENSORRT_PATCH) "\"" +
         ", \"cuda\": \"" TEAMLORA_CUDA_VERSION "\", \"architectures\": \"" TEAMLORA_ARCHITECTURES

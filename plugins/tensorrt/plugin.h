@@ -1,7 +1,8 @@
 // `teamlora::MixedExpertProjection` as a TensorRT plugin (IPluginV3, TensorRT 10 and 11).
 //
-// Weights are inputs, so that engine refit can exchange an adapter. The plugin holds the attributes alone; every size
-// comes from the shapes of its inputs.
+// Weights are inputs, so that engine refit can exchange an adapter. Of version 2 they are slots, which the engine's own
+// inputs may be, and the input `adapter` has the slot of each row: neither is read by the host. The plugin holds the
+// attributes alone; every size comes from the shapes of its inputs.
 #pragma once
 
 #include <cstdint>
@@ -77,9 +78,12 @@ public:
     const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
 
 private:
-    // Sizes of a call, or nullopt, logged, where the five inputs and the output do not belong together. `dims` are of
-    // x, base, down, mix, up and y.
-    std::optional<MixedExpertShape> shape_of(nvinfer1::DataType type, const nvinfer1::Dims* dims) const noexcept;
+    // Whether so many inputs go with a `down` of these sizes; otherwise logged.
+    bool fits(int32_t count, const nvinfer1::Dims& down) const noexcept;
+    // Sizes of a call, or nullopt, logged, where the inputs and the output do not belong together. `dims` are of x,
+    // base, down, mix, up and y; `adapter` is null where there are no slots.
+    std::optional<MixedExpertShape> shape_of(nvinfer1::DataType type, const nvinfer1::Dims* dims,
+                                             const nvinfer1::Dims* adapter) const noexcept;
     // The same for the most that a profile allows.
     std::optional<MixedExpertShape> largest_shape_of(const nvinfer1::DynamicPluginTensorDesc* in) const noexcept;
     std::optional<MixedExpertShape> shape_of(const nvinfer1::PluginTensorDesc* in,

@@ -132,6 +132,46 @@ inline float __shfl_xor_sync(unsigned mask, float value, int distance) {
     return other;
 }
 
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int source) {
+    if (mask != 0xffffffffU) throw std::logic_error("a shuffle among some lanes only");
+    std::memcpy(emulation::lane_slot(emulation::current().lane), &value, sizeof(value));
+    emulation::warp_barrier();
+    T other;
+    std::memcpy(&other, emulation::lane_slot(source % 32), sizeof(other));
+    emulation::warp_barrier();
+    return other;
+}
+
+namespace emulation {
+
+// A bit for each lane whose `value` is as `wanted` says.
+template <typename Wanted>
+unsigned lanes_where(unsigned mask, int value, const Wanted& wanted) {
+    if (mask != 0xffffffffU) throw std::logic_error("a vote of some lanes only");
+    std::memcpy(lane_slot(current().lane), &value, sizeof(value));
+    warp_barrier();
+    unsigned found = 0;
+    for (int lane = 0; lane < 32; ++lane) {
+        int other;
+        std::memcpy(&other, lane_slot(lane), sizeof(other));
+        if (wanted(other)) found |= 1U << lane;
+    }
+    warp_barrier();
+    return found;
+}
+
+}  // namespace emulation
+
+inline unsigned __ballot_sync(unsigned mask, int value) {
+    return emulation::lanes_where(mask, value, [](int other) { return other != 0; });
+}
+inline unsigned __match_any_sync(unsigned mask, int value) {
+    return emulation::lanes_where(mask, value, [&](int other) { return other == value; });
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
 inline void __pipeline_memcpy_async(void* target, const void* source, size_t size, size_t zeros = 0) {
     emulation::copy_async(target, source, size, zeros);
 }

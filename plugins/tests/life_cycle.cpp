@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -96,6 +97,31 @@ std::vector<DynamicPluginTensorDesc> dynamic(DataType type, int64_t most) {
         one.min = least[i].dims;
         one.max = one.opt = largest[i].dims;
         if (i < 2 || i == 5) one.desc.dims.d[0] = one.desc.dims.d[1] = -1;
+        made.push_back(one);
+    }
+    return made;
+}
+
+// The same with three slots of adapters, and an index for each row: x, base, down, mix, up, adapter, y.
+std::vector<PluginTensorDesc> with_slots(std::vector<PluginTensorDesc> made, int64_t rows) {
+    for (const size_t weight : {2, 3, 4}) {
+        Dims& sizes = made[weight].dims;
+        std::copy_backward(sizes.d, sizes.d + sizes.nbDims, sizes.d + sizes.nbDims + 1);
+        sizes.d[0] = 3;
+        ++sizes.nbDims;
+    }
+    made.insert(made.begin() + 5, tensor({rows}, DataType::kINT32));
+    return made;
+}
+
+std::vector<DynamicPluginTensorDesc> dynamic_with_slots(int64_t batch, int64_t most) {
+    std::vector<DynamicPluginTensorDesc> made;
+    const auto least = with_slots(tensors(1, 1), 1), largest = with_slots(tensors(batch, most), batch);
+    for (size_t i = 0; i < largest.size(); ++i) {
+        DynamicPluginTensorDesc one{};
+        one.desc = largest[i];
+        one.min = least[i].dims;
+        one.max = one.opt = largest[i].dims;
         made.push_back(one);
     }
     return made;
@@ -266,6 +292,70 @@ void enqueue_runs_or_says_why_not(const Capabilities& plugin, bool runs) {
     check(right, "enqueue hands each tensor to the kernels as what it is");
 }
 
+void slots_are_taken_with_their_indices(const Capabilities& plugin) {
+    DataType output{};
+    const DataType inputs[] = {DataType::kHALF,  DataType::kHALF, DataType::kHALF,
+                               DataType::kFLOAT, DataType::kHALF, DataType::kINT32};
+    check(plugin.build->getOutputDataTypes(&output, 1, inputs, 6) == 0 && output == DataType::kHALF,
+          "six inputs are taken");
+    auto all = dynamic_with_slots(4, 512);
+    bool supported = true;
+    for (int pos = 0; pos < 7; ++pos) supported &= plugin.build->supportsFormatCombination(pos, all.data(), 6, 1);
+    check(supported, "slots are of the others' type, and the indices int32");
+    check(!plugin.build->supportsFormatCombination(7, all.data(), 6, 1), "there is no eighth tensor");
+    check(plugin.build->configurePlugin(all.data(), 6, &all[6], 1) == 0, "a profile with slots is accepted");
+    check(plugin.build->getWorkspaceSize(all.data(), 6, &all[6], 1) >=
+              plugin.build->getWorkspaceSize(dynamic(DataType::kHALF, 512).data(), 5, nullptr, 1),
+          "four rows need no less than one");
+    check(plugin.build->configurePlugin(all.data(), 5, &all[6], 1) != 0 && the_log.tells("down is [3, 36, 64]"),
+          "slots without indices are refused");
+    all[5].desc.type = DataType::kINT64;
+    check(!plugin.build->supportsFormatCombination(5, all.data(), 6, 1), "indices of another type are refused");
+    auto alone = dynamic(DataType::kHALF, 8);
+    alone.insert(alone.begin() + 5, all[5]);
+    check(plugin.build->configurePlugin(alone.data(), 6, &alone[6], 1) != 0 && the_log.tells("down is [36, 64]"),
+          "indices without slots are refused");
+    const auto changed = [&](size_t at, PluginTensorDesc desc) {
+        auto descs = with_slots(tensors(2, 3), 2);
+        descs[at] = desc;
+        return plugin.runtime->onShapeChange(descs.data(), 6, &descs[6], 1);
+    };
+    check(changed(5, tensor({1}, DataType::kINT32)) == 0, "one index for all rows");
+    check(changed(5, tensor({3}, DataType::kINT32)) != 0 && the_log.tells("adapter [3]"), "indices of other rows");
+    check(changed(5, tensor({2}, DataType::kINT64)) != 0 && the_log.tells("adapter has another type"),
+          "indices of another type");
+    check(changed(3, tensor({2, 3, 4, 4}, DataType::kFLOAT)) != 0 && the_log.tells("numbers of slots"),
+          "slots of another number");
+}
+
+// As below, with an adapter for each of four rows: `up` of slot n is n times that of the first. One is without.
+void enqueue_runs_slots(const Capabilities& plugin) {
+    const auto descs = with_slots(tensors(4, 3), 4);
+    const auto filled = [](size_t count, auto value) {
+        std::vector<__half> array(count);
+        for (size_t i = 0; i < count; ++i) array[i] = __float2half(static_cast<float>(value(i)));
+        return array;
+    };
+    const auto one = [](size_t) { return 1.0; };
+    const auto x = filled(12 * 64, one), base = filled(12 * 128, one);
+    const auto down = filled(3 * 36 * 64, [](size_t i) { return i / 64 % 12 < 8 ? 1.0 / 64 : 0.0; });
+    const auto up = filled(3 * 8 * 128, [](size_t i) { return i % 128 % 5 * (i / (8 * 128)); });
+    std::vector<float> mix(3 * 48, 0.0F);
+    for (size_t i = 0; i < mix.size(); ++i) mix[i] = i % 16 % 5 == 0 ? 1.0F : 0.0F;
+    std::vector<__half> y(12 * 128, __float2half(-1.0F));
+    const std::vector<int32_t> adapter{2, -1, 0, 1};
+    std::vector<char> workspace(plugin.build->getWorkspaceSize(dynamic_with_slots(4, 3).data(), 6, nullptr, 1) + 256);
+    void* aligned = workspace.data() + (256 - reinterpret_cast<uintptr_t>(workspace.data()) % 256);
+    const void* inputs[] = {x.data(), base.data(), down.data(), mix.data(), up.data(), adapter.data()};
+    void* outputs[] = {y.data()};
+    bool right = plugin.runtime->enqueue(descs.data(), &descs[6], inputs, outputs, aligned, nullptr) == 0;
+    for (size_t i = 0; i < y.size(); ++i) {
+        const auto slot = static_cast<float>(std::max(adapter[i / (3 * 128)], 0));
+        right &= __half2float(y[i]) == 1.0F + 2.0F * slot * static_cast<float>(i % 128 % 5);
+    }
+    check(right, "each row takes the weights of its slot");
+}
+
 void a_stored_plugin_comes_back(IPluginCreatorV3One& creator, const Capabilities& plugin) {
     const PluginFieldCollection* stored = plugin.runtime->getFieldsToSerialize();
     // TensorRT keeps bytes of its own.
@@ -336,6 +426,8 @@ int run(const char* path, bool runs) {
 #endif
     enqueue_refuses_what_it_was_not_built_for(plugin);
     enqueue_runs_or_says_why_not(plugin, runs);
+    slots_are_taken_with_their_indices(plugin);
+    if (runs) enqueue_runs_slots(plugin);
     a_stored_plugin_comes_back(creator, plugin);
     return failed == 0 ? 0 : 1;
 }

@@ -1,12 +1,13 @@
 // The kernels, emulated or on a GPU, against the formula in double precision, over many shapes: edges first, then drawn
 // at random.
 //
-//     sweep [--cases N] [--seed S] [--small] [--no-poison]
+//     sweep [--cases N] [--seed S] [--small] [--adapters] [--no-poison]
 //
 // Outputs and workspace start as NaN, and lie between guard bytes. z, v and y must be rounded where the definition
 // rounds, and nowhere else: what is allowed beyond that is float32's own error, in any order of sums. Prints the first
-// failures and exits with 1 where there are any. --small: some of the edges, one of a kind. --no-poison: outputs and
-// workspace are left as they were allocated, for a tool that looks for what is read before it is written.
+// failures and exits with 1 where there are any. --small: some of the edges, one of a kind. --adapters: those edges
+// alone that have several. --no-poison: outputs and workspace are left as they were allocated, for a tool that looks
+// for what is read before it is written.
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
@@ -63,6 +64,7 @@ public:
         if (dtype_ == DataType::kFloat16) static_cast<__half*>(data())[i] = __float2half_rn(narrow);
         if (dtype_ == DataType::kBFloat16) static_cast<__nv_bfloat16*>(data())[i] = __float2bfloat16_rn(narrow);
     }
+    void set_integer(size_t i, int32_t value) { static_cast<int32_t*>(data())[i] = value; }
     // All of it, guards too.
     void upload() const { device_memory::upload(device_, memory_, size()); }
     void download(bool guards) {
@@ -97,6 +99,10 @@ struct Case {
     // A bit for each of x, base, down, up and y that is not at a multiple of 16 bytes.
     int misaligned = 0;
     uint64_t schedule = 0;
+    // Where there are slots: the index of each row's adapter.
+    std::vector<int32_t> adapter = {};
+
+    int64_t slot_of(int64_t token) const { return adapter.empty() ? 0 : adapter[token / shape.row_tokens]; }
 };
 
 std::string describe(const Case& tried) {
@@ -108,11 +114,15 @@ std::string describe(const Case& tried) {
     if (tried.in_place) text += ", in place";
     if (tried.misaligned != 0) text += ", misaligned " + std::to_string(tried.misaligned);
     text += ", " + std::to_string(tried.tuning.multiprocessors) + " multiprocessors";
+    if (s.slots > 0) text += ", " + std::to_string(s.slots) + " slots, adapters";
+    for (const int32_t index : tried.adapter) text += " " + std::to_string(index);
     return text + ", schedule " + std::to_string(tried.schedule);
 }
 
+// `slot`: whose weights they are, of all in `down`, `up` and `mix`.
 struct Inputs {
     const Array &x, &base, &down, &up, &mix;
+    int64_t slot;
 };
 
 // A number of the definition as double arithmetic finds it, and how far float32 arithmetic may be from it.
@@ -136,17 +146,29 @@ Value rounded(DataType dtype, const Value& exact) {
     return {value, std::min(error, kAnything)};
 }
 
-// Routing weights of one token and sibling, from rounded logits.
-std::vector<Value> route(const MixedExpertShape& s, const Value* logits, const Array& mix, int g) {
+// Routing weights of one token and sibling, from rounded logits. Where there are slots, experts whose row of `mix` is
+// all zeros take no part; where none does, all weights are zero.
+std::vector<Value> route(const MixedExpertShape& s, const Value* logits, const Inputs& in, int g) {
     const int k = s.num_experts;
-    const Value* largest = std::max_element(logits, logits + k, [](auto& a, auto& b) { return a.value < b.value; });
+    const size_t first = (static_cast<size_t>(in.slot) * s.num_siblings + g) * k * k;
+    const auto mix = [&](int from, int to) { return in.mix.get(first + static_cast<size_t>(from) * k + to); };
+    std::vector<int> experts;
+    for (int from = 0; from < k; ++from) {
+        bool takes_part = s.slots == 0;
+        for (int to = 0; to < k; ++to) takes_part |= mix(from, to) != 0;
+        if (takes_part) experts.push_back(from);
+    }
     std::vector<Value> w(k);
+    if (experts.empty()) return w;
+    const int most = *std::max_element(experts.begin(), experts.end(),
+                                       [&](int a, int b) { return logits[a].value < logits[b].value; });
     Value sum;
     for (int to = 0; to < k; ++to) {
-        for (int from = 0; from < k; ++from) {
-            const double distance = logits[from].value - largest->value;
-            const double term = std::exp(distance) * mix.get((size_t{1} * g * k + from) * k + to);
-            const double relative = logits[from].error + largest->error + (k + 8 + std::abs(distance)) * kFloatRoundoff;
+        for (const int from : experts) {
+            const double distance = logits[from].value - logits[most].value;
+            const double term = std::exp(distance) * mix(from, to);
+            const double relative =
+                logits[from].error + logits[most].error + (k + 8 + std::abs(distance)) * kFloatRoundoff;
             w[to].value += term;
             w[to].error += std::expm1(relative) * std::abs(term);
         }
@@ -165,18 +187,20 @@ std::vector<Value> route(const MixedExpertShape& s, const Value* logits, const A
 // One token of one sibling, as the op is defined, for each column of y.
 void reference(const MixedExpertShape& s, const Inputs& in, int64_t token, int g, Value* y) {
     const int a = s.down_rank(), c = s.expert_rank, rows = s.sibling_rows(), out = s.out();
+    const size_t down0 = static_cast<size_t>(in.slot) * s.rows() * s.in,
+                 up0 = static_cast<size_t>(in.slot) * s.up_rank() * out;
     std::vector<Value> z(rows), v(s.up_rank());
     for (int row = 0; row < rows; ++row) {
         Value sum;
         for (int i = 0; i < s.in; ++i) {
             const double term =
-                in.x.get(token * s.in + i) * in.down.get((static_cast<size_t>(g) * rows + row) * s.in + i);
+                in.x.get(token * s.in + i) * in.down.get(down0 + (static_cast<size_t>(g) * rows + row) * s.in + i);
             sum.value += term;
             sum.error += (s.in + 8) * kFloatRoundoff * std::abs(term);
         }
         z[row] = rounded(s.dtype, sum);
     }
-    const std::vector<Value> w = route(s, &z[a], in.mix, g);
+    const std::vector<Value> w = route(s, &z[a], in, g);
     for (int row = 0; row < s.up_rank(); ++row) {
         const Value &u = z[s.shared_down ? row % c : row], &weight = w[row / c];
         const double product = u.value * weight.value;
@@ -189,7 +213,7 @@ void reference(const MixedExpertShape& s, const Inputs& in, int64_t token, int g
         Value sum{in.base.get(token * out + column), 0};
         double size = std::abs(sum.value);
         for (int row = 0; row < s.up_rank(); ++row) {
-            const double up = in.up.get(static_cast<size_t>(row) * out + column);
+            const double up = in.up.get(up0 + static_cast<size_t>(row) * out + column);
             sum.value += v[row].value * up;
             sum.error += v[row].error * std::abs(up);
             size += (std::abs(v[row].value) + v[row].error) * std::abs(up);
@@ -199,47 +223,83 @@ void reference(const MixedExpertShape& s, const Inputs& in, int64_t token, int g
     }
 }
 
+// Every slot that a row has is filled; the others stay NaN, as if nobody had written to them. Of some slots' siblings
+// experts are padding, of which everything but `mix` may hold anything: here logits beyond all others.
+void fill_weights(const Case& tried, Array& down, Array& mix, Array& up, std::mt19937_64& generator) {
+    const MixedExpertShape& s = tried.shape;
+    std::normal_distribution<double> normal;
+    const int k = s.num_experts, a = s.down_rank();
+    for (int slot = 0; slot < std::max(s.slots, 1); ++slot) {
+        if (s.slots > 0 && std::count(tried.adapter.begin(), tried.adapter.end(), slot) == 0) continue;
+        for (int g = 0; g < s.num_siblings; ++g) {
+            const int padding = s.slots > 0 && generator() % 2 == 0 ? static_cast<int>(generator() % (k + 1)) : 0;
+            const size_t sibling = static_cast<size_t>(slot) * s.num_siblings + g;
+            for (int i = 0; i < k * k; ++i) {
+                const bool present = i / k >= padding && i % k >= padding;
+                const double value = (i / k == i % k ? 1 : 0) + 0.3 / k * normal(generator);
+                mix.set(sibling * k * k + i, present ? value : 0);
+            }
+            for (int i = 0; i < s.sibling_rows() * s.in; ++i) {
+                const int expert = i / s.in - a;
+                const double scale = expert >= 0 && expert < padding ? 60 : 1;
+                down.set(sibling * s.sibling_rows() * s.in + i, scale * normal(generator) / std::sqrt(s.in));
+            }
+        }
+        const size_t count = static_cast<size_t>(s.up_rank()) * s.out();
+        for (size_t i = 0; i < count; ++i) up.set(slot * count + i, normal(generator));
+    }
+}
+
+// y of one token, for each column: what it may be; both NaN where the row's index is that of no slot.
+void expect(const Case& tried, const Inputs& all, int64_t token, Value* y) {
+    const MixedExpertShape& s = tried.shape;
+    Inputs in = all;
+    in.slot = tried.slot_of(token);
+    if (in.slot >= 0 && in.slot < std::max(s.slots, 1)) {
+        for (int g = 0; g < s.num_siblings; ++g) reference(s, in, token, g, y);
+        return;
+    }
+    for (int column = 0; column < s.out(); ++column) {
+        y[column] = {in.slot < 0 ? in.base.get(token * s.out() + column) : NAN, 0};
+    }
+}
+
 // An empty string, or what is wrong.
 std::string check(const Case& tried, std::mt19937_64& generator) {
     const MixedExpertShape& s = tried.shape;
-    const auto tokens = static_cast<size_t>(s.tokens);
+    const auto tokens = static_cast<size_t>(s.tokens), slots = static_cast<size_t>(std::max(s.slots, 1));
     const auto offset = [&](int n) { return static_cast<size_t>((tried.misaligned >> n & 1) * element_size(s.dtype)); };
-    Array x(s.dtype, tokens * s.in, offset(0)), base(s.dtype, tokens * s.out(), offset(1)),
-        down(s.dtype, size_t(s.rows()) * s.in, offset(2)), up(s.dtype, size_t(s.up_rank()) * s.out(), offset(3)),
-        y(s.dtype, tokens * s.out(), offset(4));
-    std::normal_distribution<double> normal;
-    const auto fill = [&](Array& array, size_t count, double scale) {
-        for (size_t i = 0; i < count; ++i) array.set(i, scale * normal(generator));
-    };
-    fill(x, tokens * s.in, 1);
-    fill(base, tokens * s.out(), 0.5);
-    fill(down, size_t(s.rows()) * s.in, 1 / std::sqrt(s.in));
-    fill(up, size_t(s.up_rank()) * s.out(), 1);
     const int k = s.num_experts;
-    const size_t mix_size = static_cast<size_t>(s.num_siblings) * k * k;
-    Array mix(DataType::kFloat32, mix_size);
-    for (size_t i = 0; i < mix_size; ++i) {
-        const bool diagonal = i % (k * k) / k == i % k;
-        mix.set(i, (diagonal ? 1 : 0) + 0.3 / k * normal(generator));
-    }
+    Array x(s.dtype, tokens * s.in, offset(0)), base(s.dtype, tokens * s.out(), offset(1)),
+        down(s.dtype, slots * s.rows() * s.in, offset(2)), up(s.dtype, slots * s.up_rank() * s.out(), offset(3)),
+        y(s.dtype, tokens * s.out(), offset(4)), mix(DataType::kFloat32, slots * s.num_siblings * k * k),
+        adapter(DataType::kFloat32, tried.adapter.size());
+    std::normal_distribution<double> normal;
+    for (size_t i = 0; i < tokens * s.in; ++i) x.set(i, normal(generator));
+    for (size_t i = 0; i < tokens * s.out(); ++i) base.set(i, 0.5 * normal(generator));
+    for (size_t i = 0; i < tried.adapter.size(); ++i) adapter.set_integer(i, tried.adapter[i]);
+    fill_weights(tried, down, mix, up, generator);
     std::vector<Value> expected(tokens * s.out());
     for (size_t token = 0; token < tokens; ++token) {
-        for (int g = 0; g < s.num_siblings; ++g) {
-            reference(s, {x, base, down, up, mix}, static_cast<int64_t>(token), g, &expected[token * s.out()]);
-        }
+        expect(tried, {x, base, down, up, mix, 0}, static_cast<int64_t>(token), &expected[token * s.out()]);
     }
     const size_t bytes = workspace_bytes(s, tried.tuning);
     if (bytes > workspace_bound(s, tried.tuning)) return "the workspace is larger than its bound";
     Array workspace(DataType::kFloat32, (bytes + 3) / 4);
     Array& target = tried.in_place ? base : y;
-    for (const Array* array : std::initializer_list<const Array*>{&x, &base, &down, &mix, &up}) array->upload();
+    for (const Array* array : std::initializer_list<const Array*>{&x, &base, &down, &mix, &up, &adapter})
+        array->upload();
     if (poison) {
         y.upload();
         workspace.upload();
     }
-    const MixedExpertTensors tensors{x.device(),    base.device(),
-                                     down.device(), static_cast<const float*>(mix.device()),
-                                     up.device(),   target.device()};
+    const MixedExpertTensors tensors{x.device(),
+                                     base.device(),
+                                     down.device(),
+                                     static_cast<const float*>(mix.device()),
+                                     up.device(),
+                                     target.device(),
+                                     static_cast<const int32_t*>(adapter.device())};
     device_memory::set_schedule(tried.schedule);
     try {
         const cudaError_t error = launch(s, tried.tuning, tensors, workspace.device(), nullptr);
@@ -251,13 +311,14 @@ std::string check(const Case& tried, std::mt19937_64& generator) {
     if (!poison) {
         target.download(false);
     } else {
-        for (Array* array : std::initializer_list<Array*>{&x, &base, &down, &mix, &up, &y, &workspace}) {
+        for (Array* array : std::initializer_list<Array*>{&x, &base, &down, &mix, &up, &y, &adapter, &workspace}) {
             array->download(true);
             if (!array->guards_intact()) return "something was written outside of an array";
         }
     }
     for (size_t i = 0; i < expected.size(); ++i) {
         const auto& [value, error] = expected[i];
+        if (std::isnan(value) && std::isnan(target.get(i))) continue;
         const double least = round_to(s.dtype, value - error), most = round_to(s.dtype, value + error);
         // Written so that NaN fails.
         if (!(target.get(i) >= least && target.get(i) <= most)) {
@@ -286,13 +347,63 @@ Tuning tuning_of(int multiprocessors) {
 // Both of the schedules that are no chance, and many that are.
 uint64_t schedule_of(size_t number) { return number % 5 < 2 ? number % 5 : number; }
 
+// `adapter`: an index for each row of `row_tokens` tokens.
+Case with_slots(Case made, int slots, int64_t row_tokens, std::vector<int32_t> adapter) {
+    made.shape.slots = slots;
+    made.shape.row_tokens = row_tokens;
+    made.shape.tokens = row_tokens * static_cast<int64_t>(adapter.size());
+    made.adapter = std::move(adapter);
+    return made;
+}
+
+// Several adapters: mixed and alone, rows without one, wrong indices; groups, tiles and rows that end in the middle.
+void add_adapters(std::vector<Case>& cases) {
+    for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
+        const auto add = [&](int slots, int64_t row_tokens, std::vector<int32_t> adapter,
+                             MixedExpertShape shape = {}) -> Case& {
+            if (shape.in == 0) shape = make(dtype, 0, 96, 4, 2, false, {40, 24});
+            Case made{shape, tuning_of(16), false, 0, schedule_of(cases.size()), {}};
+            cases.push_back(with_slots(made, slots, row_tokens, std::move(adapter)));
+            return cases.back();
+        };
+        add(2, 1, {1});
+        add(2, 1, {-1});
+        add(2, 0, {0, 1});
+        add(8, 1, {7, 0, 6, 1, 5, 2, 4, 3});                               // all different
+        add(3, 1, {2, 2, 2, 2, 2, 2, 2, 2});                               // all the same
+        add(3, 1, {1, -1, 0, 1, 1, 2, 1, 1, -7, 1, 0, 1, 1, 1, 1, 1, 1});  // more of one than a tile holds
+        add(3, 3, {0, 2, -1, 3, 0, 2, INT32_MAX, INT32_MIN, 0, 1}).in_place = true;
+        add(4, 2, std::vector<int32_t>(40, 3));                            // short rows, beyond what few tokens are
+        add(2, 1, {1}, make(dtype, 0, 521, 3, 3, false, {13, 1, 7, 29}));  // nothing divides anything
+        add(5, 7, {4, 3, -1, 1, 0, 4, 3}, make(dtype, 0, 521, 3, 3, false, {13, 1, 7, 29}));
+        add(3, 50, {1, -1, 2, 3, 0, 1});  // many tokens
+        add(2, 130, {-1, 1}, make(dtype, 0, 200, 4, 16, true, {136, 8})).in_place = true;
+        add(2, 65, {1}, make(dtype, 0, 1100, 4, 12, false, {24, 24, 16, 16}));
+        add(3, 20, {2, 0, 2}, make(dtype, 0, 521, 3, 3, false, {13, 1, 7, 29}));
+        add(2, 2, {1, 0, 1, -1}, make(dtype, 0, 64, 32, 4, true, {16, 24}));  // many experts
+        add(2, 1, {0, 1, 0}, make(dtype, 0, 64, 4, 150, false, {16}));        // no room for eight tokens
+        add(2, 1, {1, 1, 0}, make(dtype, 0, 64, 4, 300, false, {16})).misaligned = 8;
+        for (int n = 0; n < 5; ++n) {
+            add(2, 17, {1, 0, -1}).misaligned = 1 << n;
+            add(2, 2, {1, 0, -1}).misaligned = 1 << n;
+        }
+        // Rows that are few tokens each, by the path for many.
+        add(3, 2, {2, 0, 1, 0, -1, 2}).tuning.few_tokens = 0;
+    }
+    Case all{make(DataType::kFloat16, 0, 32, 2, 2, false, {16}), tuning_of(132), false, 0, 3, {}};
+    std::vector<int32_t> adapter(300);
+    for (size_t row = 0; row < adapter.size(); ++row) adapter[row] = static_cast<int32_t>(row * row % 101) - 1;
+    cases.push_back(with_slots(all, 100, 1, adapter));
+}
+
 // Sizes at which something changes: paths, tiles, splits, tails, alignment.
 std::vector<Case> edges() {
     std::vector<Case> cases;
     for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
         const auto add = [&](int64_t tokens, int in, int k, int c, bool shared, std::vector<int> out,
                              bool in_place = false, int misaligned = 0) {
-            Case made{make(dtype, tokens, in, k, c, shared, std::move(out)), tuning_of(16), in_place, misaligned, 0};
+            Case made{
+                make(dtype, tokens, in, k, c, shared, std::move(out)), tuning_of(16), in_place, misaligned, 0, {}};
             made.schedule = schedule_of(cases.size());
             cases.push_back(made);
         };
@@ -318,7 +429,7 @@ std::vector<Case> edges() {
     }
     const auto add = [&](DataType dtype, int64_t tokens, int in, int k, int c, std::vector<int> out, int processors) {
         const MixedExpertShape shape = make(dtype, tokens, in, k, c, false, std::move(out));
-        cases.push_back({shape, tuning_of(processors), false, 0, schedule_of(cases.size())});
+        cases.push_back({shape, tuning_of(processors), false, 0, schedule_of(cases.size()), {}});
     };
     add(DataType::kFloat16, 8200, 8, 2, 2, {8}, 132);  // more blocks of tokens than a GPU holds
     add(DataType::kFloat16, 1100, 32, 4, 16, {24, 8, 8, 8}, 132);
@@ -329,6 +440,7 @@ std::vector<Case> edges() {
     for (const int64_t tokens : {1, 3, 6}) add(DataType::kFloat16, tokens, 64, 4, 70, {72}, 16);
     for (const int64_t tokens : {1, 3, 6}) add(DataType::kFloat32, tokens, 64, 4, 70, {21, 44}, 16);
     add(DataType::kFloat32, 2100, 24, 4, 8, {8, 8, 8, 8}, 1);
+    add_adapters(cases);
     // Each width of the first product's tiles: 1, 3, 5, 7 and 9 of 16 columns.
     for (const int c : {1, 3, 8, 12, 16}) {
         for (const DataType dtype : {DataType::kFloat32, DataType::kFloat16}) {
@@ -356,7 +468,12 @@ Case draw(std::mt19937_64& generator) {
     drawn.in_place = below(3) == 0;
     if (below(4) == 0) drawn.misaligned = 1 + below(31);
     drawn.schedule = generator() % 1000;
-    return drawn;
+    if (below(2) == 0) return drawn;
+    const int slots = 1 + below(5);
+    std::vector<int32_t> adapter(1 + below(below(2) == 0 ? 3 : 20));
+    for (int32_t& index : adapter) index = below(slots + 2) - 1;
+    const int64_t most = std::max<int64_t>(drawn.shape.tokens / static_cast<int64_t>(adapter.size()), 1);
+    return with_slots(drawn, slots, most, adapter);
 }
 
 // Whether kernels begin before those ahead of them have ended is the GPU's to say.
@@ -365,7 +482,7 @@ bool device_overlaps() {
     return tuning_of_device(tuning) == cudaSuccess && tuning.overlaps;
 }
 
-int run(int cases, uint64_t seed, bool small) {
+int run(int cases, uint64_t seed, bool small, bool adapters) {
     std::mt19937_64 generator(seed);
     std::vector<Case> all = edges();
     if (small) {
@@ -374,6 +491,10 @@ int run(int cases, uint64_t seed, bool small) {
             if (all[i].shape.tokens <= 100) some.push_back(all[i]);
         }
         all = some;
+    }
+    if (adapters) {
+        all.erase(std::remove_if(all.begin(), all.end(), [](const Case& one) { return one.shape.slots == 0; }),
+                  all.end());
     }
     for (int i = 0; i < cases; ++i) all.push_back(draw(generator));
     const bool overlaps = device_overlaps();
@@ -400,14 +521,15 @@ int run(int cases, uint64_t seed, bool small) {
 int main(int count, char** arguments) {
     int cases = -1;
     uint64_t seed = 1;
-    bool small = false;
+    bool small = false, adapters = false;
     for (int i = 1; i < count; ++i) {
         const std::string option = arguments[i];
         const char* value = i + 1 < count ? arguments[i + 1] : "";
         if (option == "--cases") cases = std::atoi(value);
         if (option == "--seed") seed = std::strtoull(value, nullptr, 10);
         if (option == "--small") small = true;
+        if (option == "--adapters") adapters = true;
         if (option == "--no-poison") teamlora::poison = false;
     }
-    return teamlora::run(cases >= 0 ? cases : small ? 0 : 100, seed, small);
+    return teamlora::run(cases >= 0 ? cases : small ? 0 : 100, seed, small, adapters);
 }

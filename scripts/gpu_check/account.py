@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
 from gpu_check.kernels import ELEMENT_SIZE, Kernels, Launch, Sizes, Tuning
 
@@ -77,6 +78,42 @@ def table(kernels: Kernels, tuning: Tuning, projections: tuple, tokens: tuple[in
                 f"| {projection} | {count:,} | {_bytes(one.least)} | {one.memory / one.least:.2f} "
                 f"| {one.requested / one.least:.1f} | {blocks} | {shared} KB |"
             )
+    return "\n".join(lines)
+
+
+# Of the kernels for few tokens: of one adapter in a block, and that are looked at together.
+_TILE, _TOGETHER = 8, 32
+
+
+def adapters_table(
+    kernels: Kernels, tuning: Tuning, projections: tuple, batches: tuple[int, ...], slots: int, dtype: str = "fp16"
+) -> str:
+    """Markdown: decoding steps of some rows, all with one adapter of `slots` and each with its own."""
+    lines = [
+        "| projection | rows | adapters | least | weights asked for | blocks a multiprocessor | at work |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for projection in projections:
+        for batch in batches:
+            sizes = replace(projection.sizes(dtype, batch), slots=slots, batch=batch)
+            launches = kernels.launches(sizes, tuning)
+            launched = [launch.blocks / tuning.multiprocessors for launch in launches]
+            for adapters in (1, batch):
+                groups = (
+                    adapters
+                    if adapters > 1
+                    else sum(ceil(min(_TOGETHER, batch - first) / _TILE) for first in range(0, batch, _TOGETHER))
+                )
+                weights = sizes.weight_bytes
+                least = sizes.least_bytes + (adapters - 1) * weights
+                # Tiles of tokens are the second dimension of one kernel, and the third of the other.
+                part = groups / launches[1].grid[1]
+                at_work = " + ".join(f"{part * blocks:.2g}" for blocks in launched)
+                all_blocks = " + ".join(f"{blocks:.2g}" for blocks in launched)
+                lines.append(
+                    f"| {projection} | {batch} | {adapters} | {_bytes(least)} | {groups / adapters:.0f} times "
+                    f"| {all_blocks} | {at_work} |"
+                )
     return "\n".join(lines)
 
 

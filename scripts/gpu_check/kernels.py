@@ -9,6 +9,8 @@ from pathlib import Path
 
 MOST_SIBLINGS = 4
 _MOST_LAUNCHES = 4
+# Of teamlora::MixedExpertTensors.
+_TENSORS = 7
 # In the order of teamlora::DataType.
 DTYPES = ("fp32", "fp16", "bf16")
 ELEMENT_SIZE = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -24,6 +26,8 @@ class Sizes:
         experts: k. expert_rank: c, rows of `up` of one expert.
         outs: widths of the siblings.
         shared_down: every expert reads all of u: a = c instead of a = k c.
+        slots: of adapters in `down`, `mix` and `up`; 0: they are one adapter's, and there are no indices.
+        batch: rows of the batch, each with an index of its own, where there are slots.
     """
 
     dtype: str
@@ -33,6 +37,13 @@ class Sizes:
     expert_rank: int
     outs: tuple[int, ...]
     shared_down: bool = False
+    slots: int = 0
+    batch: int = 0
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of each row that has an index, or 0."""
+        return self.tokens // self.batch if self.batch else 0
 
     @property
     def up_rank(self) -> int:
@@ -58,7 +69,12 @@ class Sizes:
     @property
     def least_bytes(self) -> int:
         """That a call must move: each input read once, y written once."""
-        elements = self.tokens * (self.inputs + 2 * self.out) + self.rows * self.inputs + self.up_rank * self.out
+        return ELEMENT_SIZE[self.dtype] * self.tokens * (self.inputs + 2 * self.out) + self.weight_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one adapter."""
+        elements = self.rows * self.inputs + self.up_rank * self.out
         return ELEMENT_SIZE[self.dtype] * elements + 4 * len(self.outs) * self.experts**2
 
 
@@ -100,6 +116,8 @@ class _Shape(ctypes.Structure):
         ("shared_down", ctypes.c_bool),
         ("num_siblings", ctypes.c_int32),
         ("out_splits", ctypes.c_int32 * MOST_SIBLINGS),
+        ("slots", ctypes.c_int32),
+        ("row_tokens", ctypes.c_int64),
     )
 
 
@@ -151,14 +169,14 @@ class Kernels:
     def launch(
         self, sizes: Sizes, tuning: Tuning, pointers: Sequence[int], workspace: int, stream: int = 0, schedule: int = 0
     ) -> None:
-        """Enqueue the op. `pointers`: x, base, down, mix, up, y. `schedule`: of the emulation.
+        """Enqueue the op. `pointers`: x, base, down, mix, up, y, and with slots adapter. `schedule`: of the emulation.
 
         Raises:
             RuntimeError: it could not be launched.
         """
         if hasattr(self._library, "teamlora_set_schedule"):
             self._library.teamlora_set_schedule(ctypes.c_uint64(schedule))
-        tensors = (ctypes.c_void_p * len(pointers))(*pointers)
+        tensors = (ctypes.c_void_p * _TENSORS)(*pointers)
         arguments = (_shape(sizes), _tuning(tuning), tensors, ctypes.c_void_p(workspace), ctypes.c_void_p(stream))
         _check(self._library.teamlora_launch(*arguments), f"{sizes} could not be launched")
 
@@ -184,6 +202,8 @@ def _shape(sizes: Sizes) -> ctypes.Array[_Shape]:
         sizes.shared_down,
         len(sizes.outs),
         splits,
+        sizes.slots,
+        sizes.row_tokens,
     )
     return (_Shape * 1)(shape)
 

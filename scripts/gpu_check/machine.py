@@ -36,6 +36,9 @@ class Machine(Protocol):
     def synchronize(self) -> None:
         """Wait for all that was enqueued; an error of a kernel is raised here."""
 
+    def captured(self, run: Callable[[], None]) -> Callable[[], None]:
+        """What enqueues again what `run` enqueues, a graph where there is one; it has run before."""
+
     def seconds(self, run: Callable[[], None]) -> float:
         """Of one `run`, without what launching costs the CPU: the median of several rounds."""
 
@@ -60,8 +63,16 @@ class Gpu:
     def synchronize(self) -> None:
         self._torch.cuda.synchronize()
 
+    def captured(self, run: Callable[[], None]) -> Callable[[], None]:
+        return self._graph(run).replay
+
     def seconds(self, run: Callable[[], None]) -> float:
         """Of a replay of a graph that has captured `run`, between two events."""
+        graph = self._graph(run)
+        replays = max(1, min(_MOST_REPLAYS, round(_ROUND_SECONDS / max(self._replayed(graph, 2), 1e-7))))
+        return statistics.median(self._replayed(graph, replays) for _ in range(_ROUNDS))
+
+    def _graph(self, run: Callable[[], None]) -> Any:
         cuda = self._torch.cuda
         side = cuda.Stream()
         side.wait_stream(cuda.current_stream())
@@ -73,8 +84,7 @@ class Gpu:
         graph = cuda.CUDAGraph()
         with cuda.graph(graph, stream=side):
             run()
-        replays = max(1, min(_MOST_REPLAYS, round(_ROUND_SECONDS / max(self._replayed(graph, 2), 1e-7))))
-        return statistics.median(self._replayed(graph, replays) for _ in range(_ROUNDS))
+        return graph
 
     def _replayed(self, graph: Any, count: int) -> float:
         start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -102,6 +112,9 @@ class Emulated:
 
     def synchronize(self) -> None:
         pass
+
+    def captured(self, run: Callable[[], None]) -> Callable[[], None]:
+        return run
 
     def seconds(self, run: Callable[[], None]) -> float:
         begin = time.perf_counter()

@@ -1,6 +1,7 @@
 """The steps of `scripts/check_gpu`, in their order:
 
-    environment -> build -> sweep -> compute-sanitizer -> times -> constants of the plan -> engines -> table and JSON
+    environment -> build -> sweep -> compute-sanitizer -> times -> adapters -> constants of the plan -> engines -> table
+    and JSON
 
 What decides whether the kernels are right comes first. Ends with 0 where all is right, 1 where a step failed, 2 where
 something is missing.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_check import report
+from gpu_check.adapters import BatchTiming, swap_in_graph, time_batch
 from gpu_check.build import Programs, build
 from gpu_check.engines import engine_steps
 from gpu_check.kernels import DTYPES, Kernels, Tuning
@@ -58,7 +60,9 @@ def main(arguments: Sequence[str]) -> int:
         check = Check(steps, torch, toolkit, Path(folder), given.dry_run, given.seed)
         check.run(given.dtypes, engines=not given.no_engines)
     print(report.table(check.timings, check.trials))
-    fields = report.as_fields(steps, check.description, check.speed, check.tuning, check.timings, check.trials)
+    fields = report.as_fields(
+        steps, check.description, check.speed, check.tuning, check.timings, check.trials, check.batches
+    )
     given.json.write_text(report.to_json(fields), encoding="utf-8")
     left_out = [outcome.name for outcome in steps.outcomes if outcome.state == "left out"]
     verdict = "FAILED" if steps.failed() else "All right"
@@ -100,6 +104,7 @@ class Check:
         self.tuning: Tuning | None = None
         self.timings: list[Timing] = []
         self.trials: list[Trial] = []
+        self.batches: list[BatchTiming] = []
 
     def run(self, dtypes: Sequence[str], engines: bool) -> None:
         self._steps.run("environment", self._environment)
@@ -108,7 +113,9 @@ class Check:
         self._steps.run("sweep against float64", self._sweep)
         for tool in TOOLS:
             self._steps.run(f"compute-sanitizer {tool}", lambda tool=tool: self._sanitize(tool), takes=30)
-        if self._steps.run("times", lambda: self._time(dtypes), takes=20):
+        timed = self._steps.run("times", lambda: self._time(dtypes), takes=20)
+        self._steps.run("a batch of adapters", lambda: self._time_adapters(dtypes[0]), takes=10)
+        if timed:
             self._steps.run("constants of the plan", lambda: self._try(dtypes[0]), takes=20)
         for name, step in engine_steps(self._folder, self._dry_run, self._steps) if engines else ():
             self._steps.run(name, step, takes=30)
@@ -171,6 +178,24 @@ class Check:
         if wrong:
             raise RuntimeError(f"{len(wrong)} results are wrong, of them {report.line(wrong[0])}")
         return f"{len(self.timings)} rows{left_out}"
+
+    def _time_adapters(self, dtype: str) -> str:
+        assert self._programs is not None
+        assert self.tuning is not None
+        kernels = Kernels(self._programs.library)
+        projections, rows, slots = (_TINY, (3,), 4) if self._dry_run else (LLAMA_2_7B, (8, 32, 64), 64)
+        common = (self._torch, self._machine, kernels, self.tuning)
+        swapped = swap_in_graph(*common, projections[0], dtype)
+        if not swapped <= 1:
+            raise RuntimeError(f"a graph does not take what was copied into a slot ({swapped:.2f})")
+        for projection in projections:
+            for count in rows:
+                self.batches.append(time_batch(*common, projection, dtype, count, slots))
+                self._steps.say(str(self.batches[-1]))
+        wrong = [batch for batch in self.batches if not batch.correct]
+        if wrong:
+            raise RuntimeError(f"{len(wrong)} results are wrong, of them {wrong[0]}")
+        return f"{len(self.batches)} rows; a graph takes what is copied into a slot"
 
     def _try(self, dtype: str) -> str:
         assert self._programs is not None

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from gpu_check.adapters import BatchTiming
 from gpu_check.kernels import Tuning
 from gpu_check.machine import Description
 from gpu_check.steps import Steps
@@ -47,6 +48,7 @@ def as_fields(
     tuning: Tuning | None,
     timings: Sequence[Timing],
     trials: Sequence[Trial],
+    batches: Sequence[BatchTiming] = (),
 ) -> dict[str, Any]:
     """All that was found."""
     return {
@@ -56,6 +58,7 @@ def as_fields(
         "tuning": None if tuning is None else dataclasses.asdict(tuning),
         "steps": steps.as_fields(),
         "timings": [dataclasses.asdict(timing) for timing in timings],
+        "adapters": [dataclasses.asdict(batch) for batch in batches],
         "constants": [{**dataclasses.asdict(trial), "recommended": trial.recommended} for trial in trials],
     }
 

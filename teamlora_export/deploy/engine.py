@@ -30,6 +30,11 @@ def add_engine(made: Deployment, name: str, plugin: Path | None, as_name: str | 
     facts = read_facts(path)
     if dict(facts.model_sha256) != dict(made.bundle.manifest.sha256):
         raise ExportError(f"{path}: was built from another export than {made.bundle.folder}. Build it again.")
+    if facts.slots is not None:
+        raise ExportError(
+            f"{path}: takes adapters as inputs, which the deployed programs bind to no engine as yet. Build one of a "
+            "bundle with a single --adapter."
+        )
     if facts.stripped:
         raise ExportError(f"{path}: holds no weights. Build it without --strip-weights.")
     # An engine has a dtype of its own, and after `trt refit` another adapter.

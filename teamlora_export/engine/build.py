@@ -16,12 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from teamlora_export import __version__
-from teamlora_export.bundle import ENGINES_NAME, Bundle, check_files, refuse_shelf
+from teamlora_export.bundle import ENGINES_NAME, Bundle, check_files
 from teamlora_export.cache import cache_folder
 from teamlora_export.dtypes import DTYPES
-from teamlora_export.engine.facts import EngineFacts, EnginePlugin, PluginTimes, refuse_foreign_engine, write_engine
+from teamlora_export.engine.facts import (
+    FORMAT_VERSION,
+    SHELF_FORMAT_VERSION,
+    EngineFacts,
+    EnginePlugin,
+    PluginTimes,
+    refuse_foreign_engine,
+    write_engine,
+)
 from teamlora_export.engine.plugin import PluginLibrary, find_plugin, load_plugin
-from teamlora_export.engine.prepare import prepared_model
+from teamlora_export.engine.prepare import prepared_model, refuse_other_dtype_of_slots, slot_inputs
 from teamlora_export.engine.profiles import ShapeProfile, capacity_of, make_profiles
 from teamlora_export.engine.progress import BuildProgress, run_cancellable
 from teamlora_export.engine.runtime import Messages, TensorRT, open_runtime
@@ -82,7 +90,6 @@ def build_engine(
         ExportError: wrong options or environment, or TensorRT refuses the graph; no file has been touched then.
     """
     reporter = reporter or Reporter()
-    refuse_shelf(bundle, "`trt`")
     dtype = options.dtype or bundle.manifest.dtype
     if dtype not in DTYPES:
         raise ExportError(f"dtype {dtype}: unknown. Use {', '.join(DTYPES)}.")
@@ -90,7 +97,13 @@ def build_engine(
         raise ExportError("--plugin auto and --no-plugin exclude each other.")
     if options.compare and options.strip_weights:
         raise ExportError("--plugin auto times engines, and --strip-weights leaves none that runs. Choose one of them.")
-    profiles = make_profiles(bundle, options.shapes)
+    refuse_other_dtype_of_slots(bundle, dtype)
+    if bundle.manifest.shelf is not None and options.refit:
+        raise ExportError(
+            f"--refit: the adapters of {bundle.folder} are inputs of the engine, so another takes its place by a copy "
+            "into a slot. Leave it out."
+        )
+    profiles = make_profiles(bundle, options.shapes, slot_inputs(bundle))
     runtime = open_runtime(options.runtime, reporter.say)
     capabilities = _capabilities(runtime, options.capabilities)
     if runtime.name == "rtx" and runtime.gpu is None and (options.refit or options.strip_weights):
@@ -135,6 +148,8 @@ def build_engine(
             adapter_sha256=bundle.manifest.adapter["sha256"],
             refit_weights=dict(bundle.manifest.refit["weights"]) if options.refit else None,
             stripped=options.strip_weights,
+            slots=None if bundle.manifest.shelf is None else bundle.manifest.shelf["slots"],
+            format_version=FORMAT_VERSION if bundle.manifest.shelf is None else SHELF_FORMAT_VERSION,
             size=len(engine),
             sha256=hashlib.sha256(engine).hexdigest(),
             tool_version=__version__,

@@ -18,7 +18,8 @@ from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
 from teamlora_export.staging import require_space, settle, write_aside, write_together
 
-FORMAT_VERSION = 1
+# 2 is what takes adapters as inputs, which a program that knows none would leave unbound.
+FORMAT_VERSION, SHELF_FORMAT_VERSION = 1, 2
 
 
 class EnginePlugin(TypedDict):
@@ -50,8 +51,9 @@ class EngineFacts:
         plugin: None where bodies were inlined.
         plugin_times: by which `--plugin auto` decided; None where it did not.
         model_sha256: of the bundle's files that it was made of.
-        adapter_sha256: of the adapter that is in it.
+        adapter_sha256: of the adapter that is in it, of the bundle's own where it takes a shelf's.
         refit_weights: names of the weights that `trt refit` can exchange -> their recipes; None where it cannot.
+        slots: of adapters, which are inputs of it, as is the slot of each row; None where an adapter is in it.
         stripped: it holds no weights, and gets the bundle's when it is loaded.
         sha256: of the engine file.
         validation: figures of the last `validate --engine`, None before the first.
@@ -73,6 +75,7 @@ class EngineFacts:
     tool_version: str
     validation: Validation | None = None
     plugin_times: PluginTimes | None = None
+    slots: int | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -161,7 +164,7 @@ def read_facts(engine: Path) -> EngineFacts:
     settle(engine.parent)
     path = facts_path(engine)
     try:
-        facts = read_record(path, EngineFacts, "Build the engine again.", newest=FORMAT_VERSION)
+        facts = read_record(path, EngineFacts, "Build the engine again.", newest=SHELF_FORMAT_VERSION)
         found = sha256_of(engine)
     except FileNotFoundError as error:
         missing = error.filename

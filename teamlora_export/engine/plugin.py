@@ -198,7 +198,7 @@ _loaded: set[str] = set()
 
 def check_plugin(library: PluginLibrary) -> None:
     """Refuse a library that does not know the op as this version writes it."""
-    wanted = (f"{op.DOMAIN}::{op.NAME}", op.VERSION, op.ATTRIBUTES)
+    wanted = (f"{op.DOMAIN}::{op.NAME}", op.ADAPTERS_VERSION, op.ATTRIBUTES)
     if (library.op, library.op_version, library.attributes) != wanted:
         raise ExportError(
             f"{library}: implements {library.op} version {library.op_version} ({', '.join(library.attributes)}), "

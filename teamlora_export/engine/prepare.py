@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from teamlora_export import __version__
-from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, Dtype, Sha256, check_files, refuse_shelf
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, Dtype, Port, Sha256, check_files
 from teamlora_export.engine.profiles import choose_capacity
 from teamlora_export.errors import ExportError
 from teamlora_export.files import link_or_copy, read_record, sha256_of
@@ -22,8 +22,9 @@ from teamlora_export.graph.passes.attend_with_past import ExpandPast
 from teamlora_export.graph.passes.expand_paired_rotary import ExpandPairedRotary
 from teamlora_export.graph.passes.expand_quantised import ExpandQuantised
 from teamlora_export.graph.passes.fix_capacity import FixCapacity
+from teamlora_export.graph.passes.fix_slots import FixSlots
 from teamlora_export.graph.precision import ChangePrecision
-from teamlora_export.graph.read import read_graph
+from teamlora_export.graph.read import port_of, read_graph
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import real_path, refuse_inside, require_space, scratch_folder, staged
 
@@ -62,7 +63,6 @@ def write_graph(
     Raises:
         ExportError: as `prepared_model`; or `out` is something else, or is not as it was written.
     """
-    refuse_shelf(bundle, "`trt graph`")
     capacity = choose_capacity(bundle, capacity)
     check_files(bundle)
     place = real_path(out)
@@ -117,7 +117,10 @@ def _write_model(
             f"{bundle.folder}: its adapter is in {bundle.manifest.op['adapter_dtype']} beside fp32, for ONNX Runtime; "
             "an engine has one type for both. Export without --adapter-dtype."
         )
+    refuse_other_dtype_of_slots(bundle, dtype)
     model = read_graph(bundle)
+    if bundle.manifest.shelf is not None:
+        FixSlots(bundle.manifest.shelf["slots"])(model)
     if for_plugin and bundle.manifest.op["form"] != "function":
         raise ExportError(
             f"{bundle.folder}: was exported with --op standard, so there is no op for the plugin to take."
@@ -150,6 +153,26 @@ def _write_model(
             max_workers=1,
             callback=lambda tensor, _info: advance(tensor.nbytes),
         )
+
+
+def refuse_other_dtype_of_slots(bundle: Bundle, dtype: str) -> None:
+    """What is copied into a slot is an adapter's file as it is."""
+    if bundle.manifest.shelf is not None and dtype != bundle.manifest.dtype:
+        raise ExportError(
+            f"{bundle.folder}: the adapters of its shelf are in {bundle.manifest.dtype}, and slots in {dtype} would "
+            f"not take them. Export it with --dtype {dtype}."
+        )
+
+
+def slot_inputs(bundle: Bundle) -> tuple[Port, ...]:
+    """What an engine of a bundle with a shelf takes beside the model's own inputs: the slots of each weight, and the
+    index of each row; nothing where there is no shelf."""
+    if bundle.manifest.shelf is None:
+        return ()
+    model = read_graph(bundle)
+    own = {port.name for port in bundle.manifest.inputs}
+    FixSlots(bundle.manifest.shelf["slots"])(model)
+    return tuple(port for port in map(port_of, model.graph.inputs) if port.name not in own)
 
 
 def _our_files(out: Path) -> set[str]:

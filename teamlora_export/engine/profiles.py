@@ -47,11 +47,14 @@ class ShapeProfile:
         return None
 
 
-def make_profiles(bundle: Bundle, shapes: str | None) -> tuple[ShapeProfile, ...]:
+def make_profiles(bundle: Bundle, shapes: str | None, others: tuple[Port, ...] = ()) -> tuple[ShapeProfile, ...]:
     """The profiles of `bundle` for `--shapes`, "BATCHxTOKENS" three times: at least, best, at most.
 
     For text generation TOKENS is the length of prompt and answer together; the most is the capacity of a cache in
     place.
+
+    Args:
+        others: inputs of the engine that are none of the bundle's own: see `slot_inputs`.
 
     Raises:
         ExportError: `shapes` is not of that form or not in order, or longer than the model's positions.
@@ -61,19 +64,20 @@ def make_profiles(bundle: Bundle, shapes: str | None) -> tuple[ShapeProfile, ...
     limit = bundle.manifest.tokens.most
     if limit is not None and points[2][1] > limit:
         raise ExportError(f"--shapes: {points[2][1]} tokens, but the model has {limit} positions.")
+    ports = (*bundle.manifest.inputs, *others)
     if not generates:
         sizes = [{BATCH: batch, SEQUENCE: tokens} for batch, tokens in points]
-        return (_profile("all", bundle.manifest.inputs, sizes),)
+        return (_profile("all", ports, sizes),)
     if keeps_in_place(bundle.manifest.inputs):
-        return _in_place(bundle.manifest.inputs, points)
+        return _in_place(ports, points)
     prefill = [
         {BATCH: batch, SEQUENCE: tokens, PAST: past, TOTAL: past + tokens}
         for (batch, tokens), past in zip(points, (0, 0, 1), strict=True)
     ]
     decode = [{BATCH: batch, SEQUENCE: 1, PAST: tokens - 1, TOTAL: tokens} for batch, tokens in points]
     return (
-        _profile("prefill", bundle.manifest.inputs, prefill),
-        _profile("decode", bundle.manifest.inputs, decode),
+        _profile("prefill", ports, prefill),
+        _profile("decode", ports, decode),
     )
 
 

@@ -12,16 +12,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import onnx
 import pytest
 from conftest import list_again
 
 from teamlora_export.bundle import Bundle, read_bundle
 from teamlora_export.deploy.cpp import deploy_cpp
+from teamlora_export.deploy.engine import add_engine
 from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, read_facts, write_engine
+from teamlora_export.engine.prepare import slot_inputs, write_graph
 from teamlora_export.engine.profiles import make_profiles
 from teamlora_export.errors import ExportError
+from teamlora_export.graph import op
+from teamlora_export.progress import Reporter
 from teamlora_export.validate.cases import make_cases
 from teamlora_export.validate.engine_runner import cases_within
 
@@ -288,3 +294,41 @@ def as_facts(bundle: Bundle, engine: Path) -> EngineFacts:
         engine,
     )
     return facts
+
+
+def test_adapters_of_a_shelf_are_inputs_of_the_engine(make_shelf, tmp_path):
+    """Slots of one size and an index for each row, of which nothing is in the engine: no rebuild and no refit for a
+    swap. Its body is what TensorRT-RTX takes; no program here binds them as yet."""
+    bundle = make_shelf()
+    path, facts = build_engine(bundle, dataclasses.replace(RTX, shapes="1x1,2x16,4x64"), tmp_path / "tiny.engine")
+    assert (facts.slots, facts.format_version) == (3, 2)
+    assert read_facts(path) == facts
+    slots = {port.name: port.shape for port in slot_inputs(bundle)}
+    assert set(slots) == {"adapter", *bundle.manifest.refit["weights"]}
+    for profile in facts.profiles:
+        assert profile.inputs["adapter"] == ((1,), (2,), (4,))
+        assert all(profile.inputs[name] == (shape,) * 3 for name, shape in slots.items() if name != "adapter")
+        assert {shape[0] for name, shape in slots.items() if name != "adapter"} == {3}
+    for options, words in (
+        ({"dtype": "fp16"}, "the adapters of its shelf are in fp32.*Export it with --dtype fp16"),
+        ({"refit": True}, "--refit: the adapters of .* are inputs of the engine"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            build_engine(bundle, dataclasses.replace(RTX, **options), tmp_path / "other.engine")
+    with pytest.raises(ExportError, match="takes adapters as inputs, which the deployed programs bind to no engine"):
+        add_engine(SimpleNamespace(bundle=bundle), str(path), None)  # type: ignore[arg-type]
+
+
+def test_a_graph_of_a_shelf_leaves_slots_to_its_caller(make_shelf, tmp_path):
+    """For trtexec: the op's nodes have six inputs and no body, and no input has a default."""
+    bundle = make_shelf()
+    model = onnx.load(
+        write_graph(bundle, "fp32", tmp_path / "graph", for_plugin=True, reporter=Reporter(quiet=True)),
+        load_external_data=False,
+    )
+    nodes = [node for node in model.graph.node if node.op_type == op.NAME]
+    inputs = {value.name for value in model.graph.input}
+    assert nodes
+    assert not model.functions
+    assert all(len(node.input) == 6 and set(node.input[2:]) <= inputs for node in nodes)
+    assert not inputs & {tensor.name for tensor in model.graph.initializer}

@@ -121,7 +121,7 @@ def test_an_older_compiler_builds_what_it_knows_and_says_what_it_leaves_out(monk
 
 
 _SAYS = (
-    '"op": "teamlora::MixedExpertProjection", "op_version": 1, "build": "b", "cuda": "13.0", "architectures": "80", '
+    '"op": "teamlora::MixedExpertProjection", "op_version": 2, "build": "b", "cuda": "13.0", "architectures": "80", '
     '"attributes": ["num_experts", "shared_down", "out_splits"], "tensorrt": "10.14.1"'
 )
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from gpu_check.shapes import LLAMA_2_7B, PROJECTIONS
 from gpu_check.steps import LeftOut, Steps
 from gpu_check.thresholds import Trial, try_constants
 from gpu_check.timing import Compiler, Stopwatch, Timing
-from kernel_table import BEGIN, END, README, kernel_table
+from kernel_table import BEGIN, BEGIN_ADAPTERS, END, README, kernel_adapters_table, kernel_table
 
 from teamlora_export.engine.toolchain import find_cuda
 
@@ -60,12 +61,15 @@ def test_a_dry_run_makes_every_step_and_ends_well(dry_run):
     done, fields = dry_run
     assert done.returncode == 0, done.stdout + done.stderr
     states = {step["name"]: step["state"] for step in fields["steps"]}
-    expected = ["environment", "build", "sweep against float64", "times", "constants of the plan"]
+    expected = ["environment", "build", "sweep against float64", "times", "a batch of adapters"]
+    expected.append("constants of the plan")
     expected += [f"compute-sanitizer {tool}" for tool in TOOLS]
     assert {name: states[name] for name in expected} == dict.fromkeys(expected, "passed")
     assert "0 failures" in next(step["text"] for step in fields["steps"] if step["name"] == "sweep against float64")
     assert len(fields["timings"]) == 2 * 2
     assert all(0 <= row["difference"] <= 1 for row in fields["timings"])
+    assert [row["rows"] for row in fields["adapters"]] == [3, 3]
+    assert all(0 <= row["difference"] <= 1 for row in fields["adapters"])
     assert {trial["name"] for trial in fields["constants"]} == {
         *("few_tokens", "overlaps", "few_slices", "blocks_each", "split_width", "column_tiles")
     }
@@ -329,9 +333,31 @@ def test_every_grid_covers_its_outputs(kernels):
     assert (few_down.grid, few_down.threads, few_up.grid) == ((36, 1, 1), 96, (9, 1, 1))
 
 
-def test_the_table_in_the_readme_is_what_the_plan_gives(kernels):
-    text = README.read_text(encoding="utf-8").partition(f"{BEGIN}\n")[2].partition(f"\n{END}")[0]
-    assert text == kernel_table(kernels), "run scripts/kernel_table.py --write"
+@pytest.mark.parametrize(
+    ("begin", "made"), [(BEGIN, kernel_table), (BEGIN_ADAPTERS, kernel_adapters_table)], ids=["sizes", "adapters"]
+)
+def test_the_tables_in_the_readme_are_what_the_plan_gives(kernels, begin, made):
+    text = README.read_text(encoding="utf-8").partition(f"{begin}\n")[2].partition(f"\n{END}")[0]
+    assert text == made(kernels), "run scripts/kernel_table.py --write"
+
+
+def test_a_batch_of_adapters_that_is_wrong_fails_the_run(check, monkeypatch):
+    """Rows exchanged, and a graph that does not see what was copied into a slot."""
+    assert check._time_adapters("fp16") == "2 rows; a graph takes what is copied into a slot"
+    launch = Kernels.launch
+
+    def exchanged(self, sizes, tuning, pointers, *rest, **options):
+        if sizes.slots == 4:
+            pointers = [pointers[0] + sizes.inputs * 2, *pointers[1:]]
+            sizes = replace(sizes, tokens=sizes.tokens - 1, batch=sizes.batch - 1)
+        launch(self, sizes, tuning, pointers, *rest, **options)
+
+    monkeypatch.setattr(Kernels, "launch", exchanged)
+    with pytest.raises(RuntimeError, match="results are wrong, of them tiny gate/up"):
+        check._time_adapters("fp16")
+    monkeypatch.setattr(check._machine, "captured", lambda run: lambda: None)
+    with pytest.raises(RuntimeError, match="a graph does not take what was copied into a slot"):
+        check._time_adapters("fp16")
 
 
 @pytest.fixture

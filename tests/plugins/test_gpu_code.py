@@ -22,6 +22,9 @@ MOST_REGISTERS_ONE_TOKEN = 64
 MOST_REGISTERS_WIDE_FLOAT = 200
 # Types, tiles and alignments: 3 x (2 x 3 + 1 few_down, 2 x 3 few_up, 5 many_down, many_route, 2 many_up).
 KERNELS = 63
+# Of version 2, with an adapter for each row: 3 x (3 few_down, 3 few_up, 2 many_down, many_route, 2 many_up). Few tokens
+# of a large tile are two loops, so that three blocks of 128 threads fit.
+SLOT_KERNELS, MOST_REGISTERS_GROUPED, MOST_REGISTERS_WIDE_FLOAT_SLOTS = 33, 168, 216
 _KERNEL = re.compile(
     r"_ZN8teamlora\d+(few_down|few_up|many_down|many_route|many_up)I(f|6__half|13__nv_bfloat16)(\w*?)EEv\w*"
 )
@@ -71,18 +74,20 @@ Code = Sequence[Instruction]
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a mangled name says. `numbers`: tokens, for few_down rows, and aligned (0 or 1); or column tiles."""
+    """What a mangled name says. `numbers`: tokens, for few_down rows, and aligned (0 or 1); or column tiles. `slots`:
+    of version 2."""
 
     name: str
     dtype: str
     numbers: tuple[int, ...]
+    slots: bool
 
     @classmethod
     def of(cls, mangled: str) -> Kernel:
         match = _KERNEL.match(mangled)
         assert match, mangled
         kind = {"f": "float", "6__half": "half", "13__nv_bfloat16": "bfloat16"}[match[2]]
-        return cls(match[1], kind, tuple(map(int, re.findall(r"L[ib](\d+)", match[3]))))
+        return cls(match[1], kind, tuple(map(int, re.findall(r"L[ib](\d+)", match[3]))), "AdapterOfRow" in match[3])
 
     @property
     def aligned(self) -> bool:
@@ -118,7 +123,7 @@ def resources(plugin: PluginLibrary, cuobjdump) -> dict[tuple[str, str], dict[st
 
 def test_every_kernel_is_there_for_every_gpu(resources):
     kernels = {arch: {name for a, name in resources if a == arch} for arch in ARCHITECTURES}
-    assert {len(names) for names in kernels.values()} == {KERNELS}
+    assert {len(names) for names in kernels.values()} == {KERNELS + SLOT_KERNELS}
     assert len(set(map(frozenset, kernels.values()))) == 1
 
 
@@ -135,8 +140,10 @@ def test_registers_stay_below_what_two_blocks_may_have(resources):
             limit = MOST_REGISTERS_UNALIGNED
         if (kernel.name, kernel.numbers) == ("few_up", (1, 1)):
             limit = MOST_REGISTERS_ONE_TOKEN
+        if kernel.name == "few_down" and kernel.slots and kernel.numbers[0] == 8:
+            limit = MOST_REGISTERS_GROUPED
         if (kernel.name, kernel.dtype, kernel.numbers) == ("many_down", "float", (9,)):
-            limit = MOST_REGISTERS_WIDE_FLOAT
+            limit = MOST_REGISTERS_WIDE_FLOAT_SLOTS if kernel.slots else MOST_REGISTERS_WIDE_FLOAT
         if used["registers"] > limit:
             over[arch, name] = used["registers"]
     assert not over
@@ -148,14 +155,29 @@ def architecture(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def code(architecture, plugin: PluginLibrary, cuobjdump) -> Mapping[Kernel, Code]:
+def all_code(architecture, plugin: PluginLibrary, cuobjdump) -> Mapping[Kernel, Code]:
     """Kernel -> its instructions, in their order."""
     _, *functions = cuobjdump("-arch", f"sm_{architecture}", "-sass", plugin.path).split("Function : ")
     found = {}
     for function in functions:
         lines = [Instruction(name, operands, int(word, 16)) for name, operands, word in _INSTRUCTION.findall(function)]
         found[Kernel.of(function.split()[0])] = lines
+    return found
+
+
+@pytest.fixture(scope="module")
+def code(all_code) -> Mapping[Kernel, Code]:
+    """Of version 1."""
+    found = {kernel: lines for kernel, lines in all_code.items() if not kernel.slots}
     assert len(found) == KERNELS
+    return found
+
+
+@pytest.fixture(scope="module")
+def slot_code(all_code) -> Mapping[Kernel, Code]:
+    """Of version 2."""
+    found = {kernel: lines for kernel, lines in all_code.items() if kernel.slots}
+    assert len(found) == SLOT_KERNELS
     return found
 
 
@@ -354,3 +376,55 @@ def test_stages_are_copied_past_the_registers_ahead_of_their_use(code):
         ahead = sum(i < wait for i in copies)
         assert ahead >= 4, kernel
         assert len(copies) > ahead, f"{kernel}: nothing is fetched in the loop"
+
+
+def test_only_kernels_of_several_adapters_look_for_them(all_code):
+    """A warp of few tokens finds those of one adapter by a vote; what takes part of an adapter's experts is another."""
+    for kernel, lines in all_code.items():
+        few, routes = kernel.name in ("few_down", "few_up"), kernel.name in ("few_up", "many_route")
+        assert count(lines, "MATCH") == (kernel.slots and few), kernel
+        assert not (kernel.slots and (few or routes)) or count(lines, "VOTE"), kernel
+
+
+def test_an_index_is_loaded_once_and_no_weights_before_it(slot_code):
+    """By the L2 cache: a graph's next run finds another."""
+    for kernel, lines in slot_code.items():
+        indices = parts_of_z(lines)[:1]
+        assert len(indices) == 1, kernel
+        if kernel.name in ("few_down", "many_down"):
+            assert len(parts_of_z(lines)) == 1, kernel
+        first_weights = min(
+            places(lines, "LDG.E.128") + places(lines, "LDGSTS") + places(lines, "LDG.E.U16"), default=None
+        )
+        assert first_weights is None or indices[0] < first_weights, kernel
+
+
+def test_slots_are_read_as_one_adapter_s_weights_are(slot_code):
+    """16 bytes at a time and rows together, of one token and of eight; and 16-bit products on tensor cores."""
+    for kernel, lines in slot_code.items():
+        if kernel.name == "few_down" and kernel.aligned:
+            assert count(lines, "LDG") == count(lines, "LDG.E.128") + 1, kernel
+            assert most_in_flight(lines) >= kernel.numbers[1] + 1, kernel
+        if kernel.name == "few_up" and kernel.aligned:
+            rows = 2 if kernel.numbers[0] == 8 else 4
+            border = parts_of_z(lines)[1]
+            assert copied_early(lines, border) == ["LDGSTS.E", *["LDGSTS.E.BYPASS.128"] * (rows + 1)], kernel
+        if kernel.name == "many_down" and kernel.dtype != "float":
+            (column_tiles,) = kernel.numbers
+            assert count(lines, "HMMA.16816.F32") == 2 * column_tiles * (1 if column_tiles > 3 else 2), kernel
+        if kernel.name == "many_up" and kernel.dtype != "float":
+            assert count(lines, "HMMA.16816.F32") == 8, kernel
+
+
+def test_a_block_without_an_adapter_waits_too(slot_code, architecture):
+    """From sm_90 on. It leaves by a way of its own; nothing is written, and no part of z read, ahead of a wait."""
+    if int(architecture) < 90:
+        return
+    for kernel, lines in slot_code.items():
+        begins, waits = count(lines, "PREEXIT"), places(lines, "ACQBULK")
+        assert begins == (kernel.name in ("few_down", "many_down", "many_route")), kernel
+        if kernel.name in ("few_up", "many_route", "many_up"):
+            assert len(waits) == 2, kernel
+            assert min(places(lines, "STG") + parts_of_z(lines)[1:] + places(lines, "EXIT")) > waits[0], kernel
+        else:
+            assert not waits, kernel

@@ -1,8 +1,11 @@
-"""Version 2 of the op in the native library: each row by its own adapter, whatever its neighbours; what is refused."""
+"""Version 2 of the op in the native libraries: each row by its own adapter, whatever its neighbours; what is refused.
+
+The op for ONNX Runtime's CUDA provider runs in the CPU's, around the emulated kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -51,6 +54,39 @@ def ort_value(array: np.ndarray, kind: int):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("tokens", [1, 5, 60])
 def test_each_row_is_computed_by_its_own_adapter_and_as_it_is_alone(library, tokens, dtype, rng, tmp_path):
     """Sixty tokens of an adapter are more than are computed together."""
+    session, feeds, indices, found, expected, limit = mixed_rows(library.path, tokens, dtype, rng, tmp_path)
+    assert (np.abs(found - expected) <= limit).all()
+    assert_alone_the_same(session, feeds, indices, found, dtype)
+    same = run_rows(session, feeds, [2], dtype)
+    assert (same == run_rows(session, feeds, [2] * 9, dtype)).all()
+    assert kernels_run(session) == {op.NAME: 3 + len(indices)}
+
+
+@pytest.fixture
+def emulated(programs) -> Path:
+    return programs / "onnxruntime" / "libteamlora_onnxruntime_emulated.so"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 60])
+def test_the_cuda_op_computes_each_row_by_its_own_adapter(emulated, tokens, dtype, rng, tmp_path):
+    """By both paths of the kernels. Of many tokens, what is cut into how many sums depends on how many there are."""
+    session, feeds, indices, found, expected, limit = mixed_rows(emulated, tokens, dtype, rng, tmp_path)
+    assert (np.abs(found - expected) <= limit).all()
+    if tokens < 60:
+        assert_alone_the_same(session, feeds, indices, found, dtype)
+    same, each = run_rows(session, feeds, [2], dtype), run_rows(session, feeds, [2] * 9, dtype)
+    assert (np.abs(same - each) <= limit).all()
+    # The host does not see the indices: a wrong one is no error, and no other adapter.
+    wrong = run_rows(session, feeds, [5, *indices[1:]], dtype)
+    assert np.isnan(wrong[0]).all()
+    assert (wrong[1:] == found[1:]).all()
+    assert kernels_run(session) == {op.NAME: 4 + (len(indices) if tokens < 60 else 0)}
+
+
+def mixed_rows(path: Path, tokens: int, dtype, rng, tmp_path):  # type: ignore[no-untyped-def]
+    """Nine rows of five adapters of all families, one without: a session, what it was fed with, the rows' indices, what
+    it answered, the answers in float64, and how far from these it may be."""
     adapters = mixed_families(rng, 3, d_in=37, width=33)
     known = specs(adapters)
     slots = alike(slots_for_all(known), adapters[0])
@@ -58,19 +94,21 @@ def test_each_row_is_computed_by_its_own_adapter_and_as_it_is_alone(library, tok
     indices = [3, -1, 0, 4, 2, 1, 0, 3, 3]
     x, base = (rng.normal(size=(9, tokens, n)).astype(dtype.numpy()) for n in (37, 102))
     feeds = {"x": x, "base": base, **slot_feeds(known, slots, dtype)}
-    session = open_model(adapters_model(list(slots.values()), dtype), library.path, tmp_path / "profile")
+    session = open_model(adapters_model(list(slots.values()), dtype), path, tmp_path / "profile")
     found = run_rows(session, feeds, indices, dtype)
     expected = expected_rows(adapters, indices, x.astype(np.float64), base.astype(np.float64), widths)
     floor = min(abs(p.normalizer_floor) for each in adapters for p in each if p)
-    limit = TOLERANCE[dtype] * 8 / floor
-    assert (np.abs(found - expected) <= limit * np.abs(expected).max()).all()
-    assert (found[1] == base[1].astype(np.float64)).all()
+    limit = TOLERANCE[dtype] * 8 / floor * np.abs(expected).max()
+    return session, feeds, indices, found, expected, limit
+
+
+def assert_alone_the_same(session, feeds, indices, found, dtype) -> None:  # type: ignore[no-untyped-def]
+    """To the bit, as are rows without an adapter and their base."""
     for row, index in enumerate(indices):
-        one = {**feeds, "x": x[row : row + 1], "base": base[row : row + 1]}
+        one = {**feeds, **{name: feeds[name][row : row + 1] for name in ("x", "base")}}
         assert (run_rows(session, one, [index], dtype)[0] == found[row]).all(), "a row depends on its neighbours"
-    same = run_rows(session, feeds, [2], dtype)
-    assert (same == run_rows(session, feeds, [2] * 9, dtype)).all()
-    assert kernels_run(session) == {op.NAME: 3 + len(indices)}
+        if index < 0:
+            assert (found[row] == feeds["base"][row].astype(np.float64)).all()
 
 
 @pytest.mark.parametrize("weights", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16], ids=str)
@@ -163,28 +201,23 @@ def test_nan_stays_with_its_row(library, rng):
     assert np.isfinite(np.delete(found.reshape(12, 24), 5, axis=0)).all()
 
 
-def test_what_does_not_belong_together_is_refused_in_words(library, rng):
+@pytest.mark.parametrize("of_cuda", [False, True], ids=["cpu", "cuda"])
+def test_what_does_not_belong_together_is_refused_in_words(library, emulated, of_cuda, rng):
     adapters: list[Rows] = [[make_projection(rng, 4, 2, False, 7, 6)] for _ in range(2)]
     known = specs(adapters)
     slots = slots_for_all(known)
     x, base = (rng.normal(size=(2, 3, n)).astype(np.float32) for n in (7, 6))
     feeds = {"x": x, "base": base, **slot_feeds(known, slots, ir.DataType.FLOAT), "adapter": np.int32([1, 0])}
-    session = open_model(adapters_model(list(slots.values())), library.path)
+    session = open_model(adapters_model(list(slots.values())), emulated if of_cuda else library.path)
     session.run(None, feeds)
-    for name, value, words in (
-        ("adapter", np.int32([1, 2]), "adapter holds 2, there are 2 slots"),
+    refused = [
         ("adapter", np.int32([1, 0, 0]), r"adapter is \[3\], expected \[1\] or \[2\]"),
         ("mix", feeds["mix"][:1], "down, mix and up have 2, 1 and 2 slots"),
         ("up", feeds["up"][:, :7], r"up is \[7, 6\], expected two dimensions"),
         ("base", base[:, :2], r"base is \[2, 2, 6\], expected \[2, 3, 6\]"),
-    ):
+    ]
+    if not of_cuda:
+        refused.append(("adapter", np.int32([1, 2]), "adapter holds 2, there are 2 slots"))
+    for name, value, words in refused:
         with pytest.raises(Exception, match=words):
             session.run(None, {**feeds, name: value})
-
-
-def test_the_cuda_kernels_refuse_an_adapter_for_each_row_in_words(programs, rng):
-    """Emulated, in the CPU provider: they would take the slots for one adapter's weights."""
-    slots = slots_for_all(specs([[make_projection(rng, 4, 2, False, 7, 6)]]))
-    library = programs / "onnxruntime" / "libteamlora_onnxruntime_emulated.so"
-    with pytest.raises(Exception, match="an adapter for each row \\(version 2\\) has no CUDA kernels yet"):
-        open_model(adapters_model(list(slots.values())), library)

@@ -1,0 +1,145 @@
+"""A batch whose rows have adapters of their own, which is version 2 of the op: what it costs, and what a swap needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gpu_check.kernels import Kernels, Tuning
+from gpu_check.machine import Machine
+from gpu_check.operation import Call, difference, make_call
+from gpu_check.shapes import Projection
+
+
+@dataclass(frozen=True)
+class BatchTiming:
+    """A decoding step of `rows` texts, in microseconds.
+
+    Attributes:
+        alone: by version 1, whose weights are one adapter's.
+        same: by version 2, all rows with one adapter of the slots. mixed: each row with its own.
+        difference: see `operation.difference`; the largest of all rows.
+    """
+
+    projection: str
+    dtype: str
+    rows: int
+    alone: float
+    same: float
+    mixed: float
+    difference: float
+
+    @property
+    def correct(self) -> bool:
+        return self.difference <= 1
+
+    def __str__(self) -> str:
+        return (
+            f"{self.projection}, {self.dtype}, {self.rows} rows: one adapter {self.alone:.1f} us, of slots "
+            f"{self.same:.1f}, {self.rows} adapters {self.mixed:.1f}; {'right' if self.correct else 'WRONG'} "
+            f"({self.difference:.2f})"
+        )
+
+
+class Batch:
+    """Rows of one token, and adapters in slots. `slots`: no fewer than rows."""
+
+    def __init__(
+        self, torch: Any, machine: Machine, kernels: Kernels, projection: Projection, dtype: str, rows: int, slots: int
+    ) -> None:
+        self._torch, self._machine, self._kernels = torch, machine, kernels
+        one = projection.sizes(dtype, 1)
+        self.sizes = replace(projection.sizes(dtype, rows), slots=slots, batch=rows)
+        texts = make_call(torch, machine, projection.sizes(dtype, rows))
+        self.x, self.base, self.y = texts.x, texts.base, texts.y
+        adapters = [make_call(torch, machine, one, seed) for seed in range(slots)]
+        self.down, self.mix, self.up = (
+            torch.stack([getattr(each, name) for each in adapters]).contiguous() for name in ("down", "mix", "up")
+        )
+        self._kept: list[Any] = []
+
+    def indices(self, slots: Sequence[int]) -> Any:
+        """int32 [rows], on the machine."""
+        return self._torch.tensor(list(slots), dtype=self._torch.int32, device=self._machine.device)
+
+    def run(self, tuning: Tuning, adapter: Any) -> Callable[[], None]:
+        """A function that enqueues version 2."""
+        workspace = self._workspace(self._kernels.workspace_bytes(self.sizes, tuning))
+        tensors = (self.x, self.base, self.down, self.mix, self.up, self.y, adapter)
+        self._kept += [workspace, adapter]
+        pointers, place = [tensor.data_ptr() for tensor in tensors], workspace.data_ptr()
+        return lambda: self._kernels.launch(self.sizes, tuning, pointers, place, self._machine.stream())
+
+    def run_alone(self, tuning: Tuning, slot: int) -> Callable[[], None]:
+        """A function that enqueues version 1, of one slot's weights."""
+        sizes = replace(self.sizes, slots=0, batch=0)
+        workspace = self._workspace(self._kernels.workspace_bytes(sizes, tuning))
+        tensors = (self.x, self.base, self.down[slot], self.mix[slot], self.up[slot], self.y)
+        self._kept.append(workspace)
+        pointers, place = [tensor.data_ptr() for tensor in tensors], workspace.data_ptr()
+        return lambda: self._kernels.launch(sizes, tuning, pointers, place, self._machine.stream())
+
+    def difference(self, slots: Sequence[int]) -> float:
+        """Of y, after a run with these slots."""
+        self._machine.synchronize()
+        return max(difference(self._torch, self.row(row, slot)) for row, slot in enumerate(slots))
+
+    def row(self, row: int, slot: int) -> Call:
+        """What a row is alone, with its y."""
+        x, base, y = (tensor[row : row + 1] for tensor in (self.x, self.base, self.y))
+        sizes = replace(self.sizes, tokens=1, slots=0, batch=0)
+        return Call(sizes, x, base, self.down[slot], self.mix[slot], self.up[slot], y, v=None)
+
+    def _workspace(self, size: int) -> Any:
+        return self._torch.full((max(size, 256),), 0xFF, dtype=self._torch.uint8, device=self._machine.device)
+
+
+def time_batch(
+    torch: Any,
+    machine: Machine,
+    kernels: Kernels,
+    tuning: Tuning,
+    projection: Projection,
+    dtype: str,
+    rows: int,
+    slots: int,
+) -> BatchTiming:
+    """One step after another takes other slots, so that no weights stay in the L2 cache where they are larger."""
+    batch = Batch(torch, machine, kernels, projection, dtype, rows, slots)
+    starts = range(0, slots, rows)
+    mixed = [[(start + row) % slots for row in range(rows)] for start in starts]
+
+    def time(runs: Sequence[Callable[[], None]]) -> float:
+        def all_of_them() -> None:
+            for run in runs:
+                run()
+
+        return 1e6 * machine.seconds(all_of_them) / len(runs)
+
+    alone = time([batch.run_alone(tuning, slot) for slot in starts])
+    same = time([batch.run(tuning, batch.indices([slot] * rows)) for slot in starts])
+    wrong = batch.difference([starts[-1]] * rows)
+    each = time([batch.run(tuning, batch.indices(slots_of_rows)) for slots_of_rows in mixed])
+    return BatchTiming(str(projection), dtype, rows, alone, same, each, max(wrong, batch.difference(mixed[-1])))
+
+
+def swap_in_graph(
+    torch: Any, machine: Machine, kernels: Kernels, tuning: Tuning, projection: Projection, dtype: str
+) -> float:
+    """The largest difference of y where, between two runs of what was captured once, a slot is copied into and the
+    indices change; a row without an adapter must be its base."""
+    batch = Batch(torch, machine, kernels, projection, dtype, 3, 3)
+    adapter = batch.indices([0, 1, 2])
+    replay = machine.captured(batch.run(tuning, adapter))
+    replay()
+    before = batch.difference([0, 1, 2])
+    for slots in (batch.down, batch.mix, batch.up):
+        slots[0].copy_(slots[2])
+    adapter.copy_(batch.indices([0, -1, 1]))
+    batch.y.fill_(float("nan"))
+    replay()
+    machine.synchronize()
+    if not torch.equal(batch.y[1], batch.base[1]):
+        return float("nan")
+    return max(before, difference(torch, batch.row(0, 2)), difference(torch, batch.row(2, 1)))
