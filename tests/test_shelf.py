@@ -330,8 +330,8 @@ def test_exports_that_cannot_be_are_refused_before_anything_is_traced(make_base,
     [
         ["trt", "BUNDLE"],
         ["trt", "graph", "BUNDLE", "-o", "OUT"],
-        ["bench", "BUNDLE"],
-        *(["deploy", target, "BUNDLE", "-o", "OUT"] for target in ("cpp", "kubernetes")),
+        ["deploy", "cpp", "BUNDLE", "-o", "OUT", "--engine", "fp16"],
+        ["deploy", "kubernetes", "BUNDLE", "-o", "OUT"],
         ["deploy", "triton", "BUNDLE", "-o", "OUT", "--batching", "sequence"],
     ],
 )
