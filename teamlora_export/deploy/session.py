@@ -31,6 +31,8 @@ else:
     from failure import ModelError
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# As the format of ONNX calls it; NumPy has no such type.
+_BFLOAT16 = 16
 RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
 _NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 # What describes a folder: which of its fields has the hashes, and the newest format that is known.
@@ -232,7 +234,9 @@ def bind_inputs(binding: Any, inputs: Memory) -> None:
         device, address = (
             (value.device, value.address) if isinstance(value, DeviceTensor) else (("cpu", 0), value.ctypes.data)
         )
-        binding.bind_input(name, *device, value.dtype, value.shape, address)
+        # bfloat16 by its bits.
+        kind = _BFLOAT16 if value.dtype == np.uint16 else value.dtype
+        binding.bind_input(name, *device, kind, value.shape, address)
 
 
 def _device(name: str) -> tuple[str, int]:
