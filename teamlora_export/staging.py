@@ -200,7 +200,7 @@ def refuse_foreign(place: Path, listed: Listing, inputs: Sequence[Path] = ()) ->
         ExportError: with the name of what is there.
     """
     with ExitStack() as locks:
-        # Nobody exchanges the folder while it is read. A parent that is not there, or not readable, has nothing to lock.
+        # Nobody exchanges the folder while it is read. A parent that is not there has nothing to lock.
         with suppress(OSError):
             locks.enter_context(_locked(place.parent))
         _refuse_foreign(place, listed, inputs)
