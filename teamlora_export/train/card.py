@@ -192,7 +192,7 @@ def _card(result: TrainResult, options: TrainOptions) -> str:
         *_use(result),
         "| made of | SHA-256 |",
         "|---|---|",
-        *(f"| {_inline(Path(name).name)} | `{sha256}` |" for name, sha256 in result.hashes.items()),
+        *(f"| {_inline('/'.join(Path(name).parts[-2:]))} | `{sha256}` |" for name, sha256 in result.hashes.items()),
         "",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in result.versions.items()) + ".",
         "`training.json` has every figure.",
