@@ -214,6 +214,8 @@ def _notes(found: dict[str, Any], place: Place) -> list[str]:
     ]
     if found["quick"]:
         notes.append("**A quick run: one seed, short trainings, few questions. It shows costs; of scores only hints.**")
+    if older := [result["cell"] for result in found["scores"] if result["code"] != found["code"]]:
+        notes.append(f"From other versions of the code: {', '.join(older)}.")
     if found["missing"]:
         notes.append(f"Not run yet: {', '.join(found['missing'])}.")
     return notes
