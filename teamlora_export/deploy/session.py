@@ -53,6 +53,7 @@ class Session:
     Args:
         library: a native library with the op, to be used in place of the definition inside the model.
         check: compare the files with their hashes first.
+        check_adapters: the same of each adapter of a shelf, when it is read; None: as `check`.
         threads: of ONNX Runtime; 0: one for each core that may be used.
         spinning: threads that wait for work keep their cores for a moment, which is faster where nothing else runs.
         device: "cpu", or "cuda" or "cuda:1": a GPU, with onnxruntime-gpu. Has not yet run on one.
@@ -73,6 +74,7 @@ class Session:
         threads: int = 0,
         spinning: bool = True,
         device: str = "cpu",
+        check_adapters: bool | None = None,
     ) -> None:
         import onnxruntime as ort
 
@@ -87,9 +89,7 @@ class Session:
         self.folder = Path(folder)
         self.settings = read_settings(self.folder)
         if check:
-            # An adapter's is looked at when it is needed: there may be many.
-            shelved = {file for file, _ in self.settings.shelf.values()} if self.settings.shelf is not None else set()
-            check_files(self.folder, {n: sha for n, sha in self.settings.hashes.items() if n not in shelved})
+            check_files(self.folder, self.settings.own_hashes)
         options = ort.SessionOptions()
         options.log_severity_level = 4
         # A number of its own: left to itself, ONNX Runtime binds each thread to a core, busy or not. Threads that spin
@@ -124,7 +124,7 @@ class Session:
         self.outputs = [value.name for value in self.onnx.get_outputs()]
         self.caches = [value for name, value in self.inputs.items() if name.startswith("past_key_values.")]
         self._check_interface()
-        self.adapters = self._open_adapters(check)
+        self.adapters = self._open_adapters(check if check_adapters is None else check_adapters)
 
     def _open_adapters(self, check: bool) -> Adapters | None:
         defaults = {value.name: value for value in self.onnx.get_overridable_initializers()}
@@ -236,6 +236,13 @@ class Settings:
     padded: bool = True
     shelf: Mapping[str, tuple[str, str]] | None = None
     slots: int = 0
+
+    @property
+    def own_hashes(self) -> dict[str, str]:
+        """Of all files but those of a shelf's adapters. Each of these is looked at when it is needed: there may be
+        many, and they come and go."""
+        shelved = {file for file, _ in (self.shelf or {}).values()}
+        return {name: sha for name, sha in self.hashes.items() if name not in shelved}
 
     def require_ids(self, ids: Sequence[int]) -> list[int]:
         """The ids of one input, all of which must exist."""

@@ -23,21 +23,27 @@ import psutil
 import pytest
 from conftest import list_again, poison_token, pytorch_greedy
 from get_triton_server import PACKAGE, get_triton_server
+from shelves import COUNT, NAMES
+from shelves import PROMPTS as SHELF_PROMPTS
 from tritonclient.utils import InferenceServerException
 
 sys.path.append(str(Path(__file__).parent))
 from real_triton import Addresses, Connection, running
 
-from teamlora_export.bundle import Bundle
+from teamlora_export.bundle import Bundle, read_bundle
+from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.triton import deploy_triton
 from teamlora_export.deploy.words import TextStream, encode_text
 from teamlora_export.engine.onnxruntime_library import build_library
+from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 
 # A token whose embedding is no number.
 NAN = 7
 # A model with one slot takes so long for a step, so that there is time to do something meanwhile.
 STEP = 0.05
+# The same of the one with a shelf, whose texts are to last until others have come.
+SHORT_STEP = 0.01
 # A text that begins so takes so long to be read.
 LONG, READING = "Long", 2.0
 SUCCESSES, FAILURES = "nv_inference_request_success", "teamlora_requests_failed"
@@ -69,8 +75,16 @@ TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content 
 
 
 @pytest.fixture(scope="module")
-def deployed(make_bundle, tmp_path_factory) -> Path:
-    """Two models in one repository: `m` with four slots, and `slow` with one, a place to wait, and the native op."""
+def shelf(make_shelf, tmp_path_factory) -> Bundle:
+    """One whose adapters come and go."""
+    source = make_shelf(cache="in-place")
+    return read_bundle(Path(shutil.copytree(source.folder, tmp_path_factory.mktemp("shelf") / "bundle")))
+
+
+@pytest.fixture(scope="module")
+def deployed(make_bundle, shelf, tmp_path_factory) -> Path:
+    """Three models in one repository: `m` with four slots, `slow` with one, a place to wait, and the native op, and
+    `shelf`, of whose five adapters three are in memory at a time."""
     source, folder = make_bundle("mistral", cache="in-place"), tmp_path_factory.mktemp("triton")
     bundle = Bundle(Path(shutil.copytree(source.folder, folder / "bundle")), source.manifest)
     (bundle.folder / "chat_template.jinja").write_text(TEMPLATE)
@@ -79,11 +93,15 @@ def deployed(make_bundle, tmp_path_factory) -> Path:
     poison_token(out / "models" / "m_text" / "1", NAN)
     library = str(build_library().path)
     slow = deploy_triton(bundle, folder / "slow", name="slow", batch=1, sequences=2, library=library)
-    program = slow / "models" / "slow_text" / "1" / "scheduler.py"
-    text = program.read_text()
-    assert "        self._drop()\n" in text
-    program.write_text(text.replace("        self._drop()\n", f"        time.sleep({STEP})\n        self._drop()\n"))
-    (slow / "models" / "slow_text").rename(out / "models" / "slow_text")
+    shelved = deploy_triton(shelf, folder / "shelf", name="shelf", batch=4)
+    for name, step, made in (("slow", STEP, slow), ("shelf", SHORT_STEP, shelved)):
+        program = made / "models" / f"{name}_text" / "1" / "scheduler.py"
+        text = program.read_text()
+        assert "        self._drop()\n" in text
+        text = text.replace("        self._drop()\n", f"        time.sleep({step})\n        self._drop()\n")
+        program.write_text(text)
+        # The client and what `adapters publish` looks for stay where they were written.
+        os.symlink(made / "models" / f"{name}_text", out / "models" / f"{name}_text")
     # Words that take long to be read.
     program = out / "models" / "m_text" / "1" / "words.py"
     text = program.read_text()
@@ -138,6 +156,15 @@ def post(server: Addresses, path: str, **fields: object) -> tuple[int, Any]:
 
 def generate(server: Addresses, name: str = "m", **fields: object) -> tuple[int, Any]:
     return post(server, f"models/{name}_text/generate", **fields)
+
+
+def ask_shelf(server: Addresses, i: int, name: str | None) -> tuple[int, Any]:
+    named = {} if name is None else {"adapter": name}
+    return generate(server, "shelf", input_ids=SHELF_PROMPTS[i], max_tokens=COUNT, **named)
+
+
+def until_stop(tokens: list[int]) -> list[int]:
+    return tokens[: tokens.index(2)] if 2 in tokens else tokens
 
 
 def test_eight_clients_of_any_length_at_once_get_the_runners_tokens_and_bad_ones_fail_alone(server, model, rng):
@@ -454,3 +481,106 @@ def test_a_native_library_runs_the_op_there(server, model):
     assert any(str(library) in maps.read_text() for maps in opened)
     prompt = [11, 12, 13]
     assert generate(server, name, input_ids=prompt, max_tokens=12)[1]["token_ids"] == model.generate([prompt], 12)[0]
+
+
+def test_eight_clients_each_get_their_adapters_tokens_and_an_unknown_name_is_an_error_of_its_own(server, shelf_answers):
+    """Three slots in memory, five adapters, and some requests without one."""
+    asked = [None if number % 9 == 8 else number % len(NAMES) for number in range(56)]
+
+    def ask(i: int | None) -> tuple[int, Any]:
+        return ask_shelf(server, 0, "nobody") if i is None else ask_shelf(server, i, NAMES[i])
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, asked))
+    for i, (status, answer) in zip(asked, answers, strict=True):
+        if i is None:
+            known = "There is no adapter 'nobody'; there are hydra, lora, moe, small, team."
+            assert (status, answer["error"]) == (400, known)
+        else:
+            right = until_stop(shelf_answers[NAMES[i], tuple(SHELF_PROMPTS[i])])
+            assert (status, np.atleast_1d(answer.get("token_ids")).tolist()) == (200, right), answer
+    connection = Connection(server)
+    given = {"input_ids": np.array([SHELF_PROMPTS[3]]), "max_tokens": np.array([[COUNT]], np.int32)}
+    (answer,) = connection.ask("shelf_text", adapter=np.array([[b"lora"]], np.object_), **given)
+    assert answer.as_numpy("token_ids")[0].tolist() == until_stop(shelf_answers["lora", tuple(SHELF_PROMPTS[3])])
+    with pytest.raises(InferenceServerException, match="There is no adapter 'nobody'"):
+        list(connection.ask("shelf_text", adapter=np.array([[b"nobody"]], np.object_), **given))
+    connection.close()
+
+
+def test_a_shelf_changes_under_load_and_a_text_at_work_keeps_its_adapter(
+    server, deployed, shelf, shelf_adapters, shelf_answers
+):
+    """`adapters publish` while clients ask: each answer is the old adapter's or the new one's, and none fails."""
+    out, prompts = deployed.parent / "shelf", {i: tuple(SHELF_PROMPTS[i]) for i in (0, 1)}
+    (long,) = Model(shelf.folder).generate([SHELF_PROMPTS[0]], 100, adapters=["team"])
+    assert len(long) > 60, "no text that lasts"
+    # Of each request for the name that comes to stand for another adapter: its status, and whose tokens they are.
+    told: list[tuple[int, str]] = []
+    stop = threading.Event()
+    old, new = (until_stop(shelf_answers["team", prompts[0]]), until_stop(shelf_answers["small", prompts[1]]))
+
+    def client(number: int) -> None:
+        while not stop.is_set():
+            status, answer = ask_shelf(server, 3, "lora")
+            assert (status, answer["token_ids"]) == (200, until_stop(shelf_answers["lora", (5, 6, 7)]))
+            for i in prompts:
+                status, answer = ask_shelf(server, i, "team")
+                found = np.atleast_1d(answer.get("token_ids")).tolist()
+                if i == 0 and found == old:
+                    told.append((status, "old"))
+                elif i == 1 and found == new:
+                    told.append((status, "new"))
+                else:
+                    told.append((status, "other"))
+
+    with ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(client, number) for number in range(8)]
+        connection = Connection(server)
+        given = {"input_ids": np.array([SHELF_PROMPTS[0]]), "max_tokens": np.array([[100]], np.int32)}
+        working = connection.ask(
+            "shelf_text", adapter=np.array([[b"team"]], np.object_), stream=np.array([[True]]), **given
+        )
+        first = next(working).as_numpy("token_ids")[0].tolist()
+        replace_adapter(shelf.folder, "team", shelf_adapters["small"])
+        add_adapter(shelf.folder, "late", shelf_adapters["lora"])
+        remove_adapter(shelf.folder, "moe")
+        before = len(told)
+        assert publish_shelf(read_bundle(shelf.folder), out) == ["hydra", "late", "lora", "small", "team"]
+        end = time.monotonic() + 20
+        while len(told) < before + 40 and time.monotonic() < end:
+            time.sleep(0.01)
+        rest = [token for answer in working for token in answer.as_numpy("token_ids")[0].tolist()]
+        connection.close()
+        stop.set()
+        for one in clients:
+            one.result()
+    assert first + rest == long, "it had begun with the old one"
+    assert {status for status, _ in told} == {200}
+    assert {"old", "new"} < {whose for _, whose in told}
+    assert ask_shelf(server, 1, "team")[1]["token_ids"] == new
+    assert ask_shelf(server, 3, "late")[1]["token_ids"] == until_stop(shelf_answers["lora", (5, 6, 7)])
+    assert ask_shelf(server, 5, "moe")[0] == 400
+
+
+def test_a_shelf_is_unloaded_and_loaded_again_and_a_damaged_adapter_fails_its_own_requests(
+    server, deployed, shelf_answers
+):
+    """What was published is there; what is not whole keeps neither the model nor others from being used."""
+    folder = deployed.parent / "shelf" / "models" / "shelf_text" / "1"
+    assert post(server, "repository/models/shelf_text/unload")[0] == 200
+    end = time.monotonic() + 20
+    while ask_shelf(server, 0, None)[0] == 200 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert ask_shelf(server, 0, None)[0] >= 400
+    damaged = folder / json.loads((folder / "deploy.json").read_text())["shelf"]["adapters"]["hydra"]["file"]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    assert post(server, "repository/models/shelf_text/load")[0] == 200
+    with ThreadPoolExecutor(8) as pool:
+        names = ["lora", "hydra"] * 8
+        answers = list(pool.map(lambda name: ask_shelf(server, 3 if name == "lora" else 4, name), names))
+    for name, (status, answer) in zip(names, answers, strict=True):
+        if name == "lora":
+            assert (status, answer["token_ids"]) == (200, until_stop(shelf_answers["lora", (5, 6, 7)]))
+        else:
+            assert (status, "its SHA-256 differs" in answer["error"]) == (400, True), answer

@@ -38,7 +38,7 @@ Given = Mapping[str, np.ndarray]
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        # The files are compared with their hashes there.
+        # The files are compared with their hashes there, but for those of adapters.
         parameters, self._settings, self._tokenizer = open_beside(args)
         folder = Path(__file__).resolve().parent
         self._chat = Chat(folder)
@@ -54,6 +54,7 @@ class TritonPythonModel:
                 threads=numbers["threads"],
                 spinning=parameters["spinning"] == "true",
                 device=f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "cpu",
+                check_adapters=parameters["check_files"] == "true",
             )
             slots = open_slots(session, numbers["slots"], numbers["part"], numbers["capacity"] or None)
             # There is room for all that have a place.

@@ -31,7 +31,7 @@ def open_beside(args: dict[str, str]) -> tuple[dict[str, str], Settings, Any]:
         settings = read_settings(folder)
         # Once for all instances, since it reads every byte of the model.
         if parameters["check_files"] == "true" and args["model_instance_name"].endswith("_0"):
-            check_files(folder, settings.hashes)
+            check_files(folder, settings.own_hashes)
         return parameters, settings, open_tokenizer(folder, settings.cut)
 
 
