@@ -127,6 +127,15 @@ def slots_of(refit: Refit) -> dict[str, Slot]:
     }
 
 
+def slot_bytes(refit: Refit, dtype: str) -> int:
+    """Of one adapter in memory, whichever it is."""
+    width, size = int(IR_DTYPES[dtype].itemsize), 0
+    for slot in slots_of(refit).values():
+        k = slot.num_experts
+        size += width * ((slot.down_rank + k) * slot.in_features + k * slot.expert_rank * slot.out_features) + 4 * k * k
+    return size
+
+
 def fit_adapter(adapter: AdapterSpec, refit: Refit, base: str) -> AdapterSpec:
     """`adapter` under the base's names, in the form of the slots.
 

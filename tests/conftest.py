@@ -393,7 +393,9 @@ def list_again(folder: Path) -> Bundle:
 
 def assert_names_no_place(folder: Path, bundle: Bundle) -> None:
     """No file in `folder` names where on this machine the bundle, what it was made of, or this checkout lies."""
-    sources = (Path(str(made_of["source"])) for made_of in (bundle.manifest.base, bundle.manifest.adapter))
+    shelf = bundle.manifest.shelf
+    origins = [shelved["origin"] for shelved in shelf["adapters"].values()] if shelf else [bundle.manifest.adapter]
+    sources = (Path(str(made_of["source"])) for made_of in (bundle.manifest.base, *origins))
     places = {ROOT, Path.home(), bundle.folder, *sources} - {Path("/")}
     for path in folder.rglob("*"):
         if path.is_file() and path.suffix != ".data":

@@ -330,9 +330,7 @@ def test_exports_that_cannot_be_are_refused_before_anything_is_traced(make_base,
     [
         ["trt", "BUNDLE"],
         ["trt", "graph", "BUNDLE", "-o", "OUT"],
-        ["bench", "BUNDLE"],
-        *(["deploy", target, "BUNDLE", "-o", "OUT"] for target in ("cpp", "kubernetes")),
-        ["deploy", "triton", "BUNDLE", "-o", "OUT", "--batching", "sequence"],
+        *(["deploy", target, "BUNDLE", "-o", "OUT", "--batching", "sequence"] for target in ("triton", "kubernetes")),
     ],
 )
 def test_what_knows_no_shelf_refuses_one_in_a_sentence(words, make_shelf, tmp_path):

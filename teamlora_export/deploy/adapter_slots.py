@@ -40,7 +40,7 @@ ADAPTER, NO_ADAPTER = "adapter", -1
 _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _LARGEST_HEADER = 64 << 20
 # Threads that read adapters, at most: one that waits for a slow disk does not keep the next from being read.
-_READERS = 2
+READERS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +224,7 @@ class Adapters:
         self._loads[slot] = _Load(adapter, self._content[slot])
         self._content[slot] = None
         self._unread.append(slot)
-        if self._readers == _READERS:
+        if self._readers == READERS:
             return
         try:
             threading.Thread(target=self._read_on, name="adapters", daemon=True).start()

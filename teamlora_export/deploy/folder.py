@@ -39,6 +39,8 @@ from teamlora_export.tokens import Tokens
 
 LOGITS_FORMS = ("last", "all")
 DEPLOY_NAME = "deploy.json"
+# Of a folder with manifests, which list every file.
+KUBERNETES_NAME = "kubernetes.json"
 # 2 is what has a shelf of adapters, which a program that knows none would run the base without.
 FORMAT_VERSION, SHELF_FORMAT_VERSION = 1, 2
 # Fields of configurations that transformers fills with a path or a secret of the machine.

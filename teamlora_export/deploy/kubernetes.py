@@ -10,8 +10,8 @@ Dockerfile          the server with the packages that the models import
 kubernetes.json     what was written
 
 The repository has a version, which is the hash of its hashes. Volumes and buckets have a folder for each version, and
-the ConfigMap is named after it: another adapter is another pod template, which the cluster rolls out, and pods of the
-old version that start again meanwhile still find theirs.
+the ConfigMap is named after it: another adapter, or another shelf of them, is another pod template, which the cluster
+rolls out, and pods of the old version that start again meanwhile still find theirs.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teamlora_export import __version__
-from teamlora_export.bundle import Bundle, Port, Sha256, refuse_shelf, window_of
-from teamlora_export.deploy.folder import DEPLOY_NAME, Description, our_files
+from teamlora_export.bundle import Bundle, Port, Sha256, window_of
+from teamlora_export.deploy.adapter_slots import READERS
+from teamlora_export.deploy.folder import DEPLOY_NAME, KUBERNETES_NAME, Description, our_files
 from teamlora_export.deploy.render import render
 from teamlora_export.deploy.slots import MOST_PADDING
 from teamlora_export.deploy.triton import REPOSITORY, default_name, deploy_triton
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
+from teamlora_export.shelf import slot_bytes
 from teamlora_export.staging import entries, real_path, refuse_inside, staged
 
-RECORD_NAME = "kubernetes.json"
 TRITON = "triton"
 FORMAT_VERSION = 1
 SUMS_NAME = "SHA256SUMS"
@@ -145,14 +146,13 @@ def deploy_kubernetes(
     Raises:
         ExportError: see `deploy_triton`; or one of these is none.
     """
-    refuse_shelf(bundle, "`deploy kubernetes`")
     least, most = _replicas(replicas)
     if image is not None and not _IMAGE.fullmatch(image):
         raise ExportError(f"--image {image}: give the name of an image, like registry.example/triton:26.07.")
     label = dns_label(name or default_name(bundle))
     given = _source(source or f"pvc://{label}-models")
     refuse_inside(real_path(out), bundle.folder)
-    with staged(out, lambda there: our_files(there, Path(RECORD_NAME), Written), [bundle.folder]) as staging:
+    with staged(out, lambda there: our_files(there, Path(KUBERNETES_NAME), Written), [bundle.folder]) as staging:
         deploy_triton(
             bundle,
             staging / TRITON,
@@ -194,7 +194,8 @@ def deploy_kubernetes(
             # Of a copy in the pod.
             "storage": math.ceil(repository.bytes * 1.05 / _MEBIBYTE) + 64,
             "continuous": repository.continuous,
-            "adapter_sha256": repository.described.adapter_sha256,
+            "adapter_sha256": repository.adapter_sha256,
+            "shelf": repository.described.shelf,
         }
         for file, wanted in (
             *((file, True) for file in _ALWAYS),
@@ -206,7 +207,7 @@ def deploy_kubernetes(
             if wanted:
                 (staging / file).write_text(render(f"kubernetes/{file}.j2", bundle, **values), encoding="utf-8")
         record = dataclasses.asdict(_record(staging, repository))
-        (staging / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (staging / KUBERNETES_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return out
 
 
@@ -244,6 +245,15 @@ class Repository:
         return any(path.endswith("/model.py") for path in self.sums)
 
     @property
+    def adapter_sha256(self) -> Sha256:
+        """Of the adapter; where there is a shelf, of the names and hashes of those on it."""
+        shelf = self.described.shelf
+        if shelf is None:
+            return self.described.adapter_sha256
+        lines = "".join(f"{adapter['sha256']}  {name}\n" for name, adapter in sorted(shelf["adapters"].items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    @property
     def continuous(self) -> bool:
         return any(path.endswith("/scheduler.py") for path in self.sums)
 
@@ -266,13 +276,15 @@ def read_repository(folder: Path) -> Repository:
 def memory_bytes(
     bundle: Bundle, repository: Repository, gpu: bool, batch: int, sequences: int, capacity: int | None
 ) -> int:
-    """What a pod needs at most, in whole units of 256 MiB: the server, the weights, and the cache of every text.
+    """What a pod needs at most, in whole units of 256 MiB: the server, the weights, the slots of adapters, and the
+    cache of every text.
 
     Args:
         batch: texts that are written at a time. sequences: texts at work, where each has its cache as a state.
         capacity: tokens of a text.
     """
     weights = bundle.data.stat().st_size
+    adapter = 0 if bundle.manifest.shelf is None else slot_bytes(bundle.manifest.refit, bundle.manifest.dtype)
     if gpu:
         needed = _BASE_BYTES["gpu"] + weights
     else:
@@ -281,6 +293,10 @@ def memory_bytes(
         # What becomes longer is there twice for a moment.
         texts = batch + (batch if repository.continuous else sequences)
         needed += texts * cache_bytes(bundle, repository, capacity)
+        if bundle.manifest.shelf is not None:
+            needed += bundle.manifest.shelf["slots"] * adapter
+    # Files that are read into slots are there as a whole.
+    needed += READERS * adapter
     unit = 256 * _MEBIBYTE
     return math.ceil(needed / unit) * unit
 

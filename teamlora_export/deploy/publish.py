@@ -9,12 +9,12 @@ from pathlib import Path
 
 from teamlora_export.bundle import ADAPTERS_NAME, DATA_NAME, Bundle, shelved_files
 from teamlora_export.deploy.cpp import MODEL_FOLDER
-from teamlora_export.deploy.folder import DEPLOY_NAME, SHELF_FORMAT_VERSION, Description, shelf_of
+from teamlora_export.deploy.folder import DEPLOY_NAME, KUBERNETES_NAME, SHELF_FORMAT_VERSION, Description, shelf_of
 from teamlora_export.disk import sync, sync_names
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_bytes, read_record
 from teamlora_export.shelf import require_shelf
-from teamlora_export.staging import require_space, write_aside
+from teamlora_export.staging import real_path, require_space, write_aside
 
 
 def publish_shelf(bundle: Bundle, out: Path) -> list[str]:
@@ -24,9 +24,16 @@ def publish_shelf(bundle: Bundle, out: Path) -> list[str]:
     at work keep what they have.
 
     Raises:
-        ExportError: `out` is no deployment, or of another export, or has no shelf; or the bundle has none.
+        ExportError: `out` is no deployment, or one whose files pods compare, or of another export, or has no shelf; or
+            the bundle has none.
     """
     require_shelf(bundle)
+    # Kubernetes' own, or the repository in it.
+    if any((folder / KUBERNETES_NAME).is_file() for folder in (out, real_path(out).parent)):
+        raise ExportError(
+            f"{out}: is of `deploy kubernetes`, whose pods start with exactly the files that were listed. Run that "
+            "again: another shelf is another version, which the cluster rolls out."
+        )
     path = _record_of(out)
     described = read_record(path, Description, "Deploy the bundle again.", out, newest=SHELF_FORMAT_VERSION)
     folder, manifest = path.parent, bundle.manifest

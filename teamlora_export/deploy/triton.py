@@ -66,7 +66,7 @@ def deploy_triton(
             that the model takes.
         batching: of a text generator: "continuous", one model that takes words, writes `batch` texts at a time, and
             lets others wait until there are `sequences`; or "sequence", a step of the model with its cache as Triton's
-            state, and a model that takes words around it. Default: continuous, with a cache in place or a
+            state, and a model that takes words around it. Default: continuous, with a cache in place, a shelf, or a
             model that takes no padding; a cache that grows is copied whenever the texts that share a step change.
         threads: of ONNX Runtime on a CPU, for each instance; 0: every core that the machine has.
 
@@ -191,8 +191,8 @@ def _batching(bundle: Bundle, wanted: str | None, engine: str | None, text: bool
     obstacle = next((reason for holds, reason in obstacles if holds), None)
     if wanted == "continuous" and obstacle is not None:
         raise ExportError(f"--batching continuous: {obstacle}")
-    # Rows that Triton puts together may be of any length.
-    shared = keeps_in_place(bundle.manifest.inputs) or not bundle.manifest.tokens.padded
+    # Rows that Triton puts together may be of any length, and know no adapters.
+    shared = keeps_in_place(bundle.manifest.inputs) or not bundle.manifest.tokens.padded or bundle.manifest.shelf
     return wanted or ("continuous" if obstacle is None and shared else "sequence")
 
 

@@ -19,11 +19,22 @@ sys.path.append(str(Path(__file__).parent))
 from manifests import check, manifests
 
 from teamlora_export.adapter import write_adapter
+from teamlora_export.bundle import Bundle, read_bundle
 from teamlora_export.cli import app
 from teamlora_export.deploy.folder import TEMPLATES
-from teamlora_export.deploy.kubernetes import SERVER_IMAGE, cache_bytes, deploy_kubernetes, dns_label, read_repository
+from teamlora_export.deploy.kubernetes import (
+    SERVER_IMAGE,
+    cache_bytes,
+    deploy_kubernetes,
+    dns_label,
+    memory_bytes,
+    read_repository,
+)
+from teamlora_export.deploy.publish import publish_shelf
+from teamlora_export.deploy.session import Session
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
+from teamlora_export.shelf import add_adapter, remove_adapter, slot_bytes
 
 DIGEST = "sha256:" + 64 * "a"
 SOURCES = {
@@ -54,10 +65,10 @@ def pod_of(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("model", "source"),
-    [("text", "pvc"), ("text", "s3"), ("text", "oci"), ("encoder", "pvc"), ("on a GPU", "oci")],
+    [("text", "pvc"), ("text", "s3"), ("text", "oci"), ("encoder", "pvc"), ("on a GPU", "oci"), ("shelf", "pvc")],
 )
-def test_every_manifest_is_valid_by_the_schemas_of_its_api(model, source, bundle, make_bundle, tmp_path):
-    given = make_bundle("bert") if model == "encoder" else bundle
+def test_every_manifest_is_valid_by_the_schemas_of_its_api(model, source, bundle, make_bundle, make_shelf, tmp_path):
+    given = {"encoder": lambda: make_bundle("bert"), "shelf": make_shelf}.get(model, lambda: bundle)()
     out = deploy_kubernetes(given, tmp_path / "out", source=SOURCES[source], gpu=model == "on a GPU")
     found = list(manifests(out))
     # Image volumes are younger than the rest.
@@ -237,6 +248,59 @@ def test_another_adapter_is_another_version_and_the_same_one_is_the_same(bundle,
     version = names[0].rpartition("-")[2]
     (argument,) = (arg for arg in pod_of(deployed)["containers"][0]["args"] if arg.startswith("--model-repository="))
     assert argument == f"--model-repository=/repository/{version}"
+
+
+def test_another_shelf_is_another_version_whose_files_are_listed_and_nothing_is_published_into_one(
+    make_shelf, shelf_adapters, tmp_path
+):
+    """Pods start with these adapters, each by its hash, and no others."""
+    shelf = make_shelf(cache="in-place")
+    folder = Path(shutil.copytree(shelf.folder, tmp_path / "bundle"))
+    options: dict[str, Any] = {"name": "shelf", "capacity": 100}
+    before, again = (deploy_kubernetes(read_bundle(folder), tmp_path / name, **options) for name in ("one", "same"))
+    add_adapter(folder, "late", shelf_adapters["small"])
+    remove_adapter(folder, "moe")
+    after = deploy_kubernetes(read_bundle(folder), tmp_path / "other", **options)
+    sums = [by_kind(out)["ConfigMap"]["data"]["SHA256SUMS"] for out in (before, again, after)]
+    assert sums[0] == sums[1] != sums[2]
+    for out, listed in ((before, sums[0]), (after, sums[2])):
+        adapters = read_repository(out / "triton" / "models").described.shelf["adapters"]
+        for adapter in adapters.values():
+            assert f"{adapter['sha256']}  shelf_text/1/{adapter['file']}\n" in listed
+        assert listed.count("/adapters/") == len(adapters) == 5
+        done = run_compare(out, out / "triton" / "models", tmp_path)
+        assert done.returncode == 0, done.stderr
+    templates = [by_kind(out)["Deployment"]["spec"]["template"] for out in (before, after)]
+    annotations = [template["metadata"]["annotations"]["teamlora-export/adapter-sha256"] for template in templates]
+    assert annotations[0] != annotations[1]
+    assert [
+        volume["configMap"]["name"]
+        for template in templates
+        for volume in template["spec"]["volumes"]
+        if volume["name"] == "expected"
+    ] == [by_kind(out)["ConfigMap"]["metadata"]["name"] for out in (before, after)]
+    for out in (before, before / "triton"):
+        with pytest.raises(ExportError, match="another shelf is another version"):
+            publish_shelf(read_bundle(folder), out)
+    assert run_compare(before, before / "triton" / "models", tmp_path).returncode == 0
+    assert "## 4. Another shelf" in (before / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_memory_has_room_for_the_adapters_of_every_slot(dtype, make_shelf, deployed):
+    shelf = make_shelf(dtype=dtype)
+    own, manifest = slot_bytes(shelf.manifest.refit, dtype), shelf.manifest
+    assert own == sum(array[0].nbytes for array in Session(shelf.folder).adapters.memory.values())
+    slots = {**manifest.shelf, "slots": 100_003}
+    many = dataclasses.replace(shelf, manifest=dataclasses.replace(manifest, shelf=slots))
+    repository = read_repository(deployed / "triton" / "models")
+
+    def needed(bundle: Bundle, gpu: bool) -> int:
+        return memory_bytes(bundle, repository, gpu, 8, 64, 100)
+
+    assert needed(many, False) - needed(shelf, False) == pytest.approx(100_000 * own, abs=2**28)
+    # Slots are in the GPU's own memory.
+    assert needed(many, True) == needed(shelf, True)
 
 
 def test_what_somebody_changed_is_not_replaced(bundle, tmp_path):
