@@ -27,6 +27,7 @@ from teamlora_export.adapter import AdapterSpec, BaseSignature, LinearShape, ali
 from teamlora_export.adapter.padding import Slot, placed
 from teamlora_export.bundle import (
     ADAPTERS_NAME,
+    SHELVED_NAME,
     Bundle,
     Manifest,
     Refit,
@@ -44,7 +45,7 @@ from teamlora_export.origin import describe_adapter, warn_of_normalizers
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import require_space, write_aside
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(SHELVED_NAME)
 _LINE = 64
 # As a safetensors file calls them.
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

@@ -24,10 +24,13 @@ from teamlora_export.bundle import Bundle, check_files, listed_files, read_bundl
 from teamlora_export.cli import app
 from teamlora_export.cli_adapters import adapters_given
 from teamlora_export.deploy import session
+from teamlora_export.deploy.folder import Description, deployment
+from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.session import ModelError
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
+from teamlora_export.files import read_record
 from teamlora_export.inspect import inspect_path
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 from teamlora_export.staging import entries
@@ -297,6 +300,56 @@ def test_a_manifest_that_lists_a_file_elsewhere_is_refused(bundle):
             read_bundle(bundle.folder)
         with pytest.raises(ModelError, match="'team' is not as it should be"):
             Model(bundle.folder)
+
+
+def change_description(path: Path, change) -> None:  # type: ignore[no-untyped-def]
+    """Of a bundle or a deployment, as somebody may hand it on."""
+    fields = json.loads(path.read_text())
+    change(fields["shelf"]["adapters"], fields.get("sha256") or fields["files"])
+    path.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("name", ["../../../pwned", "team\n", "a/b", ".", "", 'x", "y'])
+def test_names_that_no_adapter_can_have_are_refused_when_a_description_is_read(name, bundle, tmp_path):
+    """Names become those of files, and words of programs."""
+    out = deploy_python(bundle, tmp_path / "out")
+
+    def rename(adapters, _):  # type: ignore[no-untyped-def]
+        adapters[name] = adapters.pop("team")
+
+    for path in (bundle.folder / "manifest.json", out / "deploy.json"):
+        change_description(path, rename)
+    with pytest.raises(ExportError, match=r"manifest.json: .*shelf"):
+        read_bundle(bundle.folder)
+    with pytest.raises(ExportError, match=r"deploy.json: .*shelf"):
+        read_record(out / "deploy.json", Description, "Again.", newest=2)
+
+
+def test_a_deployment_writes_into_its_folder_alone(bundle, tmp_path):
+    with deployment(bundle, tmp_path / "out", "python", shelf="own") as made:
+        for name in ("../out.txt", "adapters/../../out.txt", str(tmp_path / "out.txt")):
+            with pytest.raises(ExportError, match="is not in the folder that is written"):
+                made.add(name, "words")
+    assert not list(tmp_path.rglob("out.txt"))
+
+
+def test_an_adapter_with_more_than_one_hash_is_refused_when_a_description_is_read(bundle, tmp_path):
+    """By a wrong one, one tenant's name could stand for what is another's in memory."""
+    out = deploy_python(bundle, tmp_path / "out")
+
+    def as_another(adapters, listed):  # type: ignore[no-untyped-def]
+        adapters["lora"]["sha256"] = listed[adapters["lora"]["file"]] = adapters["team"]["sha256"]
+
+    def listed_as_another(adapters, listed):  # type: ignore[no-untyped-def]
+        listed[adapters["lora"]["file"]] = adapters["team"]["sha256"]
+
+    for change in (listed_as_another, as_another):
+        for path in (bundle.folder / "manifest.json", out / "deploy.json"):
+            change_description(path, change)
+            with pytest.raises(ModelError, match="'lora' has more than one hash"):
+                Model(path.parent)
+        with pytest.raises(ExportError, match="adapter lora has more than one hash"):
+            read_bundle(bundle.folder)
 
 
 def test_options_name_adapters_or_folders(tmp_path, monkeypatch):

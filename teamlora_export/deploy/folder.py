@@ -17,6 +17,8 @@ from teamlora_export.attach.interface import grow_window_caches
 from teamlora_export.bundle import (
     COMPANIONS,
     MODEL_NAME,
+    AdapterInFile,
+    AdapterName,
     Bundle,
     Dtype,
     Manifest,
@@ -48,18 +50,11 @@ _ORIGIN = {"_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "aut
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-class DeployedAdapter(TypedDict):
-    """One adapter of a shelf: its file beside the model, in the form of a slot."""
-
-    file: str
-    sha256: Sha256
-
-
 class DeployedShelf(TypedDict):
     """The adapters that rows can have; `slots`: how many of them are to be in memory at a time."""
 
     slots: int
-    adapters: dict[str, DeployedAdapter]
+    adapters: dict[AdapterName, AdapterInFile]
 
 
 @dataclass(frozen=True)
@@ -117,6 +112,8 @@ class Deployment:
         self.program.append(name)
 
     def _write(self, path: Path, source: Path | str | bytes) -> None:
+        if not path.is_relative_to(self.folder) or ".." in path.relative_to(self.folder).parts:
+            raise ExportError(f"{path}: is not in the folder that is written.")
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, Path):
             # Out of the bundle's folder no link may lead; a file that was named by itself may be one.
@@ -268,7 +265,7 @@ def shelf_of(manifest: Manifest) -> DeployedShelf | None:
     """Without where the adapters came from."""
     if manifest.shelf is None:
         return None
-    adapters: dict[str, DeployedAdapter] = {
+    adapters: dict[str, AdapterInFile] = {
         name: {"file": adapter["file"], "sha256": adapter["sha256"]}
         for name, adapter in manifest.shelf["adapters"].items()
     }

@@ -18,6 +18,7 @@ from teamlora_export.bundle import Bundle, hash_files, read_bundle, write_manife
 from teamlora_export.deploy.adapter_slots import Adapters, Shelved
 from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 from teamlora_export.shelf import add_adapter
 from teamlora_export.validate.metrics import ErrorStats
 from teamlora_export.validate.shelf import MixedRunner, mixed_batches
@@ -33,9 +34,13 @@ def shelf(make_shelf, tmp_path) -> Bundle:
 
 def rehashed(bundle: Bundle) -> Bundle:
     """As somebody exported it who made the fault."""
+    shelf, adapters = bundle.manifest.shelf, {}
+    for name, adapter in shelf["adapters"].items():
+        path = bundle.folder / adapter["file"]
+        sha256 = sha256_of(path)
+        path = path.rename(path.with_name(f"{name}.{sha256[:16]}.safetensors"))
+        adapters[name] = {**adapter, "sha256": sha256, "file": f"adapters/{path.name}"}
     hashes = hash_files(bundle.folder)
-    shelf = bundle.manifest.shelf
-    adapters = {name: {**a, "sha256": hashes[a["file"]]} for name, a in shelf["adapters"].items()}
     changed = dataclasses.replace(bundle.manifest, sha256=hashes, shelf={**shelf, "adapters": adapters})
     write_manifest(bundle.folder, changed)
     return read_bundle(bundle.folder)
