@@ -11,13 +11,12 @@ removes. Neither the base's weights nor the graph are touched, or read.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -43,7 +42,7 @@ from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import Recipe, adapter_weights
 from teamlora_export.origin import describe_adapter, warn_of_normalizers
 from teamlora_export.progress import Reporter
-from teamlora_export.staging import require_space, write_aside
+from teamlora_export.staging import held_file, require_space, write_aside
 
 _NAME = re.compile(SHELVED_NAME)
 _LINE = 64
@@ -75,11 +74,10 @@ def remove_adapter(folder: Path, name: str) -> Bundle:
     Raises:
         ExportError: there is no shelf, or none of that name on it.
     """
-    with _edited(folder) as bundle:
-        shelf = require_shelf(bundle)
-        require_known(bundle, shelf, name)
-        left = {other: adapter for other, adapter in shelf["adapters"].items() if other != name}
-        return _keep(bundle, left)
+    with _edited(folder) as edit:
+        shelf = require_shelf(edit.bundle)
+        require_known(edit.bundle, shelf, name)
+        return edit.keep({other: adapter for other, adapter in shelf["adapters"].items() if other != name})
 
 
 def require_shelf(bundle: Bundle) -> Shelf:
@@ -243,12 +241,13 @@ def _put(folder: Path, name: str, source: Path, reporter: Reporter, replaces: bo
     fitting = fit_adapter(adapter, manifest.refit, str(manifest.base["source"]))
     warn_of_normalizers(adapter, reporter)
     content, sha256 = slot_file(fitting, manifest.refit["weights"], manifest.dtype, adapter.sha256)
-    with _edited(folder) as now:
-        if now.manifest.refit != manifest.refit or now.manifest.dtype != manifest.dtype:
-            raise ExportError(f"{folder}: was exported anew meanwhile. Run the command again.")
-        _require_place(now, name, replaces)
-        shelf = require_shelf(now)
-        return _keep(now, {**shelf["adapters"], name: shelve(folder, name, content, sha256, adapter)})
+    with _edited(folder) as edit:
+        now = edit.bundle.manifest
+        if now.refit != manifest.refit or now.dtype != manifest.dtype:
+            raise _exported_anew(folder)
+        _require_place(edit.bundle, name, replaces)
+        shelf = require_shelf(edit.bundle)
+        return edit.keep({**shelf["adapters"], name: shelve(folder, name, content, sha256, adapter)})
 
 
 def _require_place(bundle: Bundle, name: str, replaces: bool) -> None:
@@ -272,24 +271,36 @@ def _warn_of_base(adapter: AdapterSpec, manifest: Manifest, reporter: Reporter) 
         reporter.warn(f"{adapter.source}: says that it was trained on {trained}; the bundle's base is {ours}.")
 
 
-def _keep(bundle: Bundle, adapters: dict[str, ShelvedAdapter]) -> Bundle:
-    """The shelf becomes `adapters`, whose files are there."""
-    manifest = bundle.manifest
-    assert manifest.shelf is not None
-    before = {adapter["file"] for adapter in manifest.shelf["adapters"].values()}
-    files = {adapter["file"]: adapter["sha256"] for adapter in adapters.values()}
-    others = {name: digest for name, digest in manifest.sha256.items() if name not in before}
-    shelf: Shelf = {"slots": manifest.shelf["slots"], "adapters": dict(sorted(adapters.items()))}
-    changed = dataclasses.replace(manifest, shelf=shelf, sha256=dict(sorted({**others, **files}.items())))
-    write_manifest(bundle.folder, changed)
-    _remove_unlisted(bundle.folder)
-    return Bundle(bundle.folder, changed)
+@dataclass(frozen=True)
+class _Edit:
+    """A change of a bundle by one who is alone with it.
 
+    Attributes:
+        bundle: as it is. is_gone: whether another is in its place by now; see `held_file`.
+    """
 
-def _remove_unlisted(folder: Path) -> None:
-    for name in unlisted_adapters(folder):
-        with suppress(OSError):
-            (folder / name).unlink()
+    bundle: Bundle
+    is_gone: Callable[[], bool]
+
+    def keep(self, adapters: dict[str, ShelvedAdapter]) -> Bundle:
+        """The shelf becomes `adapters`, whose files are there."""
+        manifest, folder = self.bundle.manifest, self.bundle.folder
+        assert manifest.shelf is not None
+        before = {adapter["file"] for adapter in manifest.shelf["adapters"].values()}
+        files = {adapter["file"]: adapter["sha256"] for adapter in adapters.values()}
+        others = {name: digest for name, digest in manifest.sha256.items() if name not in before}
+        shelf: Shelf = {"slots": manifest.shelf["slots"], "adapters": dict(sorted(adapters.items()))}
+        changed = dataclasses.replace(manifest, shelf=shelf, sha256=dict(sorted({**others, **files}.items())))
+        self.write(changed)
+        for name in unlisted_adapters(folder):
+            with suppress(OSError):
+                (folder / name).unlink()
+        return Bundle(folder, changed)
+
+    def write(self, manifest: Manifest) -> None:
+        if self.is_gone():
+            raise _exported_anew(self.bundle.folder)
+        write_manifest(self.bundle.folder, manifest)
 
 
 def change_manifest(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> None:
@@ -298,34 +309,37 @@ def change_manifest(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> N
     Raises:
         ExportError: the bundle is another by now, or the manifest cannot be written.
     """
-    with _edited(bundle.folder) as now:
-        if _graph_files(now.manifest) != _graph_files(bundle.manifest):
-            raise ExportError(f"{bundle.folder}: was exported anew meanwhile.")
-        write_manifest(bundle.folder, change(now.manifest))
+    with _edited(bundle.folder) as edit:
+        if _graph_files(edit.bundle.manifest) != _graph_files(bundle.manifest):
+            raise _exported_anew(bundle.folder)
+        edit.write(change(edit.bundle.manifest))
 
 
 def _graph_files(manifest: Manifest) -> dict[str, str]:
     return {name: sha for name, sha in manifest.sha256.items() if not name.startswith(f"{ADAPTERS_NAME}/")}
 
 
-@contextmanager
-def editing(bundle: Bundle) -> Iterator[None]:
-    """Alone with the manifest of `bundle` inside of the block; the system lets go of it where the process is killed."""
-    try:
-        descriptor = os.open(bundle.model, os.O_RDONLY)
-    except OSError as error:
-        raise ExportError(f"{bundle.model}: cannot be opened ({error.strerror}).") from None
-    try:
-        # A file system that has no locks does without.
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _exported_anew(folder: Path) -> ExportError:
+    return ExportError(f"{folder}: was exported anew meanwhile. Run the command again.")
 
 
 @contextmanager
-def _edited(folder: Path) -> Iterator[Bundle]:
-    """The bundle as it is when nobody else changes it."""
-    with editing(read_bundle(folder)):
-        yield read_bundle(folder)
+def _edited(folder: Path) -> Iterator[_Edit]:
+    """The bundle as it is when nobody else changes it, or replaces it by another."""
+    with holding(read_bundle(folder).model) as is_gone:
+        yield _Edit(read_bundle(folder), is_gone)
+
+
+@contextmanager
+def holding(model: Path) -> Iterator[Callable[[], bool]]:
+    """See `held_file`.
+
+    Raises:
+        ExportError: it cannot be opened.
+    """
+    with ExitStack() as held:
+        try:
+            is_gone = held.enter_context(held_file(model))
+        except OSError as error:
+            raise ExportError(f"{model}: cannot be opened ({error.strerror}).") from None
+        yield is_gone

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import shutil
 import subprocess
@@ -19,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from shelves import SHELF, write_family
 from typer.testing import CliRunner
 
+from teamlora_export import shelf as shelf_module
 from teamlora_export.adapter import AdapterConfig, read_adapter, write_adapter
 from teamlora_export.bundle import Bundle, check_files, listed_files, read_bundle
 from teamlora_export.cli import app
@@ -33,7 +36,7 @@ from teamlora_export.export import export_onnx
 from teamlora_export.files import read_record
 from teamlora_export.inspect import inspect_path
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
-from teamlora_export.staging import entries
+from teamlora_export.staging import entries, held_file
 
 
 @pytest.fixture
@@ -174,7 +177,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 from teamlora_export.bundle import check_files, read_bundle
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
-from teamlora_export.staging import entries
+from teamlora_export.staging import entries, held_file
 
 source, root, lora, small = map(Path, sys.argv[1:])
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.listdir", "fcntl.flock")
@@ -248,6 +251,71 @@ def test_edits_at_once_lose_none(bundle, shelf_adapters):
         thread.join()
     assert set(names(bundle.folder)) == {*SHELF, *(f"new{i}" for i in range(6))}
     check_files(read_bundle(bundle.folder))
+
+
+def export_meanwhile(bundle, base, adapters, monkeypatch, wait: bool):  # type: ignore[no-untyped-def]
+    """While an edit has written its adapter's file and not the list: somebody exports into the same folder."""
+    thread = threading.Thread(
+        target=export_onnx, args=(base, {"lora": adapters["lora"]}, bundle.folder), kwargs={"dtype": "fp16"}
+    )
+    place = shelf_module.shelve
+
+    def place_while_exported(*given):  # type: ignore[no-untyped-def]
+        placed = place(*given)
+        thread.start()
+        thread.join(None if wait else 3)
+        return placed
+
+    monkeypatch.setattr(shelf_module, "shelve", place_while_exported)
+    return thread
+
+
+def test_an_export_waits_for_an_edit_of_what_it_replaces(bundle, make_base, shelf_adapters, make_shelf, monkeypatch):
+    base = make_base("llama").name
+    thread = export_meanwhile(bundle, base, shelf_adapters, monkeypatch, wait=False)
+    added = add_adapter(bundle.folder, "late", shelf_adapters["moe"])
+    assert "late" in added.manifest.shelf["adapters"]
+    thread.join()
+    found = read_bundle(bundle.folder)
+    check_files(found)
+    assert (found.manifest.dtype, names(bundle.folder)) == ("fp16", ["lora"])
+    assert set(entries(bundle.folder)) == {"manifest.json", *found.manifest.sha256}
+
+
+def test_where_nothing_can_be_locked_an_edit_of_what_was_replaced_is_refused(
+    bundle, make_base, shelf_adapters, monkeypatch
+):
+    def no_lock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    base = make_base("llama").name
+    export_meanwhile(bundle, base, shelf_adapters, monkeypatch, wait=True)
+    with pytest.raises(ExportError, match="was exported anew meanwhile"):
+        add_adapter(bundle.folder, "late", shelf_adapters["moe"])
+    check_files(read_bundle(bundle.folder))
+
+
+def test_an_edit_that_waited_for_an_export_is_of_what_is_there_then(bundle, make_base, shelf_adapters):
+    """The lock was on a file that another has replaced."""
+    base, order = make_base("llama").name, []
+
+    def edit() -> None:
+        try:
+            add_adapter(bundle.folder, "late", shelf_adapters["lora"])
+        except ExportError as error:
+            order.append(str(error))
+
+    thread = threading.Thread(target=edit)
+    with held_file(bundle.model):
+        thread.start()
+        thread.join(1)
+        other = export_onnx(base, {"small": shelf_adapters["small"]}, bundle.folder.with_name("other"))
+        bundle.folder.rename(bundle.folder.with_name("old"))
+        other.folder.rename(bundle.folder)
+    thread.join()
+    check_files(read_bundle(bundle.folder))
+    assert len(order) == 1 and "was exported anew meanwhile" in order[0]
 
 
 def test_what_a_killed_edit_left_is_ours_and_nothing_else_is(bundle, make_base, shelf_adapters):

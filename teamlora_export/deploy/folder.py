@@ -155,9 +155,9 @@ def deployment(
     if shelf is None:
         refuse_shelf(bundle, f"`deploy {target}`")
     check_files(bundle)
-    described = Path(inside) / DEPLOY_NAME
+    described, held = Path(inside) / DEPLOY_NAME, Path(inside) / MODEL_NAME
     refuse_inside(real_path(out), bundle.folder)
-    with staged(out, lambda there: our_files(there, described, Description), [bundle.folder]) as staging:
+    with staged(out, lambda there: our_files(there, described, Description), [bundle.folder], held) as staging:
         rewritten = _rewritten(bundle, target, logits, capacity) if graph else None
         made = Deployment(staging, staging / inside, bundle if rewritten is None else rewritten.bundle, target)
         if graph:
