@@ -371,9 +371,24 @@ def unlisted_adapters(folder: Path) -> set[str]:
 def shelved_files(folder: Path) -> set[str]:
     """Files in `folder` that have the names of shelved adapters, relative to it."""
     place = folder / ADAPTERS_NAME
-    if not place.is_dir():
+    # Behind a link are another folder's.
+    if place.is_symlink() or not place.is_dir():
         return set()
     return {f"{ADAPTERS_NAME}/{name}" for name in entries(place) if _SHELVED.fullmatch(name)}
+
+
+def refuse_linked_adapters(folder: Path) -> None:
+    """Refuse to change the adapters in `folder` where a link leads to another folder's.
+
+    Raises:
+        ExportError: it does.
+    """
+    place = folder / ADAPTERS_NAME
+    if place.is_symlink():
+        raise ExportError(
+            f"{place}: is a link, and what is written there or removed would be another folder's. Put a folder with "
+            "the files in its place."
+        )
 
 
 def refuse_shelf(bundle: Bundle, what: str) -> None:

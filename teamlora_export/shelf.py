@@ -33,6 +33,7 @@ from teamlora_export.bundle import (
     Shelf,
     ShelvedAdapter,
     read_bundle,
+    refuse_linked_adapters,
     unlisted_adapters,
     write_manifest,
 )
@@ -74,7 +75,7 @@ def remove_adapter(folder: Path, name: str) -> Bundle:
     Raises:
         ExportError: there is no shelf, or none of that name on it.
     """
-    with _edited(folder) as edit:
+    with edited(folder) as edit:
         shelf = require_shelf(edit.bundle)
         require_known(edit.bundle, shelf, name)
         return edit.keep({other: adapter for other, adapter in shelf["adapters"].items() if other != name})
@@ -220,7 +221,12 @@ def slot_file(
 
 
 def shelve(folder: Path, name: str, content: bytes, sha256: str, adapter: AdapterSpec) -> ShelvedAdapter:
-    """Write an adapter's file into a bundle's folder, beside those that are there."""
+    """Write an adapter's file into a bundle's folder, beside those that are there.
+
+    Raises:
+        ExportError: its place is behind a link, or cannot be written.
+    """
+    refuse_linked_adapters(folder)
     file = f"{ADAPTERS_NAME}/{name}.{sha256[:16]}.safetensors"
     (folder / ADAPTERS_NAME).mkdir(exist_ok=True)
     require_space(folder, len(content))
@@ -241,7 +247,7 @@ def _put(folder: Path, name: str, source: Path, reporter: Reporter, replaces: bo
     fitting = fit_adapter(adapter, manifest.refit, str(manifest.base["source"]))
     warn_of_normalizers(adapter, reporter)
     content, sha256 = slot_file(fitting, manifest.refit["weights"], manifest.dtype, adapter.sha256)
-    with _edited(folder) as edit:
+    with edited(folder) as edit:
         now = edit.bundle.manifest
         if now.refit != manifest.refit or now.dtype != manifest.dtype:
             raise _exported_anew(folder)
@@ -272,7 +278,7 @@ def _warn_of_base(adapter: AdapterSpec, manifest: Manifest, reporter: Reporter) 
 
 
 @dataclass(frozen=True)
-class _Edit:
+class Edit:
     """A change of a bundle by one who is alone with it.
 
     Attributes:
@@ -309,7 +315,7 @@ def change_manifest(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> N
     Raises:
         ExportError: the bundle is another by now, or the manifest cannot be written.
     """
-    with _edited(bundle.folder) as edit:
+    with edited(bundle.folder) as edit:
         if _graph_files(edit.bundle.manifest) != _graph_files(bundle.manifest):
             raise _exported_anew(bundle.folder)
         edit.write(change(edit.bundle.manifest))
@@ -324,10 +330,10 @@ def _exported_anew(folder: Path) -> ExportError:
 
 
 @contextmanager
-def _edited(folder: Path) -> Iterator[_Edit]:
+def edited(folder: Path) -> Iterator[Edit]:
     """The bundle as it is when nobody else changes it, or replaces it by another."""
     with holding(read_bundle(folder).model) as is_gone:
-        yield _Edit(read_bundle(folder), is_gone)
+        yield Edit(read_bundle(folder), is_gone)
 
 
 @contextmanager

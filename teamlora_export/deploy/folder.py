@@ -64,6 +64,7 @@ class Description:
     Attributes:
         files: the model's, relative to this file's folder; runners check them.
         program: what is around it, relative to the deployment's folder, for its owner to change.
+        graph_sha256: of the bundle's graph, where there is a shelf: adapters of another have other slots.
     """
 
     target: str
@@ -80,6 +81,7 @@ class Description:
     program: Mapping[str, Sha256]
     format_version: int = FORMAT_VERSION
     shelf: DeployedShelf | None = None
+    graph_sha256: Sha256 | None = None
 
 
 @dataclass(frozen=True)
@@ -258,6 +260,7 @@ def _describe(made: Deployment, shelf: DeployedShelf | None) -> Description:
         program={name: sha256_of(made.folder / name) for name in sorted(made.program)},
         format_version=FORMAT_VERSION if shelf is None else SHELF_FORMAT_VERSION,
         shelf=shelf,
+        graph_sha256=None if shelf is None else manifest.sha256[MODEL_NAME],
     )
 
 
