@@ -29,9 +29,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or __package__:
+    from teamlora_export.deploy.device_tensor import DeviceTensor
     from teamlora_export.deploy.failure import ModelError
 else:
     # Deployed: the files lie beside one another.
+    from device_tensor import DeviceTensor
     from failure import ModelError
 
 # Of the input that has each row's slot, and what it is where a row has no adapter.
@@ -41,6 +43,8 @@ _TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _LARGEST_HEADER = 64 << 20
 # Threads that read adapters, at most: one that waits for a slow disk does not keep the next from being read.
 READERS = 2
+# By the input's name, on the host or on a device.
+Memory = Mapping[str, np.ndarray | DeviceTensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +84,11 @@ class Adapters:
         listed: what describes the folder, read anew: name -> file, SHA-256.
         stamp: something that is another when the description is.
         check: compare a file with its hash when it is read.
+        make: a tensor of zeros of a shape and a NumPy type, where the slots are to be.
 
     Attributes:
-        memory: the slots of each input, [slots, ..]; bind it once.
+        memory: the slots of each input, [slots, ..], which stay where they are.
+        filled: how often one of them was written to.
     """
 
     def __init__(
@@ -93,10 +99,10 @@ class Adapters:
         listed: Callable[[], Mapping[str, tuple[str, str]]],
         stamp: Callable[[], object],
         check: bool = True,
+        make: Callable[[tuple[int, ...], type], Any] = np.zeros,
     ) -> None:
-        self.memory: dict[str, np.ndarray] = {
-            name: np.zeros((slots, *shape), kind) for name, (shape, kind) in inputs.items()
-        }
+        self.memory: dict[str, Any] = {name: make((slots, *shape), kind) for name, (shape, kind) in inputs.items()}
+        self.filled = 0
         self._folder, self._listed, self._stamp, self._check = folder, listed, stamp, check
         # Of the list. What it takes to read it holds up nobody who has an adapter.
         self._listing = threading.Lock()
@@ -269,6 +275,7 @@ class Adapters:
         self._loads[slot].failure = failure
         if not failure:
             self._content[slot] = self._loads.pop(slot).adapter.sha256
+            self.filled += 1
         self.give(slot)
         self._changed.notify_all()
 
@@ -294,7 +301,7 @@ def rows_adapter(slots: Sequence[int]) -> np.ndarray:
     return np.array(slots[:1] if len(set(slots)) == 1 else slots, np.int32)
 
 
-def read_slot(adapter: Shelved, memory: Mapping[str, np.ndarray], check: bool = True) -> dict[str, np.ndarray]:
+def read_slot(adapter: Shelved, memory: Memory, check: bool = True) -> dict[str, np.ndarray]:
     """The tensors of an adapter's file, which fit the slots in `memory`. Nothing is run of what is in it.
 
     Raises:

@@ -9,8 +9,8 @@ from teamlora_export.deploy.folder import deployment, require_cpu_dtype
 from teamlora_export.deploy.library import add_library
 from teamlora_export.deploy.render import render
 
-# What runs a model, each file on those before it; the first five read words, the last is a program.
-OPENING = ("failure.py", "adapter_slots.py", "cores.py", "session.py", "words.py")
+# What runs a model, each file on those before it; the first six read words, the last is a program.
+OPENING = ("failure.py", "device_tensor.py", "adapter_slots.py", "cores.py", "session.py", "words.py")
 SCHEDULING = ("sampling.py", "slots.py", "scheduler.py")
 PROGRAM = (*OPENING, *SCHEDULING, "runner.py")
 # The oldest that run what we write: ONNX Runtime 1.26 takes one overload of a function for all of them, and refuses a

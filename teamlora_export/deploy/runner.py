@@ -29,14 +29,14 @@ import numpy as np
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.sampling import GREEDY, Sampling
     from teamlora_export.deploy.scheduler import Answer, Failed, Scheduler
-    from teamlora_export.deploy.session import RESULTS, ModelError, Session, brief
+    from teamlora_export.deploy.session import RESULTS, ModelError, Session
     from teamlora_export.deploy.slots import MOST_SLOTS, Slots, open_slots
     from teamlora_export.deploy.words import StoppedText, TextStream, encode_text, open_tokenizer
 else:
     # Deployed: the files lie beside one another.
     from sampling import GREEDY, Sampling
     from scheduler import Answer, Failed, Scheduler
-    from session import RESULTS, ModelError, Session, brief
+    from session import RESULTS, ModelError, Session
     from slots import MOST_SLOTS, Slots, open_slots
     from words import StoppedText, TextStream, encode_text, open_tokenizer
 
@@ -184,11 +184,7 @@ class Model:
         }
         feeds = self._session.taken({name: np.array(value, np.int64) for name, value in given.items()})
         wanted = next(name for name in RESULTS if name in self._session.outputs)
-        with self._session.rows_of(self.require_adapters(len(inputs), adapters)) as chosen:
-            try:
-                found = self._session.onnx.run([wanted], feeds | chosen)[0]
-            except Exception as error:
-                raise ModelError(f"{self.folder}: ONNX Runtime cannot run the model ({brief(error)}).") from None
+        found = self._session.run(wanted, feeds, self.require_adapters(len(inputs), adapters))
         seen = found[feeds["attention_mask"] > 0] if wanted == "last_hidden_state" else found
         if np.isnan(seen).any():
             raise ModelError(f"{self.folder}: the model's answer to this is no number (NaN).")

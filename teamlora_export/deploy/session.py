@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,13 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.adapter_slots import ADAPTER, NO_ADAPTER, Adapters, open_regular, rows_adapter
+    from teamlora_export.deploy.adapter_slots import ADAPTER, NO_ADAPTER, Adapters, Memory, open_regular, rows_adapter
     from teamlora_export.deploy.cores import usable_cores
+    from teamlora_export.deploy.device_tensor import DeviceTensor, DeviceTensors
     from teamlora_export.deploy.failure import ModelError
 else:
     # Deployed: the files lie beside one another.
-    from adapter_slots import ADAPTER, NO_ADAPTER, Adapters, open_regular, rows_adapter
+    from adapter_slots import ADAPTER, NO_ADAPTER, Adapters, Memory, open_regular, rows_adapter
     from cores import usable_cores
+    from device_tensor import DeviceTensor, DeviceTensors
     from failure import ModelError
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -108,11 +111,11 @@ class Session:
                 options.register_custom_ops_library(str(Path(library).resolve()))
         except Exception as error:
             raise ModelError(f"{library}: cannot be loaded as a library of ops ({brief(error)}).") from None
-        providers: list[Any] = ["CPUExecutionProvider"]
+        self._providers: list[Any] = ["CPUExecutionProvider"]
         if self.device[0] != "cpu":
-            providers.insert(0, (_CUDA, {"device_id": self.device[1], "use_tf32": 0}))
+            self._providers.insert(0, (_CUDA, {"device_id": self.device[1], "use_tf32": 0}))
         try:
-            self.onnx = ort.InferenceSession(self.folder / "model.onnx", options, providers)
+            self.onnx = ort.InferenceSession(self.folder / "model.onnx", options, self._providers)
         except Exception as error:
             raise ModelError(
                 f"{self.folder}: ONNX Runtime {ort.__version__} cannot load the model ({brief(error)})."
@@ -126,16 +129,16 @@ class Session:
         self.outputs = [value.name for value in self.onnx.get_outputs()]
         self.caches = [value for name, value in self.inputs.items() if name.startswith("past_key_values.")]
         self._check_interface()
-        self.adapters = self._open_adapters(check if check_adapters is None else check_adapters)
+        self.adapters = self._open_adapters(
+            check if check_adapters is None else check_adapters, on_device=self.device[0] != "cpu"
+        )
 
-    def _open_adapters(self, check: bool) -> Adapters | None:
+    def _open_adapters(self, check: bool, on_device: bool) -> Adapters | None:
         defaults = {value.name: value for value in self.onnx.get_overridable_initializers()}
         if (ADAPTER in defaults) != (self.settings.shelf is not None):
             raise ModelError(f"{self.folder}: its model and its shelf of adapters do not belong together.")
         if self.settings.shelf is None:
             return None
-        if self.device[0] != "cpu":
-            raise ModelError(f"{self.folder}: has a shelf of adapters, which is for CPUs so far. Leave --device out.")
         slots = {name: value for name, value in defaults.items() if name != ADAPTER}
         for name, value in slots.items():
             if value.type not in NUMPY or not all(isinstance(size, int) for size in value.shape[1:]):
@@ -146,20 +149,48 @@ class Session:
 
         inputs = {name: (tuple(value.shape[1:]), NUMPY[value.type]) for name, value in slots.items()}
         stamp = _stamp_of(_description(self.folder))
-        return Adapters(self.folder, inputs, self.settings.slots, listed, stamp, check)
+        if not on_device:
+            return Adapters(self.folder, inputs, self.settings.slots, listed, stamp, check)
+        try:
+            tensors = DeviceTensors(self.device, self._providers)
+            return Adapters(self.folder, inputs, self.settings.slots, listed, stamp, check, tensors)
+        except Exception as error:
+            needed = self.settings.slots * sum(
+                math.prod(shape) * np.dtype(kind).itemsize for shape, kind in inputs.values()
+            )
+            raise ModelError(
+                f"{self.folder}: no {needed >> 20} MiB of {self.device[0]} memory for {self.settings.slots} adapters "
+                f"({brief(error)}). Export it with fewer --slots."
+            ) from None
 
     @property
-    def slot_memory(self) -> dict[str, np.ndarray]:
+    def slot_memory(self) -> Memory:
         """The inputs of the adapters' slots, where the model takes any."""
         return {} if self.adapters is None else self.adapters.memory
 
-    @contextmanager
-    def rows_of(self, names: Sequence[str | None]) -> Iterator[dict[str, np.ndarray]]:
-        """What the model is given for rows with these adapters, which are in slots inside of the block.
+    def run(self, output: str, feeds: Mapping[str, np.ndarray], names: Sequence[str | None]) -> np.ndarray:
+        """One of the outputs, for rows with these adapters.
 
         Raises:
-            ModelError: there are more of them than slots, others are at work in these, or one cannot be read.
+            ModelError: there are more of them than slots, others are at work in these, or one cannot be read; or ONNX
+                Runtime cannot run the model.
         """
+        with self._rows_of(names) as rows:
+            try:
+                binding = self.onnx.io_binding()
+                for name, value in feeds.items():
+                    binding.bind_cpu_input(name, value)
+                bind_inputs(binding, rows)
+                binding.bind_output(output)
+                self.onnx.run_with_iobinding(binding)
+                found: np.ndarray = binding.get_outputs()[0].numpy()
+            except Exception as error:
+                raise ModelError(f"{self.folder}: ONNX Runtime cannot run the model ({brief(error)}).") from None
+        return found
+
+    @contextmanager
+    def _rows_of(self, names: Sequence[str | None]) -> Iterator[Memory]:
+        """What the model is given for rows with these adapters, which are in slots inside of the block."""
         slots: dict[str, int] = {}
         try:
             for name in {name for name in names if name is not None}:
@@ -169,7 +200,7 @@ class Session:
                     raise ModelError(f"{self.folder}: has {self.adapters.slots} slots, and others are at work in them.")
                 slots[name] = slot
             rows = [NO_ADAPTER if name is None else slots[name] for name in names]
-            yield {} if self.adapters is None else self.slot_memory | {ADAPTER: rows_adapter(rows)}
+            yield {} if self.adapters is None else {**self.slot_memory, ADAPTER: rows_adapter(rows)}
         finally:
             for slot in slots.values():
                 assert self.adapters is not None
@@ -194,6 +225,16 @@ class Session:
                 raise ModelError(f"{self.folder}: its model's cache {cache.name!r:.80} is not one that is known here.")
         if not any(name in self.outputs for name in (("logits",) if self.caches else RESULTS)):
             raise ModelError(f"{self.folder}: its model gives no {' or '.join(RESULTS)}.")
+
+
+def bind_inputs(binding: Any, inputs: Memory) -> None:
+    """Where they are, which must outlive the call. `bind_cpu_input` does not know inputs that have a default (ONNX
+    Runtime 1.32)."""
+    for name, value in inputs.items():
+        device, address = (
+            (value.device, value.address) if isinstance(value, DeviceTensor) else (("cpu", 0), value.ctypes.data)
+        )
+        binding.bind_input(name, *device, value.dtype, value.shape, address)
 
 
 def _device(name: str) -> tuple[str, int]:

@@ -8,7 +8,7 @@ reads is the same, whoever shares its calls, but for rounding.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,11 @@ import numpy as np
 
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import ADAPTER, NO_ADAPTER, Shelved, rows_adapter
-    from teamlora_export.deploy.session import CAPACITY, NUMPY, ModelError, Session, brief, present_of
+    from teamlora_export.deploy.session import CAPACITY, NUMPY, ModelError, Session, bind_inputs, brief, present_of
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import ADAPTER, NO_ADAPTER, Shelved, rows_adapter
-    from session import CAPACITY, NUMPY, ModelError, Session, brief, present_of
+    from session import CAPACITY, NUMPY, ModelError, Session, bind_inputs, brief, present_of
 
 _LEAST_CAPACITY = 256
 MOST_SLOTS = 1024
@@ -268,7 +268,7 @@ class InPlaceSlots(Slots):
         for name, value in self._session.taken(given).items():
             binding.bind_cpu_input(name, value)
         adapters = self._adapters_of(rows)
-        _bind_inputs(binding, adapters)
+        bind_inputs(binding, adapters)
         self._session.onnx.run_with_iobinding(binding)
         # The first of the outputs, since it was bound first. Bound anew, it is not kept until the next call.
         logits = binding.get_outputs()[0].numpy()
@@ -325,7 +325,7 @@ class InPlaceSlots(Slots):
                 address = first + start * int(np.prod(shape[1:])) * np.dtype(type_).itemsize
                 for bind, end in ((binding.bind_input, cache.name), (binding.bind_output, present_of(cache.name))):
                     bind(end, *self._session.device, type_, rows, address)
-            _bind_inputs(binding, self._session.slot_memory)
+            bind_inputs(binding, self._session.slot_memory)
             self._bindings[start, stop] = binding
         return self._bindings[start, stop]
 
@@ -368,6 +368,8 @@ class DeviceSlots(InPlaceSlots):
         self._places = list(range(slots))
         # Rows of the buffers that may hold what is no number.
         self._spoilt: set[int] = set()
+        # Of the adapters' slots, when the bindings were made.
+        self._filled = 0
 
     def swap(self, one: int, other: int) -> None:
         for held in (self._places, self._begins):
@@ -409,6 +411,18 @@ class DeviceSlots(InPlaceSlots):
         slots, heads, places, size = super()._shape(cache, capacity)
         return slots, heads, _aligned(places), size
 
+    def _adapters_of(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """Of rows of the buffers."""
+        return super()._adapters_of([self._places.index(place) for place in rows])
+
+    def _bound(self, start: int, stop: int) -> Any:
+        adapters = self._session.adapters
+        if adapters is not None and adapters.filled != self._filled:
+            # Of a slot that ONNX Runtime reads elsewhere than on the device, it would have an old copy.
+            self._filled = adapters.filled
+            self._bindings.clear()
+        return super()._bound(start, stop)
+
     def _memory(self, name: str) -> tuple[int, Sequence[int]]:
         return self._values[name].data_ptr(), self._values[name].shape()
 
@@ -428,13 +442,6 @@ def _require_memory(session: Session) -> None:
                 f"{session.folder}: ONNX Runtime's provider for {kind} leaves {value.name} to the CPU. Use a newer "
                 "one, or a model with a growing cache."
             )
-
-
-def _bind_inputs(binding: Any, arrays: Mapping[str, np.ndarray]) -> None:
-    """Where they are, which must outlive the call. `bind_cpu_input` does not know inputs that have a default (ONNX
-    Runtime 1.32)."""
-    for name, array in arrays.items():
-        binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
 @dataclass
@@ -501,8 +508,8 @@ class GrowingSlots(Slots):
         binding = self._session.onnx.io_binding()
         for name, value in self._session.taken(given).items():
             binding.bind_cpu_input(name, value)
-        adapters = self._session.slot_memory | self._adapters_of(batch.rows)
-        _bind_inputs(binding, adapters)
+        adapters = {**self._session.slot_memory, **self._adapters_of(batch.rows)}
+        bind_inputs(binding, adapters)
         binding.bind_output("logits")
         for name, past in batch.past.items():
             binding.bind_ortvalue_input(name, past)

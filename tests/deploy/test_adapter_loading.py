@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,9 +13,13 @@ import numpy as np
 import pytest
 from shelves import COUNT, PROMPTS
 
+sys.path.append(str(Path(__file__).parent))
+from shelf_rows import open_rows
+
 from teamlora_export.bundle import read_bundle
 from teamlora_export.deploy import adapter_slots
 from teamlora_export.deploy.adapter_slots import Adapters, Shelved
+from teamlora_export.deploy.device_tensor import DeviceTensor, DeviceTensors
 from teamlora_export.deploy.scheduler import Answer, Failed, Late, Scheduler
 from teamlora_export.deploy.session import ModelError, Session
 from teamlora_export.deploy.slots import open_slots
@@ -86,13 +91,13 @@ def settled(shelf: Adapters) -> None:
     wait_until(lambda: not shelf._readers)
 
 
-@pytest.mark.parametrize("cache", ["growing", "in-place"])
+@pytest.mark.parametrize(("cache", "where"), [("growing", "host"), ("in-place", "host"), ("in-place", "device")])
 def test_while_an_adapter_is_read_others_go_on_and_pass_the_request_that_waits_for_it(
-    cache, make_shelf, shelf_answers, slow_files
+    cache, where, make_shelf, shelf_answers, slow_files
 ):
     """Each turn gives those at work a token, a request that came later is answered, another adapter is read."""
     files = slow_files("lora")
-    scheduler = Scheduler(open_slots(Session(make_shelf(cache=cache).folder), 2))
+    scheduler = Scheduler(open_rows(make_shelf(cache=cache).folder, 2, where))
     working = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="team")
     turns_until(scheduler, lambda: scheduler._writing)
     waiting = scheduler.submit(PROMPTS[3], COUNT, stops=(), adapter="lora")
@@ -260,3 +265,54 @@ def test_the_one_that_was_given_back_first_makes_room(make_shelf):
     assert adapters.take(adapters.find("hydra")) == slots["moe"]
     assert adapters.take(adapters.find("lora")) == slots["lora"]
     settled(adapters)
+
+
+def test_a_device_whose_memory_cannot_be_written_fails_the_request_and_forgets_what_the_slot_had(
+    make_shelf, shelf_answers, monkeypatch
+):
+    """Half of it may be another's by then."""
+    slots = open_rows(make_shelf(cache="in-place").folder, 2, "device")
+    adapters, write, written = slots._session.adapters, DeviceTensor.__setitem__, []
+    for name in ("team", "lora", "small"):
+        adapters.give(adapters.take(adapters.find(name)))
+    settled(adapters)
+
+    def fail(self: DeviceTensor, slot: int, numbers: np.ndarray) -> None:
+        written.append(slot)
+        if len(written) == 5:
+            raise RuntimeError("CUDA error 700")
+        write(self, slot, numbers)
+
+    scheduler = Scheduler(slots)
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceTensor, "__setitem__", fail)
+        bad = scheduler.submit(PROMPTS[5], COUNT, adapter="moe")
+        finish(scheduler)
+    with pytest.raises(Failed, match="CUDA error 700"):
+        tokens(bad)
+    settled(adapters)
+    assert (set(written), adapters._content[0], adapters._free) == ({0}, None, [0, 1, 2])
+    again = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="team")
+    finish(scheduler)
+    assert tokens(again) == shelf_answers["team", tuple(PROMPTS[0])]
+
+
+def test_a_part_of_a_devices_tensor_is_written_and_no_other():
+    make = DeviceTensors(("cpu", 0), ["CPUExecutionProvider"])
+    for kind in (np.float32, np.float16):
+        tensor = make((3, 2, 100), kind)
+        numbers = np.arange(200, dtype=kind).reshape(2, 100)
+        # As they are in a file's bytes.
+        tensor[1] = np.frombuffer(numbers.tobytes(), kind).reshape(2, 100)
+        assert (tensor.numpy()[1] == numbers).all()
+        assert not tensor.numpy()[[0, 2]].any()
+        for place, wrong in ((3, numbers), (-1, numbers), (1, numbers[:1]), (1, numbers.astype(np.float64))):
+            with pytest.raises(ValueError, match="is no entry"):
+                tensor[place] = wrong
+
+
+def test_a_device_without_so_much_memory_for_adapters_is_a_sentence(make_shelf, monkeypatch):
+    session = Session(make_shelf().folder)
+    monkeypatch.setattr("onnxruntime.OrtValue.ortvalue_from_numpy", lambda *_: 1 // 0)
+    with pytest.raises(ModelError, match=r"MiB of cpu memory for 3 adapters \(.*by zero.*\)\. Export it with fewer"):
+        session._open_adapters(True, on_device=True)

@@ -19,6 +19,7 @@ from shelves import COUNT, NAMES, PROMPTS, SHELF, Answers, expected
 from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parent))
+from shelf_rows import WHERE, on_host, open_rows
 from triton_server import RequestError, Server
 
 from teamlora_export.bundle import read_bundle
@@ -87,9 +88,12 @@ def test_a_name_that_is_not_on_the_shelf_is_an_error_and_never_the_base(make_she
         Model(make_bundle("llama").folder).generate([[5]], 2, adapters=["team"])
 
 
-def test_what_is_replaced_while_it_serves_is_new_for_those_that_come(make_shelf, shelf_adapters, answers, tmp_path):
-    folder = own_copy(make_shelf(), tmp_path / "bundle")
-    scheduler = Scheduler(open_slots(Session(folder), 4))
+@pytest.mark.parametrize("where", WHERE)
+def test_what_is_replaced_while_it_serves_is_new_for_those_that_come(
+    where, make_shelf, shelf_adapters, answers, tmp_path
+):
+    folder = own_copy(make_shelf(cache="in-place"), tmp_path / "bundle")
+    scheduler = Scheduler(open_rows(folder, 4, where))
     first = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="team")
     for _ in range(4):
         scheduler.turn()
@@ -106,12 +110,13 @@ def test_what_is_replaced_while_it_serves_is_new_for_those_that_come(make_shelf,
     assert found == [answers[name, tuple(PROMPTS[i])] for i, name in ((0, "team"), (1, "small"), (3, "lora"))]
 
 
+@pytest.mark.parametrize("where", WHERE)
 def test_a_request_that_waits_gets_what_the_name_stood_for_though_its_file_is_gone(
-    make_shelf, shelf_adapters, answers, tmp_path
+    where, make_shelf, shelf_adapters, answers, tmp_path
 ):
     """No request fails for a swap."""
-    folder = own_copy(make_shelf(), tmp_path / "bundle")
-    scheduler = Scheduler(open_slots(Session(folder), 1))
+    folder = own_copy(make_shelf(cache="in-place"), tmp_path / "bundle")
+    scheduler = Scheduler(open_rows(folder, 1, where))
     asked = [scheduler.submit(PROMPTS[i], COUNT, stops=(), adapter=NAMES[i]) for i in (0, 1, 3)]
     scheduler.turn()
     for name in ("small", "lora"):
@@ -139,7 +144,7 @@ def swap_texts_alone(self, one, other):  # type: ignore[no-untyped-def]
 
 def copy_nothing(self, slot, load):  # type: ignore[no-untyped-def]
     """Into a slot that has had another."""
-    held, before = {name: array[slot].copy() for name, array in self.memory.items()}, load.before
+    held, before = {name: on_host(memory)[slot] for name, memory in self.memory.items()}, load.before
     failure = _FILL(self, slot, load)
     if before is not None:
         for name, array in held.items():
@@ -157,13 +162,14 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("where", WHERE)
 @pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_faults_of_the_programs_show_in_what_they_answer(fault, make_shelf, answers, monkeypatch):
+def test_faults_of_the_programs_show_in_what_they_answer(fault, where, make_shelf, answers, monkeypatch):
     """Texts of unlike lengths in three rows, which change their places; five adapters in three slots."""
-    session = Session(make_shelf(cache="in-place").folder)
+    slots = open_rows(make_shelf(cache="in-place").folder, 3, where)
     if fault is not None:
         monkeypatch.setattr(*FAULTS[fault])
-    scheduler = Scheduler(open_slots(session, 3), waiting=8)
+    scheduler = Scheduler(slots, waiting=8)
     counts = [COUNT, 3, 7, COUNT, 2, 9, 5]
     asked = [
         scheduler.submit(prompt, count, stops=(), adapter=name)
@@ -176,13 +182,14 @@ def test_faults_of_the_programs_show_in_what_they_answer(fault, make_shelf, answ
     assert (found == right) == (fault is None), found
 
 
-def test_a_request_whose_adapter_cannot_be_read_fails_alone(make_shelf, answers, tmp_path):
-    folder = own_copy(make_shelf(), tmp_path / "bundle")
+@pytest.mark.parametrize("where", WHERE)
+def test_a_request_whose_adapter_cannot_be_read_fails_alone(where, make_shelf, answers, tmp_path):
+    folder = own_copy(make_shelf(cache="in-place"), tmp_path / "bundle")
     damaged = folder / read_bundle(folder).manifest.shelf["adapters"]["lora"]["file"]
     data = bytearray(damaged.read_bytes())
     data[-3] ^= 1
     damaged.write_bytes(data)
-    scheduler = Scheduler(open_slots(Session(folder), 4))
+    scheduler = Scheduler(open_rows(folder, 4, where))
     good, bad = (scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter=name) for name in ("team", "lora"))
     while scheduler.busy:
         scheduler.turn()
@@ -213,22 +220,32 @@ def test_a_request_waits_for_a_slot_while_others_are_at_work_in_all_of_them(make
     assert sum(model._session.adapters._users) == 0
 
 
-def test_the_slots_memory_is_what_the_adapters_are(make_shelf):
-    session = Session(make_shelf().folder)
-    adapters = session.adapters
+@pytest.mark.parametrize("where", WHERE)
+def test_the_slots_memory_is_what_the_adapters_are(where, make_shelf):
+    adapters = open_rows(make_shelf(cache="in-place").folder, 1, where)._session.adapters
     taken = [adapters.take(adapters.find(name)) for name in ("team", "lora", "moe")]
     assert sorted(taken) == [0, 1, 2]
     assert adapters.take(adapters.find("small")) is None
     assert adapters.take(adapters.find("lora")) == taken[1]
     adapters.give(taken[1])
     assert adapters.take(adapters.find("small")) is None, "one of two has it still"
-    before = {name: memory.copy() for name, memory in adapters.memory.items()}
+    before, places = numbers(adapters), addresses(adapters)
     adapters.give(taken[1])
     assert adapters.take(adapters.find("small")) == taken[1]
-    for name, memory in adapters.memory.items():
+    assert addresses(adapters) == places
+    now = numbers(adapters)
+    for name, memory in now.items():
         others = [taken[0], taken[2]]
         assert (memory[others] == before[name][others]).all()
-    assert any((memory[taken[1]] != before[name][taken[1]]).any() for name, memory in adapters.memory.items())
+    assert any((memory[taken[1]] != before[name][taken[1]]).any() for name, memory in now.items())
+
+
+def numbers(adapters: Adapters) -> dict[str, np.ndarray]:
+    return {name: on_host(memory) for name, memory in adapters.memory.items()}
+
+
+def addresses(adapters: Adapters) -> list[int]:
+    return [m.ctypes.data if isinstance(m, np.ndarray) else m.address for m in adapters.memory.values()]
 
 
 def test_rows_of_one_adapter_are_one_number():
