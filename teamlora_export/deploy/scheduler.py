@@ -306,9 +306,10 @@ class Scheduler:
                     request.row = row
                     self._reading.append(request)
                     self._leave_queue(request)
-            except ModelError as error:
+            except Exception as error:
+                # What fails for one of them fails for it alone.
                 self._leave_queue(request)
-                request.answer.end(Failed(str(error)))
+                request.answer.end(Failed(str(error) if isinstance(error, ModelError) else brief(error)))
         if self._waiting and not self._reading and not self._writing:
             # For an adapter to be read, or a slot that another scheduler of the same model is to give back.
             time.sleep(_AGAIN)

@@ -40,6 +40,8 @@ _OPENED = (
     *("model.onnx", "model.onnx.data", "adapter.onnx.data", "model.plan"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 )
+# What adapters of a shelf are for.
+_MODEL = ("model.onnx", "model.onnx.data")
 _LARGEST_TEXT = 512 << 20
 _MOST_THREADS = 1024
 _CUDA = "CUDAExecutionProvider"
@@ -145,7 +147,10 @@ class Session:
                 raise ModelError(f"{self.folder}: its model's slots {name!r:.80} are not of a kind that is known here.")
 
         def listed() -> Mapping[str, tuple[str, str]]:
-            return read_settings(self.folder).shelf or {}
+            now = read_settings(self.folder)
+            if any(now.hashes.get(name) != self.settings.hashes.get(name) for name in _MODEL):
+                raise ModelError(f"{self.folder}: holds another model by now, and adapters of that. Open it anew.")
+            return now.shelf or {}
 
         inputs = {name: (tuple(value.shape[1:]), NUMPY[value.type]) for name, value in slots.items()}
         stamp = _stamp_of(_description(self.folder))

@@ -128,7 +128,7 @@ def test_a_slot_that_is_stale_after_a_swap_is_found(shelf, monkeypatch):
         held = {name: array.copy() for name, array in self.memory.items()}
         used = list(self._content)
         slot = take(self, adapter)
-        if slot is not None and used[slot] not in (None, adapter.sha256):
+        if slot is not None and used[slot] not in (None, adapter.key):
             for name, array in held.items():
                 self.memory[name][slot] = array[slot]
         return slot

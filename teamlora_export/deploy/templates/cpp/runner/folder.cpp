@@ -125,7 +125,8 @@ std::optional<Shelf> read_shelf(const json& deployed, const std::map<std::string
         }
         // What is in memory is known by its hash, also where nothing is compared with it.
         const std::string named = "." + listed->second.substr(0, kNamedDigits) + ".safetensors";
-        const bool ends = file.size() >= named.size() && file.compare(file.size() - named.size(), named.size(), named) == 0;
+        const bool ends =
+            file.size() >= named.size() && file.compare(file.size() - named.size(), named.size(), named) == 0;
         if (!ends || fields.at("sha256").get<std::string>() != listed->second) {
             throw Error("its adapter " + name.substr(0, 80) + " has more than one hash");
         }
@@ -159,6 +160,10 @@ Folder open_folder(const fs::path& path, bool check) {
     }
     for (const auto& file : files) {
         if (is_engine(file.first)) folder.engines.push_back(fs::path(file.first).stem().string());
+    }
+    for (const char* name : {"model.onnx", "model.onnx.data"}) {
+        const auto listed = files.find(name);
+        folder.model_sha256.push_back(listed == files.end() ? "" : listed->second);
     }
     if (folder.shelf) {
         for (const auto& adapter : folder.shelf->adapters) files.erase(adapter.second.name);
