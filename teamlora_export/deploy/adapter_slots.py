@@ -95,6 +95,7 @@ class Adapters:
     Attributes:
         memory: the slots of each input, [slots, ..], which stay where they are.
         filled: how often one of them was written to.
+        used: when a text last went on, with an adapter or without, by `time.monotonic`.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Adapters:
     ) -> None:
         self.memory: dict[str, Any] = {name: make((slots, *shape), kind) for name, (shape, kind) in inputs.items()}
         self.filled = 0
+        self.used = 0.0
         self._folder, self._listed, self._stamp, self._check = folder, listed, stamp, check
         # Of the list. What it takes to read it holds up nobody who has an adapter.
         self._listing = threading.Lock()

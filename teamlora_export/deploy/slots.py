@@ -7,6 +7,7 @@ reads is the same, whoever shares its calls, but for rounding.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -93,6 +94,10 @@ class Slots(ABC):
             self._reserved[adapter] = slot
         return slot is not None
 
+    def idle_seconds(self) -> float:
+        """For how long no text of this model has gone on, whosever it is."""
+        return 0.0 if self._session.adapters is None else time.monotonic() - self._session.adapters.used
+
     def is_ready(self, adapter: Shelved | None) -> bool:
         """Whether an adapter that is reserved has been read.
 
@@ -140,6 +145,7 @@ class Slots(ABC):
         """The model's input that says which adapter each row has, where it takes any."""
         if self._session.adapters is None:
             return {}
+        self._session.adapters.used = time.monotonic()
         return {ADAPTER: rows_adapter([self._adapters[row] for row in rows])}
 
     def read(self, row: int, ids: Sequence[Sequence[int]]) -> np.ndarray:
