@@ -99,7 +99,7 @@ def export_onnx(
             adapter, norms, embeddings and the head stay in `dtype`. None: all weights do.
         head_form: the same for the head, with `weights_form` only.
         zero_points: each block of codes has a zero point.
-        adapter_dtype: fp16 or bf16: the adapter's matrices are in that type, beside a graph in fp32.
+        adapter_dtype: fp16 or bf16: the adapters' matrices are in that type, beside a graph in fp32.
         retrace: trace the graph even where one is kept from before, and keep none.
 
     Raises:
@@ -120,10 +120,6 @@ def export_onnx(
         adapter, folders = read_adapter(adapter_folder), [Path(adapter_folder)]
     else:
         assert isinstance(adapter_folder, Mapping)
-        if narrow is not None:
-            raise ExportError(
-                "--adapter-dtype: is for one adapter, not for a shelf with --slots. Leave one of them out."
-            )
         folders = list(map(Path, adapter_folder.values()))
         adapter = as_adapter(slots_for(shelved.values()), f"(one of {some_names(shelved)})")
     source = find_base(base_name)
@@ -169,7 +165,7 @@ def export_onnx(
             adapters: dict[str, ShelvedAdapter] = {}
             for name, each in (shelved or {}).items():
                 with reporter.step(f"Writing the adapter {name}"):
-                    content, sha256 = slot_file(fitting[name], refit["weights"], dtype, each.sha256)
+                    content, sha256 = slot_file(fitting[name], refit["weights"], adapter_dtype or dtype, each.sha256)
                     adapters[name] = shelve(folder, name, content, sha256, each)
             manifest = Manifest(
                 tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},

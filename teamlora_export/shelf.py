@@ -199,6 +199,7 @@ def slot_file(
 
     Args:
         placed_adapter: in the form of the slots. weights: the inputs' recipes, by name.
+        dtype: of `down` and `up`; `mix` is in float32.
         adapter_sha256: of the adapter as it was trained, for the file to say.
     """
     recipes = {name: Recipe.from_json(text) for name, text in weights.items()}
@@ -246,10 +247,11 @@ def _put(folder: Path, name: str, source: Path, reporter: Reporter, replaces: bo
     _warn_of_base(adapter, manifest, reporter)
     fitting = fit_adapter(adapter, manifest.refit, str(manifest.base["source"]))
     warn_of_normalizers(adapter, reporter)
-    content, sha256 = slot_file(fitting, manifest.refit["weights"], manifest.dtype, adapter.sha256)
+    dtype = manifest.op.get("adapter_dtype", manifest.dtype)
+    content, sha256 = slot_file(fitting, manifest.refit["weights"], dtype, adapter.sha256)
     with edited(folder) as edit:
         now = edit.bundle.manifest
-        if now.refit != manifest.refit or now.dtype != manifest.dtype:
+        if (now.refit, now.dtype, now.op) != (manifest.refit, manifest.dtype, manifest.op):
             raise _exported_anew(folder)
         _require_place(edit.bundle, name, replaces)
         shelf = require_shelf(edit.bundle)

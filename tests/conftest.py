@@ -300,11 +300,11 @@ def make_shelf(make_base, shelf_adapters, tmp_path_factory) -> Callable[..., Bun
     """The bundle of the tiny llama with a shelf of adapters in three slots, exported once a session for each form."""
     made: dict[tuple[str, ...], Bundle] = {}
 
-    def make(dtype: str = "fp32", cache: str = "growing", op_form: str = "function") -> Bundle:
-        key = (dtype, cache, op_form)
+    def make(dtype: str = "fp32", cache: str = "growing", op_form: str = "function", **more: str) -> Bundle:
+        options = {"dtype": dtype, "cache": cache, "op_form": op_form, **more}
+        key = tuple(options.values())
         if key not in made:
             out = tmp_path_factory.mktemp("shelves") / "-".join(key)
-            options = {"dtype": dtype, "cache": cache, "op_form": op_form}
             made[key] = export_onnx(make_base("llama").name, shelf_adapters, out, slots=3, **options)
         return made[key]
 

@@ -270,15 +270,15 @@ std::string check_slots(const Case& c, int64_t rows, uint64_t seed) {
     std::mt19937_64 random(seed);
     std::normal_distribution<double> normal;
     const int64_t slots = 1 + static_cast<int64_t>(random() % 4), k = s.num_experts, rank = s.up_rank(), out = s.out();
-    const auto filled = [&](int64_t count, double scale) {
-        Array array(type, count, c.misalignment);
+    const auto filled = [&](DataType kind, int64_t count, double scale) {
+        Array array(kind, count, kind == DataType::kFloat32 && type != kind ? 0 : c.misalignment);
         for (int64_t i = 0; i < count; ++i) array.set(i, normal(random) * scale);
         return array;
     };
     const int64_t tokens = rows * c.tokens;
-    Array x = filled(tokens * s.in, 1), base = filled(tokens * out, 1);
-    Array down = filled(slots * s.rows() * s.in, 1 / std::sqrt(static_cast<double>(s.in)));
-    Array up = filled(slots * rank * out, 0.5);
+    Array x = filled(type, tokens * s.in, 1), base = filled(type, tokens * out, 1);
+    Array down = filled(s.weights, slots * s.rows() * s.in, 1 / std::sqrt(static_cast<double>(s.in)));
+    Array up = filled(s.weights, slots * rank * out, 0.5);
     std::vector<float> mix(slots * s.siblings() * k * k);
     for (int64_t i = 0; i < static_cast<int64_t>(mix.size()); ++i) {
         const int64_t from = i / k % k, to = i % k, own = i / (k * k) % (k + 1);

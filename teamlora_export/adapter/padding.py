@@ -37,6 +37,10 @@ class Slot:
     def down_rank(self) -> int:
         return self.expert_rank if self.shared_down else self.num_experts * self.expert_rank
 
+    def parts(self, projection: ExpertProjection) -> int:
+        """Into how many experts each of an adapter's is cut in this slot, which multiplies its A by as many."""
+        return 1 if self.shared_down else _parts(projection.expert_rank, self.expert_rank)
+
     def misfit(self, projection: ExpertProjection) -> str | None:
         """Why an adapter's module has no place in this slot, or None where it has."""
         found = (projection.in_features, projection.out_features)
@@ -92,7 +96,7 @@ def place(projection: ExpertProjection, slot: Slot) -> ExpertProjection:
     if slot.shared_down:
         return _place_shared(projection, slot)
     k, c = projection.num_experts, slot.expert_rank
-    parts = _parts(projection.expert_rank, c)
+    parts = slot.parts(projection)
     down = np.zeros((slot.down_rank, slot.in_features), projection.down.dtype)
     ups = [np.zeros((slot.out_features, c), projection.ups[0].dtype) for _ in range(slot.num_experts)]
     for expert, up in enumerate(projection.ups):

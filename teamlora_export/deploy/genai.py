@@ -15,6 +15,7 @@ from teamlora_export.deploy.folder import Deployment, deployment, require_cpu_dt
 from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, adds_tokens, tokenizer_config, why_unreadable
 from teamlora_export.deploy.library import add_library
 from teamlora_export.deploy.render import render
+from teamlora_export.deploy.session import ort_value
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_json
 
@@ -64,10 +65,13 @@ def _adapter_file(path: Path) -> bytes:
     with one slot, and the slot of every row."""
     import onnxruntime as ort
 
-    values = {name: array[None] for name, array in load_file(path).items()} | {ADAPTER_NAME: np.zeros(1, np.int32)}
+    values = {ADAPTER_NAME: np.zeros(1, np.int32)}
+    for name, array in load_file(path).items():
+        one_slot = np.ascontiguousarray(array[None])
+        values[name] = one_slot.view(np.uint16) if one_slot.dtype.name == "bfloat16" else one_slot
     made = ort.AdapterFormat()
     # They are what the file is written from.
-    held = {name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array)) for name, array in values.items()}
+    held = {name: ort_value(array) for name, array in values.items()}
     made.set_parameters(held)
     made.set_adapter_version(1)
     made.set_model_version(1)

@@ -31,6 +31,9 @@ else:
     from failure import ModelError
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# By its bits, in memory that ONNX Runtime is told the type of: NumPy has no bfloat16.
+_SLOT_TYPES: dict[str, type] = {**NUMPY, "tensor(bfloat16)": np.uint16}
+_BFLOAT16 = 16
 RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
 _NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 # What describes a folder: which of its fields has the hashes, and the newest format that is known.
@@ -143,7 +146,7 @@ class Session:
             return None
         slots = {name: value for name, value in defaults.items() if name != ADAPTER}
         for name, value in slots.items():
-            if value.type not in NUMPY or not all(isinstance(size, int) for size in value.shape[1:]):
+            if value.type not in _SLOT_TYPES or not all(isinstance(size, int) for size in value.shape[1:]):
                 raise ModelError(f"{self.folder}: its model's slots {name!r:.80} are not of a kind that is known here.")
 
         def listed() -> Mapping[str, tuple[str, str]]:
@@ -152,10 +155,12 @@ class Session:
                 raise ModelError(f"{self.folder}: holds another model by now, and adapters of that. Open it anew.")
             return now.shelf or {}
 
-        inputs = {name: (tuple(value.shape[1:]), NUMPY[value.type]) for name, value in slots.items()}
+        inputs = {name: (tuple(value.shape[1:]), _SLOT_TYPES[value.type]) for name, value in slots.items()}
         stamp = _stamp_of(_description(self.folder))
         if not on_device:
             return Adapters(self.folder, inputs, self.settings.slots, listed, stamp, check)
+        if any(kind is np.uint16 for _, kind in inputs.values()):
+            raise ModelError(f"{self.folder}: its adapters are in bfloat16, which is for CPUs so far.")
         try:
             tensors = DeviceTensors(self.device, self._providers)
             return Adapters(self.folder, inputs, self.settings.slots, listed, stamp, check, tensors)
@@ -239,7 +244,7 @@ def bind_inputs(binding: Any, inputs: Memory) -> None:
         device, address = (
             (value.device, value.address) if isinstance(value, DeviceTensor) else (("cpu", 0), value.ctypes.data)
         )
-        binding.bind_input(name, *device, value.dtype, value.shape, address)
+        binding.bind_input(name, *device, element_type(value), value.shape, address)
 
 
 def _device(name: str) -> tuple[str, int]:
@@ -439,6 +444,30 @@ def _sha256(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read ({error}). Copy the folder again.") from None
+
+
+def element_type(array: np.ndarray | DeviceTensor) -> Any:
+    """What ONNX Runtime calls the type of an array that a model is given; `uint16` is bfloat16 by its bits."""
+    return _BFLOAT16 if array.dtype == np.uint16 else array.dtype
+
+
+def ort_value(array: np.ndarray) -> Any:
+    """ONNX Runtime's value on a contiguous array, which must outlive it; `uint16` is bfloat16 by its bits."""
+    import onnxruntime as ort
+
+    if array.dtype == np.uint16:
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def run_once(session: Any, wanted: Sequence[str], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """The outputs `wanted` of a session of ONNX Runtime, whose inputs may be bfloat16 by its bits."""
+    if not any(array.dtype == np.uint16 for array in feeds.values()):
+        found: list[np.ndarray] = session.run(list(wanted), dict(feeds))
+        return found
+    held = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+    values = {name: ort_value(array) for name, array in held.items()}
+    return [value.numpy() for value in session.run_with_ort_values(list(wanted), values)]
 
 
 def present_of(past: str) -> str:

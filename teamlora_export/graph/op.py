@@ -144,10 +144,15 @@ def fold(projection: ExpertProjection) -> OpWeights:
     )
 
 
-def as_held(projection: ExpertProjection, dtype: np.dtype) -> ExpertProjection:
-    """The projection that `down` and `up` of `dtype` stand for, in float64: folding it again gives their numbers."""
+def as_held(projection: ExpertProjection, dtype: np.dtype, parts: int = 1) -> ExpertProjection:
+    """The projection that `down` and `up` of `dtype` stand for, in float64: folding it again gives their numbers.
+
+    Args:
+        parts: what A is held multiplied by, of an adapter in a slot (`Slot.parts`).
+    """
     weights = fold(projection)
-    constant = projection.scaling * projection.routing_sum
+    constant = projection.scaling * projection.routing_sum * parts
+    weights.down[: projection.down_rank] *= parts
     down = weights.down.astype(dtype).astype(np.float64)
     ups = (up.astype(np.float64).astype(dtype).astype(np.float64) for up in projection.ups)
     rows = projection.down_rank
@@ -190,8 +195,21 @@ def _held(name: str, form: OpForm) -> str:
 
 
 def _widened(form: OpForm) -> list[str]:
-    """Weights of 16 bits as numbers of T: constants, folded when the model is loaded."""
+    """Weights of 16 bits as numbers of T: constants, folded when the model is loaded. Of slots, those that are chosen
+    are (`_gathered`)."""
+    if form.adapters:
+        return []
     return [f"{name} = CastLike ({_held(name, form)}, x)" for name in NARROW_INPUTS if form.narrow]
+
+
+def _gathered(name: str, form: OpForm) -> list[str]:
+    """What a weight's slots hold of each row's adapter, as numbers of T."""
+    if _held(name, form) == name:
+        return [f"{name}_of = Gather <axis = 0> ({name}, slot)"]
+    return [
+        f"{name}_narrow = Gather <axis = 0> ({_held(name, form)}, slot)",
+        f"{name}_of = CastLike ({name}_narrow, x)",
+    ]
 
 
 def _as_in(opset: int, line: str, dtype: ir.DataType) -> list[str]:
@@ -245,9 +263,9 @@ def _sizes(form: OpForm) -> list[str]:
         f"g_dim = Constant <value_ints = [{form.num_siblings}]> ()",
         "k = Constant <value_int: int = @num_experts> ()",
         "k_dim = Reshape (k, one)",
-        size("kc_dim", "up", 0),
+        size("kc_dim", _shaped("up", form), 0),
         "c_dim = Div (kc_dim, k_dim)",
-        size("rows", "down", 0),
+        size("rows", _shaped("down", form), 0),
         "sibling_rows = Div (rows, g_dim)",
         "a_dim = Sub (sibling_rows, k_dim)",
     ]
@@ -260,7 +278,7 @@ def _chosen(form: OpForm) -> list[str]:
     return [
         "none = Constant <value = int32[1] {0}> ()",
         "slot = Max (adapter, none)",
-        *(f"{name}_of = Gather <axis = 0> ({name}, slot)" for name in ("down", "mix", "up")),
+        *(line for name in ("down", "mix", "up") for line in _gathered(name, form)),
         # Whether a row has an adapter at all, and of it each expert, and each sibling.
         "has_adapter = GreaterOrEqual (adapter, none)",
         "by_row = Concat <axis = 0> (zero, one, one)",
@@ -277,6 +295,11 @@ def _chosen(form: OpForm) -> list[str]:
     ]
 
 
+def _shaped(name: str, form: OpForm) -> str:
+    """A value of a weight's shape, slots included."""
+    return _held(name, form) if form.adapters else name
+
+
 def _weight(name: str, form: OpForm) -> str:
     return f"{name}_of" if form.adapters else name
 
@@ -289,7 +312,7 @@ def _skinny_product(form: OpForm) -> list[str]:
     if form.num_siblings > 1:
         rows = "regrouped"
         lines = [
-            f"in_dim = Shape <start = {first + 1}, end = {first + 2}> (down)",
+            f"in_dim = Shape <start = {first + 1}, end = {first + 2}> ({_shaped('down', form)})",
             "minus_one = Constant <value_ints = [-1]> ()",
             f"by_sibling = Concat <axis = 0> ({_row(form)}g_dim, sibling_rows, in_dim)",
             f"flat = Concat <axis = 0> ({_row(form)}minus_one, in_dim)",

@@ -18,7 +18,7 @@ import onnx_ir.passes.common as common
 from teamlora_export.bundle import Bundle
 from teamlora_export.errors import ExportError
 from teamlora_export.validate.cases import Feeds
-from teamlora_export.validate.onnx_runner import OnnxRunner, open_model, run_session
+from teamlora_export.validate.onnx_runner import OnnxRunner, SlotFill, open_model, run_session
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,10 @@ class _Piece:
 class LayerwiseOnnxRunner(OnnxRunner):
     """`OnnxRunner` in the memory of one layer."""
 
-    def __init__(self, bundle: Bundle, adapted: Collection[str], library: Path | None = None) -> None:
-        super().__init__(bundle, adapted, library)
+    def __init__(
+        self, bundle: Bundle, adapted: Collection[str], library: Path | None = None, fill: SlotFill | None = None
+    ) -> None:
+        super().__init__(bundle, adapted, library, fill=fill)
         typed = self._fresh()
         common.ShapeInferencePass()(typed)
         self._proto = ir.to_proto(typed)

@@ -18,6 +18,7 @@ import onnxruntime as ort
 import torch
 
 from teamlora_export.bundle import ADAPTER_NAME, Bundle, keeps_in_place, window_of
+from teamlora_export.deploy.session import run_once
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph import op
 from teamlora_export.graph.choices import is_choice
@@ -304,13 +305,13 @@ def run_session(session: ort.InferenceSession, feeds: Feeds, more: Mapping[str, 
     """Feed a session what it takes of `feeds`, cast to its types; every output by name.
 
     Args:
-        more: inputs that have a default, as they are.
+        more: inputs that have a default, as they are; bfloat16 by its bits.
     """
     types = {value.name: _NUMPY_TYPES[value.type] for value in session.get_inputs()}
     with np.errstate(over="ignore"):
         inputs = {name: feeds[name].astype(kind) for name, kind in types.items()}
     names = [value.name for value in session.get_outputs()]
     try:
-        return dict(zip(names, session.run(names, inputs | dict(more or {})), strict=True))
+        return dict(zip(names, run_once(session, names, inputs | dict(more or {})), strict=True))
     except Exception as error:  # ONNX Runtime has no type for what a model makes of its input
         raise ExportError(f"ONNX Runtime {ort.__version__} cannot run the model ({first_line(error)}).") from None

@@ -22,6 +22,7 @@ from teamlora_export.bundle import Bundle
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.files import LARGEST_TEXT, read_bytes
 from teamlora_export.model.base import BaseModel
+from teamlora_export.progress import Reporter
 from teamlora_export.tokens import longest_input
 from teamlora_export.validate.cases import Case, Feeds, first_step
 from teamlora_export.validate.lm_eval_tasks import LmEval, Logits, lost, score
@@ -41,6 +42,38 @@ _ROWS = 32
 _RESULTS = ("logits", "sentence_embedding", "last_hidden_state")
 # Of the tasks that the model solves as it was.
 _LEAST_SOLVED = 0.75
+
+
+def measures_quality(
+    bundle: Bundle,
+    is_quantised: bool,
+    can_measure: bool,
+    asked: bool | None,
+    thresholds: Thresholds | None,
+    reporter: Reporter,
+) -> bool:
+    """Whether what was lost is measured: as it is `asked`; or, where nothing is said, by what the bundle is.
+
+    Raises:
+        ExportError: it is asked for and cannot be measured, or has thresholds and is not wanted.
+    """
+    if thresholds is not None:
+        if asked is False:
+            raise ExportError("--no-quality: what is not measured has no threshold. Leave one of the two out.")
+        asked = True
+    if asked and not can_measure:
+        raise ExportError(
+            "--quality, and so each of its thresholds: is measured beside a base that is in memory as a whole, and not "
+            "on engines. Give --base, or leave it out."
+        )
+    if asked is not None:
+        return asked
+    is_rounded = is_quantised or "adapter_dtype" in bundle.manifest.op
+    measures = is_rounded and TOKENIZER in bundle.manifest.sha256 and can_measure
+    if is_quantised and not measures:
+        why = "it has no tokenizer.json" if can_measure else "that takes a base that is in memory as a whole"
+        reporter.warn(f"{bundle.folder}: what quantisation cost is not measured, since {why}.")
+    return measures
 
 
 def measure_quality(

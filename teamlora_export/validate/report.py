@@ -44,11 +44,11 @@ def print_verdict(verdict: Verdict, console: Console) -> None:
     console.print(table)
     console.print(_conclusion(verdict), markup=False)
     console.print(_inside(verdict), markup=False)
-    if verdict.quality is not None:
-        console.print(_quality_table(verdict.quality))
-        for line in _score_lines(verdict.quality):
+    for name, quality in verdict.measured.items():
+        console.print(_quality_table(quality, name))
+        for line in _score_lines(quality):
             console.print(line, markup=False)
-        console.print(_cost(verdict.quality), markup=False)
+        console.print(_cost(quality), markup=False)
     for departure in verdict.departures[1:_MOST_DEPARTURES]:
         console.print(f"  also {departure.module} (node {departure.node}): {departure.reason}", markup=False)
     if len(verdict.departures) > _MOST_DEPARTURES:
@@ -79,9 +79,10 @@ def write_html(verdict: Verdict, bundle: Bundle, path: Path) -> None:
         name=bundle.folder.resolve().name,
         conclusion=_conclusion(verdict),
         quality_columns=_QUALITY_COLUMNS,
-        quality_rows=_quality_rows(verdict.quality) if verdict.quality else [],
-        cost=_cost(verdict.quality) if verdict.quality else "",
-        scores=_score_lines(verdict.quality) if verdict.quality else [],
+        qualities=[
+            (_quality_title(name), quality.passed, _cost(quality), _quality_rows(quality), _score_lines(quality))
+            for name, quality in verdict.measured.items()
+        ],
         inside=_inside(verdict),
         multiple=verdict.multiple,
         chart=_module_chart(verdict.modules),
@@ -138,8 +139,12 @@ def _quality_rows(quality: Quality) -> list[tuple[str, list[str]]]:
 _QUALITY_COLUMNS = ("perplexity", "KL", "same likeliest", "cosine", "tasks solved")
 
 
-def _quality_table(quality: Quality) -> Table:
-    table = Table(title="What quantisation cost, on held-out text", title_justify="left")
+def _quality_title(name: str) -> str:
+    return f"What quantisation cost{f' the adapter {name}' if name else ''}"
+
+
+def _quality_table(quality: Quality, name: str) -> Table:
+    table = Table(title=f"{_quality_title(name)}, on held-out text", title_justify="left")
     table.add_column("model")
     for column in _QUALITY_COLUMNS:
         table.add_column(column, justify="right")

@@ -38,7 +38,7 @@ from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.lm_eval_tasks import LmEval
 from teamlora_export.validate.local import LocalJudge
 from teamlora_export.validate.onnx_runner import OnnxRunner
-from teamlora_export.validate.quality import TOKENIZER, measure_quality
+from teamlora_export.validate.quality import measure_quality, measures_quality
 from teamlora_export.validate.shelf import judge_mixed, keep_shelf, open_shelf_sources, slot_fill
 from teamlora_export.validate.sources import codes_of, fits, open_attached_sources, open_sources, torch_dtype
 from teamlora_export.validate.stored import as_held, judge_weights, kept_in_float32, recipes_of
@@ -93,12 +93,18 @@ def validate_bundle(
     check_files(bundle)
     moved = adapter_folder if isinstance(adapter_folder, Mapping) else {}
     if manifest.shelf is not None:
-        if engine_name or layer_by_layer or quality or (adapter_folder is not None and not moved):
+        if engine_name or (adapter_folder is not None and not moved):
             raise ExportError(
-                f"{bundle.folder}: has a shelf of adapters, whose graph is judged as a whole, and on no held-out text. "
-                "Leave out --engine, --layer-by-layer and --quality; give --adapter NAME=FOLDER."
+                f"{bundle.folder}: has a shelf of adapters, of which no engines are built, and whose adapters have "
+                "names. Leave out --engine; give --adapter NAME=FOLDER."
             )
-        return _judge_shelf(bundle, base_source, moved, only, native, reporter)
+        of_base, shelved = open_shelf_sources(bundle, base_source, moved, only)
+        if layer_by_layer is None:
+            layer_by_layer = not fits(of_base, manifest.inputs)
+        is_quantised = manifest.quantisation is not None
+        measured = measures_quality(bundle, is_quantised, not layer_by_layer, quality, thresholds, reporter)
+        cost = (thresholds or Thresholds(), tasks) if measured else None
+        return _judge_shelf(bundle, of_base, shelved, layer_by_layer, cost, native, reporter)
     if moved or only:
         raise ExportError(f"{bundle.folder}: has one adapter of its own, and no names. Give --adapter FOLDER alone.")
     assert not isinstance(adapter_folder, Mapping)
@@ -119,23 +125,9 @@ def validate_bundle(
         if layer_by_layer is None:
             layer_by_layer = not fits(base, manifest.inputs)
         is_quantised = manifest.quantisation is not None
-    is_rounded = is_quantised or "adapter_dtype" in manifest.op
     held = as_held(adapter, manifest)
     can_measure = base is not None and not (layer_by_layer or engine)
-    if thresholds is not None:
-        if quality is False:
-            raise ExportError("--no-quality: what is not measured has no threshold. Leave one of the two out.")
-        quality = True
-    if quality is None:
-        quality = is_rounded and TOKENIZER in manifest.sha256 and can_measure
-        if is_quantised and not quality:
-            why = "it has no tokenizer.json" if can_measure else "that takes a base that is in memory as a whole"
-            reporter.warn(f"{bundle.folder}: what quantisation cost is not measured, since {why}.")
-    elif quality and not can_measure:
-        raise ExportError(
-            "--quality, and so each of its thresholds: is measured beside a base that is in memory as a whole, and not "
-            "on engines. Give --base, or leave it out."
-        )
+    quality = measures_quality(bundle, is_quantised, can_measure, quality, thresholds, reporter)
     if base is None or manifest.attached is not None:
         verdict = judge_attached(bundle, held, base, library, reporter)
     else:
@@ -147,8 +139,8 @@ def validate_bundle(
         with reporter.step("Reading held-out text, to see what quantisation cost"):
             runner = OnnxRunner if manifest.attached is None else AttachedRunner
             graph = runner(bundle, adapter.projections, library, as_deployed=True)
-            measured = measure_quality(graph, base, adapter, thresholds or Thresholds(), tasks)
-        verdict = dataclasses.replace(verdict, quality=measured)
+            found = measure_quality(graph, base, adapter, thresholds or Thresholds(), tasks)
+        verdict = dataclasses.replace(verdict, quality=found)
     return _keep(verdict, bundle, engine)
 
 
@@ -178,7 +170,7 @@ def _judge_export(
     if weights is None:
         graph = OnnxRunner(bundle, adapter.projections, library, fill=fill)
     else:
-        graph = LayerwiseOnnxRunner(bundle, adapter.projections, library)
+        graph = LayerwiseOnnxRunner(bundle, adapter.projections, library, fill)
     held = codes_of(graph, base) if manifest.quantisation else None
     with reporter.step("Preparing PyTorch in float64 and the bundle's dtype"):
         reference = TorchRunner(base, adapter, torch.float64, weights, held)
@@ -211,20 +203,33 @@ def _judge_export(
 
 def _judge_shelf(
     bundle: Bundle,
-    base_source: str | None,
-    moved: Mapping[str, str | Path],
-    only: Sequence[str],
+    base: BaseModel,
+    adapters: Mapping[str, AdapterSpec],
+    layer_by_layer: bool,
+    cost: tuple[Thresholds, LmEval | None] | None,
     native: OnnxRuntimeLibrary | None,
     reporter: Reporter,
 ) -> Verdict:
-    """Each adapter by itself, and batches of several; all as one."""
-    base, adapters = open_shelf_sources(bundle, base_source, moved, only)
+    """Each adapter by itself, and batches of several; all as one.
+
+    Args:
+        cost: what may be lost of each adapter, and the tasks that are scored, where this is measured.
+    """
+    held = {name: as_held(adapter, bundle.manifest) for name, adapter in adapters.items()}
     library, digest = (native.path, native.sha256) if native is not None else (None, None)
     found = {}
-    for name, adapter in adapters.items():
+    for name, adapter in held.items():
         reporter.say(f"Adapter {name}:")
-        found[name] = _judge_export(bundle, base, adapter, False, None, library, reporter, name)
-    found[""] = judge_mixed(bundle, base, adapters, library, reporter)
+        found[name] = _judge_export(bundle, base, adapter, layer_by_layer, None, library, reporter, name)
+        if cost is None:
+            continue
+        with reporter.step("Reading held-out text, to see what quantisation cost"):
+            fill = slot_fill(bundle, name)
+            graph = OnnxRunner(bundle, adapter.projections, library, as_deployed=True, fill=fill)
+            measured = measure_quality(graph, base, adapters[name], *cost)
+        found[name] = dataclasses.replace(found[name], quality=measured)
+    weights = _open_streamed(base) if layer_by_layer else None
+    found[""] = judge_mixed(bundle, base, held, library, reporter, weights)
     return keep_shelf({name: dataclasses.replace(verdict, library=digest) for name, verdict in found.items()}, bundle)
 
 

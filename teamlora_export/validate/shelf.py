@@ -27,12 +27,14 @@ from teamlora_export.deploy.failure import ModelError
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.read import read_graph
 from teamlora_export.model.base import BaseModel
+from teamlora_export.model.checkpoint import SafetensorsWeights
 from teamlora_export.progress import Reporter
 from teamlora_export.shelf import change_manifest, require_known, require_shelf
 from teamlora_export.validate.cases import Case, Feeds, Step, first_step, make_cases, next_step
 from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
+from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.onnx_runner import OnnxRunner, SlotFill, open_session, run_session
-from teamlora_export.validate.sources import codes_of, fits, open_base_of, torch_dtype
+from teamlora_export.validate.sources import codes_of, open_base_of, torch_dtype
 from teamlora_export.validate.summary import summary
 from teamlora_export.validate.torch_runner import HeldWeights, TorchRunner
 from teamlora_export.validate.verdict import CaseResult, Departure, Verdict
@@ -52,15 +54,13 @@ def open_shelf_sources(
     Raises:
         ExportError: a name is not on the shelf, or what it stands for is not there, or is another.
     """
-    manifest, shelf = bundle.manifest, require_shelf(bundle)
+    shelf = require_shelf(bundle)
     for name in (*only, *moved):
         require_known(bundle, shelf, name)
     names = list(dict.fromkeys(only)) or list(shelf["adapters"])
     if not names:
         raise ExportError(f"{bundle.folder}: its shelf is empty, so that there is nothing to judge.")
     base = open_base_of(bundle, base_source)
-    if not fits(base, manifest.inputs):
-        raise ExportError(f"{base.name}: does not fit into memory in float64, which the adapters of a shelf need.")
     adapters = {}
     for name in names:
         origin = shelf["adapters"][name]["origin"]
@@ -75,11 +75,20 @@ def open_shelf_sources(
 
 
 def judge_mixed(
-    bundle: Bundle, base: BaseModel, adapters: Mapping[str, AdapterSpec], library: Path | None, reporter: Reporter
+    bundle: Bundle,
+    base: BaseModel,
+    adapters: Mapping[str, AdapterSpec],
+    library: Path | None,
+    reporter: Reporter,
+    weights: SafetensorsWeights | None = None,
 ) -> Verdict:
-    """Batches whose rows have adapters of their own: each row as it is alone."""
+    """Batches whose rows have adapters of their own: each row as it is alone.
+
+    Args:
+        weights: of the base, which are read from there layer by layer; None: it is in memory as a whole.
+    """
     manifest, slots = bundle.manifest, require_shelf(bundle)["slots"]
-    runner = MixedRunner(bundle, open_shelf(bundle, min(slots, len(adapters))), library)
+    runner = MixedRunner(bundle, open_shelf(bundle, min(slots, len(adapters))), library, weights is not None)
     held = codes_of(runner, base) if manifest.quantisation else None
     multiple = MULTIPLE_OF_CODES if held else MULTIPLE
     [sample] = make_cases(base.config, base.task, brief=True)
@@ -90,7 +99,7 @@ def judge_mixed(
         case = mixed_case(rows, vocabulary, pad, sample.steps, number)
         with reporter.step(f"Batch: {case.name}"):
             runner.seat(rows)
-            apart = RowsApart(base, adapters, rows, case, manifest.inputs, held)
+            apart = RowsApart(base, adapters, rows, case, manifest.inputs, held, weights)
             reference, pytorch = apart.follow((torch.float64, torch_dtype(manifest.dtype)))
             judge = Judge(manifest.dtype, reference, pytorch, runner, manifest.inputs, multiple)
             judge.add_case(case)
@@ -118,7 +127,9 @@ def keep_shelf(found: Mapping[str, Verdict], bundle: Bundle) -> Verdict:
         ),
         local=tuple(dataclasses.replace(c, case=f"{of}{c.case}") for of, verdict in parts for c in verdict.local),
         weights=sum(verdict.weights for verdict in found.values()),
-        expert_use={},
+        expert_use={f"{of}{path}": shares for of, verdict in parts for path, shares in verdict.expert_use.items()},
+        quality=None,
+        qualities={name: verdict.quality for name, verdict in found.items() if verdict.quality is not None},
     )
 
     def judged(now: Manifest) -> Manifest:
@@ -153,7 +164,7 @@ def slot_fill(bundle: Bundle, name: str) -> SlotFill:
         raise ExportError(str(error)) from None
     arrays = {}
     for key, array in tensors.items():
-        own = _numbers(array, bundle)
+        own = _numbers(array)
         arrays[key] = np.stack([np.full_like(own, np.nan), own])
     return SlotFill(arrays, np.array([1], np.int32))
 
@@ -197,11 +208,17 @@ def mixed_case(rows: Sequence[str | None], vocabulary: int, pad: int, steps: int
 
 
 class MixedRunner(OnnxRunner):
-    """A bundle's model with an adapter for each row, as the deployed programs run it."""
+    """A bundle's model with an adapter for each row, as the deployed programs run it.
 
-    def __init__(self, bundle: Bundle, adapters: Adapters, library: Path | None) -> None:
+    Args:
+        layer_by_layer: hold one layer in memory at a time; the slots are constants then.
+    """
+
+    def __init__(self, bundle: Bundle, adapters: Adapters, library: Path | None, layer_by_layer: bool = False) -> None:
         super().__init__(bundle, (), library)
         self._adapters = adapters
+        self._layer_by_layer = layer_by_layer
+        self._layers: LayerwiseOnnxRunner | None = None
         self._rows = np.array([NO_ADAPTER], np.int32)
 
     def seat(self, rows: Sequence[str | None]) -> None:
@@ -222,20 +239,28 @@ class MixedRunner(OnnxRunner):
             # For the batch after this one.
             self._adapters.give(slot)
         self._rows = np.array([NO_ADAPTER if name is None else taken[name] for name in rows], np.int32)
-        if self._is_rewritten:
-            memory = {name: _numbers(array, self.bundle).copy() for name, array in self._adapters.memory.items()}
-            self.refill(SlotFill(memory, self._rows))
+        if self._layer_by_layer or self._is_rewritten:
+            memory = {name: _numbers(array).copy() for name, array in self._adapters.memory.items()}
+            fill = SlotFill(memory, self._rows)
+            if self._layer_by_layer:
+                self._layers = LayerwiseOnnxRunner(self.bundle, (), self.library, fill)
+            else:
+                self.refill(fill)
 
     @property
     def _is_rewritten(self) -> bool:
         """The graph is not run as it is in the file, but in another arithmetic, and with slots that are constants."""
         return self.bundle.manifest.dtype == "bf16" or self.bundle.manifest.quantisation is not None
 
+    def run(self, feeds: Feeds) -> Feeds:
+        return super().run(feeds) if self._layers is None else self._layers.run(feeds)
+
     def _run(self, feeds: Feeds) -> Feeds:
         if self._is_rewritten:
             return super()._run(feeds)
         if self._session is None:
-            self._session = open_session(self.bundle.model, library=self.library)
+            # Of a library's nodes no bodies are left, so that nothing else can run them.
+            self._session = self._open(()) if self.library is not None else open_session(self.bundle.model)
         return run_session(self._session, feeds, {**self._adapters.memory, ADAPTER_NAME: self._rows})
 
 
@@ -244,7 +269,7 @@ class RowsApart:
 
     Args:
         adapters: those that rows have, as the base names their modules.
-        held: see `TorchRunner`.
+        held, weights: see `TorchRunner`.
     """
 
     def __init__(
@@ -255,8 +280,9 @@ class RowsApart:
         case: Case,
         inputs: Sequence[Port],
         held: HeldWeights | None = None,
+        weights: SafetensorsWeights | None = None,
     ) -> None:
-        self._base, self._adapters, self._rows, self._held = base, adapters, rows, held
+        self._base, self._adapters, self._rows, self._held, self._weights = base, adapters, rows, held, weights
         self._case, self._inputs = case, inputs
 
     def follow(self, dtypes: Sequence[Any]) -> list[Recorded]:
@@ -264,7 +290,7 @@ class RowsApart:
         found: dict[Any, list[list[Feeds]]] = {dtype: [[] for _ in self._rows] for dtype in dtypes}
         for name in dict.fromkeys(self._rows):
             adapter = self._adapters[name] if name is not None else next(iter(self._adapters.values()))
-            runners = {dtype: TorchRunner(self._base, adapter, dtype, None, self._held) for dtype in dtypes}
+            runners = {dtype: TorchRunner(self._base, adapter, dtype, self._weights, self._held) for dtype in dtypes}
             for row in [row for row, own in enumerate(self._rows) if own == name]:
                 for dtype, outputs in self._steps(row, runners, plain=name is None).items():
                     found[dtype][row] = outputs
@@ -306,6 +332,6 @@ class Recorded:
         return next(self._steps)
 
 
-def _numbers(array: np.ndarray, bundle: Bundle) -> np.ndarray:
+def _numbers(array: np.ndarray) -> np.ndarray:
     """bfloat16 that is held by its bits, as what it is."""
-    return array.view(ml_dtypes.bfloat16) if bundle.manifest.dtype == "bf16" and array.dtype == np.uint16 else array
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array

@@ -17,6 +17,7 @@ from teamlora_export.bundle import Manifest
 from teamlora_export.graph import op
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import OP_SOURCES, BaseWeights, Part, Recipe, make_weights
+from teamlora_export.shelf import slots_of
 from teamlora_export.validate.verdict import Departure
 
 
@@ -27,12 +28,15 @@ def recipes_of(manifest: Manifest) -> dict[str, Recipe]:
 
 
 def as_held(adapter: AdapterSpec, manifest: Manifest) -> AdapterSpec:
-    """The adapter that the bundle's matrices stand for: itself, unless they are of a type of their own."""
+    """The adapter that the bundle's matrices or slots stand for: itself, unless they have another type."""
     dtype = manifest.op.get("adapter_dtype")
     if dtype is None:
         return adapter
     held = np.dtype(ml_dtypes.bfloat16 if dtype == "bf16" else np.float16)
-    return replace(adapter, projections={path: op.as_held(p, held) for path, p in adapter.projections.items()})
+    slots = slots_of(manifest.refit) if manifest.shelf is not None else {}
+    parts = {path: slots[path].parts(p) if path in slots else 1 for path, p in adapter.projections.items()}
+    projections = {path: op.as_held(p, held, parts[path]) for path, p in adapter.projections.items()}
+    return replace(adapter, projections=projections)
 
 
 def adapted_modules(manifest: Manifest) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from teamlora_export.validate.metrics import ErrorStats
@@ -172,7 +173,7 @@ class Verdict:
         weights: how many of the file's weights were compared with their source.
         candidate: what ran, in words.
         library: SHA-256 of the native library that ran the op, where one did.
-        quality: what quantisation cost, where that was measured.
+        quality: what quantisation cost, where that was measured. qualities: of a shelf's adapters, by name.
         multiple: of PyTorch's error, that outputs are allowed.
         not_kept: why the verdict could not be written into the manifest, where it could not.
     """
@@ -186,12 +187,18 @@ class Verdict:
     candidate: str = "ONNX Runtime"
     library: str | None = None
     quality: Quality | None = None
+    qualities: Mapping[str, Quality] = field(default_factory=dict)
     multiple: float = 10.0
     not_kept: str | None = None
 
     @property
     def passed(self) -> bool:
-        return self.exact and (self.quality is None or self.quality.passed)
+        return self.exact and all(quality.passed for quality in self.measured.values())
+
+    @property
+    def measured(self) -> dict[str, Quality]:
+        """Every quality that was measured; without a name where there is one adapter and no shelf."""
+        return dict(self.qualities) if self.quality is None else {"": self.quality}
 
     @property
     def exact(self) -> bool:

@@ -71,10 +71,14 @@ def change(model: Path, **fields: object) -> None:
     (model / "deploy.json").write_text(json.dumps({**described, **fields}))
 
 
-@pytest.mark.parametrize(("dtype", "cache"), [("fp32", "growing"), ("fp32", "in-place"), ("fp16", "in-place")])
-def test_each_row_is_answered_by_its_own_adapter(dtype, cache, make_shelf, program, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache": "in-place"}, {"dtype": "fp16", "cache": "in-place"}, {"adapter_dtype": "bf16"}],
+    ids=str,
+)
+def test_each_row_is_answered_by_its_own_adapter(options, make_shelf, program, tmp_path):
     """Five adapters and the base in one call, three slots; prompts of unlike lengths."""
-    bundle = make_shelf(dtype=dtype, cache=cache)
+    bundle = make_shelf(**options)
     model = deploy_cpp(bundle, tmp_path / "out") / "model"
     rows = expected(bundle.folder)
     assert answer(program, model, PROMPTS, NAMES) == rows

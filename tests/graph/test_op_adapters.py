@@ -6,8 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from formula import FAMILIES, by_formula, make_projection, random_projection
 from graph.test_op import ROUNDOFF, one_node_model, run
@@ -17,6 +19,7 @@ from onnx.reference import ReferenceEvaluator
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, ExpertProjection
 from teamlora_export.adapter.padding import Slot, placed, slots_for
+from teamlora_export.deploy.session import run_once
 from teamlora_export.graph import op
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
@@ -24,9 +27,11 @@ from teamlora_export.graph.passes.attach_functions import AttachFunctions
 Rows = Sequence[ExpertProjection | None]
 
 
-def adapters_model(slots: Sequence[Slot], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Model:
+def adapters_model(
+    slots: Sequence[Slot], dtype: ir.DataType = ir.DataType.FLOAT, weights: ir.DataType | None = None
+) -> ir.Model:
     """`one_node_model` of version 2: slots and indices are inputs."""
-    model = one_node_model([s.out_features for s in slots], slots[0].num_experts, slots[0].shared_down, dtype)
+    model = one_node_model([s.out_features for s in slots], slots[0].num_experts, slots[0].shared_down, dtype, weights)
     node = next(iter(model.graph))
     adapter = ir.Value(name="adapter", type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape(["rows"]))
     model.graph.inputs.append(adapter)
@@ -120,6 +125,43 @@ def test_each_row_is_computed_by_its_own_adapter(siblings, dtype, rng):
     assert np.abs(alone - found).max() <= 4 * ROUNDOFF[dtype] * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("weights", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16], ids=str)
+@pytest.mark.parametrize("siblings", [1, 3])
+def test_slots_of_16_bits_beside_float32_are_widened_and_nothing_else_is_rounded(siblings, weights, rng):
+    """Beside slots in float32 of the same numbers; and against the adapters that those numbers stand for, before they
+    were padded and cut, in float64."""
+    adapters = mixed_families(rng, siblings)
+    known = specs(adapters)
+    slots = alike(slots_for(known), adapters[0])
+    widths = [5 + g for g in range(siblings)]
+    x, base = (rng.normal(size=(7, 3, n)).astype(np.float32) for n in (7, sum(widths)))
+    indices = [3, -1, 0, 4, 2, 1, 0]
+    feeds = {"x": x, "base": base, **slot_feeds(known, slots, ir.DataType.FLOAT), "adapter": np.int32(indices)}
+    narrow = feeds | {name: feeds[name].astype(weights.numpy()) for name in op.NARROW_INPUTS}
+    wide = feeds | {name: narrow[name].astype(np.float32) for name in op.NARROW_INPUTS}
+    model = adapters_model(list(slots.values()), ir.DataType.FLOAT, weights)
+    found = run_narrow(model, narrow)
+    same = run(adapters_model(list(slots.values())), wide)
+    # ONNX Runtime may take other kernels of its own, which sum in another order.
+    assert np.abs(found - same).max() <= 16 * ROUNDOFF[ir.DataType.FLOAT] * np.abs(same).max()
+    held = [
+        [None if p is None else op.as_held(p, weights.numpy(), slots[f"s{g}"].parts(p)) for g, p in enumerate(each)]
+        for each in adapters
+    ]
+    expected = expected_rows(held, indices, x.astype(np.float64), base.astype(np.float64), widths)
+    assert np.abs(found - expected).max() <= 64 * ROUNDOFF[ir.DataType.FLOAT] * np.abs(expected).max()
+    again = slot_feeds(specs(held), slots, weights)
+    assert all((again[name] == narrow[name]).all() for name in op.NARROW_INPUTS), "held again, they are other numbers"
+    inline_bodies(model)
+    assert np.abs(run_narrow(model, narrow) - found).max() <= 16 * ROUNDOFF[ir.DataType.FLOAT] * np.abs(found).max()
+
+
+def run_narrow(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    plain = {n: a.view(np.uint16) if a.dtype == ml_dtypes.bfloat16 else a for n, a in feeds.items()}
+    return run_once(session, ["y"], plain)[0]
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_logits_far_below_zero_do_not_vanish_beside_an_expert_that_is_not_there(shared, rng):
     """Its logit is zero, and exp(-200) is zero in float32: without a guard the weights would be 0 / 0."""
@@ -194,9 +236,15 @@ def test_the_inlined_body_is_the_same_and_rounds_in_16_bits(rng):
 
 
 def test_a_body_of_version_1_is_what_it_was_and_of_version_2_has_its_own_name():
-    forms = [op.OpForm(g, shared, adapters) for g in (1, 2) for shared in (0, 1) for adapters in (0, 1)]
+    forms = [
+        op.OpForm(g, shared, adapters, narrow)
+        for g in (1, 2)
+        for shared in (0, 1)
+        for narrow in (0, 1)
+        for adapters in (0, 1)
+    ]
     assert len({form.overload for form in forms}) == len(forms)
-    assert [form.version for form in forms] == [1, 2] * 4
+    assert [form.version for form in forms] == [1, 2] * 8
     names = [node.name for form in forms for node in op.function(form)]
     assert len(names) == len(set(names))
     assert all(len(op.function(form).inputs) == 5 + form.adapters for form in forms)

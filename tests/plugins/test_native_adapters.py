@@ -27,11 +27,11 @@ def native(library, slots, feeds, indices: Sequence[int], dtype=ir.DataType.FLOA
     return run_rows(session, feeds, indices, dtype)
 
 
-def run_rows(session, feeds, indices, dtype=ir.DataType.FLOAT) -> np.ndarray:  # type: ignore[no-untyped-def]
+def run_rows(session, feeds, indices, dtype=ir.DataType.FLOAT, weights=None) -> np.ndarray:  # type: ignore[no-untyped-def]
     binding, held = session.io_binding(), []
     for name, array in {**feeds, "adapter": np.array(indices, np.int32)}.items():
         plain = array if array.dtype in (np.float32, np.int32) else array.view(np.uint16)
-        kind = {"mix": 1, "adapter": 6}.get(name, dtype.value)
+        kind = {"mix": 1, "adapter": 6}.get(name, (weights or dtype).value if name in op.NARROW_INPUTS else dtype.value)
         held += [ort_value(plain, kind)]
         binding.bind_ortvalue_input(name, held[-1])
     y = np.full(feeds["base"].shape, np.nan, feeds["base"].dtype)
@@ -71,6 +71,24 @@ def test_each_row_is_computed_by_its_own_adapter_and_as_it_is_alone(library, tok
     same = run_rows(session, feeds, [2], dtype)
     assert (same == run_rows(session, feeds, [2] * 9, dtype)).all()
     assert kernels_run(session) == {op.NAME: 3 + len(indices)}
+
+
+@pytest.mark.parametrize("weights", [ir.DataType.FLOAT16, ir.DataType.BFLOAT16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 60])
+def test_slots_of_16_bits_beside_float32_give_what_the_same_numbers_do_in_float32(library, weights, tokens, rng):
+    """To the bit: widening is exact, and the sums are made in one order."""
+    adapters = mixed_families(rng, 3, d_in=37, width=33)
+    known = specs(adapters)
+    slots = alike(slots_for_all(known), adapters[0])
+    indices = [3, -1, 0, 4, 2, 1, 0]
+    x, base = (rng.normal(size=(7, tokens, n)).astype(np.float32) for n in (37, 102))
+    feeds = {"x": x, "base": base, **slot_feeds(known, slots, ir.DataType.FLOAT)}
+    narrow = feeds | {name: feeds[name].astype(weights.numpy()) for name in op.NARROW_INPUTS}
+    wide = feeds | {name: narrow[name].astype(np.float32) for name in op.NARROW_INPUTS}
+    model = adapters_model(list(slots.values()), ir.DataType.FLOAT, weights)
+    found = run_rows(open_model(model, library.path), narrow, indices, weights=weights)
+    assert (found == native(library, slots, wide, indices)).all()
+    assert not (found[0] == base[0]).any()
 
 
 def slots_for_all(known):  # type: ignore[no-untyped-def]

@@ -12,6 +12,7 @@ import onnx
 import pytest
 from faults import judged
 from onnx import helper
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from teamlora_export.bundle import Bundle, hash_files, read_bundle, write_manifest
@@ -20,9 +21,11 @@ from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
 from teamlora_export.shelf import add_adapter
+from teamlora_export.validate.cases import Case, first_step
 from teamlora_export.validate.metrics import ErrorStats
-from teamlora_export.validate.shelf import MixedRunner, mixed_batches
-from teamlora_export.validate.verdict import CaseResult, Judgement, Verdict
+from teamlora_export.validate.report import print_verdict, write_html
+from teamlora_export.validate.shelf import MixedRunner, mixed_batches, open_shelf
+from teamlora_export.validate.verdict import CaseResult, Judgement, Thresholds, Verdict
 
 
 @pytest.fixture
@@ -72,6 +75,65 @@ def test_with_the_native_op_too(make_shelf, tmp_path):
     verdict = judged(read_bundle(tmp_path / "bundle"), only=["lora", "team"], library=build_library().path)
     assert verdict.passed, verdict.departures
     assert verdict.library
+
+
+def test_of_batches_with_the_native_op_nothing_else_can_run_the_nodes(make_shelf, tmp_path):
+    """Without the library the model cannot be opened."""
+    bundle = make_shelf()
+    adapters = open_shelf(bundle, 2)
+    runner = MixedRunner(bundle, adapters, build_library().path)
+    runner.seat(["team", None])
+    ids = np.array([[5, 6, 7], [9, 3, 4]])
+    feeds = first_step(bundle.manifest.inputs, Case("rows", ids, np.ones_like(ids))).feeds
+    found = runner.run(feeds)
+    plain = MixedRunner(bundle, adapters, None)
+    plain.seat(["team", None])
+    assert np.allclose(found["logits"], plain.run(feeds)["logits"], atol=1e-4)
+    assert not runner.model.functions
+    runner.forget()
+    runner.library = None
+    with pytest.raises(ExportError, match="cannot load it"):
+        runner._session = runner._open(())
+
+
+@pytest.mark.parametrize("options", [{}, {"weights_form": "int4"}], ids=str)
+def test_layer_by_layer_every_adapter_is_judged_too(options, make_shelf, tmp_path):
+    shutil.copytree(make_shelf(**options).folder, tmp_path / "bundle")
+    bundle = read_bundle(tmp_path / "bundle")
+    verdict = judged(bundle, only=["small", "lora"], layer_by_layer=True, quality=False)
+    assert verdict.passed, [*verdict.departures, *(case for case in verdict.cases if not case.passed)]
+    assert verdict.cases[-1].name == "rows of small, none, lora, small"
+    assert {check.case.partition(":")[0] for check in verdict.local} == {"small", "lora"}
+    assert {path.partition(":")[0] for path in verdict.expert_use} == {"small", "lora"}
+
+
+def test_layer_by_layer_a_fault_is_located(shelf):
+    verdict = judged(edit_graph(shelf, take_the_next_slot), only=["team"], layer_by_layer=True)
+    assert not verdict.passed
+    assert any("layers.2.mlp.down_proj" in departure.module for departure in verdict.departures)
+
+
+def test_what_quantisation_cost_is_told_of_every_adapter(make_shelf, tmp_path, capsys):
+    shutil.copytree(make_shelf(weights_form="int4").folder, tmp_path / "bundle")
+    bundle = read_bundle(tmp_path / "bundle")
+    lenient = Thresholds(perplexity=10.0, agreement=0.0)
+    verdict = judged(bundle, only=["team", "hydra"], thresholds=lenient)
+    assert verdict.exact, verdict.departures
+    assert list(verdict.measured) == ["team", "hydra"]
+    for name, quality in verdict.qualities.items():
+        assert 0 < quality.quantised.kl < quality.base.kl, f"{name} is not what was run"
+    assert verdict.qualities["team"].quantised != verdict.qualities["hydra"].quantised
+    kept = read_bundle(bundle.folder).manifest.shelf["adapters"]
+    assert kept["team"]["validation"]["quality"]["figures"] != kept["hydra"]["validation"]["quality"]["figures"]
+    print_verdict(verdict, Console(width=200))
+    write_html(verdict, bundle, tmp_path / "page.html")
+    for said in (capsys.readouterr().out, (tmp_path / "page.html").read_text()):
+        assert "What quantisation cost the adapter team" in said
+        assert "What quantisation cost the adapter hydra" in said
+    failing = dataclasses.replace(verdict.qualities["hydra"], findings=("too much",))
+    spoilt = dataclasses.replace(verdict, qualities={**verdict.qualities, "hydra": failing})
+    assert verdict.passed == verdict.exact
+    assert not spoilt.passed
 
 
 def test_more_adapters_than_slots_make_room_for_one_another():
@@ -168,8 +230,12 @@ def test_another_adapter_under_a_name_is_refused_before_anything_runs(shelf, she
         judged(shelf, adapter_folder={"small": shelf_adapters["lora"]})
     with pytest.raises(ExportError, match="has no adapter 'nobody'; it has hydra, lora, moe, small, team"):
         judged(shelf, only=["nobody"])
-    with pytest.raises(ExportError, match="has a shelf of adapters"):
-        judged(shelf, layer_by_layer=True)
+    with pytest.raises(ExportError, match="of which no engines are built"):
+        judged(shelf, engine_name="fp16")
+    with pytest.raises(ExportError, match="is measured beside a base that is in memory as a whole"):
+        judged(shelf, layer_by_layer=True, quality=True)
+    with pytest.raises(ExportError, match="what is not measured has no threshold"):
+        judged(shelf, quality=False, thresholds=Thresholds())
 
 
 def test_an_adapter_that_is_added_while_another_is_judged_stays_on_the_shelf(shelf, shelf_adapters, monkeypatch):

@@ -303,6 +303,7 @@ constexpr Steps kSteps = {down<T, S>, route<T>, up<T, S>};
 }  // namespace
 
 extern const SlotSteps kSlotSteps[3];
+extern const SlotSteps kNarrowSlotSteps[3];
 extern const Code kCode;
 const Code kCode = {TEAMLORA_TEXT(TEAMLORA_CODE),
                     kLanes,
@@ -311,6 +312,7 @@ const Code kCode = {TEAMLORA_TEXT(TEAMLORA_CODE),
                     {kSteps<float>, kSteps<Float16>, kSteps<BFloat16>},
                     {kSteps<float>, kSteps<float, Float16>, kSteps<float, BFloat16>},
 
-                    kSlotSteps};
+                    kSlotSteps,
+                    kNarrowSlotSteps};
 
 }  // namespace teamlora::cpu::TEAMLORA_CODE

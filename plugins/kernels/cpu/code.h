@@ -49,9 +49,10 @@ struct Code {
     const char* name;
     // Floats of a vector; of a full tile, the rows (tokens) and the columns (a panel's width).
     int64_t lanes, tile_rows, panel_width;
-    Steps steps[3];   // by DataType, of T and of the weights
-    Steps narrow[3];  // by DataType of the weights, where T is float32
-    const SlotSteps* slots;
+    Steps steps[3];                 // by DataType, of T and of the weights
+    Steps narrow[3];                // by DataType of the weights, where T is float32
+    const SlotSteps* slots;         // by DataType, of T and of the weights
+    const SlotSteps* narrow_slots;  // by DataType of the weights, where T is float32
 };
 
 // Columns of x that are multiplied before the next are looked at: a panel's part stays in the first cache.

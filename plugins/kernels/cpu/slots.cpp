@@ -58,7 +58,7 @@ struct Call {
     }
     Job job_of(const Piece& piece) const {
         Job own = job;
-        const auto element = static_cast<int64_t>(element_size(shape.dtype));
+        const auto element = static_cast<int64_t>(element_size(shape.weights));
         const int64_t experts = shape.siblings() * shape.num_experts;
         own.down = static_cast<const unsigned char*>(tensors.down) + piece.slot * shape.rows() * shape.in * element;
         own.up = static_cast<const unsigned char*>(tensors.up) + piece.slot * shape.up_rank() * shape.out() * element;
@@ -178,7 +178,9 @@ void find_experts(Call& call) {
 void run_slots(const Shape& shape, const Code& code, const SlotTensors& tensors, int64_t rows, int64_t tokens,
                Workspace& workspace, const Parallel& parallel, int64_t threads) {
     if (rows == 0 || tokens == 0 || shape.out() == 0) return;
-    const auto type = static_cast<int>(shape.dtype);
+    const auto type = static_cast<int>(shape.weights);
+    const bool own = shape.weights == shape.dtype;
+    const SlotSteps& steps = (own ? code.slots : code.narrow_slots)[type];
     const auto weights_count = [&](int64_t count) {
         return round_up((count + 1) * shape.num_experts + code.lanes, code.lanes);
     };
@@ -193,13 +195,14 @@ void run_slots(const Shape& shape, const Code& code, const SlotTensors& tensors,
     job.shared_down = shape.shared_down;
     job.z_stride = round_up(shape.rows(), code.lanes);
     job.v_stride = round_up(shape.siblings() * shape.up_rank(), code.lanes);
-    Call call{shape, tensors, code.slots[type], code.steps[type], job, {}, {}, {}, {}, {}, nullptr, 0, 0, 0, 0, 1, 1};
+    const Steps& dense = (own ? code.steps : code.narrow)[type];
+    Call call{shape, tensors, steps, dense, job, {}, {}, {}, {}, {}, nullptr, 0, 0, 0, 0, 1, 1};
     sort_tokens(call, rows, tokens);
     if (call.pieces.empty()) return;
     find_experts(call);
 
     const auto pieces = static_cast<int64_t>(call.pieces.size());
-    const auto element = static_cast<int64_t>(element_size(shape.dtype));
+    const auto element = static_cast<int64_t>(element_size(shape.weights));
     const int64_t bytes = (shape.rows() * shape.in + shape.up_rank() * shape.out()) * element;
     int64_t work = 0, most = 0;
     for (const Piece& piece : call.pieces) {

@@ -17,9 +17,9 @@ struct SlotTensors {
     const void* x;
     const void* base;
     void* y;
-    const void* down;        // T [N, G (a + k), in]
+    const void* down;        // of `Shape::weights`, [N, G (a + k), in]
     const float* mix;        // [N, G, k, k]
-    const void* up;          // T [N, k c, O]
+    const void* up;          // of `Shape::weights`, [N, k c, O]
     const int32_t* adapter;  // [rows], or [1] for all rows; below N, and below 0 where y = base
     bool one_for_all;
 };

@@ -33,11 +33,11 @@ inline float sum_of(Vector value) {
     return (part[0][0] + part[0][1]) + (part[0][2] + part[0][3]);
 }
 
-// z of some tokens and some rows of `down`, whose first is `row`.
-template <class T>
+// z of some tokens and some rows of `down`, whose first is `row`; S is the type of `down` and `up`.
+template <class S>
 struct DotTile {
     const float* const* x;
-    const T* row;
+    const S* row;
     int64_t in;
     float* z;
     int64_t z_stride;
@@ -104,23 +104,23 @@ void widen(const void* from, int64_t count, float* to) {
     }
 }
 
-template <class T>
+template <class S>
 void down(const Job& job, const float* const* x, int64_t tokens, int64_t from, int64_t to, float* z) {
-    const T* weights = static_cast<const T*>(job.down);
+    const S* weights = static_cast<const S*>(job.down);
     for (int64_t row = from; row < to; row += kDotRows) {
         for (int64_t t = 0; t < tokens; t += kDotTokens) {
-            const DotTile<T> work{x + t, weights + row * job.in, job.in, z + t * job.z_stride + row, job.z_stride};
+            const DotTile<S> work{x + t, weights + row * job.in, job.in, z + t * job.z_stride + row, job.z_stride};
             with_tile<kDotTokens, kDotRows>(work, least(kDotTokens, tokens - t), least(kDotRows, to - row));
         }
     }
 }
 
 // y = base + v up for some tokens and some vectors of columns; the last vector has `tail` columns.
-template <class T>
+template <class T, class S>
 struct UpTile {
     const float* v;
     int64_t v_stride, depth;
-    const T* weights;
+    const S* weights;
     int64_t stride;
     const void* const* base;
     void* const* y;
@@ -141,7 +141,7 @@ struct UpTile {
             TEAMLORA_UNROLL
             for (int i = 0; i < kVectors; ++i) sums[t][i] = Vector{};
         }
-        const T* row = weights;
+        const S* row = weights;
         for (int64_t d = 0; d < depth; ++d, row += stride) {
             Vector values[kVectors];
             TEAMLORA_UNROLL
@@ -176,11 +176,11 @@ struct UpTile {
 
 // The same for few tokens and up to kStreamColumns columns, row by row: weights that come from memory come as it gives
 // them out fastest, and the sums wait in the cache.
-template <class T>
+template <class T, class S>
 struct Stream {
     const float* v;
     int64_t v_stride, depth;
-    const T* weights;
+    const S* weights;
     int64_t stride;
     const void* const* base;
     void* const* y;
@@ -206,7 +206,7 @@ struct Stream {
 
     template <int kTokens, int kRows>
     void add(int64_t d, float (&sums)[kTokens][kStreamColumns]) const {
-        const T* row = weights + d * stride;
+        const S* row = weights + d * stride;
         int64_t i = 0;
         for (; i + kLanes <= columns; i += kLanes) {
             Vector values[kRows];
@@ -233,47 +233,47 @@ struct Stream {
     }
 };
 
-template <class T>
+template <class T, class S>
 void stream_up(const Job& job, const void* const* base, void* const* y, int64_t tokens, int64_t from, int64_t to,
                const float* v) {
     for (int64_t column = from; column < to; column += kStreamColumns) {
-        const Stream<T> work{v,
-                             job.v_stride,
-                             job.up_rank,
-                             static_cast<const T*>(job.up) + column,
-                             job.out,
-                             base,
-                             y,
-                             column,
-                             least(kStreamColumns, to - column)};
+        const Stream<T, S> work{v,
+                                job.v_stride,
+                                job.up_rank,
+                                static_cast<const S*>(job.up) + column,
+                                job.out,
+                                base,
+                                y,
+                                column,
+                                least(kStreamColumns, to - column)};
         tokens == 1 ? work.template tile<1, kStreamRows>() : work.template tile<2, kStreamRows>();
     }
 }
 
-template <class T>
+template <class T, class S>
 void up(const Job& job, const void* const* base, void* const* y, int64_t tokens, int64_t sibling, int64_t from,
         int64_t to, const float* v) {
-    const T* weights = static_cast<const T*>(job.up);
+    const S* weights = static_cast<const S*>(job.up);
     for (int64_t t = 0; t < tokens;) {
         const int64_t count = least(kUpTokens, tokens - t);
         const float* own = v + t * job.v_stride + sibling * job.up_rank;
         if (count <= kStreamTokens) {
-            stream_up<T>(job, base + t, y + t, count, from, to, own);
+            stream_up<T, S>(job, base + t, y + t, count, from, to, own);
             return;
         }
         const int64_t most = least(kUpSums / count, 2 * kTileVectors);
         for (int64_t column = from; column < to;) {
             const int64_t vectors = least(most, (to - column + kLanes - 1) / kLanes);
             const int64_t columns = least(vectors * kLanes, to - column);
-            const UpTile<T> work{own,
-                                 job.v_stride,
-                                 job.up_rank,
-                                 weights + column,
-                                 job.out,
-                                 base + t,
-                                 y + t,
-                                 column,
-                                 columns - (vectors - 1) * kLanes};
+            const UpTile<T, S> work{own,
+                                    job.v_stride,
+                                    job.up_rank,
+                                    weights + column,
+                                    job.out,
+                                    base + t,
+                                    y + t,
+                                    column,
+                                    columns - (vectors - 1) * kLanes};
             with_tile<kUpTokens, 2 * kTileVectors>(work, count, vectors);
             column += columns;
         }
@@ -281,12 +281,14 @@ void up(const Job& job, const void* const* base, void* const* y, int64_t tokens,
     }
 }
 
-template <class T>
-constexpr SlotSteps kStepsOf = {widen<T>, down<T>, up<T>};
+template <class T, class S = T>
+constexpr SlotSteps kStepsOf = {widen<T>, down<S>, up<T, S>};
 
 }  // namespace
 
 extern const SlotSteps kSlotSteps[3];
 const SlotSteps kSlotSteps[3] = {kStepsOf<float>, kStepsOf<Float16>, kStepsOf<BFloat16>};
+extern const SlotSteps kNarrowSlotSteps[3];
+const SlotSteps kNarrowSlotSteps[3] = {kStepsOf<float>, kStepsOf<float, Float16>, kStepsOf<float, BFloat16>};
 
 }  // namespace teamlora::cpu::TEAMLORA_CODE
