@@ -11,7 +11,8 @@ from teamlora_export.deploy.render import render
 
 # What runs a model, each file on those before it; the first six read words, the last is a program.
 OPENING = ("failure.py", "device_tensor.py", "adapter_slots.py", "cores.py", "session.py", "words.py")
-SCHEDULING = ("sampling.py", "slots.py", "scheduler.py")
+ROWS = ("slots_base.py", "slots_in_place.py", "slots_on_device.py", "slots_growing.py", "slots.py")
+SCHEDULING = ("sampling.py", *ROWS, "scheduler.py")
 PROGRAM = (*OPENING, *SCHEDULING, "runner.py")
 # The oldest that run what we write: ONNX Runtime 1.26 takes one overload of a function for all of them, and refuses a
 # model with two forms of the op.

@@ -15,13 +15,15 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as og
 import pytest
-from shelves import COUNT, NAMES, PROMPTS, SHELF, Answers, expected
+import torch
+from shelves import COUNT, NAMES, PROMPTS, SHELF, Answers, expected, write_family
 from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parent))
 from shelf_rows import WHERE, on_host, open_rows
 from triton_server import RequestError, Server
 
+from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.bundle import read_bundle
 from teamlora_export.cli import app
 from teamlora_export.deploy.adapter_slots import ADAPTER, Adapters, rows_adapter
@@ -34,6 +36,8 @@ from teamlora_export.deploy.session import ModelError, Session
 from teamlora_export.deploy.slots import Slots, open_slots
 from teamlora_export.deploy.triton import deploy_triton
 from teamlora_export.errors import ExportError
+from teamlora_export.export import export_onnx
+from teamlora_export.model.inject import inject
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 from teamlora_export.staging import entries
 
@@ -317,6 +321,46 @@ def test_triton_answers_each_request_by_its_adapter(make_shelf, answers, tmp_pat
     with pytest.raises(RequestError, match="INVALID_ARG: There is no adapter 'nobody'"):
         list(server.stream("m_text", unknown))
     server.models["m_text"].unload()
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_each_row_of_an_encoder_has_its_own_adapter(where, encoders):
+    bundle, expected = encoders
+    model = Model(bundle.folder)
+    if where == "device":
+        model._session.adapters = model._session._open_adapters(True, on_device=True)
+    rows, names = [[5, 6, 7, 8], [9, 3], [5, 6, 7, 8], [20]], ["one", "two", None, "one"]
+    found = model.encode(rows, names)
+    for row, name, logits in zip(rows, names, found, strict=True):
+        assert np.allclose(logits, expected(row, name), atol=2e-5), name
+        assert np.allclose(model.encode([row], [name])[0], expected(row, name), atol=2e-5)
+    assert not np.allclose(found[0], found[2], atol=1e-3)
+    assert np.allclose(model.encode(rows)[0], expected(rows[0], None), atol=2e-5)
+    with pytest.raises(ModelError, match="has 2 slots, and others are at work in them"):
+        model.encode(rows[:3], ["one", "two", "three"])
+    with pytest.raises(ModelError, match="There is no adapter 'nobody'"):
+        model.encode(rows[:1], ["nobody"])
+    assert model._session.adapters._users == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def encoders(make_base, tmp_path_factory):
+    """A tiny classifier with three adapters for two slots, and what PyTorch computes of a row with one of them."""
+    base, folder, targets = make_base("bert"), tmp_path_factory.mktemp("encoders"), ("query", "value")
+    named = {
+        name: write_family(folder / name, base, family, targets, 4, k, seed)
+        for seed, (name, family, k) in enumerate((("one", "teamlora", 2), ("two", "lora", 1), ("three", "moelora", 2)))
+    }
+    bundle = export_onnx(base.name, named, folder / "bundle", task=base.task, slots=2)
+
+    def expected(row: list[int], name: str | None) -> np.ndarray:
+        model = base.load(torch.float32)
+        if name is not None:
+            inject(model, align_with_base(read_adapter(named[name]), base.signature))
+        with torch.no_grad():
+            return model(torch.tensor([row])).logits[0].numpy()
+
+    return bundle, expected
 
 
 @pytest.mark.parametrize("cache", ["growing", "in-place"])

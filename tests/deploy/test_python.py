@@ -32,7 +32,7 @@ from typer.testing import CliRunner
 
 from teamlora_export.bundle import MANIFEST_NAME, MOST_SLOTS, SHELF_FORMAT_VERSION, Bundle, window_of, write_manifest
 from teamlora_export.cli import app
-from teamlora_export.deploy import runner, session, slots
+from teamlora_export.deploy import runner, session, slots, slots_in_place
 from teamlora_export.deploy.cores import cores_of_quota, usable_cores
 from teamlora_export.deploy.folder import DEPLOY_NAME
 from teamlora_export.deploy.folder import SHELF_FORMAT_VERSION as DEPLOY_VERSION
@@ -96,7 +96,7 @@ def test_greedy_text_equals_pytorchs_alone_and_in_batches(deployed, smollm2_gree
 def test_a_cache_in_place_gives_the_tokens_of_one_that_grows(part, make_bundle, monkeypatch):
     """Buffers are made longer several times, and long prompts are read in parts."""
     monkeypatch.setattr(runner, "_PART", part)
-    monkeypatch.setattr(slots, "_LEAST_CAPACITY", 4)
+    monkeypatch.setattr(slots_in_place, "_LEAST_CAPACITY", 4)
     prompts = [[7, 5, 300, 9, 14, 21, 3, 8], [11], [4, 4, 200]]
     growing, in_place = (Model(make_bundle("llama", cache=form).folder) for form in ("growing", "in-place"))
     expected = growing.generate(prompts, 40)
@@ -112,7 +112,7 @@ def test_text_of_many_windows_equals_pytorchs_and_a_window_is_kept_no_longer(
     """A window has six tokens; a ring has room for it and a part, or for the text where that is shorter, with what is
     in front of it: the prompt of 21 tokens shares a call with that of 37."""
     monkeypatch.setattr(runner, "_PART", part)
-    monkeypatch.setattr(slots, "_LEAST_CAPACITY", 4)
+    monkeypatch.setattr(slots_in_place, "_LEAST_CAPACITY", 4)
     made = []
     monkeypatch.setattr(slots, "InPlaceSlots", lambda *given: made.append(InPlaceSlots(*given)) or made[-1])
     bundle = make_bundle(name, cache="in-place")

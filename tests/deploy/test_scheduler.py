@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from conftest import poison_token, readme_block
 
-from teamlora_export.deploy import scheduler, slots
+from teamlora_export.deploy import scheduler, slots, slots_in_place
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.sampling import Sampling
@@ -31,7 +31,7 @@ from teamlora_export.deploy.slots import DeviceSlots, Slots
 def open_slots(make_bundle, monkeypatch) -> Callable[..., Any]:
     """Buffers that are short at first, so that they grow again and again."""
     open = slots.open_slots
-    monkeypatch.setattr(slots, "_LEAST_CAPACITY", 4)
+    monkeypatch.setattr(slots_in_place, "_LEAST_CAPACITY", 4)
 
     def make(
         name: str = "llama", cache: str = "in-place", slots: int = 8, part: int = 256, most: int | None = None
