@@ -298,7 +298,9 @@ class Edit:
         files = {adapter["file"]: adapter["sha256"] for adapter in adapters.values()}
         others = {name: digest for name, digest in manifest.sha256.items() if name not in before}
         shelf: Shelf = {"slots": manifest.shelf["slots"], "adapters": dict(sorted(adapters.items()))}
-        changed = dataclasses.replace(manifest, shelf=shelf, sha256=dict(sorted({**others, **files}.items())))
+        hashes = dict(sorted({**others, **files}.items()))
+        # The verdict was on what was on the shelf; each adapter keeps its own.
+        changed = dataclasses.replace(manifest, shelf=shelf, sha256=hashes, validation=None)
         self.write(changed)
         for name in unlisted_adapters(folder):
             with suppress(OSError):

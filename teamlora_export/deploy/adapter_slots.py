@@ -140,6 +140,11 @@ class Adapters:
     def slots(self) -> int:
         return len(self._content)
 
+    def take_last_first(self) -> None:
+        """From now on, of slots that have had nothing, the last one is the first to be used."""
+        with self._changed:
+            self._free.sort(key=lambda slot: (self._content[slot] is not None, -slot))
+
     def find(self, name: str) -> Shelved:
         """The adapter of that name.
 

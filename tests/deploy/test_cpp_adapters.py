@@ -144,13 +144,15 @@ def test_a_file_that_does_not_belong_is_refused_and_the_others_are_answered(
     assert "is not the file that belongs here (its SHA-256 differs)" in refused(program, broken, "--adapter", "lora")
     assert answer(program, broken, [PROMPTS[0]], ["team"]) == right
 
+    others = {file: sha256 for file, sha256 in described["files"].items() if broken / file != lora}
+
     def of(data: bytes) -> str:
         """What is said of a file that is listed with its own hash."""
         sha256 = hashlib.sha256(data).hexdigest()
         file = f"adapters/lora.{sha256[:16]}.safetensors"
         (broken / file).write_bytes(data)
         adapters = {**described["shelf"]["adapters"], "lora": {"file": file, "sha256": sha256}}
-        change(broken, files={**described["files"], file: sha256}, shelf={"slots": 3, "adapters": adapters})
+        change(broken, files={**others, file: sha256}, shelf={"slots": 3, "adapters": adapters})
         return refused(program, broken, "--adapter", "lora")
 
     halves = make_shelf(dtype="fp16", cache="in-place")
