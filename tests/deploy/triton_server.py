@@ -467,3 +467,20 @@ def _backend_utils(server: Server) -> types.ModuleType:
 
 
 _KINDS: Mapping[str, type[Model]] = {"onnxruntime": OnnxModel, "python": PythonModel}
+
+
+def words(*texts: str) -> np.ndarray:
+    return np.array([text.encode() for text in texts], np.object_)
+
+
+def rows(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The inputs of one request, with the axis that Triton has for a batch."""
+    return {name: values[None] for name, values in given.items()}
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.pbtxt"
+    config = text_format.Parse(path.read_text(), pb.ModelConfig())
+    for name, change in changes.items():
+        change(config) if callable(change) else setattr(config, name, change)
+    path.write_text(text_format.MessageToString(config))
