@@ -451,6 +451,7 @@ def test_exports_that_cannot_be_are_refused_before_anything_is_traced(make_base,
     [
         ["trt", "BUNDLE"],
         ["trt", "graph", "BUNDLE", "-o", "OUT"],
+        ["deploy", "cpp", "BUNDLE", "-o", "OUT", "--engine", "fp16"],
         *(["deploy", target, "BUNDLE", "-o", "OUT", "--batching", "sequence"] for target in ("triton", "kubernetes")),
     ],
 )

@@ -89,7 +89,7 @@ def _expert_nodes(model: ir.Model, bundle: Bundle) -> Iterator[ir.Node]:
     for value, modules in marked_values(model):
         if any(module.partition("#")[0] in adapted for module in modules):
             node = value.producer()
-            if node is not None and node.op_type == "Split" and node.inputs[0] is not None:
+            if node is not None and node.op_type in ("Split", "Squeeze") and node.inputs[0] is not None:
                 node = node.inputs[0].producer()
             if node is not None and node.op_type == "Add":
                 sums[node] = None

@@ -143,7 +143,7 @@ class OnnxRunner:
         modules = {name: str(value.name) for value, names in marked_values(self.written) for name in names}
         made = {value.name: node for node in self.written.graph for value in node.outputs}
         node = made.get(modules.get(tap_or_output) or modules.get(module, module))
-        if node is not None and node.op_type == "Split" and node.inputs[0] is not None:
+        if node is not None and node.op_type in ("Split", "Squeeze") and node.inputs[0] is not None:
             node = node.inputs[0].producer() or node
         return (node.name or node.op_type) if node is not None else "an input of the model"
 

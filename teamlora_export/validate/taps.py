@@ -32,14 +32,16 @@ class Tap:
 
     Attributes:
         base: where it is given, the tap is `value` less this one, in float64.
+        one_token: `value` is [batch, 1, ..], and the module's is [batch, ..].
     """
 
     value: str
     columns: tuple[int, int] | None = None
     base: str | None = None
+    one_token: bool = False
 
     def of(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
-        array = values[self.value]
+        array = values[self.value][:, 0] if self.one_token else values[self.value]
         if self.base is not None:
             with np.errstate(invalid="ignore"):
                 array = array.astype(np.float64) - values[self.base]
@@ -102,6 +104,11 @@ def _parts(module: str, value: ir.Value, columns: tuple[int, int] | None, inputs
     """The parts of an adapted projection that gives `columns` of `value`; none where the graph no longer has their
     form."""
     node = value.producer()
+    one_token = node is not None and node.op_type == "Squeeze"
+    if one_token:
+        # A place of each text, as a text of one token (`passes/take_adapters.py`).
+        whole, value = value, node.inputs[0]  # type: ignore[union-attr,assignment]
+        node = value.producer()
     if node is not None and node.op_type == "Split":
         widths = _widths(node)
         start = sum(widths[: value.index()])  # type: ignore[arg-type,misc]
@@ -110,6 +117,13 @@ def _parts(module: str, value: ir.Value, columns: tuple[int, int] | None, inputs
         node = value.producer()
     if node is None or None in node.inputs:
         return {}
+    if op.is_op(node) and one_token:
+        x, rest = (str(v.producer().inputs[0].name) for v in node.inputs[:2])  # type: ignore[union-attr]
+        return {
+            f"{module}/{INPUT}": Tap(x),
+            f"{module}/{BASE}": Tap(rest),
+            f"{module}/{EXPERTS}": Tap(str(whole.name), base=rest),
+        }
     if op.is_op(node):
         x, rest = (str(v.name) for v in node.inputs[:2] if v is not None)
         return {
@@ -120,9 +134,12 @@ def _parts(module: str, value: ir.Value, columns: tuple[int, int] | None, inputs
     if node.op_type != "Add":
         return {}
     base, experts = node.inputs
-    parts = {f"{module}/{BASE}": Tap(str(base.name), columns), f"{module}/{EXPERTS}": Tap(str(experts.name), columns)}  # type: ignore[union-attr]
+    parts = {
+        f"{module}/{part}": Tap(str(added.name), columns, one_token=one_token)  # type: ignore[union-attr]
+        for part, added in ((BASE, base), (EXPERTS, experts))
+    }
     read = inputs.get(str(value.name)) or _read_by(experts)  # type: ignore[arg-type]
-    return ({f"{module}/{INPUT}": Tap(read)} if read else {}) | parts
+    return ({f"{module}/{INPUT}": Tap(read, one_token=one_token)} if read else {}) | parts
 
 
 def _widths(split: ir.Node) -> list[int]:

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from cpp_programs import run
+from shelves import write_family
 from typer.testing import CliRunner
 
 from teamlora_export.bundle import read_bundle
@@ -25,6 +27,7 @@ from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.runner import Model
 from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.errors import ExportError
+from teamlora_export.export import export_onnx
 from teamlora_export.files import sha256_of
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 
@@ -87,6 +90,31 @@ def test_each_row_is_answered_by_its_own_adapter(options, make_shelf, program, t
     assert answer(program, model, [PROMPTS[i] for i in few], [NAMES[i] for i in few]) == [rows[i] for i in few]
     assert answer(program, model, PROMPTS, ["lora"]) == expected(bundle.folder, ["lora"] * len(PROMPTS))
     assert answer(program, model, PROMPTS, []) == expected(bundle.folder, [None] * len(PROMPTS))
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, "bf16"])
+def test_each_input_of_an_encoder_is_read_by_its_own_adapter(adapter_dtype, program, make_base, tmp_path):
+    """More adapters than slots: as Python reads each alone."""
+    base = make_base("bert")
+    adapters = {
+        name: write_family(tmp_path / name, base, family, ("query", "value"), 4, k, seed)
+        for seed, (name, family, k) in enumerate([("a", "teamlora", 2), ("b", "lora", 1), ("c", "hydralora", 2)])
+    }
+    bundle = export_onnx(base.name, adapters, tmp_path / "bundle", slots=2, adapter_dtype=adapter_dtype)
+    model = deploy_cpp(bundle, tmp_path / "out") / "model"
+    inputs, names = [[5, 6, 7], [5, 6, 7], [9], [5, 6, 7], [5, 6, 7]], ["a", None, "b", "c", "b"]
+    python = Model(bundle.folder)
+    rows = [python.encode([ids], [name])[0] for ids, name in zip(inputs, names, strict=True)]
+    together = python.encode([inputs[0], inputs[3], inputs[1]], ["a", "c", None])
+    assert np.allclose(together, [rows[0], rows[3], rows[1]], atol=1e-5)
+    chosen = [word for name in names for word in ("--adapter", name or "-")]
+    lines = "".join(" ".join(map(str, ids)) + "\n" for ids in inputs)
+    done = run(program, "--model", model, "--ids", *chosen, input=lines)
+    assert done.returncode == 0, done.stderr
+    found = np.array([[float(value) for value in line.split()] for line in done.stdout.splitlines()])
+    assert np.allclose(found, np.array(rows), atol=1e-5)
+    apart = [np.abs(rows[i] - rows[j]).max() for i, j in ((0, 1), (0, 3), (3, 4), (1, 4))]
+    assert min(apart) > 1e-3, "the adapters answer alike"
 
 
 def test_the_native_op_takes_each_rows_adapter_too(model, program, tmp_path):
