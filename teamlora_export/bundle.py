@@ -362,6 +362,14 @@ def listed_files(folder: Path) -> set[str]:
         raise ExportError(f"{refusal} ({reason})") from None
 
 
+def names_on_shelf(folder: Path) -> set[str]:
+    """The adapters of the bundle in `folder`; none where there is no bundle, or it has no shelf."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return set()
+    shelf = _read_manifest(folder).shelf
+    return set() if shelf is None else set(shelf["adapters"])
+
+
 def unlisted_adapters(folder: Path) -> set[str]:
     """Files of adapters that a shelf does not list: what a killed change of it left behind."""
     manifest = _read_manifest(folder)
