@@ -201,12 +201,20 @@ def slot_file(
         placed_adapter: in the form of the slots. weights: the inputs' recipes, by name.
         dtype: of `down` and `up`; `mix` is in float32.
         adapter_sha256: of the adapter as it was trained, for the file to say.
+
+    Raises:
+        ExportError: a number of it is none in `dtype`.
     """
     recipes = {name: Recipe.from_json(text) for name, text in weights.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "teamlora", "adapter_sha256": adapter_sha256}}
     parts, end = [], 0
     for name, array in adapter_weights(recipes, placed_adapter, IR_DTYPES[dtype]):
         data = np.ascontiguousarray(array)
+        if not np.isfinite(data).all():
+            raise ExportError(
+                f"{placed_adapter.source}: {name} has numbers that are none, or none in {data.dtype.name} with the "
+                "adapter's scaling. Is its training whole?"
+            )
         header[name] = {
             "dtype": _TYPES[data.dtype.name],
             "shape": list(data.shape),

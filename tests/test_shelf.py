@@ -144,7 +144,11 @@ def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle
         for n, a in load_file(wide / "adapter_model.safetensors").items()
     }
     save_file(changed, wide / "adapter_model.safetensors")
+    huge = write_family(tmp_path / "huge", base, "lora", ["q_proj"], 4)
+    tensors = load_file(huge / "adapter_model.safetensors")
+    save_file({n: np.sign(a) * np.float32(3e38) for n, a in tensors.items()}, huge / "adapter_model.safetensors")
     for name, words in (
+        ("huge", r"q_proj.* has numbers that are none, or none in float32"),
         ("experts", r"q_proj: has 8 experts, the bundle's slots have room for 4"),
         ("rank", r"q_proj: has 4 experts of rank 8, the bundle's slots have room for 4 of rank 2"),
         ("gpt2", r"changes 16 modules that have no slots in this bundle of .*\(c_attn, c_fc, c_proj"),
@@ -316,6 +320,12 @@ def test_an_edit_that_waited_for_an_export_is_of_what_is_there_then(bundle, make
     thread.join()
     check_files(read_bundle(bundle.folder))
     assert len(order) == 1 and "was exported anew meanwhile" in order[0]
+
+
+def test_an_export_that_leaves_out_what_is_on_the_shelf_says_so(bundle, make_base, shelf_adapters, capsys):
+    export_onnx(make_base("llama").name, {"lora": shelf_adapters["lora"]}, bundle.folder)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "hydra, moe, small, team on the shelf that is replaced: not given here, and removed with it" in said
 
 
 def test_what_a_killed_edit_left_is_ours_and_nothing_else_is(bundle, make_base, shelf_adapters):
