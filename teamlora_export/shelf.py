@@ -309,16 +309,24 @@ class Edit:
         hashes = dict(sorted({**others, **files}.items()))
         # The verdict was on what was on the shelf; each adapter keeps its own.
         changed = dataclasses.replace(manifest, shelf=shelf, sha256=hashes, validation=None)
-        self.write(changed)
-        for name in unlisted_adapters(folder):
-            with suppress(OSError):
-                (folder / name).unlink()
+        try:
+            self.write(changed)
+        finally:
+            # What the list names no more; or, where it could not be written, what was to be in it.
+            _remove_unlisted(folder)
         return Bundle(folder, changed)
 
     def write(self, manifest: Manifest) -> None:
         if self.is_gone():
             raise _exported_anew(self.bundle.folder)
         write_manifest(self.bundle.folder, manifest)
+
+
+def _remove_unlisted(folder: Path) -> None:
+    with suppress(OSError, ExportError):
+        for name in unlisted_adapters(folder):
+            with suppress(OSError):
+                (folder / name).unlink()
 
 
 def change_manifest(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> None:

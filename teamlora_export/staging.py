@@ -109,7 +109,8 @@ def held_file(path: Path) -> Iterator[Callable[[], bool]]:
         OSError: it cannot be opened.
     """
     while True:
-        with _lock(path) as descriptor:
+        # NFS gives such a lock only to those who may write.
+        with _lock(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY) as descriptor:
             # Its folder may have been replaced while another had it.
             if _is_at(descriptor, path):
                 yield lambda: not _is_at(descriptor, path)
@@ -405,13 +406,13 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[int]:
+def _lock(path: Path, mode: int = os.O_RDONLY) -> Iterator[int]:
     """Hold `path` inside of the block; the system lets go of it where the process is killed.
 
     Yields:
         Its descriptor.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    descriptor = os.open(path, mode | os.O_NONBLOCK)
     try:
         _wait_for_lock(descriptor)
         yield descriptor

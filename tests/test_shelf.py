@@ -328,6 +328,18 @@ def test_an_export_that_leaves_out_what_is_on_the_shelf_says_so(bundle, make_bas
     assert "hydra, moe, small, team on the shelf that is replaced: not given here, and removed with it" in said
 
 
+def test_an_edit_whose_list_cannot_be_written_leaves_nothing(bundle, shelf_adapters, monkeypatch):
+    before = sorted(entries(bundle.folder))
+
+    def full(*_: object) -> None:
+        raise ExportError("No space left on device; nothing was written.")
+
+    monkeypatch.setattr(shelf_module, "write_manifest", full)
+    with pytest.raises(ExportError, match="nothing was written"):
+        add_adapter(bundle.folder, "late", shelf_adapters["moe"])
+    assert sorted(entries(bundle.folder)) == before
+
+
 def test_what_a_killed_edit_left_is_ours_and_nothing_else_is(bundle, make_base, shelf_adapters):
     """An export over the bundle replaces it."""
     left = bundle.folder / "adapters" / f"late.{'0' * 16}.safetensors"
@@ -432,13 +444,15 @@ def test_an_adapter_with_more_than_one_hash_is_refused_when_a_description_is_rea
 
 def test_options_name_adapters_or_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("one", "two", "a=b"):
+    for name in ("one", "two", "a=b", "my own"):
         Path(name).mkdir()
     assert adapters_given(["one"], None) == Path("one")
     assert adapters_given(["one"], 4) == {"one": Path("one")}
     assert adapters_given(["x=one"], None) == {"x": Path("one")}
     assert adapters_given(["one", "x=two"], None) == {"one": Path("one"), "x": Path("two")}
     assert adapters_given(["a=b"], None) == Path("a=b"), "a folder of that name"
+    with pytest.raises(ExportError, match="'my own' cannot name an adapter"):
+        adapters_given(["one", "my own"], None)
     with pytest.raises(ExportError, match="two are called one"):
         adapters_given(["one", "one=two"], None)
 
