@@ -292,6 +292,7 @@ class Scheduler:
         with self._changed:
             waiting = list(self._waiting)
         full: list[_Request] = []
+        is_loading = False
         for place, request in enumerate(waiting):
             # Adapters of the next are read while there is no row for them.
             if not free and place >= self._model.slots:
@@ -304,7 +305,9 @@ class Scheduler:
                     # Those behind it that need a slot wait, too, or those whose adapters are there would keep it
                     # waiting for ever.
                     full.append(request)
-                elif self._model.is_ready(request.adapter) and free:
+                elif not self._model.is_ready(request.adapter):
+                    is_loading = True
+                elif free:
                     # The next to be written, most often.
                     row = min(free)
                     self._model.equip(row, request.adapter)
@@ -317,7 +320,7 @@ class Scheduler:
                 self._leave_queue(request)
                 request.answer.end(Failed(str(error) if isinstance(error, ModelError) else brief(error)))
         if self._waiting and not self._reading and not self._writing:
-            self._give_up(full)
+            self._give_up([] if is_loading else full)
             # For an adapter to be read, or a slot that another scheduler of the same model is to give back.
             time.sleep(_AGAIN)
         return bool(self._reading)
