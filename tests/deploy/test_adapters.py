@@ -325,7 +325,7 @@ def test_triton_answers_each_request_by_its_adapter(make_shelf, answers, tmp_pat
         told = run(sys.executable, out / "client.py", "--url", grpc, "--adapter", "small", "--ids", *PROMPTS[1])
         assert told.stdout.split()[:COUNT] == [str(token) for token in until_stop(answers["small", tuple(PROMPTS[1])])]
         refused = run(sys.executable, out / "client.py", "--url", grpc, "--adapter", "nobody", "--ids", 5)
-        assert refused.returncode == 1 and "There is no adapter 'nobody'" in refused.stderr
+        assert refused.returncode == 2 and "There is no adapter 'nobody'" in refused.stderr
         told = run("sh", out / "client.sh", SERVER=http)
         assert told.returncode == 0 and '"adapter": "hydra"' in (out / "client.sh").read_text()
     server.models["m_text"].unload()
