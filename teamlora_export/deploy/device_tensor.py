@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-# What the format of ONNX calls them.
-_TYPES = {np.dtype(np.float32): 1, np.dtype(np.float16): 10}
+# What the format of ONNX calls them; uint16 is also bfloat16 by its bits.
+_TYPES = {np.dtype(np.float32): 1, np.dtype(np.float16): 10, np.dtype(np.uint16): 4}
 _IR_VERSION, _OPSET = 8, 17
 
 

@@ -284,7 +284,9 @@ def memory_bytes(
         capacity: tokens of a text.
     """
     weights = bundle.data.stat().st_size
-    adapter = 0 if bundle.manifest.shelf is None else slot_bytes(bundle.manifest.refit, bundle.manifest.dtype)
+    manifest, adapter = bundle.manifest, 0
+    if manifest.shelf is not None:
+        adapter = slot_bytes(manifest.refit, manifest.op.get("adapter_dtype", manifest.dtype))
     if gpu:
         needed = _BASE_BYTES["gpu"] + weights
     else:

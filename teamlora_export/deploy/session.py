@@ -159,8 +159,6 @@ class Session:
         stamp = _stamp_of(_description(self.folder))
         if not on_device:
             return Adapters(self.folder, inputs, self.settings.slots, listed, stamp, check)
-        if any(kind is np.uint16 for _, kind in inputs.values()):
-            raise ModelError(f"{self.folder}: its adapters are in bfloat16, which is for CPUs so far.")
         try:
             tensors = DeviceTensors(self.device, self._providers)
             return Adapters(self.folder, inputs, self.settings.slots, listed, stamp, check, tensors)

@@ -372,7 +372,7 @@ def test_a_device_whose_memory_cannot_be_written_fails_the_request_and_forgets_w
 
 def test_a_part_of_a_devices_tensor_is_written_and_no_other():
     make = DeviceTensors(("cpu", 0), ["CPUExecutionProvider"])
-    for kind in (np.float32, np.float16):
+    for kind in (np.float32, np.float16, np.uint16):
         tensor = make((3, 2, 100), kind)
         numbers = np.arange(200, dtype=kind).reshape(2, 100)
         # As they are in a file's bytes.
