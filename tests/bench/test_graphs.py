@@ -123,6 +123,19 @@ def test_the_bypassed_graph_of_a_shelf_is_the_base_and_the_other_has_each_rows_a
     assert found == expected.generate(prompts, 8, adapters=names) != expected.generate(prompts, 8)
 
 
+def test_rows_of_a_shelf_with_a_library_are_run_by_it(make_shelf):
+    """In a graph without the op's definition, so that nothing else can run them."""
+    with written_graphs(make_shelf()) as graphs:
+        model = onnx.load(graphs.adapted / "model.onnx", load_external_data=False)
+        del model.functions[:]
+        onnx.save(model, graphs.adapted / "model.onnx")
+        row = GraphRow("native", graphs.adapted, build_library().path, adapters=("team", None))
+        step = row.open()([[5, 6, 7], [9, 3, 4]], 2)
+        assert len(step()) == 2
+        with pytest.raises(ExportError, match="native: .*cannot load the model"):
+            replace(row, library=None).open()
+
+
 def test_a_floor_is_the_added_bytes_and_operations():
     adapted, bypassed = Work(bytes=110, each=30, last=5), Work(bytes=100, each=20, last=5)
     found = floor(adapted, bypassed, 1)
