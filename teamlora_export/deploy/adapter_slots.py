@@ -116,7 +116,7 @@ class Adapters:
         self._listing = threading.Lock()
         self._seen: object = None
         self._shelf: Mapping[str, tuple[str, str]] = {}
-        # Those that somebody has, by key: requests of one adapter share its open file.
+        # Those that are in use, by key: requests of one adapter share its open file.
         self._opened: weakref.WeakValueDictionary[tuple[str, Path, str], Shelved] = weakref.WeakValueDictionary()
         # Of all that follows. Taken again by the one who has it, where Python frees a text's rows in the middle of a
         # call.

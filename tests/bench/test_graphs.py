@@ -132,7 +132,7 @@ def test_rows_of_a_shelf_with_a_library_are_run_by_it(make_shelf):
         row = GraphRow("native", graphs.adapted, build_library().path, adapters=("team", None))
         step = row.open()([[5, 6, 7], [9, 3, 4]], 2)
         assert len(step()) == 2
-        with pytest.raises(ExportError, match="native: .*cannot load the model"):
+        with pytest.raises(ExportError, match=r"native: .*cannot load the model"):
             replace(row, library=None).open()
 
 

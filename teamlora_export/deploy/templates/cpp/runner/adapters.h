@@ -100,7 +100,7 @@ private:
     std::mutex listing_;
     Stamp seen_;
     Shelf shelf_;
-    // Those that somebody has, by key: requests of one adapter share its open file.
+    // Those that are in use, by key: requests of one adapter share its open file.
     std::map<std::string, std::weak_ptr<const Shelved>> opened_;
 
     // Who has it is the one who may change what is in slots.
