@@ -39,7 +39,9 @@ ADAPTER_NAME = "adapter"
 # 1 listed the hashes of the model and its weights alone. 3 is what has a shelf: programs that know no shelf would run
 # the base without an adapter.
 FORMAT_VERSION, SHELF_FORMAT_VERSION = 2, 3
-_SHELVED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\.[0-9a-f]{16}\.safetensors")
+# What an adapter of a shelf can be called: also a part of the names of files.
+SHELVED_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_SHELVED = re.compile(rf"{SHELVED_NAME}\.[0-9a-f]{{16}}\.safetensors")
 _CACHE = re.compile(r"past_key_values\.\d+\.(key|value)")
 _NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 # What each task is asked for.
@@ -220,14 +222,21 @@ class Attached(TypedDict):
     projections: dict[str, list[str]]
 
 
-class ShelvedAdapter(TypedDict):
-    """One adapter of a shelf: its file in the bundle's folder, in the form of a slot, what it was made of, and the last
-    validation's figures."""
+AdapterName = Annotated[str, msgspec.Meta(pattern=rf"^{SHELVED_NAME}\Z")]
+AdapterFile = Annotated[str, msgspec.Meta(pattern=rf"^{ADAPTERS_NAME}/{SHELVED_NAME}\.[0-9a-f]{{16}}\.safetensors\Z")]
 
-    file: Annotated[
-        str, msgspec.Meta(pattern=rf"^{ADAPTERS_NAME}/[A-Za-z0-9][A-Za-z0-9._-]{{0,63}}\.[0-9a-f]{{16}}\.safetensors$")
-    ]
+
+class AdapterInFile(TypedDict):
+    """A file in the form of a slot, relative to what lists it."""
+
+    file: AdapterFile
     sha256: Sha256
+
+
+class ShelvedAdapter(AdapterInFile):
+    """One adapter of a shelf: its file in the bundle's folder, what it was made of, and the last validation's
+    figures."""
+
     origin: AdapterOrigin
     validation: NotRequired[Validation | None]
 
@@ -239,7 +248,7 @@ class Shelf(TypedDict):
     """
 
     slots: Annotated[int, msgspec.Meta(ge=1, le=MOST_SLOTS)]
-    adapters: dict[str, ShelvedAdapter]
+    adapters: dict[AdapterName, ShelvedAdapter]
 
 
 @dataclass(frozen=True)
@@ -353,6 +362,14 @@ def listed_files(folder: Path) -> set[str]:
         raise ExportError(f"{refusal} ({reason})") from None
 
 
+def names_on_shelf(folder: Path) -> set[str]:
+    """The adapters of the bundle in `folder`; none where there is no bundle, or it has no shelf."""
+    if not (folder / MANIFEST_NAME).is_file():
+        return set()
+    shelf = _read_manifest(folder).shelf
+    return set() if shelf is None else set(shelf["adapters"])
+
+
 def unlisted_adapters(folder: Path) -> set[str]:
     """Files of adapters that a shelf does not list: what a killed change of it left behind."""
     manifest = _read_manifest(folder)
@@ -362,9 +379,24 @@ def unlisted_adapters(folder: Path) -> set[str]:
 def shelved_files(folder: Path) -> set[str]:
     """Files in `folder` that have the names of shelved adapters, relative to it."""
     place = folder / ADAPTERS_NAME
-    if not place.is_dir():
+    # Behind a link are another folder's.
+    if place.is_symlink() or not place.is_dir():
         return set()
     return {f"{ADAPTERS_NAME}/{name}" for name in entries(place) if _SHELVED.fullmatch(name)}
+
+
+def refuse_linked_adapters(folder: Path) -> None:
+    """Refuse to change the adapters in `folder` where a link leads to another folder's.
+
+    Raises:
+        ExportError: it does.
+    """
+    place = folder / ADAPTERS_NAME
+    if place.is_symlink():
+        raise ExportError(
+            f"{place}: is a link, and what is written there or removed would be another folder's. Put a folder with "
+            "the files in its place."
+        )
 
 
 def refuse_shelf(bundle: Bundle, what: str) -> None:
@@ -422,11 +454,26 @@ def _check_list(bundle: Bundle) -> None:
     for name in (MODEL_NAME, *bundle.data_names, *shelved, *read):
         if name not in listed:
             raise ExportError(f"{folder / MANIFEST_NAME}: does not list {name}. Export the model again.")
+    if shelf is not None:
+        check_shelf(shelf["adapters"], listed, folder / MANIFEST_NAME)
     for name in listed:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ExportError(f"{folder / MANIFEST_NAME}: lists {name!r:.80}, which is not in its folder.")
         if not (folder / name).is_file():
             raise ExportError(f"{folder}: {name:.80} is missing. Export the model again.")
+
+
+def check_shelf(adapters: Mapping[str, AdapterInFile], listed: Mapping[str, str], path: Path) -> None:
+    """Each adapter of a shelf has one hash, wherever `path` says it: beside its name, in the list of files, and, as far
+    as that goes, in the name of its file. What is in memory is known by it.
+
+    Raises:
+        ExportError: one has another.
+    """
+    for name, adapter in adapters.items():
+        file, sha256 = adapter["file"], adapter["sha256"]
+        if listed.get(file) != sha256 or not file.endswith(f".{sha256[:16]}.safetensors"):
+            raise ExportError(f"{path}: its adapter {name} has more than one hash. Add that adapter again.")
 
 
 def _check_ports(folder: Path, manifest: Manifest) -> None:

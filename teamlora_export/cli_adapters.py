@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -32,8 +33,10 @@ def adapters_given(given: Sequence[str], slots: int | None) -> Path | dict[str, 
     """What `--adapter` says: one folder, or several by name. A folder without a name lends its own.
 
     Raises:
-        ExportError: two have one name.
+        ExportError: two have one name, or a folder's cannot be one.
     """
+    from teamlora_export.bundle import SHELVED_NAME
+
     named: dict[str, Path] = {}
     one = len(given) == 1 and slots is None
     for text in given:
@@ -43,6 +46,8 @@ def adapters_given(given: Sequence[str], slots: int | None) -> Path | dict[str, 
             if one:
                 return path
             name = path.resolve().name
+            if not re.fullmatch(SHELVED_NAME, name):
+                raise ExportError(f"--adapter {text}: {name!r:.80} cannot name an adapter. Give NAME=FOLDER.")
         else:
             path = given_path(folder)
         if name in named:

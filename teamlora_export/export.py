@@ -34,6 +34,7 @@ from teamlora_export.bundle import (
     copy_companions,
     hash_files,
     listed_files,
+    names_on_shelf,
     read_bundle,
     write_manifest,
 )
@@ -128,6 +129,10 @@ def export_onnx(
     refuse_foreign(out, _our_files, inputs)
     if (out / ENGINES_NAME).is_dir():
         reporter.warn(f"{out}: its engines are of the model that is replaced, and are removed with it.")
+    if left_out := sorted(names_on_shelf(out) - (shelved or {}).keys()):
+        reporter.warn(
+            f"{out}: {', '.join(left_out)[:200]} on the shelf that is replaced: not given here, and removed with it."
+        )
     with hashing_weights(source) as finish_hashing:
         traced = _find_graph(source, adapter, task, dtype, cache == "in-place", retrace, reporter)
         adapter = align_with_base(adapter, traced.signature)
@@ -156,7 +161,7 @@ def export_onnx(
         if op_form == "standard":
             inline_bodies(model)
         model.producer_name, model.producer_version = "teamlora-export", __version__
-        with staged(out, _our_files, inputs) as folder:
+        with staged(out, _our_files, inputs, MODEL_NAME) as folder:
             data_sha256 = _write_weights(model, source, traced, adapter, folder, reporter)
             ir.save(model, folder / MODEL_NAME)
             copy_companions(source.folder, folder)

@@ -152,7 +152,8 @@ def _bundle_rows(bundle: Bundle, lifted: Lifted) -> Iterable[tuple[str, str]]:
     yield "made with", ", ".join(f"{name} {version}" for name, version in manifest.tool.items())
     validation = manifest.validation
     if validation is None:
-        yield "validated", "not yet: run `teamlora-export validate`"
+        what = "not yet" if manifest.shelf is None else "not as a whole, since its shelf was changed"
+        yield "validated", f"{what}: run `teamlora-export validate`"
     else:
         verdict = "passed" if validation["passed"] else f"FAILED at {validation['first_departure']}"
         yield (

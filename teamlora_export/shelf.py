@@ -11,13 +11,12 @@ removes. Neither the base's weights nor the graph are touched, or read.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -27,12 +26,14 @@ from teamlora_export.adapter import AdapterSpec, BaseSignature, LinearShape, ali
 from teamlora_export.adapter.padding import Slot, placed
 from teamlora_export.bundle import (
     ADAPTERS_NAME,
+    SHELVED_NAME,
     Bundle,
     Manifest,
     Refit,
     Shelf,
     ShelvedAdapter,
     read_bundle,
+    refuse_linked_adapters,
     unlisted_adapters,
     write_manifest,
 )
@@ -42,9 +43,9 @@ from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import Recipe, adapter_weights
 from teamlora_export.origin import describe_adapter, warn_of_normalizers
 from teamlora_export.progress import Reporter
-from teamlora_export.staging import require_space, write_aside
+from teamlora_export.staging import held_file, require_space, write_aside
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(SHELVED_NAME)
 _LINE = 64
 # As a safetensors file calls them.
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -74,11 +75,10 @@ def remove_adapter(folder: Path, name: str) -> Bundle:
     Raises:
         ExportError: there is no shelf, or none of that name on it.
     """
-    with _edited(folder) as bundle:
-        shelf = require_shelf(bundle)
-        require_known(bundle, shelf, name)
-        left = {other: adapter for other, adapter in shelf["adapters"].items() if other != name}
-        return _keep(bundle, left)
+    with edited(folder) as edit:
+        shelf = require_shelf(edit.bundle)
+        require_known(edit.bundle, shelf, name)
+        return edit.keep({other: adapter for other, adapter in shelf["adapters"].items() if other != name})
 
 
 def require_shelf(bundle: Bundle) -> Shelf:
@@ -201,12 +201,20 @@ def slot_file(
         placed_adapter: in the form of the slots. weights: the inputs' recipes, by name.
         dtype: of `down` and `up`; `mix` is in float32.
         adapter_sha256: of the adapter as it was trained, for the file to say.
+
+    Raises:
+        ExportError: a number of it is none in `dtype`.
     """
     recipes = {name: Recipe.from_json(text) for name, text in weights.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "teamlora", "adapter_sha256": adapter_sha256}}
     parts, end = [], 0
     for name, array in adapter_weights(recipes, placed_adapter, IR_DTYPES[dtype]):
         data = np.ascontiguousarray(array)
+        if not np.isfinite(data).all():
+            raise ExportError(
+                f"{placed_adapter.source}: {name} has numbers that are none, or none in {data.dtype.name} with the "
+                "adapter's scaling. Is its training whole?"
+            )
         header[name] = {
             "dtype": _TYPES[data.dtype.name],
             "shape": list(data.shape),
@@ -222,7 +230,12 @@ def slot_file(
 
 
 def shelve(folder: Path, name: str, content: bytes, sha256: str, adapter: AdapterSpec) -> ShelvedAdapter:
-    """Write an adapter's file into a bundle's folder, beside those that are there."""
+    """Write an adapter's file into a bundle's folder, beside those that are there.
+
+    Raises:
+        ExportError: its place is behind a link, or cannot be written.
+    """
+    refuse_linked_adapters(folder)
     file = f"{ADAPTERS_NAME}/{name}.{sha256[:16]}.safetensors"
     (folder / ADAPTERS_NAME).mkdir(exist_ok=True)
     require_space(folder, len(content))
@@ -244,12 +257,13 @@ def _put(folder: Path, name: str, source: Path, reporter: Reporter, replaces: bo
     warn_of_normalizers(adapter, reporter)
     dtype = manifest.op.get("adapter_dtype", manifest.dtype)
     content, sha256 = slot_file(fitting, manifest.refit["weights"], dtype, adapter.sha256)
-    with _edited(folder) as now:
-        if (now.manifest.refit, now.manifest.dtype, now.manifest.op) != (manifest.refit, manifest.dtype, manifest.op):
-            raise ExportError(f"{folder}: was exported anew meanwhile. Run the command again.")
-        _require_place(now, name, replaces)
-        shelf = require_shelf(now)
-        return _keep(now, {**shelf["adapters"], name: shelve(folder, name, content, sha256, adapter)})
+    with edited(folder) as edit:
+        now = edit.bundle.manifest
+        if (now.refit, now.dtype, now.op) != (manifest.refit, manifest.dtype, manifest.op):
+            raise _exported_anew(folder)
+        _require_place(edit.bundle, name, replaces)
+        shelf = require_shelf(edit.bundle)
+        return edit.keep({**shelf["adapters"], name: shelve(folder, name, content, sha256, adapter)})
 
 
 def _require_place(bundle: Bundle, name: str, replaces: bool) -> None:
@@ -273,24 +287,46 @@ def _warn_of_base(adapter: AdapterSpec, manifest: Manifest, reporter: Reporter) 
         reporter.warn(f"{adapter.source}: says that it was trained on {trained}; the bundle's base is {ours}.")
 
 
-def _keep(bundle: Bundle, adapters: dict[str, ShelvedAdapter]) -> Bundle:
-    """The shelf becomes `adapters`, whose files are there."""
-    manifest = bundle.manifest
-    assert manifest.shelf is not None
-    before = {adapter["file"] for adapter in manifest.shelf["adapters"].values()}
-    files = {adapter["file"]: adapter["sha256"] for adapter in adapters.values()}
-    others = {name: digest for name, digest in manifest.sha256.items() if name not in before}
-    shelf: Shelf = {"slots": manifest.shelf["slots"], "adapters": dict(sorted(adapters.items()))}
-    changed = dataclasses.replace(manifest, shelf=shelf, sha256=dict(sorted({**others, **files}.items())))
-    write_manifest(bundle.folder, changed)
-    _remove_unlisted(bundle.folder)
-    return Bundle(bundle.folder, changed)
+@dataclass(frozen=True)
+class Edit:
+    """A change of a bundle by one who is alone with it.
+
+    Attributes:
+        bundle: as it is. is_gone: whether another is in its place by now; see `held_file`.
+    """
+
+    bundle: Bundle
+    is_gone: Callable[[], bool]
+
+    def keep(self, adapters: dict[str, ShelvedAdapter]) -> Bundle:
+        """The shelf becomes `adapters`, whose files are there."""
+        manifest, folder = self.bundle.manifest, self.bundle.folder
+        assert manifest.shelf is not None
+        before = {adapter["file"] for adapter in manifest.shelf["adapters"].values()}
+        files = {adapter["file"]: adapter["sha256"] for adapter in adapters.values()}
+        others = {name: digest for name, digest in manifest.sha256.items() if name not in before}
+        shelf: Shelf = {"slots": manifest.shelf["slots"], "adapters": dict(sorted(adapters.items()))}
+        hashes = dict(sorted({**others, **files}.items()))
+        # The verdict was on what was on the shelf; each adapter keeps its own.
+        changed = dataclasses.replace(manifest, shelf=shelf, sha256=hashes, validation=None)
+        try:
+            self.write(changed)
+        finally:
+            # What the list names no more; or, where it could not be written, what was to be in it.
+            _remove_unlisted(folder)
+        return Bundle(folder, changed)
+
+    def write(self, manifest: Manifest) -> None:
+        if self.is_gone():
+            raise _exported_anew(self.bundle.folder)
+        write_manifest(self.bundle.folder, manifest)
 
 
 def _remove_unlisted(folder: Path) -> None:
-    for name in unlisted_adapters(folder):
-        with suppress(OSError):
-            (folder / name).unlink()
+    with suppress(OSError, ExportError):
+        for name in unlisted_adapters(folder):
+            with suppress(OSError):
+                (folder / name).unlink()
 
 
 def change_manifest(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> None:
@@ -299,34 +335,37 @@ def change_manifest(bundle: Bundle, change: Callable[[Manifest], Manifest]) -> N
     Raises:
         ExportError: the bundle is another by now, or the manifest cannot be written.
     """
-    with _edited(bundle.folder) as now:
-        if _graph_files(now.manifest) != _graph_files(bundle.manifest):
-            raise ExportError(f"{bundle.folder}: was exported anew meanwhile.")
-        write_manifest(bundle.folder, change(now.manifest))
+    with edited(bundle.folder) as edit:
+        if _graph_files(edit.bundle.manifest) != _graph_files(bundle.manifest):
+            raise _exported_anew(bundle.folder)
+        edit.write(change(edit.bundle.manifest))
 
 
 def _graph_files(manifest: Manifest) -> dict[str, str]:
     return {name: sha for name, sha in manifest.sha256.items() if not name.startswith(f"{ADAPTERS_NAME}/")}
 
 
-@contextmanager
-def editing(bundle: Bundle) -> Iterator[None]:
-    """Alone with the manifest of `bundle` inside of the block; the system lets go of it where the process is killed."""
-    try:
-        descriptor = os.open(bundle.model, os.O_RDONLY)
-    except OSError as error:
-        raise ExportError(f"{bundle.model}: cannot be opened ({error.strerror}).") from None
-    try:
-        # A file system that has no locks does without.
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+def _exported_anew(folder: Path) -> ExportError:
+    return ExportError(f"{folder}: was exported anew meanwhile. Run the command again.")
 
 
 @contextmanager
-def _edited(folder: Path) -> Iterator[Bundle]:
-    """The bundle as it is when nobody else changes it."""
-    with editing(read_bundle(folder)):
-        yield read_bundle(folder)
+def edited(folder: Path) -> Iterator[Edit]:
+    """The bundle as it is when nobody else changes it, or replaces it by another."""
+    with holding(read_bundle(folder).model) as is_gone:
+        yield Edit(read_bundle(folder), is_gone)
+
+
+@contextmanager
+def holding(model: Path) -> Iterator[Callable[[], bool]]:
+    """See `held_file`.
+
+    Raises:
+        ExportError: it cannot be opened.
+    """
+    with ExitStack() as held:
+        try:
+            is_gone = held.enter_context(held_file(model))
+        except OSError as error:
+            raise ExportError(f"{model}: cannot be opened ({error.strerror}).") from None
+        yield is_gone

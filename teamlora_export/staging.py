@@ -47,13 +47,14 @@ Content = str | bytes | memoryview
 
 
 @contextmanager
-def staged(out: Path, listed: Listing, inputs: Sequence[Path] = ()) -> Iterator[Path]:
+def staged(out: Path, listed: Listing, inputs: Sequence[Path] = (), held: str | Path | None = None) -> Iterator[Path]:
     """A folder beside `out` to write into; it becomes `out` when the block ends, and vanishes when it fails.
 
     Args:
         listed: names the files of an existing folder that we wrote, relative to it; raises `ExportError` where the
             folder is none of ours. An empty folder is not asked about.
         inputs: files and folders that are read while the folder is written.
+        held: a file in the folder, relative to it, that `held_file` locks for those who change one that is there.
 
     Raises:
         ExportError: `out` is not a folder of ours, holds something else or an input, or cannot be written.
@@ -63,7 +64,7 @@ def staged(out: Path, listed: Listing, inputs: Sequence[Path] = ()) -> Iterator[
     with scratch_folder(place) as staging:
         yield staging
         sync(staging)
-        with _locked(place.parent):
+        with _alone(place, held):
             # Again: an export takes time, and its owner may have put something there.
             _refuse_foreign(place, listed, inputs)
             with interrupt.held():
@@ -94,6 +95,55 @@ def scratch_folder(place: Path) -> Iterator[Path]:
         finally:
             with interrupt.held():
                 shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def held_file(path: Path) -> Iterator[Callable[[], bool]]:
+    """Alone, inside of the block, with the folder that a file is in, among those who change it or replace it whole
+    (`staged`); the system lets go of it where the process is killed.
+
+    Yields:
+        Whether another file is at its path by now, or none: a file system without locks does without.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    while True:
+        # NFS gives such a lock only to those who may write.
+        with _lock(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY) as descriptor:
+            # Its folder may have been replaced while another had it.
+            if _is_at(descriptor, path):
+                yield lambda: not _is_at(descriptor, path)
+                return
+
+
+@contextmanager
+def _alone(place: Path, held: str | Path | None) -> Iterator[None]:
+    """Alone with the names beside `place` inside of the block, and with what is there, as `held_file`."""
+    while True:
+        with ExitStack() as locks:
+            # Another may come into the place, or go, before its neighbours' names are held.
+            has_changed: Callable[[], bool] = bool
+            if held is not None:
+                try:
+                    # First: who has it may want the names.
+                    has_changed = locks.enter_context(held_file(place / held))
+                except FileNotFoundError:
+                    has_changed = (place / held).exists
+                except OSError:
+                    # As on a file system without locks.
+                    pass
+            with _locked(place.parent):
+                if not has_changed():
+                    yield
+                    return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
 
 
 def write_aside(path: Path, content: Content, *, result: bool = True) -> None:
@@ -243,7 +293,8 @@ def require_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ExportError(
-            f"{_shown(folder)}: {size_text(needed)} are needed, {size_text(free)} are free. Choose another -o."
+            f"{_shown(folder)}: {size_text(needed)} are needed, {size_text(free)} are free. Free space, or choose "
+            "another place."
         )
 
 
@@ -355,12 +406,16 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold `path` inside of the block; the system lets go of it where the process is killed."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _lock(path: Path, mode: int = os.O_RDONLY) -> Iterator[int]:
+    """Hold `path` inside of the block; the system lets go of it where the process is killed.
+
+    Yields:
+        Its descriptor.
+    """
+    descriptor = os.open(path, mode | os.O_NONBLOCK)
     try:
         _wait_for_lock(descriptor)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
 

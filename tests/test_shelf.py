@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import shutil
 import subprocess
@@ -19,18 +21,22 @@ from safetensors.numpy import load_file, save_file
 from shelves import SHELF, write_family
 from typer.testing import CliRunner
 
+from teamlora_export import shelf as shelf_module
 from teamlora_export.adapter import AdapterConfig, read_adapter, write_adapter
 from teamlora_export.bundle import Bundle, check_files, listed_files, read_bundle
 from teamlora_export.cli import app
 from teamlora_export.cli_adapters import adapters_given
 from teamlora_export.deploy import session
+from teamlora_export.deploy.folder import Description, deployment
+from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.session import ModelError
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
+from teamlora_export.files import read_record
 from teamlora_export.inspect import inspect_path
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
-from teamlora_export.staging import entries
+from teamlora_export.staging import entries, held_file
 
 
 @pytest.fixture
@@ -138,7 +144,11 @@ def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle
         for n, a in load_file(wide / "adapter_model.safetensors").items()
     }
     save_file(changed, wide / "adapter_model.safetensors")
+    huge = write_family(tmp_path / "huge", base, "lora", ["q_proj"], 4)
+    tensors = load_file(huge / "adapter_model.safetensors")
+    save_file({n: np.sign(a) * np.float32(3e38) for n, a in tensors.items()}, huge / "adapter_model.safetensors")
     for name, words in (
+        ("huge", r"q_proj.* has numbers that are none, or none in float32"),
         ("experts", r"q_proj: has 8 experts, the bundle's slots have room for 4"),
         ("rank", r"q_proj: has 4 experts of rank 8, the bundle's slots have room for 4 of rank 2"),
         ("gpt2", r"changes 16 modules that have no slots in this bundle of .*\(c_attn, c_fc, c_proj"),
@@ -171,7 +181,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 from teamlora_export.bundle import check_files, read_bundle
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
-from teamlora_export.staging import entries
+from teamlora_export.staging import entries, held_file
 
 source, root, lora, small = map(Path, sys.argv[1:])
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.listdir", "fcntl.flock")
@@ -247,6 +257,89 @@ def test_edits_at_once_lose_none(bundle, shelf_adapters):
     check_files(read_bundle(bundle.folder))
 
 
+def export_meanwhile(bundle, base, adapters, monkeypatch, wait: bool):  # type: ignore[no-untyped-def]
+    """While an edit has written its adapter's file and not the list: somebody exports into the same folder."""
+    thread = threading.Thread(
+        target=export_onnx, args=(base, {"lora": adapters["lora"]}, bundle.folder), kwargs={"dtype": "fp16"}
+    )
+    place = shelf_module.shelve
+
+    def place_while_exported(*given):  # type: ignore[no-untyped-def]
+        placed = place(*given)
+        thread.start()
+        thread.join(None if wait else 3)
+        return placed
+
+    monkeypatch.setattr(shelf_module, "shelve", place_while_exported)
+    return thread
+
+
+def test_an_export_waits_for_an_edit_of_what_it_replaces(bundle, make_base, shelf_adapters, make_shelf, monkeypatch):
+    base = make_base("llama").name
+    thread = export_meanwhile(bundle, base, shelf_adapters, monkeypatch, wait=False)
+    added = add_adapter(bundle.folder, "late", shelf_adapters["moe"])
+    assert "late" in added.manifest.shelf["adapters"]
+    thread.join()
+    found = read_bundle(bundle.folder)
+    check_files(found)
+    assert (found.manifest.dtype, names(bundle.folder)) == ("fp16", ["lora"])
+    assert set(entries(bundle.folder)) == {"manifest.json", *found.manifest.sha256}
+
+
+def test_where_nothing_can_be_locked_an_edit_of_what_was_replaced_is_refused(
+    bundle, make_base, shelf_adapters, monkeypatch
+):
+    def no_lock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    base = make_base("llama").name
+    export_meanwhile(bundle, base, shelf_adapters, monkeypatch, wait=True)
+    with pytest.raises(ExportError, match="was exported anew meanwhile"):
+        add_adapter(bundle.folder, "late", shelf_adapters["moe"])
+    check_files(read_bundle(bundle.folder))
+
+
+def test_an_edit_that_waited_for_an_export_is_of_what_is_there_then(bundle, make_base, shelf_adapters):
+    """The lock was on a file that another has replaced."""
+    base, order = make_base("llama").name, []
+
+    def edit() -> None:
+        try:
+            add_adapter(bundle.folder, "late", shelf_adapters["lora"])
+        except ExportError as error:
+            order.append(str(error))
+
+    thread = threading.Thread(target=edit)
+    with held_file(bundle.model):
+        thread.start()
+        thread.join(1)
+        other = export_onnx(base, {"small": shelf_adapters["small"]}, bundle.folder.with_name("other"))
+        bundle.folder.rename(bundle.folder.with_name("old"))
+        other.folder.rename(bundle.folder)
+    thread.join()
+    check_files(read_bundle(bundle.folder))
+    assert len(order) == 1 and "was exported anew meanwhile" in order[0]
+
+
+def test_an_export_that_leaves_out_what_is_on_the_shelf_says_so(bundle, make_base, shelf_adapters, capsys):
+    export_onnx(make_base("llama").name, {"lora": shelf_adapters["lora"]}, bundle.folder)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "hydra, moe, small, team on the shelf that is replaced: not given here, and removed with it" in said
+
+
+def test_an_edit_whose_list_cannot_be_written_leaves_nothing(bundle, shelf_adapters, monkeypatch):
+    before = sorted(entries(bundle.folder))
+
+    def full(*_: object) -> None:
+        raise ExportError("No space left on device; nothing was written.")
+
+    monkeypatch.setattr(shelf_module, "write_manifest", full)
+    with pytest.raises(ExportError, match="nothing was written"):
+        add_adapter(bundle.folder, "late", shelf_adapters["moe"])
+    assert sorted(entries(bundle.folder)) == before
+
+
 def test_what_a_killed_edit_left_is_ours_and_nothing_else_is(bundle, make_base, shelf_adapters):
     """An export over the bundle replaces it."""
     left = bundle.folder / "adapters" / f"late.{'0' * 16}.safetensors"
@@ -299,15 +392,67 @@ def test_a_manifest_that_lists_a_file_elsewhere_is_refused(bundle):
             Model(bundle.folder)
 
 
+def change_description(path: Path, change) -> None:  # type: ignore[no-untyped-def]
+    """Of a bundle or a deployment, as somebody may hand it on."""
+    fields = json.loads(path.read_text())
+    change(fields["shelf"]["adapters"], fields.get("sha256") or fields["files"])
+    path.write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("name", ["../../../pwned", "team\n", "a/b", ".", "", 'x", "y'])
+def test_names_that_no_adapter_can_have_are_refused_when_a_description_is_read(name, bundle, tmp_path):
+    """Names become those of files, and words of programs."""
+    out = deploy_python(bundle, tmp_path / "out")
+
+    def rename(adapters, _):  # type: ignore[no-untyped-def]
+        adapters[name] = adapters.pop("team")
+
+    for path in (bundle.folder / "manifest.json", out / "deploy.json"):
+        change_description(path, rename)
+    with pytest.raises(ExportError, match=r"manifest.json: .*shelf"):
+        read_bundle(bundle.folder)
+    with pytest.raises(ExportError, match=r"deploy.json: .*shelf"):
+        read_record(out / "deploy.json", Description, "Again.", newest=2)
+
+
+def test_a_deployment_writes_into_its_folder_alone(bundle, tmp_path):
+    with deployment(bundle, tmp_path / "out", "python", shelf="own") as made:
+        for name in ("../out.txt", "adapters/../../out.txt", str(tmp_path / "out.txt")):
+            with pytest.raises(ExportError, match="is not in the folder that is written"):
+                made.add(name, "words")
+    assert not list(tmp_path.rglob("out.txt"))
+
+
+def test_an_adapter_with_more_than_one_hash_is_refused_when_a_description_is_read(bundle, tmp_path):
+    """By a wrong one, one tenant's name could stand for what is another's in memory."""
+    out = deploy_python(bundle, tmp_path / "out")
+
+    def as_another(adapters, listed):  # type: ignore[no-untyped-def]
+        adapters["lora"]["sha256"] = listed[adapters["lora"]["file"]] = adapters["team"]["sha256"]
+
+    def listed_as_another(adapters, listed):  # type: ignore[no-untyped-def]
+        listed[adapters["lora"]["file"]] = adapters["team"]["sha256"]
+
+    for change in (listed_as_another, as_another):
+        for path in (bundle.folder / "manifest.json", out / "deploy.json"):
+            change_description(path, change)
+            with pytest.raises(ModelError, match="'lora' has more than one hash"):
+                Model(path.parent)
+        with pytest.raises(ExportError, match="adapter lora has more than one hash"):
+            read_bundle(bundle.folder)
+
+
 def test_options_name_adapters_or_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("one", "two", "a=b"):
+    for name in ("one", "two", "a=b", "my own"):
         Path(name).mkdir()
     assert adapters_given(["one"], None) == Path("one")
     assert adapters_given(["one"], 4) == {"one": Path("one")}
     assert adapters_given(["x=one"], None) == {"x": Path("one")}
     assert adapters_given(["one", "x=two"], None) == {"one": Path("one"), "x": Path("two")}
     assert adapters_given(["a=b"], None) == Path("a=b"), "a folder of that name"
+    with pytest.raises(ExportError, match="'my own' cannot name an adapter"):
+        adapters_given(["one", "my own"], None)
     with pytest.raises(ExportError, match="two are called one"):
         adapters_given(["one", "one=two"], None)
 

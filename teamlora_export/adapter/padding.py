@@ -5,8 +5,9 @@ An expert's weights are w = (p mix) / (p mix 1), whatever p is scaled by. So, of
 - an expert that it does not have is a row and a column of zeros in `mix`: it adds to neither side of the fraction;
 - a rank that its experts do not have is a row of zeros in A and in B;
 - an expert of a larger rank than the slot's is cut into m parts, each an expert with the same logit. Their p is p / m
-  and together p; `mix` repeated m times in both directions gives each part w / m, and A is m times larger. m is a power
-  of two, so that A is rounded as it is by itself;
+  and together p; `mix` repeated m times in both directions gives each part w / m, and B is m times larger, not A, whose
+  products with tokens would overflow in 16 bits. m is a power of two, so that B is rounded as it is by itself, but for
+  numbers so small that it is rounded less;
 - a module that it does not adapt has no experts at all.
 
 What the layer computes stays the same number, up to the rounding of sums in another order.
@@ -38,7 +39,7 @@ class Slot:
         return self.expert_rank if self.shared_down else self.num_experts * self.expert_rank
 
     def parts(self, projection: ExpertProjection) -> int:
-        """Into how many experts each of an adapter's is cut in this slot, which multiplies its A by as many."""
+        """Into how many experts each of an adapter's is cut in this slot, which multiplies its B by as many."""
         return 1 if self.shared_down else _parts(projection.expert_rank, self.expert_rank)
 
     def misfit(self, projection: ExpertProjection) -> str | None:
@@ -106,7 +107,9 @@ def place(projection: ExpertProjection, slot: Slot) -> ExpertProjection:
             to = expert * parts + part
             rows = slice(first + columns.start, first + columns.stop)
             down[to * c : to * c + len(columns)] = projection.down[rows]
-            ups[to][:, : len(columns)] = up[:, columns.start : columns.stop]
+            with np.errstate(over="ignore"):
+                # What is none then is refused where it is written.
+                ups[to][:, : len(columns)] = parts * up[:, columns.start : columns.stop]
     together = np.ones((parts, parts))
     return replace(
         _nothing(projection.path, slot),
@@ -120,7 +123,7 @@ def place(projection: ExpertProjection, slot: Slot) -> ExpertProjection:
         ),
         ups=tuple(ups),
         scaling=projection.scaling,
-        routing_sum=projection.routing_sum * parts,
+        routing_sum=projection.routing_sum,
     )
 
 

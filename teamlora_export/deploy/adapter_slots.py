@@ -19,6 +19,7 @@ import math
 import os
 import stat
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,18 +61,23 @@ class Shelved:
     sha256: str
     file: BufferedReader
 
+    @property
+    def key(self) -> tuple[Path, str]:
+        """What tells its content in memory from all others'."""
+        return self.path, self.sha256
+
 
 @dataclass(eq=False)
 class _Load:
     """An adapter that is read into a slot.
 
     Attributes:
-        before: what is in the slot until the first number is written: of which file.
+        before: what is in the slot until the first number is written, by its key.
         failure: why it cannot be read; empty while that is not known.
     """
 
     adapter: Shelved
-    before: str | None
+    before: tuple[Path, str] | None
     failure: str = ""
 
 
@@ -89,6 +95,7 @@ class Adapters:
     Attributes:
         memory: the slots of each input, [slots, ..], which stay where they are.
         filled: how often one of them was written to.
+        used: when a text last went on, with an adapter or without, by `time.monotonic`.
     """
 
     def __init__(
@@ -103,16 +110,19 @@ class Adapters:
     ) -> None:
         self.memory: dict[str, Any] = {name: make((slots, *shape), kind) for name, (shape, kind) in inputs.items()}
         self.filled = 0
+        self.used = 0.0
         self._folder, self._listed, self._stamp, self._check = folder, listed, stamp, check
         # Of the list. What it takes to read it holds up nobody who has an adapter.
         self._listing = threading.Lock()
         self._seen: object = None
         self._shelf: Mapping[str, tuple[str, str]] = {}
+        # Those that are in use, by key: requests of one adapter share its open file.
+        self._opened: weakref.WeakValueDictionary[tuple[str, Path, str], Shelved] = weakref.WeakValueDictionary()
         # Of all that follows. Taken again by the one who has it, where Python frees a text's rows in the middle of a
         # call.
         self._changed = threading.Condition(threading.RLock())
-        # In each slot: of which file, and how many have reserved it. Free ones in the order in which they became so.
-        self._content: list[str | None] = [None] * slots
+        # In each slot: what, by its key, and how many have reserved it. Free ones in the order in which they became so.
+        self._content: list[tuple[Path, str] | None] = [None] * slots
         self._users = [0] * slots
         self._free = list(range(slots))
         # By slot: what is being read, or could not be and has users yet. The reader is one of the slot's users.
@@ -129,6 +139,11 @@ class Adapters:
     @property
     def slots(self) -> int:
         return len(self._content)
+
+    def take_last_first(self) -> None:
+        """From now on, of slots that have had nothing, the last one is the first to be used."""
+        with self._changed:
+            self._free.sort(key=lambda slot: (self._content[slot] is not None, -slot))
 
     def find(self, name: str) -> Shelved:
         """The adapter of that name.
@@ -147,7 +162,11 @@ class Adapters:
                 file, sha256 = shelf[name]
                 path = self._folder / file
                 try:
-                    return Shelved(name, path, sha256, open_regular(path))
+                    adapter = self._opened.get((name, path, sha256))
+                    if adapter is None:
+                        adapter = Shelved(name, path, sha256, open_regular(path))
+                        self._opened[name, path, sha256] = adapter
+                    return adapter
                 except OSError as error:
                     # It may have been replaced since the list was read.
                     if self._seen == before:
@@ -217,11 +236,11 @@ class Adapters:
                 self._free.insert(0, slot)
 
     def _slot_of(self, adapter: Shelved) -> int | None:
-        if adapter.sha256 in self._content:
-            return self._content.index(adapter.sha256)
+        # The same content in another file may be damaged there, or be listed with a hash that is not its own.
+        if adapter.key in self._content:
+            return self._content.index(adapter.key)
         for slot, load in self._loads.items():
-            # The same content in another file may be damaged there.
-            if load.adapter.path == adapter.path and load.adapter.sha256 == adapter.sha256 and not load.failure:
+            if load.adapter.key == adapter.key and not load.failure:
                 return slot
         return None
 
@@ -274,7 +293,7 @@ class Adapters:
         """The reader is done with a slot. Called with the lock."""
         self._loads[slot].failure = failure
         if not failure:
-            self._content[slot] = self._loads.pop(slot).adapter.sha256
+            self._content[slot] = self._loads.pop(slot).adapter.key
             self.filled += 1
         self.give(slot)
         self._changed.notify_all()
@@ -307,7 +326,12 @@ def read_slot(adapter: Shelved, memory: Memory, check: bool = True) -> dict[str,
     Raises:
         ModelError: it cannot be read, is another file than it was, or does not fit.
     """
+    slot_bytes = sum(math.prod(slots.shape[1:]) * slots.dtype.itemsize for slots in memory.values())
     try:
+        size = os.fstat(adapter.file.fileno()).st_size
+        # What is larger may not fit into memory.
+        if size > slot_bytes + _LARGEST_HEADER:
+            raise ModelError(f"{adapter.path}: is no file of an adapter ({size:,} bytes for a slot of {slot_bytes:,}).")
         adapter.file.seek(0)
         data = adapter.file.read()
     except OSError as error:

@@ -17,6 +17,8 @@ from teamlora_export.attach.interface import grow_window_caches
 from teamlora_export.bundle import (
     COMPANIONS,
     MODEL_NAME,
+    AdapterInFile,
+    AdapterName,
     Bundle,
     Dtype,
     Manifest,
@@ -48,18 +50,11 @@ _ORIGIN = {"_name_or_path", "name_or_path", "tokenizer_file", "vocab_file", "aut
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-class DeployedAdapter(TypedDict):
-    """One adapter of a shelf: its file beside the model, in the form of a slot."""
-
-    file: str
-    sha256: Sha256
-
-
 class DeployedShelf(TypedDict):
     """The adapters that rows can have; `slots`: how many of them are to be in memory at a time."""
 
     slots: int
-    adapters: dict[str, DeployedAdapter]
+    adapters: dict[AdapterName, AdapterInFile]
 
 
 @dataclass(frozen=True)
@@ -69,6 +64,7 @@ class Description:
     Attributes:
         files: the model's, relative to this file's folder; runners check them.
         program: what is around it, relative to the deployment's folder, for its owner to change.
+        graph_sha256: of the bundle's graph, where there is a shelf: adapters of another have other slots.
     """
 
     target: str
@@ -85,6 +81,7 @@ class Description:
     program: Mapping[str, Sha256]
     format_version: int = FORMAT_VERSION
     shelf: DeployedShelf | None = None
+    graph_sha256: Sha256 | None = None
 
 
 @dataclass(frozen=True)
@@ -117,6 +114,8 @@ class Deployment:
         self.program.append(name)
 
     def _write(self, path: Path, source: Path | str | bytes) -> None:
+        if not path.is_relative_to(self.folder) or ".." in path.relative_to(self.folder).parts:
+            raise ExportError(f"{path}: is not in the folder that is written.")
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, Path):
             # Out of the bundle's folder no link may lead; a file that was named by itself may be one.
@@ -158,9 +157,9 @@ def deployment(
     if shelf is None:
         refuse_shelf(bundle, f"`deploy {target}`")
     check_files(bundle)
-    described = Path(inside) / DEPLOY_NAME
+    described, held = Path(inside) / DEPLOY_NAME, Path(inside) / MODEL_NAME
     refuse_inside(real_path(out), bundle.folder)
-    with staged(out, lambda there: our_files(there, described, Description), [bundle.folder]) as staging:
+    with staged(out, lambda there: our_files(there, described, Description), [bundle.folder], held) as staging:
         rewritten = _rewritten(bundle, target, logits, capacity) if graph else None
         made = Deployment(staging, staging / inside, bundle if rewritten is None else rewritten.bundle, target)
         if graph:
@@ -261,6 +260,7 @@ def _describe(made: Deployment, shelf: DeployedShelf | None) -> Description:
         program={name: sha256_of(made.folder / name) for name in sorted(made.program)},
         format_version=FORMAT_VERSION if shelf is None else SHELF_FORMAT_VERSION,
         shelf=shelf,
+        graph_sha256=None if shelf is None else manifest.sha256[MODEL_NAME],
     )
 
 
@@ -268,7 +268,7 @@ def shelf_of(manifest: Manifest) -> DeployedShelf | None:
     """Without where the adapters came from."""
     if manifest.shelf is None:
         return None
-    adapters: dict[str, DeployedAdapter] = {
+    adapters: dict[str, AdapterInFile] = {
         name: {"file": adapter["file"], "sha256": adapter["sha256"]}
         for name, adapter in manifest.shelf["adapters"].items()
     }

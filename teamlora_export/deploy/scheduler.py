@@ -46,6 +46,9 @@ _CALL = 16
 _MOMENT, _MOMENTS = 0.003, 8
 # Seconds after which it is asked again whether an adapter is there, or there is room for one.
 _AGAIN = 0.001
+# Seconds after which a request fails that finds others' adapters in all slots, where no text goes on meanwhile: streams
+# may have been left in the middle. More than the longest call takes.
+_PATIENCE = 300.0
 
 
 class Overloaded(Exception):
@@ -167,6 +170,8 @@ class Scheduler:
         self._writing: list[_Request] = []
         self._changed = threading.Condition()
         self._closing = False
+        # When requests were first found to have no slot, where nothing is at work here.
+        self._full_since: float | None = None
         # Why no row can be cleared any more.
         self._broken = ""
         self._thread: threading.Thread | None = None
@@ -286,19 +291,23 @@ class Scheduler:
         free = set(range(self._model.slots)) - {request.row for request in (*self._writing, *self._reading)}
         with self._changed:
             waiting = list(self._waiting)
-        is_full = False
+        full: list[_Request] = []
+        is_loading = False
         for place, request in enumerate(waiting):
             # Adapters of the next are read while there is no row for them.
             if not free and place >= self._model.slots:
                 break
-            if is_full and request.adapter is not None:
+            if full and request.adapter is not None:
+                full.append(request)
                 continue
             try:
                 if not self._model.reserve(request.adapter):
                     # Those behind it that need a slot wait, too, or those whose adapters are there would keep it
                     # waiting for ever.
-                    is_full = True
-                elif self._model.is_ready(request.adapter) and free:
+                    full.append(request)
+                elif not self._model.is_ready(request.adapter):
+                    is_loading = True
+                elif free:
                     # The next to be written, most often.
                     row = min(free)
                     self._model.equip(row, request.adapter)
@@ -306,13 +315,28 @@ class Scheduler:
                     request.row = row
                     self._reading.append(request)
                     self._leave_queue(request)
-            except ModelError as error:
+            except Exception as error:
+                # What fails for one of them fails for it alone.
                 self._leave_queue(request)
-                request.answer.end(Failed(str(error)))
+                request.answer.end(Failed(str(error) if isinstance(error, ModelError) else brief(error)))
         if self._waiting and not self._reading and not self._writing:
+            self._give_up([] if is_loading else full)
             # For an adapter to be read, or a slot that another scheduler of the same model is to give back.
             time.sleep(_AGAIN)
         return bool(self._reading)
+
+    def _give_up(self, full: Sequence[_Request]) -> None:
+        """Of requests that find no slot, though none of these texts here has one: those that have waited for long."""
+        if not full:
+            self._full_since = None
+            return
+        now = time.monotonic()
+        self._full_since = self._full_since or now
+        if min(now - self._full_since, self._model.idle_seconds()) > _PATIENCE:
+            self._full_since = None
+            for request in full:
+                self._leave_queue(request)
+                request.answer.end(Failed("Others' adapters are in all slots, and none of their texts goes on."))
 
     def _leave_queue(self, request: _Request) -> None:
         with self._changed:

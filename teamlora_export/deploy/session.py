@@ -43,11 +43,15 @@ _OPENED = (
     *("model.onnx", "model.onnx.data", "adapter.onnx.data", "model.plan"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 )
+# What adapters of a shelf are for.
+_MODEL = ("model.onnx", "model.onnx.data")
 _LARGEST_TEXT = 512 << 20
 _MOST_THREADS = 1024
 _CUDA = "CUDAExecutionProvider"
 _CPU_LIBRARY = "libteamlora_onnxruntime.so"
 _MOST_SLOTS = 4096
+# Of an adapter's hash, in the name of its file.
+_NAMED_DIGITS = 16
 _SPIN_MICROSECONDS = "20"
 # The names of the axis that holds the tokens of a cache in place, and of one whose layer sees so many tokens only.
 CAPACITY = re.compile(r"capacity|window_([1-9]\d{0,8})")
@@ -146,7 +150,10 @@ class Session:
                 raise ModelError(f"{self.folder}: its model's slots {name!r:.80} are not of a kind that is known here.")
 
         def listed() -> Mapping[str, tuple[str, str]]:
-            return read_settings(self.folder).shelf or {}
+            now = read_settings(self.folder)
+            if any(now.hashes.get(name) != self.settings.hashes.get(name) for name in _MODEL):
+                raise ModelError(f"{self.folder}: holds another model by now, and adapters of that. Open it anew.")
+            return now.shelf or {}
 
         inputs = {name: (tuple(value.shape[1:]), _SLOT_TYPES[value.type]) for name, value in slots.items()}
         stamp = _stamp_of(_description(self.folder))
@@ -380,7 +387,11 @@ def _read_shelf(path: Path, shelf: Any, hashes: Mapping[str, str]) -> tuple[dict
         file = fields.get("file") if isinstance(fields, dict) else None
         if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts or file not in hashes:
             raise ModelError(f"{path}: its adapter {name!r:.80} is not as it should be. Copy it again.")
-        found[name] = (file, hashes[file])
+        sha256 = hashes[file]
+        # What is in memory is known by its hash, also where nothing is compared with it.
+        if sha256 != fields.get("sha256") or not file.endswith(f".{sha256[:_NAMED_DIGITS]}.safetensors"):
+            raise ModelError(f"{path}: its adapter {name!r:.80} has more than one hash. Copy it again.")
+        found[name] = (file, sha256)
     return found, slots
 
 

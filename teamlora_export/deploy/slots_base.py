@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -82,6 +83,10 @@ class Slots(ABC):
             self._reserved[adapter] = slot
         return slot is not None
 
+    def idle_seconds(self) -> float:
+        """For how long no text of this model has gone on, whosever it is."""
+        return 0.0 if self._session.adapters is None else time.monotonic() - self._session.adapters.used
+
     def is_ready(self, adapter: Shelved | None) -> bool:
         """Whether an adapter that is reserved has been read.
 
@@ -129,6 +134,7 @@ class Slots(ABC):
         """The model's input that says which adapter each row has, where it takes any."""
         if self._session.adapters is None:
             return {}
+        self._session.adapters.used = time.monotonic()
         return {ADAPTER: rows_adapter([self._adapters[row] for row in rows])}
 
     def read(self, row: int, ids: Sequence[Sequence[int]]) -> np.ndarray:

@@ -148,13 +148,12 @@ def as_held(projection: ExpertProjection, dtype: np.dtype, parts: int = 1) -> Ex
     """The projection that `down` and `up` of `dtype` stand for, in float64: folding it again gives their numbers.
 
     Args:
-        parts: what A is held multiplied by, of an adapter in a slot (`Slot.parts`).
+        parts: what B is held multiplied by, of an adapter in a slot (`Slot.parts`).
     """
     weights = fold(projection)
-    constant = projection.scaling * projection.routing_sum * parts
-    weights.down[: projection.down_rank] *= parts
+    constant = projection.scaling * projection.routing_sum
     down = weights.down.astype(dtype).astype(np.float64)
-    ups = (up.astype(np.float64).astype(dtype).astype(np.float64) for up in projection.ups)
+    ups = ((up.astype(np.float64) * parts).astype(dtype).astype(np.float64) / parts for up in projection.ups)
     rows = projection.down_rank
     return replace(projection, down=down[:rows] / constant, router=down[rows:], ups=tuple(ups))
 

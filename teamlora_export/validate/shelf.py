@@ -2,6 +2,8 @@
 
 By itself, an adapter stands in the second of two slots, and the first holds no numbers at all.
 
+A caller may leave out the adapters: the graph's own defaults must be the base alone, and are run so.
+
 In a batch, every row must be what PyTorch computes of that row alone, with its own adapter, in float64. The slots are
 filled as the deployed programs fill them, from the files, by the same code; where there are more adapters than slots,
 they make room for one another, and the first come back once more.
@@ -21,7 +23,7 @@ import onnx_ir as ir
 import torch
 
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
-from teamlora_export.bundle import ADAPTER_NAME, Bundle, Manifest, Port
+from teamlora_export.bundle import ADAPTER_NAME, Bundle, Manifest, Port, Validation
 from teamlora_export.deploy.adapter_slots import NO_ADAPTER, Adapters, read_slot
 from teamlora_export.deploy.failure import ModelError
 from teamlora_export.errors import ExportError
@@ -88,17 +90,26 @@ def judge_mixed(
         weights: of the base, which are read from there layer by layer; None: it is in memory as a whole.
     """
     manifest, slots = bundle.manifest, require_shelf(bundle)["slots"]
-    runner = MixedRunner(bundle, open_shelf(bundle, min(slots, len(adapters))), library, weights is not None)
+    shelf = open_shelf(bundle, min(slots, max(len(adapters), _MOST_IN_A_BATCH)))
+    # Of few adapters in many slots, an index that is too low would not show.
+    shelf.take_last_first()
+    runner = MixedRunner(bundle, shelf, library, weights is not None)
     held = codes_of(runner, base) if manifest.quantisation else None
     multiple = MULTIPLE_OF_CODES if held else MULTIPLE
     [sample] = make_cases(base.config, base.task, brief=True)
     pad, vocabulary = int(sample.ids[sample.mask == 0][0]), base.config.get_text_config().vocab_size
     results: list[CaseResult] = []
-    departures = []
-    for number, rows in enumerate(mixed_batches(list(adapters), slots)):
+    departures = list(default_departures(bundle))
+    batches = list(mixed_batches(list(adapters), slots))
+    if runner.runs_defaults:
+        batches.insert(0, [])
+    for number, given in enumerate(batches):
+        rows = given or [None, None]
         case = mixed_case(rows, vocabulary, pad, sample.steps, number)
+        if not given:
+            case = replace(case, name="no adapter is given")
         with reporter.step(f"Batch: {case.name}"):
-            runner.seat(rows)
+            runner.seat(given)
             apart = RowsApart(base, adapters, rows, case, manifest.inputs, held, weights)
             reference, pytorch = apart.follow((torch.float64, torch_dtype(manifest.dtype)))
             judge = Judge(manifest.dtype, reference, pytorch, runner, manifest.inputs, multiple)
@@ -109,6 +120,21 @@ def judge_mixed(
             reason = f"errs by {judgement.error.rms:.2e}, allowed is {judgement.allowed:.2e} ({case.name})"
             departures.append(Departure("rows", judgement.name, "none", f"{judgement.name} {reason}"))
     return Verdict(manifest.dtype, tuple(results), tuple(departures), candidate=runner.label, multiple=multiple)
+
+
+def default_departures(bundle: Bundle) -> Iterator[Departure]:
+    """What is wrong with what the graph's inputs of adapters are where a caller leaves them out."""
+    for value in read_graph(bundle).graph.inputs:
+        if value.const_value is None:
+            continue
+        found, name = value.const_value.numpy(), str(value.name)
+        if name == ADAPTER_NAME and not (found.size and (found == NO_ADAPTER).all()):
+            reason = f"{name} is {found.tolist()!s:.40} where it is left out, which is not the base alone"
+            yield Departure("graph", name, "none", reason)
+        elif name != ADAPTER_NAME and np.any(found):
+            yield Departure(
+                "graph", name.rpartition(".")[0] or name, "none", f"{name} is not zero where it is left out"
+            )
 
 
 def keep_shelf(found: Mapping[str, Verdict], bundle: Bundle) -> Verdict:
@@ -132,23 +158,34 @@ def keep_shelf(found: Mapping[str, Verdict], bundle: Bundle) -> Verdict:
         qualities={name: verdict.quality for name, verdict in found.items() if verdict.quality is not None},
     )
 
-    def judged(now: Manifest) -> Manifest:
+    def with_verdicts(now: Manifest) -> Manifest:
         shelf = now.shelf
         assert shelf is not None
-        adapters = dict(shelf["adapters"])
-        for name, verdict in found.items():
-            ours = bundle.manifest.shelf["adapters"].get(name) if bundle.manifest.shelf is not None else None
-            if ours is not None and name in adapters and adapters[name]["sha256"] == ours["sha256"]:
-                adapters[name] = {**adapters[name], "validation": summary(verdict)}
+        adapters, ours = dict(shelf["adapters"]), require_shelf(bundle)["adapters"]
+        judged = {name for name in adapters.keys() & found.keys() if adapters[name]["sha256"] == ours[name]["sha256"]}
+        for name in judged:
+            adapters[name] = {**adapters[name], "validation": summary(found[name])}
         return dataclasses.replace(
-            now, validation=summary(whole), shelf={"slots": shelf["slots"], "adapters": adapters}
+            now,
+            validation=_of_bundle(whole, now.validation, are_all=judged == adapters.keys()),
+            shelf={"slots": shelf["slots"], "adapters": adapters},
         )
 
     try:
-        change_manifest(bundle, judged)
+        change_manifest(bundle, with_verdicts)
     except ExportError as error:
         return dataclasses.replace(whole, not_kept=str(error))
     return whole
+
+
+def _of_bundle(whole: Verdict, before: Validation | None, are_all: bool) -> Validation | None:
+    """What is known of all that is on a shelf as it is.
+
+    Args:
+        whole: of those that were judged. before: of all; an edit of the shelf takes it back. are_all: they are.
+    """
+    # Some that pass say nothing of the others; some that fail do.
+    return summary(whole) if are_all or not whole.passed else before
 
 
 def slot_fill(bundle: Bundle, name: str) -> SlotFill:
@@ -219,14 +256,23 @@ class MixedRunner(OnnxRunner):
         self._adapters = adapters
         self._layer_by_layer = layer_by_layer
         self._layers: LayerwiseOnnxRunner | None = None
-        self._rows = np.array([NO_ADAPTER], np.int32)
+        # Nothing: the graph's own defaults.
+        self._rows: np.ndarray | None = None
+
+    @property
+    def runs_defaults(self) -> bool:
+        """Whether it can be run with what adapters are where they are left out."""
+        return not (self._layer_by_layer or self._is_rewritten)
 
     def seat(self, rows: Sequence[str | None]) -> None:
-        """From now on, the rows of a batch have these adapters.
+        """From now on, the rows of a batch have these adapters; of no rows, adapters are left out.
 
         Raises:
             ExportError: an adapter's file is damaged.
         """
+        if not rows:
+            self._rows = None
+            return
         taken: dict[str, int] = {}
         try:
             for name in dict.fromkeys(name for name in rows if name is not None):
@@ -261,7 +307,8 @@ class MixedRunner(OnnxRunner):
         if self._session is None:
             # Of a library's nodes no bodies are left, so that nothing else can run them.
             self._session = self._open(()) if self.library is not None else open_session(self.bundle.model)
-        return run_session(self._session, feeds, {**self._adapters.memory, ADAPTER_NAME: self._rows})
+        given = {} if self._rows is None else {**self._adapters.memory, ADAPTER_NAME: self._rows}
+        return run_session(self._session, feeds, given)
 
 
 class RowsApart:

@@ -67,6 +67,8 @@ def test_experts_whose_rank_is_too_large_are_cut_into_parts(rng):
     x, base = rng.normal(size=(1, 9, 7)), np.zeros((1, 9, 6))
     for projection in (lora, team, make_projection(rng, 2, 7, False, 7, 6), make_projection(rng, 2, 6, True, 7, 6)):
         assert np.allclose(in_slot(projection, slot, x, base), by_formula(projection, x, base), rtol=0, atol=1e-11)
+    # A is what it was: what it makes of a token may be as large as 16 bits hold.
+    assert (op.fold(place(lora, slot)).down[:16] == op.fold(lora).down[:16]).all()
     assert slot.misfit(make_projection(rng, 2, 9, False, 7, 6)) == (
         "has 2 experts of rank 9, the bundle's slots have room for 4 of rank 4"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import threading
@@ -20,6 +21,8 @@ from teamlora_export.bundle import read_bundle
 from teamlora_export.deploy import adapter_slots
 from teamlora_export.deploy.adapter_slots import Adapters, Shelved
 from teamlora_export.deploy.device_tensor import DeviceTensor, DeviceTensors
+from teamlora_export.deploy.python import deploy_python
+from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.scheduler import Answer, Failed, Late, Scheduler
 from teamlora_export.deploy.session import ModelError, Session
 from teamlora_export.deploy.slots import open_slots
@@ -75,7 +78,7 @@ def finish(scheduler: Scheduler) -> None:
     turns_until(scheduler, lambda: not scheduler.busy)
 
 
-def state(shelf: Adapters) -> tuple[list[str | None], list[int], list[int]]:
+def state(shelf: Adapters) -> tuple[list[object], list[int], list[int]]:
     return list(shelf._content), list(shelf._users), list(shelf._free)
 
 
@@ -238,7 +241,77 @@ def test_a_damaged_copy_of_an_adapter_fails_no_request_of_the_whole_one(
     with pytest.raises(ModelError, match="SHA-256 differs"):
         adapters.wait(held[0])
     adapters.wait(held[1])
-    assert adapters.take(adapters.find("twin")) == held[1], "by its content, which is there"
+    with pytest.raises(ModelError, match="SHA-256 differs"):
+        adapters.take(adapters.find("twin"))
+
+
+def test_a_file_that_is_far_too_large_is_not_read_and_fails_its_request_alone(make_shelf, shelf_answers, tmp_path):
+    folder = Path(shutil.copytree(make_shelf().folder, tmp_path / "bundle"))
+    os.truncate(folder / read_bundle(folder).manifest.shelf["adapters"]["moe"]["file"], 1 << 40)
+    scheduler = Scheduler(open_slots(Session(folder), 3))
+    good, bad = (scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter=name) for name in ("team", "moe"))
+    finish(scheduler)
+    with pytest.raises(Failed, match=r"is no file of an adapter \(1,099,511,627,776 bytes for a slot of"):
+        tokens(bad)
+    assert tokens(good) == shelf_answers["team", tuple(PROMPTS[0])]
+
+
+def test_whatever_goes_wrong_where_a_request_is_taken_in_fails_it_alone(make_shelf, shelf_answers, monkeypatch):
+    slots = open_slots(Session(make_shelf().folder), 3)
+    reserve = slots.reserve
+
+    def fail_for_one(adapter: Shelved | None) -> bool:
+        if adapter is not None and adapter.name == "moe":
+            raise MemoryError("no more")
+        return reserve(adapter)
+
+    monkeypatch.setattr(slots, "reserve", fail_for_one)
+    scheduler = Scheduler(slots)
+    good, bad = (scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter=name) for name in ("team", "moe"))
+    finish(scheduler)
+    with pytest.raises(Failed, match="no more"):
+        tokens(bad)
+    assert tokens(good) == shelf_answers["team", tuple(PROMPTS[0])]
+
+
+def test_requests_of_one_adapter_share_its_open_file(make_shelf):
+    def opened(path: Path) -> int:
+        links = (entry.resolve() for entry in Path("/proc/self/fd").iterdir())
+        return sum(link == path for link in links)
+
+    adapters = Session(make_shelf().folder).adapters
+    held = [adapters.find("team") for _ in range(50)]
+    path = held[0].path.resolve()
+    assert opened(path) == 1
+    adapters.give(adapters.take(held[3]))
+    settled(adapters)
+    held.clear()
+    assert opened(path) == 0
+
+
+def test_streams_that_are_left_in_the_middle_do_not_hold_up_others_for_ever(make_shelf, monkeypatch):
+    model = Model(make_shelf().folder)
+    streams = [model.stream([5, 6, 7], COUNT, adapter=name) for name in ("team", "small", "lora")]
+    assert all(next(stream) >= 0 for stream in streams)
+    monkeypatch.setattr("teamlora_export.deploy.scheduler._PATIENCE", 0.2)
+    with pytest.raises(ModelError, match="Others' adapters are in all slots, and none of their texts goes on"):
+        model.generate([[5, 6]], 2, adapters=["moe"])
+    assert len(model.generate([[5, 6]], 2, adapters=["team"])[0]) == 2, "what is in a slot is shared"
+    streams.pop()
+    assert len(model.generate([[5, 6]], 2, adapters=["moe"])[0]) == 2
+
+
+def test_a_program_at_work_takes_no_adapter_of_another_model(make_shelf, shelf_answers, tmp_path):
+    """What was deployed into its folder meanwhile."""
+    out = deploy_python(make_shelf(), tmp_path / "out")
+    model = Model(out)
+    scheduler = Scheduler(model.slots(2))
+    first = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="team")
+    deploy_python(make_shelf(cache="in-place"), out)
+    with pytest.raises(ModelError, match="holds another model by now, and adapters of that"):
+        scheduler.submit(PROMPTS[1], COUNT, stops=(), adapter="small")
+    finish(scheduler)
+    assert tokens(first) == shelf_answers["team", tuple(PROMPTS[0])]
 
 
 def test_no_thread_for_reading_is_a_sentence(make_shelf, monkeypatch):

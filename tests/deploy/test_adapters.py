@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parent))
 from shelf_rows import WHERE, on_host, open_rows
+from triton_front import serve
 from triton_server import RequestError, Server
 
 from teamlora_export.adapter import align_with_base, read_adapter
@@ -320,6 +321,14 @@ def test_triton_answers_each_request_by_its_adapter(make_shelf, answers, tmp_pat
     unknown = {"input_ids": np.array([[5]]), "adapter": np.array([[b"nobody"]], np.object_)}
     with pytest.raises(RequestError, match="INVALID_ARG: There is no adapter 'nobody'"):
         list(server.stream("m_text", unknown))
+    with serve(server) as (_, grpc):
+        told = run(sys.executable, out / "client.py", "--url", grpc, "--adapter", "small", "--ids", *PROMPTS[1])
+        assert told.stdout.split()[:COUNT] == [str(token) for token in until_stop(answers["small", tuple(PROMPTS[1])])]
+        refused = run(sys.executable, out / "client.py", "--url", grpc, "--adapter", "nobody", "--ids", 5)
+        assert refused.returncode == 2 and "There is no adapter 'nobody'" in refused.stderr
+    # As its other fields, which the stand-in takes of other models alone.
+    assert '"max_tokens": 16, "adapter": "hydra"}' in (out / "client.sh").read_text()
+    assert run("sh", "-n", out / "client.sh").returncode == 0
     server.models["m_text"].unload()
 
 
@@ -388,6 +397,10 @@ def test_onnxruntime_genais_own_adapters_are_ours(cache, make_shelf, answers, tm
                 generator.generate_next_token()
                 tokens.append(int(generator.get_next_tokens()[0]))
     assert [until_stop(tokens) for tokens in found] == [until_stop(tokens) for tokens in expected(answers)]
+
+
+def run(*command: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
 
 
 def until_stop(tokens: list[int], stop: int = 2) -> list[int]:

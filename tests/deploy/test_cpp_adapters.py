@@ -3,6 +3,7 @@ whatever happens to the shelf meanwhile."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -171,10 +172,15 @@ def test_a_file_that_does_not_belong_is_refused_and_the_others_are_answered(
     assert "is not the file that belongs here (its SHA-256 differs)" in refused(program, broken, "--adapter", "lora")
     assert answer(program, broken, [PROMPTS[0]], ["team"]) == right
 
+    others = {file: sha256 for file, sha256 in described["files"].items() if broken / file != lora}
+
     def of(data: bytes) -> str:
         """What is said of a file that is listed with its own hash."""
-        lora.write_bytes(data)
-        change(broken, files={**described["files"], lora.relative_to(broken).as_posix(): sha256_of(lora)})
+        sha256 = hashlib.sha256(data).hexdigest()
+        file = f"adapters/lora.{sha256[:16]}.safetensors"
+        (broken / file).write_bytes(data)
+        adapters = {**described["shelf"]["adapters"], "lora": {"file": file, "sha256": sha256}}
+        change(broken, files={**others, file: sha256}, shelf={"slots": 3, "adapters": adapters})
         return refused(program, broken, "--adapter", "lora")
 
     halves = make_shelf(dtype="fp16", cache="in-place")
@@ -198,6 +204,16 @@ def test_a_file_that_does_not_belong_is_refused_and_the_others_are_answered(
     huge = {**header[name], "data_offsets": [0, 2**63]}
     assert "a tensor is not where it should be" in of(with_header({**header, name: huge}))
     assert answer(program, broken, [PROMPTS[0]], ["team"]) == right
+    assert "is no file of an adapter (it has" in of(whole + bytes(65 << 20))
+    wrong = {**described["shelf"]["adapters"], "lora": described["shelf"]["adapters"]["team"] | {"file": ""}}
+    wrong["lora"]["file"] = lora.relative_to(broken).as_posix()
+    change(
+        broken,
+        files={**described["files"], wrong["lora"]["file"]: wrong["lora"]["sha256"]},
+        shelf={"slots": 3, "adapters": wrong},
+    )
+    assert "its adapter lora has more than one hash" in refused(program, broken, "--adapter", "lora", "--no-check")
+    change(broken, files=described["files"], shelf=described["shelf"])
     lora.unlink()
     assert "cannot be read (No such file or directory)" in refused(program, broken, "--adapter", "lora")
     for file in ("../secret", team.name, ""):
@@ -300,6 +316,21 @@ def test_a_request_that_waits_for_a_slot_gets_what_its_name_stood_for_though_its
         publish_shelf(read_bundle(folder), out)
         assert not hydra.exists()
         assert program.answers(4) == [before[i] for i in order]
+
+
+def test_a_program_at_work_takes_no_adapter_of_another_model(make_shelf, shelf_adapters, cpp_programs, tmp_path):
+    """What was deployed into its folder meanwhile."""
+    out = deploy_cpp(make_shelf(), tmp_path / "out")
+    before = expected(out / "model")
+    with tenants(cpp_programs, out / "model") as program:
+        program.ask("team", PROMPTS[0])
+        assert program.hear() == "begun"
+        deploy_cpp(make_shelf(cache="in-place"), out)
+        program.ask("team", PROMPTS[0])
+        assert program.hear().endswith("holds another model by now, and adapters of that. Open it anew.")
+        program.say("go")
+        assert program.hear() == " ".join(map(str, before[0]))
+        assert program.hear() == "refused"
 
 
 def test_eight_threads_keep_their_adapters_while_others_come_and_go(make_shelf, shelf_adapters, cpp_programs, tmp_path):

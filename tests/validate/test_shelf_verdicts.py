@@ -19,12 +19,13 @@ from teamlora_export.bundle import Bundle, hash_files, read_bundle, write_manife
 from teamlora_export.deploy.adapter_slots import Adapters, Shelved
 from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.errors import ExportError
-from teamlora_export.shelf import add_adapter
+from teamlora_export.files import sha256_of
+from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 from teamlora_export.validate.cases import Case, first_step
 from teamlora_export.validate.metrics import ErrorStats
 from teamlora_export.validate.report import print_verdict, write_html
 from teamlora_export.validate.shelf import MixedRunner, mixed_batches, open_shelf
-from teamlora_export.validate.verdict import CaseResult, Judgement, Thresholds, Verdict
+from teamlora_export.validate.verdict import CaseResult, Departure, Judgement, Thresholds, Verdict
 
 
 @pytest.fixture
@@ -36,9 +37,13 @@ def shelf(make_shelf, tmp_path) -> Bundle:
 
 def rehashed(bundle: Bundle) -> Bundle:
     """As somebody exported it who made the fault."""
+    shelf, adapters = bundle.manifest.shelf, {}
+    for name, adapter in shelf["adapters"].items():
+        path = bundle.folder / adapter["file"]
+        sha256 = sha256_of(path)
+        path = path.rename(path.with_name(f"{name}.{sha256[:16]}.safetensors"))
+        adapters[name] = {**adapter, "sha256": sha256, "file": f"adapters/{path.name}"}
     hashes = hash_files(bundle.folder)
-    shelf = bundle.manifest.shelf
-    adapters = {name: {**a, "sha256": hashes[a["file"]]} for name, a in shelf["adapters"].items()}
     changed = dataclasses.replace(bundle.manifest, sha256=hashes, shelf={**shelf, "adapters": adapters})
     write_manifest(bundle.folder, changed)
     return read_bundle(bundle.folder)
@@ -61,7 +66,7 @@ def test_a_healthy_shelf_passes_with_every_adapter_and_in_batches_of_several(dty
     assert all(sum(name.startswith(f"{each}: ") for name in names) == 6 for each in only)
     assert names[-1] == f"rows of {', '.join([only[0], 'none', *only[1:], only[0]])}"
     kept = read_bundle(bundle.folder).manifest
-    assert kept.validation["passed"]
+    assert kept.validation is None, "the others were not judged"
     assert {name for name, adapter in kept.shelf["adapters"].items() if adapter["validation"]} == set(only)
 
 
@@ -161,6 +166,89 @@ def test_an_index_that_is_off_by_one_in_one_module_is_found_and_located(shelf):
     assert any("layers.2.mlp.down_proj" in departure.module for departure in verdict.departures)
 
 
+def clip_to_one(model: onnx.ModelProto) -> None:
+    """Of three slots, the last is never read."""
+    model.graph.initializer.append(helper.make_tensor("one", onnx.TensorProto.INT32, [1], [1]))
+    node = next(node for node in model.graph.node if "layers.2.mlp.down_proj" in node.output[0])
+    node.input[5] = "wrong_slot"
+    model.graph.node.insert(0, helper.make_node("Min", ["adapter", "one"], ["wrong_slot"], name="fault"))
+
+
+def test_an_index_that_is_clipped_is_found_with_fewer_adapters_than_slots(shelf, monkeypatch):
+    monkeypatch.setattr("teamlora_export.validate.run._judge_export", lambda *_: judged_before(shelf))
+    verdict = judged(edit_graph(shelf, clip_to_one), only=["team"])
+    assert {departure.check for departure in verdict.departures} == {"rows"}
+
+
+def first_slot_by_default(model: onnx.ModelProto) -> None:
+    default = next(tensor for tensor in model.graph.initializer if tensor.name == "adapter")
+    default.CopyFrom(helper.make_tensor("adapter", onnx.TensorProto.INT32, [1], [0]))
+
+
+def weights_by_default(model: onnx.ModelProto) -> None:
+    """The slots' defaults are where the base's weights are in the file."""
+    inputs = {value.name for value in model.graph.input} - {"adapter"}
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data if tensor.name in inputs else ():
+            if entry.key == "offset":
+                entry.value = "0"
+
+
+@pytest.mark.parametrize("changes", [[first_slot_by_default], [weights_by_default]], ids=str)
+def test_defaults_that_are_not_the_base_alone_are_found(changes, shelf, monkeypatch):
+    """They are what a program runs that knows no adapters."""
+    monkeypatch.setattr("teamlora_export.validate.run._judge_export", lambda *_: judged_before(shelf))
+    for change in changes:
+        verdict = judged(edit_graph(shelf, change), only=["team"])
+    assert not verdict.passed
+    assert {departure.check for departure in verdict.departures} == {"graph"}
+
+
+def test_a_graph_that_is_wrong_where_adapters_are_left_out_is_found_by_running_it(shelf, monkeypatch):
+    monkeypatch.setattr("teamlora_export.validate.run._judge_export", lambda *_: judged_before(shelf))
+    monkeypatch.setattr("teamlora_export.validate.shelf.default_departures", lambda _: iter(()))
+    both = edit_graph(edit_graph(shelf, first_slot_by_default), weights_by_default)
+    verdict = judged(both, only=["team"])
+    failed = [case.name for case in verdict.cases if not case.passed]
+    assert failed == ["no adapter is given"]
+
+
+def test_a_bundle_has_passed_when_all_on_its_shelf_has(shelf, shelf_adapters, monkeypatch):
+    """Not when what is left of it has, nor after a change of the shelf."""
+    failing: set[str] = {"team"}
+
+    def judge(*given: object) -> Verdict:
+        good, name = judged_before(shelf), given[-1]
+        bad = Departure("modules", "layer", "node", "it errs")
+        return dataclasses.replace(good, departures=(bad,)) if name in failing else good
+
+    monkeypatch.setattr("teamlora_export.validate.run._judge_export", judge)
+    monkeypatch.setattr("teamlora_export.validate.run.judge_mixed", lambda *_: judged_before(shelf))
+
+    def passed(*only: str) -> bool | None:
+        judged(read_bundle(shelf.folder), only=list(only))
+        return state()
+
+    def state() -> bool | None:
+        found = read_bundle(shelf.folder).manifest.validation
+        return None if found is None else found["passed"]
+
+    assert passed("small") is None
+    assert passed() is False
+    assert passed("small") is False, "what is wrong with another is not mended by it"
+    failing.clear()
+    assert passed("team") is False, "batches of several are not judged again"
+    assert passed() is True
+    assert passed("small") is True
+    replace_adapter(shelf.folder, "small", shelf_adapters["lora"])
+    assert state() is None
+    assert passed("small", "team", "lora", "hydra", "moe") is True
+    failing.add("lora")
+    assert passed("lora") is False
+    remove_adapter(shelf.folder, "lora")
+    assert state() is None
+
+
 def test_numbers_in_the_padding_of_a_smaller_adapter_are_found(shelf):
     """An expert that it does not have takes part in the routing."""
     file = shelf.folder / shelf.manifest.shelf["adapters"]["small"]["file"]
@@ -185,7 +273,7 @@ def test_a_slot_that_is_stale_after_a_swap_is_found(shelf, monkeypatch):
         held = {name: array.copy() for name, array in self.memory.items()}
         used = list(self._content)
         slot = take(self, adapter)
-        if slot is not None and used[slot] not in (None, adapter.sha256):
+        if slot is not None and used[slot] not in (None, adapter.key):
             for name, array in held.items():
                 self.memory[name][slot] = array[slot]
         return slot
@@ -196,6 +284,7 @@ def test_a_slot_that_is_stale_after_a_swap_is_found(shelf, monkeypatch):
     assert not verdict.passed
     batches = [case for case in verdict.cases if case.name.startswith("rows of ")]
     assert [case.passed for case in batches] == [True, False, False], "the first three have slots of their own"
+    assert [case.passed for case in verdict.cases if case.name == "no adapter is given"] == [True]
     assert {departure.check for departure in verdict.departures} == {"rows"}
 
 
@@ -212,7 +301,8 @@ def test_two_rows_that_are_exchanged_are_found(shelf, monkeypatch):
 
     def exchanged(self: MixedRunner, rows: list[str | None]) -> None:
         seat(self, rows)
-        self._rows[[0, 2]] = self._rows[[2, 0]]
+        if rows:
+            self._rows[[0, 2]] = self._rows[[2, 0]]
 
     monkeypatch.setattr(MixedRunner, "seat", exchanged)
     monkeypatch.setattr("teamlora_export.validate.run._judge_export", lambda *_: judged_before(shelf))

@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "error.h"
@@ -61,7 +62,17 @@ Found Adapters::find(const std::string& name) {
         }
         try {
             const auto& [file, sha256] = there->second;
-            return std::shared_ptr<const Shelved>(new Shelved{OpenedFile(folder_.path / file), sha256});
+            const std::string key = (folder_.path / file).string() + '\n' + sha256;
+            const auto opened = opened_.find(key);
+            Found found = opened == opened_.end() ? nullptr : opened->second.lock();
+            if (found == nullptr) {
+                found.reset(new Shelved{OpenedFile(folder_.path / file), sha256});
+                for (auto each = opened_.begin(); each != opened_.end();) {
+                    each = each->second.expired() ? opened_.erase(each) : std::next(each);
+                }
+                opened_[key] = found;
+            }
+            return found;
         } catch (const Error&) {
             // It may have been replaced since the list was read.
             if (seen_ == before) throw;
@@ -73,7 +84,7 @@ Found Adapters::find(const std::string& name) {
 Adapters::Held Adapters::take(const std::vector<Found>& rows) {
     std::vector<Found> wanted;
     for (const Found& row : rows) {
-        const auto same = [&](const Found& other) { return other->sha256 == row->sha256; };
+        const auto same = [&](const Found& other) { return other->key() == row->key(); };
         if (row != nullptr && std::none_of(wanted.begin(), wanted.end(), same)) wanted.push_back(row);
     }
     if (wanted.size() > slots()) {
@@ -87,7 +98,7 @@ Adapters::Held Adapters::take(const std::vector<Found>& rows) {
     const std::lock_guard<std::mutex> turn(turn_);
     std::vector<std::pair<Found, SlotFile>> read;
     for (const Found& adapter : wanted) {
-        if (slot_of(adapter->sha256) == slots()) {
+        if (slot_of(adapter->key()) == slots()) {
             read.emplace_back(adapter, read_slot(adapter->file, check_ ? adapter->sha256 : "", inputs_));
         }
     }
@@ -96,7 +107,7 @@ Adapters::Held Adapters::take(const std::vector<Found>& rows) {
     {
         std::unique_lock<std::mutex> lock(counts_);
         const auto in_use = [&](const Found& adapter) {
-            const std::size_t slot = slot_of(adapter->sha256);
+            const std::size_t slot = slot_of(adapter->key());
             return slot < slots() && users_[slot] > 0;
         };
         given_.wait(lock, [&] {
@@ -105,7 +116,7 @@ Adapters::Held Adapters::take(const std::vector<Found>& rows) {
         });
         // Those that are there first: the others must not take their slots.
         for (const Found& adapter : wanted) {
-            if (slot_of(adapter->sha256) < slots()) hold(slot_of(adapter->sha256), held);
+            if (slot_of(adapter->key()) < slots()) hold(slot_of(adapter->key()), held);
         }
         for (std::size_t i = 0; i < read.size(); ++i) {
             written.push_back(free_.front());
@@ -118,10 +129,10 @@ Adapters::Held Adapters::take(const std::vector<Found>& rows) {
             const std::string_view numbers = read[i].second.tensors[input];
             std::copy(numbers.begin(), numbers.end(), memory(input) + written[i] * numbers.size());
         }
-        content_[written[i]] = read[i].first->sha256;
+        content_[written[i]] = read[i].first->key();
     }
     for (const Found& row : rows) {
-        held.rows_.push_back(row == nullptr ? kNoAdapter : static_cast<std::int32_t>(slot_of(row->sha256)));
+        held.rows_.push_back(row == nullptr ? kNoAdapter : static_cast<std::int32_t>(slot_of(row->key())));
     }
     return held;
 }
@@ -135,12 +146,16 @@ Adapters::Stamp Adapters::stamp() const {
 void Adapters::look_again() {
     const Stamp now = stamp();
     if (!(seen_ == Stamp()) && seen_ == now) return;
-    shelf_ = open_folder(folder_.path, false).shelf.value_or(Shelf());
+    Folder folder = open_folder(folder_.path, false);
+    if (folder.model_sha256 != folder_.model_sha256) {
+        throw Error(folder_.path.string() + ": holds another model by now, and adapters of that. Open it anew.");
+    }
+    shelf_ = folder.shelf.value_or(Shelf());
     seen_ = now;
 }
 
-std::size_t Adapters::slot_of(const std::string& sha256) const {
-    return static_cast<std::size_t>(std::find(content_.begin(), content_.end(), sha256) - content_.begin());
+std::size_t Adapters::slot_of(const std::string& key) const {
+    return static_cast<std::size_t>(std::find(content_.begin(), content_.end(), key) - content_.begin());
 }
 
 void Adapters::hold(std::size_t slot, Held& held) {

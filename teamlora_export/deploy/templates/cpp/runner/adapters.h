@@ -28,6 +28,9 @@ using Slots = std::vector<std::int32_t>;
 struct Shelved {
     OpenedFile file;
     std::string sha256;
+
+    // What tells its content in memory from all others'.
+    std::string key() const { return file.path().string() + '\n' + sha256; }
 };
 // Null: the base alone.
 using Found = std::shared_ptr<const Shelved>;
@@ -84,8 +87,8 @@ private:
     Stamp stamp() const;
     // With `listing_` locked: `shelf_` is what deploy.json says now.
     void look_again();
-    // The slot that has the content of that hash; none: the number of slots.
-    std::size_t slot_of(const std::string& sha256) const;
+    // The slot that has the content of that key; none: the number of slots.
+    std::size_t slot_of(const std::string& key) const;
     void hold(std::size_t slot, Held& held);
     void give(const std::vector<std::size_t>& slots);
 
@@ -97,10 +100,12 @@ private:
     std::mutex listing_;
     Stamp seen_;
     Shelf shelf_;
+    // Those that are in use, by key: requests of one adapter share its open file.
+    std::map<std::string, std::weak_ptr<const Shelved>> opened_;
 
     // Who has it is the one who may change what is in slots.
     std::mutex turn_;
-    // In each slot: the hash of its file.
+    // In each slot: the key of what is in it.
     std::vector<std::string> content_;
 
     // Of what follows.

@@ -19,6 +19,8 @@ constexpr std::int64_t kFormatVersion = 2;
 constexpr std::int64_t kLargestId = std::int64_t{1} << 31;
 constexpr std::int64_t kMostSlots = 4096;
 constexpr std::size_t kHashDigits = 64;
+// Of an adapter's hash, in the name of its file.
+constexpr std::size_t kNamedDigits = 16;
 constexpr std::uintmax_t kLargestJson = 64u << 20;
 // What is opened in a model's folder: a list of hashes without one of them is not whole.
 constexpr const char* kOpened[] = {"model.onnx",     "model.onnx.data",       "adapter.onnx.data",
@@ -121,6 +123,13 @@ std::optional<Shelf> read_shelf(const json& deployed, const std::map<std::string
         if (listed == files.end() || listed->second.size() != kHashDigits || !stays_inside(file)) {
             throw Error("its adapter " + name.substr(0, 80) + " is not as it should be");
         }
+        // What is in memory is known by its hash, also where nothing is compared with it.
+        const std::string named = "." + listed->second.substr(0, kNamedDigits) + ".safetensors";
+        const bool ends =
+            file.size() >= named.size() && file.compare(file.size() - named.size(), named.size(), named) == 0;
+        if (!ends || fields.at("sha256").get<std::string>() != listed->second) {
+            throw Error("its adapter " + name.substr(0, 80) + " has more than one hash");
+        }
         shelf.adapters[name] = {file, listed->second};
     }
     return shelf;
@@ -151,6 +160,10 @@ Folder open_folder(const fs::path& path, bool check) {
     }
     for (const auto& file : files) {
         if (is_engine(file.first)) folder.engines.push_back(fs::path(file.first).stem().string());
+    }
+    for (const char* name : {"model.onnx", "model.onnx.data"}) {
+        const auto listed = files.find(name);
+        folder.model_sha256.push_back(listed == files.end() ? "" : listed->second);
     }
     if (folder.shelf) {
         for (const auto& adapter : folder.shelf->adapters) files.erase(adapter.second.name);

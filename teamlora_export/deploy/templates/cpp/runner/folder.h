@@ -37,6 +37,8 @@ struct Folder {
     bool takes_padding = true;
     // Names of the engines in `engines/`.
     std::vector<std::string> engines;
+    // Of the graph and its weights.
+    std::vector<std::string> model_sha256;
     // Nothing: the model has one adapter of its own.
     std::optional<Shelf> shelf;
 

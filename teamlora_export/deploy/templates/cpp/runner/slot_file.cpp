@@ -64,9 +64,13 @@ OpenedFile::OpenedFile(std::filesystem::path path) : path_(std::move(path)) {
 
 OpenedFile::~OpenedFile() { close(descriptor_); }
 
-std::vector<char> OpenedFile::read() const {
+std::vector<char> OpenedFile::read(std::size_t most) const {
     struct stat found{};
     if (fstat(descriptor_, &found) != 0) throw Error(path_.string() + ": cannot be read.");
+    if (static_cast<std::uint64_t>(found.st_size) > most) {
+        throw Error(path_.string() + ": is no file of an adapter (it has " + std::to_string(found.st_size) +
+                    " bytes).");
+    }
     std::vector<char> data(static_cast<std::size_t>(found.st_size));
     std::size_t done = 0;
     while (done < data.size()) {
@@ -81,7 +85,9 @@ std::vector<char> OpenedFile::read() const {
 
 SlotFile read_slot(const OpenedFile& file, const std::string& sha256, const std::vector<SlotInput>& inputs) {
     const std::string name = file.path().string();
-    SlotFile found{file.read(), {}};
+    std::size_t most = kLargestHeader;
+    for (const SlotInput& input : inputs) most += input.bytes;
+    SlotFile found{file.read(most), {}};
     if (!sha256.empty()) {
         Sha256 sum;
         sum.add(found.data.data(), found.data.size());

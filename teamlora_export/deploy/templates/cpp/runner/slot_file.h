@@ -30,7 +30,8 @@ public:
     OpenedFile& operator=(const OpenedFile&) = delete;
 
     const std::filesystem::path& path() const { return path_; }
-    std::vector<char> read() const;
+    // Throws an Error where it has more than `most` bytes, which may not fit into memory.
+    std::vector<char> read(std::size_t most) const;
 
 private:
     std::filesystem::path path_;
