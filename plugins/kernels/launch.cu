@@ -28,7 +28,7 @@ Columns columns_of(const MixedExpertShape& shape) noexcept {
     return columns;
 }
 
-// Whose weights the blocks of a call take, where `tiles` blocks share a group of tokens or a row.
+// Whose weights the blocks of a call take (rows.cuh).
 AdapterOfRow adapters_of(const MixedExpertShape& shape, const MixedExpertTensors& tensors, int tile,
                          int tiles) noexcept {
     return {tensors.adapter, shape.slots, tile, Divisor::of(static_cast<int>(shape.row_tokens)), Divisor::of(tiles)};
@@ -103,7 +103,7 @@ cudaError_t launch_few(const MixedExpertShape& shape, const Tuning& tuning, cons
                        void* workspace, cudaStream_t stream) noexcept {
     const FewTokensPlan plan = plan_few_tokens(shape, tuning);
     if (shape.slots > 0) {
-        const AdapterOfRow rows = adapters_of(shape, tensors, plan.token_tile, plan.group_blocks);
+        const AdapterOfRow rows = adapters_of(shape, tensors, plan.token_tile, plan.token_blocks / plan.group_blocks);
         const bool aligned = aligned_inputs(shape, tensors) && aligned_outputs(shape, tensors);
         return plan.token_tile == 1 && aligned
                    ? launch_few<T, 1>(shape, tuning, tensors, plan, workspace, stream, rows)

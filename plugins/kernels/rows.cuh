@@ -13,9 +13,9 @@ namespace teamlora {
 // In place of a slot: a row without an adapter, and one whose index is that of no slot, which is an error.
 inline constexpr int kNoAdapter = -1, kWrongAdapter = -2;
 
-// Version 2: rows of `row_tokens` tokens. A kernel for few tokens looks at 32 of them together, which `tiles` blocks
-// share, at most `tile` of one adapter in each, a power of two; a row of one for many tokens is shared out among
-// `tiles` blocks.
+// Version 2: rows of `row_tokens` tokens. A kernel for few tokens looks at 32 of them together, of which there are
+// `tiles`; a block takes at most `tile` of one adapter, a power of two. A row of one for many tokens is shared out
+// among `tiles` blocks.
 struct AdapterOfRow {
     const int32_t* adapter;  // [tokens / row_tokens]
     int slots, tile;
@@ -93,17 +93,19 @@ __device__ Consecutive<kTokens> tokens_of(int tokens, unsigned index) {
 // whole warps, each of which finds the same.
 //
 // A lane looks at a token each. The first of an adapter, and each behind it that `tile` others of the same lie
-// between, lead a group; groups are numbered by their leaders' places.
+// between, lead a group; groups are numbered by their leaders' places. The first groups of all 32s come first, so that
+// blocks without one, which there are where rows share an adapter, are the last.
 template <int kTokens>
 __device__ Group tokens_of(int tokens, unsigned index, const AdapterOfRow& rows) {
     constexpr unsigned kAll = 0xffffffffU;
-    const int chunk = rows.tiles.quotient(static_cast<int>(index)), first = chunk * 32;
+    const int group = rows.tiles.quotient(static_cast<int>(index));
+    const int first = (static_cast<int>(index) - group * rows.tiles.value) * 32;
     const int lane = static_cast<int>(threadIdx.x) % 32, token = first + lane;
     const bool inside = token < tokens;
     const int slot = inside ? rows.slot_of(rows.row_tokens.quotient(token)) : kWrongAdapter - 1;
     const unsigned peers = __match_any_sync(kAll, slot), before = (1U << lane) - 1;
     unsigned leaders = __ballot_sync(kAll, inside && (__popc(peers & before) & (rows.tile - 1)) == 0);
-    for (int n = static_cast<int>(index) - chunk * rows.tiles.value; n > 0; --n) leaders &= leaders - 1;
+    for (int n = group; n > 0; --n) leaders &= leaders - 1;
     const int leader = leaders == 0 ? 0 : __ffs(static_cast<int>(leaders)) - 1;
     const unsigned bits = __shfl_sync(kAll, peers, leader) & ~((1U << leader) - 1);
     const int count = leaders == 0 ? 0 : min(rows.tile, __popc(bits));

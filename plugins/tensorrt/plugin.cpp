@@ -124,7 +124,7 @@ int32_t MixedExpertPlugin::configurePlugin(const DynamicPluginTensorDesc* in, in
 
 size_t MixedExpertPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t nbInputs,
                                            const DynamicPluginTensorDesc*, int32_t nbOutputs) const noexcept {
-    if (!takes_inputs(nbInputs) || nbOutputs != 1) return 0;
+    if (!takes_inputs(nbInputs) || nbOutputs != 1 || !fits(nbInputs, inputs[kDown].desc.dims)) return 0;
     const auto shape = largest_shape_of(inputs);
     return shape ? workspace_bound(*shape) : 0;
 }

@@ -20,7 +20,7 @@ Version 2 has an optional input, and without it is version 1:
 x and base are then [batch, tokens, ..], and `down`, `mix` and `up` have a leading dimension of N slots, an adapter in
 each. Adapters of fewer experts or a smaller rank share a slot by padding (`adapter/padding.py`), which is exact: an
 expert whose row of `mix` is all zeros is not part of the routing, whatever its logit, and a sibling all of whose rows
-are adds nothing. An index of N or more is an error.
+are adds nothing to rows whose z is finite. An index of N or more is an error.
 
 What is computed, and where it is rounded. Sums are in float32, in any order; "to T" is one rounding to nearest, ties to
 even, and none where T is float32:

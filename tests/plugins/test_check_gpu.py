@@ -360,6 +360,20 @@ def test_a_batch_of_adapters_that_is_wrong_fails_the_run(check, monkeypatch):
         check._time_adapters("fp16")
 
 
+def test_a_row_that_nobody_writes_fails_the_run(check, monkeypatch):
+    """The last: what is no number must not hide behind the rows that are right."""
+    launch = Kernels.launch
+
+    def shortened(self, sizes, tuning, pointers, *rest, **options):
+        if sizes.slots == 4 and sizes.batch > 1:
+            sizes = replace(sizes, tokens=sizes.tokens - 1, batch=sizes.batch - 1)
+        launch(self, sizes, tuning, pointers, *rest, **options)
+
+    monkeypatch.setattr(Kernels, "launch", shortened)
+    with pytest.raises(RuntimeError, match="results are wrong, of them tiny gate/up"):
+        check._time_adapters("fp16")
+
+
 @pytest.fixture
 def commands(tmp_path, monkeypatch) -> engines._Commands:
     made = engines._Commands(tmp_path, "tensorrt", Steps(8))
