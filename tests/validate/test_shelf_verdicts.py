@@ -194,7 +194,7 @@ def weights_by_default(model: onnx.ModelProto) -> None:
                 entry.value = "0"
 
 
-@pytest.mark.parametrize("changes", [[first_slot_by_default], [weights_by_default]], ids=str)
+@pytest.mark.parametrize("changes", [[first_slot_by_default], [weights_by_default]], ids=["index", "weights"])
 def test_defaults_that_are_not_the_base_alone_are_found(changes, shelf, monkeypatch):
     """They are what a program runs that knows no adapters."""
     monkeypatch.setattr("teamlora_export.validate.run._judge_export", lambda *_: judged_before(shelf))
