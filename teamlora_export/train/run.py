@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 _LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers")
 # Of each task, to measure the use of experts where nothing is held out.
 _MEASURED_ROWS = 32
+# To see before the training whether each layer is called on each token.
+_TRIED_ROWS = 2
 _EVALUATIONS, _LOGS = 10, 50
 
 
@@ -313,6 +315,7 @@ def _run(
     reporter.say(f"{options.family}: {trainer.num_trained:,} trained parameters on {len(layers):,} layers")
     try:
         with interrupt.held():
+            trainer.try_on(sorted(material.rows, key=lambda row: len(row.ids))[:_TRIED_ROWS])
             _loop(trainer, resumed)
     finally:
         told.stop()

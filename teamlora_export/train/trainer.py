@@ -29,7 +29,7 @@ from teamlora_export.errors import ExportError
 from teamlora_export.train.checkpoint import Checkpoint, Standing, State, note_checkpoint, write_checkpoint
 from teamlora_export.train.encode import Encoded
 from teamlora_export.train.evaluate import Measured, measure, token_losses
-from teamlora_export.train.model import TrainedLinear, routing_of
+from teamlora_export.train.model import TrainedLinear, forget_routing, routing_of
 from teamlora_export.train.options import TrainOptions
 
 # Of w, which sums to k, so that 1 is an equal share: `calculate_overconfidence_loss` of the published code.
@@ -100,6 +100,15 @@ class AdapterTrainer(Trainer):
             return found
         return Measured(*(None if value is None else self._summed(value) for value in dataclasses.astuple(found)))  # type: ignore[arg-type]
 
+    def try_on(self, rows: Sequence[Encoded]) -> None:
+        """Refuse, before anything is trained, layers that the model does not call on each token of `rows`.
+
+        Raises:
+            ExportError: as `routing_of` does.
+        """
+        layers = list(self.layers.values())
+        measure(self.network, layers, rows, len(self.tasks), self.options.batch, self.collate)
+
     # What the Trainer calls.
 
     def compute_loss(
@@ -110,16 +119,19 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         labels = inputs.pop("labels")[:, 1:]
+        forget_routing(self.layers.values())
         outputs = model(**inputs)
         losses = token_losses(outputs.logits[:, :-1], labels)
         assert num_items_in_batch is not None
         # Processes average their gradients; the number is that of all of them.
         loss = losses.sum() / num_items_in_batch * self.args.world_size
-        routing = routing_of(self.layers.values())
-        if routing is not None:
-            loss = (
-                loss + self._routing_loss(routing, inputs["attention_mask"]) / self.current_gradient_accumulation_steps
-            )
+        weighted = bool(self.options.used_balance_weight or self.options.overconfidence_weight)
+        # Without a weight it is logged alone.
+        with torch.set_grad_enabled(weighted and torch.is_grad_enabled()):
+            routing = routing_of(self.layers.values(), inputs["attention_mask"].shape)
+            of_routing = None if routing is None else self._routing_loss(routing, inputs["attention_mask"])
+        if of_routing is not None and weighted:
+            loss = loss + of_routing / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ARCHITECTURES, MIXTURES, OTHERS, ROTATIONS
 from safetensors.numpy import load_file, save_file
 
 from teamlora_export.adapter import align_with_base, read_adapter
@@ -27,6 +28,7 @@ from teamlora_export.inspect import inspect_path
 from teamlora_export.model.inject import inject
 from teamlora_export.progress import Reporter
 from teamlora_export.train import TrainOptions, TrainResult, checkpoint, count_parameters, train
+from teamlora_export.train import model as model_module
 from teamlora_export.train import run as run_module
 from teamlora_export.train import trainer as trainer_module
 from teamlora_export.train.data import read_rows, split_rows
@@ -35,6 +37,11 @@ from teamlora_export.train.options import FAMILY_NAMES
 from teamlora_export.validate.run import validate_bundle
 
 QUIET = Reporter(quiet=True)
+GENERATORS = [
+    name
+    for name, architecture in {**ARCHITECTURES, **MIXTURES, **ROTATIONS, **OTHERS}.items()
+    if architecture.task == "text-generation"
+]
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +263,35 @@ def test_what_is_written_does_what_was_measured(family, options, make_base):
     assert "model.safetensors" in record["inputs"] and "config.json" in record["inputs"]
     card = (options.output / "README.md").read_text()
     assert f"{result.trained_parameters:,} trained parameters" in card and options.command().split()[1] in card
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_text_generator_is_trained_on_all_of_its_linear_layers(name, make_base, data, tmp_path):
+    """Some flatten rows and tokens before a projection."""
+    options = TrainOptions(make_base(name).name, (data,), tmp_path / "adapter", rank=2, experts=2, steps=1, batch=6)
+    result = train(options, QUIET)
+    shares = [*result.expert_use.values(), *result.layer_use.values()]
+    assert np.isfinite(result.losses).all() and result.balance_loss is not None
+    assert all(sum(share) == pytest.approx(1, abs=1e-3) for share in shares)
+
+
+def test_layers_that_do_not_see_each_token_are_refused_by_name_before_the_training(options, monkeypatch):
+    forward = model_module.TrainedLinear.forward
+
+    def skip(self, x):  # type: ignore[no-untyped-def]
+        """The second layer's q_proj sees no text, or a part of it."""
+        if not self.path.endswith("1.self_attn.q_proj"):
+            return forward(self, x)
+        return torch.cat([forward(self, x[:, :seen]), self.base_projection(x[:, seen:])], dim=1)
+
+    monkeypatch.setattr(model_module.TrainedLinear, "forward", skip)
+    seen = 1
+    with pytest.raises(ExportError, match=r"layers\.1\.self_attn\.q_proj: is called on 2 tokens where the text has"):
+        train(options, QUIET)
+    monkeypatch.setattr(model_module.TrainedLinear, "forward", lambda self, x: self.base_projection(x))
+    with pytest.raises(ExportError, match=r"layers\.0\.\S*: is not called on a text"):
+        train(options, QUIET)
+    assert not list(options.output.parent.iterdir())
 
 
 def test_a_trained_adapter_is_exported_and_found_right(options, whole, make_base, tmp_path):
