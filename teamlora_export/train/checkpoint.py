@@ -62,6 +62,7 @@ class Standing:
     Attributes:
         before: that of the base, by task. best_loss, best_step: the lowest one since; None before the first.
         worse: evaluations since then. stopped: the training ended for that.
+        due: the evaluation after the checkpoint's step was interrupted; going on begins with it.
     """
 
     before: dict[str, float] = field(default_factory=dict)
@@ -69,6 +70,7 @@ class Standing:
     best_step: int = 0
     worse: int = 0
     stopped: bool = False
+    due: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,16 @@ def alone(work: Path) -> Iterator[None]:
 
 
 @contextmanager
-def left_where_useful(work: Path) -> Iterator[None]:
-    """What fails inside of the block before there is a checkpoint leaves nothing."""
+def left_as_useful(work: Path) -> Iterator[None]:
+    """What fails inside of the block before there is a checkpoint leaves nothing; an interruption after that tells from
+    where the training goes on."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if work.is_dir() and not _steps(work):
             finish(work)
+        elif work.is_dir() and (interrupt.arrived() or isinstance(error, interrupt.Interrupted)):
+            interrupt.note_written(f"{last_checkpoint(work)}; --resume goes on from there")
         raise
 
 
@@ -236,12 +241,6 @@ def write_checkpoint(
     for path in work.iterdir():
         if path != place and _CHECKPOINT.fullmatch(path.name):
             _remove_checkpoint(path)
-
-
-def note_checkpoint(work: Path) -> None:
-    """An interruption that comes now or came before tells from where the training goes on."""
-    if (found := last_checkpoint(work)) is not None:
-        interrupt.note_written(f"{found}; --resume goes on from there")
 
 
 def finish(work: Path) -> None:

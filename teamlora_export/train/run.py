@@ -153,7 +153,7 @@ def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter
         inputs = [base.folder, *options.data, *options.validation_paths]
         resumed = _shared(arguments, lambda: _begin(options, work, inputs, session, reporter, alone))
         if arguments.process_index == 0:
-            alone.enter_context(checkpoint.left_where_useful(work))
+            alone.enter_context(checkpoint.left_as_useful(work))
         with reporter.step(f"Loading {base.name}"):
             model, missing = base.load_and_miss(getattr(torch, DTYPES[options.dtype].torch))
         raise_findings(f"The weights of {base.name}", [missing_text(name) for name in sorted(missing)])
@@ -294,7 +294,7 @@ def _run(
     from teamlora_export.train.trainer import AdapterTrainer
 
     timed = Timed()
-    told, stopped = Told(reporter, timed), Stopped(work)
+    told, stopped = Told(reporter, timed), Stopped()
     trainer = AdapterTrainer(
         model,
         arguments,
@@ -335,6 +335,7 @@ def _loop(trainer: AdapterTrainer, resumed: Path | None) -> None:
         return
     from transformers import TrainerState
 
+    from teamlora_export.train.callbacks import Logged
     from teamlora_export.train.checkpoint import TRAINER_STATE_NAME
 
     path = resumed / TRAINER_STATE_NAME
@@ -342,11 +343,10 @@ def _loop(trainer: AdapterTrainer, resumed: Path | None) -> None:
         state = TrainerState.load_from_json(str(path))
     except TypeError as error:
         raise ExportError(f"{path}: {error}. Remove {resumed.parent}, and train again.") from None
+    trainer.catch_up(state)
     if state.global_step < trainer.args.max_steps and not trainer.standing.stopped:
+        trainer.add_callback(Logged(state.log_history))
         trainer.train(resume_from_checkpoint=str(resumed))
-        return
-    trainer._load_from_checkpoint(str(resumed))
-    trainer.state = state
 
 
 def _result(trainer: AdapterTrainer, timed: Timed, material: _Material, session: Session) -> TrainResult:

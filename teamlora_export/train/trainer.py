@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from teamlora_export import interrupt
 from teamlora_export.errors import ExportError
-from teamlora_export.train.checkpoint import Checkpoint, Standing, State, note_checkpoint, write_checkpoint
+from teamlora_export.train.checkpoint import Checkpoint, Standing, State, write_checkpoint
 from teamlora_export.train.encode import Encoded
 from teamlora_export.train.evaluate import Measured, measure, token_losses
 from teamlora_export.train.model import TrainedLinear, forget_routing, routing_of
@@ -109,6 +109,21 @@ class AdapterTrainer(Trainer):
         layers = list(self.layers.values())
         measure(self.network, layers, rows, len(self.tasks), self.options.batch, self.collate)
 
+    def catch_up(self, state: TrainerState) -> None:
+        """Take up the checkpoint that is gone on from, and its evaluation where that was interrupted.
+
+        Args:
+            state: the checkpoint's, which is logged to.
+        """
+        assert self.resumed is not None
+        self.state = state
+        self._load_from_checkpoint(str(self.resumed.folder))
+        if self.standing.due:
+            self._judge("eval")
+            # `train` takes up the checkpoint once more.
+            best = {f"best.{name}": tensor for name, tensor in (self.best or {}).items()}
+            self.resumed = dataclasses.replace(self.resumed, tensors={**self.resumed.tensors, **best})
+
     # What the Trainer calls.
 
     def compute_loss(
@@ -135,20 +150,13 @@ class AdapterTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
-        found = self.measure(self.held_out)
-        standing = self.standing
-        metrics = {f"{metric_key_prefix}_loss": found.loss}
-        metrics |= {f"{metric_key_prefix}_loss_{task}": loss for task, loss in found.by_task(self.tasks).items()}
-        if standing.best_loss is None or found.loss < standing.best_loss:
-            standing.best_loss, standing.best_step, standing.worse = found.loss, self.state.global_step, 0
-            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.adapter().items()}
-        else:
-            standing.worse += 1
-        if self.options.patience and standing.worse >= self.options.patience:
-            standing.stopped = self.control.should_training_stop = True
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        try:
+            return self._judge(metric_key_prefix)
+        except interrupt.Interrupted:
+            # The step is done, whatever becomes of its evaluation.
+            self.standing.due = True
+            self._save_checkpoint(self.network, None)
+            raise
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         for name in ("loss", "grad_norm", "eval_loss"):
@@ -212,6 +220,23 @@ class AdapterTrainer(Trainer):
 
     # What those need.
 
+    def _judge(self, metric_key_prefix: str) -> dict[str, float]:
+        found = self.measure(self.held_out)
+        standing = self.standing
+        standing.due = False
+        metrics = {f"{metric_key_prefix}_loss": found.loss}
+        metrics |= {f"{metric_key_prefix}_loss_{task}": loss for task, loss in found.by_task(self.tasks).items()}
+        if standing.best_loss is None or found.loss < standing.best_loss:
+            standing.best_loss, standing.best_step, standing.worse = found.loss, self.state.global_step, 0
+            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.adapter().items()}
+        else:
+            standing.worse += 1
+        if self.options.patience and standing.worse >= self.options.patience:
+            standing.stopped = self.control.should_training_stop = True
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def _routing_loss(self, routing: Tensor, mask: Tensor) -> Tensor:
         """The losses of experts that are used unequally, weighted.
 
@@ -249,9 +274,8 @@ class AdapterTrainer(Trainer):
         return {name: self.accelerator.gather(s[None].to(self.args.device)).cpu() for name, s in states.items()}
 
     def _leave_where_interrupted(self) -> None:
-        """An evaluation changes nothing, and may be long: it is not waited for."""
+        """An evaluation changes nothing, and may be long: it is not waited for, and done anew when it goes on."""
         if interrupt.arrived() and self.args.world_size == 1:
-            note_checkpoint(self.work)
             raise interrupt.Interrupted
 
 

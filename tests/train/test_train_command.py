@@ -125,7 +125,7 @@ from teamlora_export import cli
 compute, count = trainer.AdapterTrainer.compute_loss, iter(range(1, 10_000))
 def kill(self, *args, **kwargs):
     loss = compute(self, *args, **kwargs)
-    if next(count) == 11:
+    if next(count) == int(os.environ["STEP"]):
         os.kill(os.getpid(), getattr(signal, os.environ["KIND"]))
     return loss
 trainer.AdapterTrainer.compute_loss = kill
@@ -133,10 +133,11 @@ cli.main()
 """
 
 
-def run_killed(options: TrainOptions, kind: str) -> subprocess.CompletedProcess[str]:
-    """The command, which gets a signal within its eleventh step."""
+def run_killed(options: TrainOptions, kind: str, step: int = 11) -> subprocess.CompletedProcess[str]:
+    """The command, which gets a signal within a step."""
     command = [sys.executable, "-c", KILLED, *shlex.split(options.command())[1:]]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "KIND": kind}, check=False)
+    environment = {**os.environ, "KIND": kind, "STEP": str(step)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -181,13 +182,19 @@ def test_a_training_that_was_killed_after_its_last_step_is_only_written(options,
     assert (result.steps, result.best_step, result.held_out) == (whole.steps, whole.best_step, whole.held_out)
 
 
-def test_ctrl_c_ends_it_with_a_checkpoint_and_says_how_it_goes_on(options, whole):
-    done = run_killed(options, "SIGINT")
+@pytest.mark.parametrize("step", [4, 8, 11, 18])
+def test_ctrl_c_ends_it_with_a_checkpoint_and_says_how_it_goes_on(step, options, whole):
+    """After steps 4, 8 and 18, the last, an evaluation is due: it is the first that is done when it goes on."""
+    done = run_killed(options, "SIGINT", step)
     assert done.returncode == 2
-    assert "Error: Interrupted; was written whole before: " in done.stderr
-    assert "checkpoint-11; --resume goes on from there." in done.stderr
-    train(dataclasses.replace(options, resume=True), QUIET)
+    found = options.output.with_name("adapter.training") / f"checkpoint-{step}"
+    told = f"Error: Interrupted; was written whole before: {found}; --resume goes on from there."
+    assert done.stderr.splitlines()[-1] == told
+    resumed = train(dataclasses.replace(options, resume=True), QUIET)
     assert_same(options.output, whole.folder)
+    assert (resumed.held_out, resumed.best_step) == (whole.held_out, whole.best_step)
+    evaluated = [[(e["step"], e["eval_loss"]) for e in r.log if "eval_loss" in e] for r in (resumed, whole)]
+    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 5
 
 
 def test_a_training_goes_on_with_the_same_options_and_files_only(options, data, tmp_path, monkeypatch):
