@@ -157,6 +157,26 @@ def test_a_prompt_can_be_put_into_the_models_own_chat_template(folder, tmp_path)
         Encoder(tmp_path, options(chat=True)).encode([Row("Hi", "yes", "t", "rows.jsonl, line 1")], ["t"])
 
 
+CHAT_TEMPLATES = {
+    # As of models whose turns end otherwise than their texts.
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<pad>{% endfor %}{{ '[assistant]</s>' }}": 0,
+    "{% for m in messages %}{{ m.content }}</s>{% endfor %}": 2,
+    # Nothing that ends a text, or no answer at all: the first that the model names.
+    "{% for m in messages %}{{ m.content }}\n{% endfor %}": 2,
+    "{% if messages[1] is defined %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}": 2,
+}
+
+
+@pytest.mark.parametrize(("template", "end"), CHAT_TEMPLATES.items())
+def test_an_answer_ends_with_the_token_that_the_chat_template_puts_there(template, end, folder, tmp_path):
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    (tmp_path / "chat_template.jinja").write_text(template)
+    encoded, _ = Encoder(tmp_path, options(chat=True)).encode([Row("Hi", "yes", "t", "")], ["t"])
+    assert encoded[0].ids[-1] == end
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
