@@ -24,8 +24,8 @@ SAVED_DTYPES = ("fp32", "fp16", "bf16")
 ALL_LINEAR = "all-linear"
 # Of the balance loss, for TeamLoRA. The other families were published without one.
 _BALANCE_WEIGHT = 0.05
-# How a killed training goes on does not depend on these, nor does its result.
-_FREE = ("output", "resume", "save_every", "log_every")
+# How a killed training goes on does not depend on these, nor what it trains.
+_FREE = ("output", "resume", "save_every", "log_every", "save_dtype")
 # Nor on where the files lie, whose contents are compared.
 _PLACES = ("base", "data")
 _LARGEST = 1_000_000_000
@@ -57,7 +57,8 @@ class TrainOptions:
             loss; 0: never. What is written is the adapter of the lowest held-out loss.
         save_every: steps between checkpoints; None: as `evaluate_every`. log_every: steps; None: a fiftieth of all.
         seed: of the start of the adapter, the order of the rows, dropout, and which rows are held out.
-        dtype: of the frozen base, fp32 or bf16; the adapter is trained in float32. save_dtype: of the files.
+        dtype: of the frozen base, fp32 or bf16; the adapter is trained in float32. save_dtype: of the files, which the
+            figures of the end are of.
         gradient_checkpointing: compute activations again in place of keeping them.
         max_length: tokens of a row; None: 2,048, or fewer where the model has fewer positions.
         too_long: what becomes of a longer row: error, cut (its prompt loses its beginning), or skip.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teamlora_export import __version__, interrupt
+from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import refuse_foreign, staged
@@ -135,7 +136,6 @@ def _encode_part(rows: Sequence[Row], encoder: Encoder, tasks: Sequence[str], re
 def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter: Reporter) -> TrainResult:
     import torch
 
-    from teamlora_export.dtypes import DTYPES
     from teamlora_export.model.checkpoint import missing_text
     from teamlora_export.model.inject import extract
     from teamlora_export.model.source import weights_sha256
@@ -159,9 +159,10 @@ def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter
         raise_findings(f"The weights of {base.name}", [missing_text(name) for name in sorted(missing)])
         layers = adapt(model, adapter, options)
         trainer, timed = _run(model, arguments, layers, material, options, work, resumed, reporter)
-        result = _result(trainer, timed, material, session)
         found = extract(model, adapter)
         _refuse_not_finite(found, options)
+        trainer.round_adapter(getattr(torch, DTYPES[options.save_dtype].torch))
+        result = _result(trainer, timed, material, session)
         warn_of_normalizers(found, reporter)
         if result.is_first:
             with staged(options.output, listed, inputs) as staging:
@@ -380,14 +381,22 @@ def _result(trainer: AdapterTrainer, timed: Timed, material: _Material, session:
 def _refuse_not_finite(adapter: AdapterSpec, options: TrainOptions) -> None:
     """Of an adapter as it is written."""
     import numpy as np
+    import torch
 
-    largest = 65504.0 if options.save_dtype == "fp16" else float(np.finfo(np.float32).max)
+    from teamlora_export.train.checkpoint import work_folder
+
+    largest = torch.finfo(getattr(torch, DTYPES[options.save_dtype].torch)).max
     for path, projection in adapter.projections.items():
         for array in (projection.down, projection.router, projection.interaction, *projection.ups):
-            if not np.abs(array).max() <= largest:
+            if not np.isfinite(array).all():
                 raise ExportError(
-                    f"{path}: its trained numbers do not fit into --save-dtype {options.save_dtype}, or are none: the "
-                    "training diverged. Lower --learning-rate."
+                    f"{path}: its trained numbers are not finite: the training diverged. Lower --learning-rate, and "
+                    f"remove {work_folder(options.output)}."
+                )
+            if np.abs(array).max() > largest:
+                raise ExportError(
+                    f"{path}: its trained numbers, up to {np.abs(array).max():.3g}, do not fit into --save-dtype "
+                    f"{options.save_dtype}. Give the same again with --resume --save-dtype fp32, to write it."
                 )
 
 

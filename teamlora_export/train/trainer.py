@@ -84,6 +84,12 @@ class AdapterTrainer(Trainer):
         if self.best is not None:
             _copy_into(self.adapter(), self.best)
 
+    def round_adapter(self, dtype: torch.dtype) -> None:
+        """The adapter has the numbers that a file of `dtype` holds afterwards."""
+        with torch.no_grad():
+            for parameter in self.adapter().values():
+                parameter.copy_(parameter.to(dtype))
+
     def measure(self, rows: Sequence[Encoded]) -> Measured:
         """`evaluate.measure`, shared among the processes."""
         found = measure(

@@ -243,10 +243,11 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(options, monkeypatch
         train(again, QUIET)
 
 
+@pytest.mark.parametrize("save_dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_what_is_written_does_what_was_measured(family, options, make_base):
+def test_what_is_written_does_what_was_measured(family, save_dtype, options, make_base):
     """The files, read back into the reference layer, have the held-out loss that the record tells."""
-    asked_for = dataclasses.replace(options, family=family, targets="all-linear")
+    asked_for = dataclasses.replace(options, family=family, targets="all-linear", save_dtype=save_dtype)
     result = train(asked_for, QUIET)
     assert count_parameters(asked_for) == result.trained_parameters
     assert result.held_out_loss < sum(result.held_out_before.values()) / 2 - 0.1, "it learns"
@@ -264,6 +265,8 @@ def test_what_is_written_does_what_was_measured(family, options, make_base):
     assert np.mean(losses) == pytest.approx(result.held_out_loss, abs=1e-4)
     record = json.loads((options.output / "training.json").read_text())
     assert record["held_out_loss"] == result.held_out
+    trained = min(entry["eval_loss"] for entry in record["log"] if "eval_loss" in entry)
+    assert (result.held_out_loss == trained) == (save_dtype == "fp32"), "of the file, whose numbers are rounded"
     shares = [*record["expert_use"].values(), *record["expert_use_by_layer"].values()]
     assert bool(shares) == (family != "lora")
     assert all(sum(share) == pytest.approx(1, abs=1e-3) for share in shares)
@@ -350,9 +353,16 @@ def test_a_training_that_diverges_is_one_sentence(options, monkeypatch):
         train(dataclasses.replace(options, log_every=1), QUIET)
     assert not list(options.output.parent.iterdir()), "there is nothing to go on from"
     monkeypatch.undo()
-    with pytest.raises(ExportError, match="do not fit into --save-dtype fp16"):
-        train(dataclasses.replace(options, save_dtype="fp16", learning_rate=1e5, steps=2, validation=None), QUIET)
+
+
+def test_numbers_that_do_not_fit_into_the_files_type_are_written_in_another(options):
+    asked_for = dataclasses.replace(options, save_dtype="fp16", learning_rate=1e5, steps=2, validation=None)
+    with pytest.raises(ExportError, match=r"do not fit into --save-dtype fp16\. .* --resume --save-dtype fp32"):
+        train(asked_for, QUIET)
     assert not options.output.exists()
+    train(dataclasses.replace(asked_for, save_dtype="fp32", resume=True), QUIET)
+    assert max(np.abs(value).max() for value in weights(options.output).values()) > 65504
+    assert json.loads((options.output / "training.json").read_text())["options"]["save_dtype"] == "fp32"
 
 
 def test_only_what_a_training_wrote_is_replaced(options, whole):
