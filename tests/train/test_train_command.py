@@ -8,12 +8,15 @@ import math
 import os
 import pickle
 import random
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from safetensors.numpy import load_file, save_file
 from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
+from teamlora_export.files import sha256_of
 from teamlora_export.inspect import inspect_path
 from teamlora_export.model.inject import inject
 from teamlora_export.progress import Reporter
@@ -217,7 +221,64 @@ def test_a_training_goes_on_with_the_same_options_and_files_only(options, data, 
     assert train(dataclasses.replace(again, data=(moved,), log_every=3), QUIET).steps == 18
 
 
-def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(options, monkeypatch):
+def changed_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def changed_fields(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def without(part: str) -> Callable[[dict[str, np.ndarray]], object]:
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(part)]
+
+
+# Each would go on, to another adapter, or fail within a library.
+DAMAGES = {
+    "tensors.safetensors": [
+        without("random.cpu"),
+        without("optimizer."),
+        without("best."),
+        lambda tensors: tensors.update({"random.cpu": np.zeros_like(tensors["random.cpu"])}),
+        lambda tensors: tensors.update({"random.cpu": tensors["random.cpu"][:, :10].copy()}),
+    ],
+    "state.json": [
+        lambda fields: fields.update(schedule={}),
+        lambda fields: fields.update(schedule={"step": 3}),
+        lambda fields: fields.update(groups=[]),
+    ],
+    "trainer_state.json": [lambda fields: fields.update(log_history=[{"loss": "x"}, 3])],
+    "sha256.json": [lambda fields: fields.clear()],
+}
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(options, monkeypatch):
+    found = crash(options, monkeypatch, 6) / "checkpoint-4"
+    assert checkpoint.read_checkpoint(found).step == 4
+    for name, changes in DAMAGES.items():
+        before = (found / name).read_bytes()
+        for change in changes:
+            (changed_tensors if name.endswith("safetensors") else changed_fields)(found / name, change)
+            told = "" if name == "sha256.json" else re.escape(name)
+            with pytest.raises(ExportError, match=f"{told}: is not as it was written. Remove checkpoint-4"):
+                checkpoint.read_checkpoint(found)
+            (found / name).write_bytes(before)
+        (found / name).unlink()
+        with pytest.raises(ExportError, match=f"{re.escape(name)}: is missing"):
+            checkpoint.read_checkpoint(found)
+        (found / name).write_bytes(before)
+    changed_fields(found / "state.json", lambda fields: fields.update(schedule={}))
+    crash_at(monkeypatch, 1)
+    with pytest.raises(ExportError, match="is not as it was written"):
+        train(dataclasses.replace(options, resume=True), QUIET)
+
+
+def test_a_foreign_checkpoint_is_refused_by_name(options, monkeypatch):
+    """One whose hashes are right."""
     work = crash(options, monkeypatch, 6)
     again = dataclasses.replace(options, resume=True)
     found = work / "checkpoint-4"
@@ -225,20 +286,23 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(options, monkeypatch
     def refused(path: Path, content: bytes | None, told: str) -> None:
         before = path.read_bytes()
         path.unlink() if content is None else path.write_bytes(content)
+        rehash()
         with pytest.raises(ExportError, match=told):
             train(again, QUIET)
         path.write_bytes(before)
 
+    def rehash() -> None:
+        hashes = {name: sha256_of(found / name) for name in DAMAGES if name != "sha256.json"}
+        (found / "sha256.json").write_text(json.dumps(hashes))
+
     state = json.loads((found / "state.json").read_text())
     refused(found / "state.json", json.dumps({**state, "standing": 3}).encode(), "state.json: .*standing")
     refused(found / "trainer_state.json", b'{"global_step": 4, "strange": 1}', "strange")
-    refused(found / "trainer_state.json", None, "trainer_state.json: is missing")
     # A pickle, were it opened as one, would run.
     refused(found / "tensors.safetensors", pickle.dumps(Crash("run")), "tensors.safetensors: cannot be read")
     refused(work / "session.json", None, "no training of this tool is in it")
-    tensors = load_file(found / "tensors.safetensors")
-    tensors.pop(next(name for name in tensors if name.startswith("adapter.")))
-    save_file(tensors, found / "tensors.safetensors")
+    changed_tensors(found / "tensors.safetensors", lambda tensors: tensors.pop(min(tensors)))
+    rehash()
     with pytest.raises(ExportError, match="of another adapter"):
         train(again, QUIET)
 
