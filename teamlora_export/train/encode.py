@@ -28,6 +28,8 @@ from teamlora_export.train.data import Row
 from teamlora_export.train.options import TrainOptions
 
 _DEFAULT_LENGTH = 2048
+# What an answer is encoded behind, and no word begins or goes on with.
+_ANCHOR = "\n"
 # An answer that a chat template writes as it is, and writes nothing like it itself.
 _SAMPLE = "Yes, 4711."
 
@@ -80,6 +82,9 @@ class Encoder:
         self._too_long = options.too_long
         with _explained():
             self._tokenizer = open_tokenizer(folder, None)
+            self._anchor = self._ids(_ANCHOR)
+            # Some tokenizers put a space before each text, which within a text is one that nobody wrote.
+            self._prepends = self._ids(_ANCHOR + "a")[len(self._anchor) :] != self._ids("a")
         if options.chat and not _has_template(folder):
             raise ExportError("--chat: the model has no chat template. Leave the option out.")
         self._chat = Chat(folder) if options.chat else None
@@ -125,18 +130,25 @@ class Encoder:
         return encode_prompt(self._tokenizer, self._chat.text(json.dumps([{"role": "user", "content": text}])))
 
     def _answer(self, text: str) -> list[int]:
-        return [*encode_text(self._tokenizer, text, specials=False), *self._end]
+        ids = self._ids(text)
+        if self._prepends:
+            behind, count = self._ids(_ANCHOR + text), len(self._anchor)
+            ids = behind[count:] if behind[:count] == self._anchor else ids
+        return [*ids, *self._end]
 
-    def _end_of_turn(self, chat: Chat) -> Sequence[int]:
+    def _ids(self, text: str) -> list[int]:
+        return encode_text(self._tokenizer, text, specials=False)
+
+    def _end_of_turn(self, chat: Chat) -> tuple[int, ...]:
         """Of the tokens that end a text, the first that the template puts after an answer; where it puts none there, or
         does not take an answer, the first of all."""
         turns = [{"role": "user", "content": _SAMPLE}, {"role": "assistant", "content": _SAMPLE}]
         try:
             after = chat.text(json.dumps(turns)).rpartition(_SAMPLE)[2]
-            ids = encode_text(self._tokenizer, after, specials=False)
+            ids = self._ids(after)
         except ModelError:
             ids = []
-        return [*[token for token in ids if token in self._stops], *self._stops][:1]
+        return (*(token for token in ids if token in self._stops), *self._stops)[:1]
 
     def _without_beginning(self, prompt: list[int], over: int) -> list[int]:
         """The token that begins a text stays."""

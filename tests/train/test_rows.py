@@ -15,6 +15,8 @@ from teamlora_export.train.data import Row, read_rows, shared_prompts, split_row
 from teamlora_export.train.encode import Encoder, collator
 from teamlora_export.train.options import TrainOptions, parse_targets, parse_validation
 
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
 GOOD = '{"prompt": "a", "answer": "b"}'
 
 
@@ -126,6 +128,32 @@ def test_the_answer_and_the_end_of_the_text_are_learned_and_nothing_else(folder)
     assert batch["input_ids"][1].tolist() == [*encoded[1].ids, *[0] * (longest - short)]
     assert batch["attention_mask"].sum(dim=1).tolist() == [longest, short]
     assert batch["labels"][1, short:].eq(-100).all() and batch["labels"].dtype == torch.int64
+
+
+# Of Llama 2, of later conversions from SentencePiece, and of a tokenizer that puts nothing before a text.
+PREPENDING = {
+    "normalizer": {"normalizer": [{"type": "Prepend", "prepend": "▁"}, _REPLACE], "pre_tokenizer": None},
+    "metaspace": {"normalizer": [], "pre_tokenizer": {**_METASPACE, "prepend_scheme": "first"}},
+    "none": {"normalizer": [_REPLACE], "pre_tokenizer": None},
+}
+
+
+@pytest.mark.parametrize("kind", PREPENDING)
+@pytest.mark.parametrize("answer", ["yes", " yes", "\nyes", "  yes"])
+def test_an_answer_has_no_space_that_is_not_written(kind, answer, folder, tmp_path):
+    """The prompt and the answer are read as one text, whatever the tokenizer puts before a text."""
+    fields = PREPENDING[kind]
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "▁", "\n", *"yesquo:", "▁▁"])}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [["▁", "▁"]], "unk_token": "<unk>"}
+    decoder = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    normalizer = {"type": "Sequence", "normalizers": fields["normalizer"]}
+    parts = {"normalizer": normalizer, "pre_tokenizer": fields["pre_tokenizer"], "decoder": decoder, "model": model}
+    nothing = {"truncation": None, "padding": None, "post_processor": None, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", **nothing, **parts}))
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    encoded, _ = Encoder(tmp_path, options()).encode([Row("quo:", answer, "t", "")], ["t"])
+    tokenizer = open_tokenizer(tmp_path, None)
+    assert list(encoded[0].ids) == [*encode_text(tokenizer, f"quo:{answer}"), 2]
 
 
 def test_rows_that_are_too_long_are_an_error_or_cut_or_left_out_and_counted(folder):
