@@ -105,6 +105,17 @@ def test_a_share_of_each_task_is_held_out_and_prompts_stay_together():
         split_rows([Row("a", "b", "task", "")], 0.2, 0)
 
 
+def test_a_small_task_keeps_rows_in_both_parts_where_tasks_share_prompts():
+    rows = [*(Row(f"{i}", "a", "large", "") for i in range(40)), *(Row(f"{i}", "b", "small", "") for i in (1, 2))]
+    for seed in range(50):
+        for part in split_rows(rows, 0.3, seed):
+            assert {row.task for row in part} == {"large", "small"}, seed
+    # Two of three prompts would lie in the same part, and these two are a task.
+    pairs = {"x": "ab", "y": "bc", "z": "ca"}
+    with pytest.raises(ExportError, match="shares its prompts with others"):
+        split_rows([Row(prompt, "a", task, "") for task in pairs for prompt in pairs[task]], 0.5, 0)
+
+
 @pytest.fixture
 def folder(make_base) -> Path:
     return make_base("llama").folder
