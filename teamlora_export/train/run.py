@@ -64,6 +64,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
             begun before was begun with other options.
     """
     options.check()
+    _refuse_mixed_precision()
     first = int(os.environ.get("RANK", "0")) == 0
     reporter = reporter or Reporter(quiet=not first)
     read = read_rows(options.data)
@@ -118,6 +119,16 @@ def _encode(options: TrainOptions, read: Rows, held_out: Rows | None, folder: Pa
     held = f", {_count(encoded[1], 'row')} held out" if kept else ""
     reporter.say(f"{_count(encoded[0], 'row')} of {_count(tasks, 'task')}{held}")
     return _Material(encoded[0], encoded[1], tasks, hashes, encoder)
+
+
+def _refuse_mixed_precision() -> None:
+    """`accelerate launch` hands on its own, which would change every product, and be told nowhere."""
+    kind = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if kind not in ("", "no"):
+        raise ExportError(
+            f"ACCELERATE_MIXED_PRECISION is {kind:.20}: not supported. Launch with --mixed_precision no; --dtype bf16 "
+            "has the base in 16 bits."
+        )
 
 
 def _count(things: Sequence[Any], name: str) -> str:

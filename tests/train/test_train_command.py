@@ -397,6 +397,14 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(options):
     assert record["held_out_loss"] == pytest.approx(expected.held_out, abs=1e-4)
 
 
+def test_mixed_precision_that_a_launcher_asks_for_is_refused(options, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ExportError, match="ACCELERATE_MIXED_PRECISION is bf16: not supported"):
+        train(options, QUIET)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert train(dataclasses.replace(options, steps=1, validation=None), QUIET).steps == 1
+
+
 def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best(options):
     rising = dataclasses.replace(options, learning_rate=0.5, warmup=0.0, schedule="constant", steps=60, patience=2)
     result = train(dataclasses.replace(rising, evaluate_every=2), QUIET)
