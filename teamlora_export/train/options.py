@@ -217,6 +217,23 @@ class TrainOptions:
         if self.family == "lora" and (self.balance_weight or self.overconfidence_weight):
             raise ExportError("--balance-weight and --overconfidence-weight: are of experts, which lora has not.")
 
+    def doubts(self, steps: int) -> list[str]:
+        """What can be, and is hardly meant; a sentence each.
+
+        Args:
+            steps: of the whole training.
+        """
+        found = []
+        if self.used_alpha == 0:
+            found.append("--alpha 0: the scaling is 0, and the adapter changes nothing.")
+        if self.learning_rate == 0:
+            found.append("--learning-rate 0: nothing is learned.")
+        # As transformers counts them.
+        warmup = int(self.warmup) if self.warmup >= 1 else math.ceil(steps * self.warmup)
+        if warmup >= steps:
+            found.append(f"--warmup {self.warmup:g}: {warmup:,} of {steps:,} steps: --learning-rate is never reached.")
+        return found
+
     def outcome(self) -> dict[str, Any]:
         """The options that the trained adapter depends on beside the files, of types that JSON has."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in (*_FREE, *_PLACES)}

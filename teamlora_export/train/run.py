@@ -157,6 +157,8 @@ def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter
     adapter, asked = start_adapter(base.signature, options), options
     options = dataclasses.replace(options, targets=adapter.config.target_modules)
     arguments = _arguments(options, len(material.rows))
+    for doubt in options.doubts(arguments.max_steps):
+        reporter.warn(doubt)
     hashes = {**material.hashes, **base.source.identity(), **weights_sha256(base.source)}
     session = checkpoint.Session(options.outcome(), hashes, arguments.world_size, _versions())
     work = checkpoint.work_folder(options.output)

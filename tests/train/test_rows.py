@@ -236,6 +236,14 @@ def test_options_that_cannot_be_are_refused_by_name(fields, reason):
     assert reason in str(found.value)
 
 
+def test_what_is_hardly_meant_is_told():
+    assert options().doubts(2) == options(warmup=1.0).doubts(2) == options(warmup=0.0).doubts(1) == []
+    for fields, told in (({"alpha": 0.0}, "--alpha 0"), ({"learning_rate": 0.0}, "--learning-rate 0")):
+        assert [told in doubt for doubt in options(**fields).doubts(100)] == [True]
+    assert options(warmup=100.0).doubts(2) == ["--warmup 100: 100 of 2 steps: --learning-rate is never reached."]
+    assert options().doubts(1) == ["--warmup 0.05: 1 of 1 steps: --learning-rate is never reached."]
+
+
 def test_the_command_of_a_training_asks_for_the_same_training(tmp_path):
     from typer.testing import CliRunner
 

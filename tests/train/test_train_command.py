@@ -342,7 +342,7 @@ def test_what_is_written_does_what_was_measured(family, save_dtype, options, mak
 @pytest.mark.parametrize("name", GENERATORS)
 def test_every_text_generator_is_trained_on_all_of_its_linear_layers(name, make_base, data, tmp_path):
     """Some flatten rows and tokens before a projection."""
-    options = TrainOptions(make_base(name).name, (data,), tmp_path / "adapter", rank=2, experts=2, steps=1, batch=6)
+    options = TrainOptions(make_base(name).name, (data,), tmp_path / "adapter", rank=2, experts=2, steps=1, warmup=0.0)
     result = train(options, QUIET)
     shares = [*result.expert_use.values(), *result.layer_use.values()]
     assert np.isfinite(result.losses).all() and result.balance_loss is not None
@@ -395,6 +395,13 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(options):
     record = json.loads((both.output / "training.json").read_text())
     # 1e-4: float32 in collectives, other sums.
     assert record["held_out_loss"] == pytest.approx(expected.held_out, abs=1e-4)
+
+
+def test_a_training_that_can_learn_nothing_is_warned_of(options, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(Reporter, "warn", lambda self, text: told.append(text))
+    train(dataclasses.replace(options, steps=2, learning_rate=0.0, warmup=2.0, validation=None), QUIET)
+    assert [text.split()[0] for text in told] == ["--learning-rate", "--warmup"]
 
 
 def test_mixed_precision_that_a_launcher_asks_for_is_refused(options, monkeypatch):
