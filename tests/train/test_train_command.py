@@ -24,6 +24,7 @@ import torch
 from conftest import ARCHITECTURES, MIXTURES, OTHERS, ROTATIONS
 from safetensors.numpy import load_file, save_file
 
+from teamlora_export import interrupt
 from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
@@ -199,6 +200,35 @@ def test_ctrl_c_ends_it_with_a_checkpoint_and_says_how_it_goes_on(step, options,
     assert (resumed.held_out, resumed.best_step) == (whole.held_out, whole.best_step)
     evaluated = [[(e["step"], e["eval_loss"]) for e in r.log if "eval_loss" in e] for r in (resumed, whole)]
     assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 5
+
+
+def test_an_evaluation_that_is_interrupted_twice_is_done_when_it_goes_on(options, whole, monkeypatch):
+    written: list[str] = []
+    monkeypatch.setattr(interrupt, "note_written", written.append)
+
+    def interrupted(batch: int, asked_for: TrainOptions) -> None:
+        """Within an evaluation, before its n-th batch since the training began."""
+        count = iter(range(1, 10_000))
+
+        def leave(self: object) -> None:
+            if next(count) == batch:
+                raise interrupt.Interrupted
+
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer_module.AdapterTrainer, "_leave_where_interrupted", leave)
+            with pytest.raises(interrupt.Interrupted):
+                train(asked_for, QUIET)
+
+    again = dataclasses.replace(options, resume=True)
+    # Two batches before the first step, two after steps 4 and 8.
+    interrupted(6, options)
+    interrupted(2, again)
+    assert [told.partition(";")[0].rpartition("/")[2] for told in written] == ["checkpoint-8"] * 2
+    result = train(again, QUIET)
+    assert_same(options.output, whole.folder)
+    assert [(e["step"], e["eval_loss"]) for e in result.log if "eval_loss" in e] == [
+        (e["step"], e["eval_loss"]) for e in whole.log if "eval_loss" in e
+    ]
 
 
 def test_a_training_goes_on_with_the_same_options_and_files_only(options, data, tmp_path, monkeypatch):
