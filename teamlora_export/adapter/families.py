@@ -7,6 +7,10 @@
 | moelora | lora_A{i}, lora_B{i}, lora_route | own A | 1 | alpha / rank of an expert |
 | lora | lora_A, lora_B | the whole of A | 1 (k = 1) | alpha / r, or alpha / sqrt(r) with use_rslora |
 
+CoMoL (arXiv 2603.00573: core matrices between a shared A and B, routed from A x) is none of them. With a softmax over
+all experts it would be hydralora's form, B_i = B M_i and the router Q A; with a choice of some experts the op cannot be
+it. Which it is, and how its files name their tensors, has to be read in its code before it gets an entry.
+
 A family says which leaves a module must have with which shapes (`expected`), makes an `ExpertProjection` of them
 (`build`), and takes one apart again (`leaves`). Reading, checking and reporting are the same for all and live in
 `read.py`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from transformers import TrainerCallback
 
 from teamlora_export import interrupt
 from teamlora_export.progress import Reporter
-from teamlora_export.train.checkpoint import note_checkpoint
 
 
 class Timed(TrainerCallback):
@@ -85,24 +84,29 @@ class Told(TrainerCallback):
             self._bar = None
 
 
+class Logged(TrainerCallback):
+    """What was logged between a checkpoint and going on from it."""
+
+    def __init__(self, log: Sequence[dict[str, Any]]) -> None:
+        self._log = list(log)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.log_history = self._log
+
+
 class Stopped(TrainerCallback):
     """An interruption ends the training after the step that it fell into, with a checkpoint; all processes together."""
 
-    def __init__(self, work: Path) -> None:
-        self._work = work
+    def __init__(self) -> None:
         self.stopped = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self._arrived(args):
             self.stopped = control.should_save = control.should_training_stop = True
-        elif state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps:
             # The last adapter is judged and kept, too.
             control.should_evaluate = args.eval_strategy != "no"
             control.should_save = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.stopped and state.is_world_process_zero:
-            note_checkpoint(self._work)
 
     def _arrived(self, args: Any) -> bool:
         arrived = interrupt.arrived()

@@ -40,7 +40,8 @@ class TrainResult:
         seconds_per_step: median of this run's steps after the first (forward to optimiser); NaN where it had none.
         losses: (step, mean training loss since the last one).
         rows: how many are trained on. held_out_rows: how many are not.
-        held_out_before, held_out: loss of a token of the held-out answers, by task, of the base and of the adapter.
+        held_out_before, held_out: loss of a token of the held-out answers, by task, of the base and of the adapter as
+            its file has it.
         held_out_loss: of all held-out answers; None where nothing is held out.
         balance_loss: over the held-out rows, else over some that are trained on; None of lora.
         expert_use: share of each expert by task, averaged over layers. layer_use: by layer, averaged over tokens.
@@ -123,7 +124,7 @@ def record_fields(result: TrainResult, options: TrainOptions) -> dict[str, Any]:
     return {
         "family": result.family,
         "command": options.command(),
-        "options": options.outcome(),
+        "options": {**options.outcome(), "save_dtype": options.save_dtype},
         "steps": result.steps,
         "best_step": result.best_step,
         "stopped_early": result.stopped_early,

@@ -5,6 +5,7 @@
       tensors.safetensors     the adapter, the best one so far, the optimiser's state, the random numbers' state
       state.json              the schedule, the early stop, what was measured before
       trainer_state.json      the Trainer's own: steps, epochs, what was logged
+      sha256.json             of these three: what is damaged would go on to another adapter, unseen
 
 The base is in none of them. Tensors are safetensors, the rest is JSON: nothing is ever unpickled.
 """
@@ -25,7 +26,7 @@ from typing import Any
 from teamlora_export import interrupt
 from teamlora_export.disk import sync, sync_names
 from teamlora_export.errors import ExportError
-from teamlora_export.files import open_file, read_json, read_record
+from teamlora_export.files import read_json, read_record, sha256_of
 from teamlora_export.staging import existing, real_path, scratch_folder, settle, write_aside
 from teamlora_export.train.options import option_name
 
@@ -34,7 +35,9 @@ _TENSORS_NAME = "tensors.safetensors"
 _STATE_NAME = "state.json"
 # As the Trainer calls it, which reads it itself.
 TRAINER_STATE_NAME = "trainer_state.json"
-_NAMES = {_TENSORS_NAME, _STATE_NAME, TRAINER_STATE_NAME}
+_HASHES_NAME = "sha256.json"
+_HASHED = (_TENSORS_NAME, _STATE_NAME, TRAINER_STATE_NAME)
+_NAMES = {*_HASHED, _HASHES_NAME}
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,12})")
 _FORMAT = 1
 
@@ -62,6 +65,7 @@ class Standing:
     Attributes:
         before: that of the base, by task. best_loss, best_step: the lowest one since; None before the first.
         worse: evaluations since then. stopped: the training ended for that.
+        due: the evaluation after the checkpoint's step was interrupted; going on begins with it.
     """
 
     before: dict[str, float] = field(default_factory=dict)
@@ -69,6 +73,7 @@ class Standing:
     best_step: int = 0
     worse: int = 0
     stopped: bool = False
+    due: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,13 +138,16 @@ def alone(work: Path) -> Iterator[None]:
 
 
 @contextmanager
-def left_where_useful(work: Path) -> Iterator[None]:
-    """What fails inside of the block before there is a checkpoint leaves nothing."""
+def left_as_useful(work: Path) -> Iterator[None]:
+    """What fails inside of the block before there is a checkpoint leaves nothing; an interruption after that tells from
+    where the training goes on."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if work.is_dir() and not _steps(work):
             finish(work)
+        elif work.is_dir() and (interrupt.arrived() or isinstance(error, interrupt.Interrupted)):
+            interrupt.note_written(f"{last_checkpoint(work)}; --resume goes on from there")
         raise
 
 
@@ -198,9 +206,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     match = _CHECKPOINT.fullmatch(folder.name)
     assert match is not None
     try:
+        hashes = read_json(folder / _HASHES_NAME, advice, folder.parent)
+        for name in _HASHED:
+            if sha256_of(folder / name, folder.parent) != hashes.get(name):
+                raise ExportError(f"{folder / name}: is not as it was written. {advice}")
         state = read_record(folder / _STATE_NAME, State, advice, folder.parent)
         trainer = read_json(folder / TRAINER_STATE_NAME, advice, folder.parent)
-        open_file(folder / _TENSORS_NAME, folder.parent).close()
         tensors = load_file(folder / _TENSORS_NAME)
     except FileNotFoundError as error:
         raise ExportError(f"{error.filename}: is missing. {advice}") from None
@@ -228,6 +239,8 @@ def write_checkpoint(
         save_file(dict(tensors), staging / _TENSORS_NAME)
         (staging / _STATE_NAME).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
         (staging / TRAINER_STATE_NAME).write_text(json.dumps(trainer) + "\n", encoding="utf-8")
+        hashes = {name: sha256_of(staging / name) for name in _HASHED}
+        (staging / _HASHES_NAME).write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
         sync(staging)
         with interrupt.held():
             _remove_checkpoint(place)
@@ -236,12 +249,6 @@ def write_checkpoint(
     for path in work.iterdir():
         if path != place and _CHECKPOINT.fullmatch(path.name):
             _remove_checkpoint(path)
-
-
-def note_checkpoint(work: Path) -> None:
-    """An interruption that comes now or came before tells from where the training goes on."""
-    if (found := last_checkpoint(work)) is not None:
-        interrupt.note_written(f"{found}; --resume goes on from there")
 
 
 def finish(work: Path) -> None:

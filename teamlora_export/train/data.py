@@ -91,11 +91,21 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
     for row in rows:
         by_task.setdefault(row.task, {}).setdefault(row.prompt, []).append(row)
     held_out: set[str] = set()
+    last: dict[str, str] = {}
     for task, prompts in by_task.items():
         ordered = sorted(prompts, key=lambda prompt: hashlib.sha256(f"{seed}\n{prompt}".encode()).digest())
         if len(ordered) < 2:
             raise ExportError(f"--validation {share:g}: task {task!r:.80} has one prompt alone; two parts need two.")
         held_out.update(ordered[: min(len(ordered) - 1, max(1, round(share * len(ordered))))])
+        last[task] = ordered[-1]
+    # Where tasks share prompts, another task may have held out all of a small one's.
+    held_out -= {last[task] for task, prompts in by_task.items() if prompts.keys() <= held_out}
+    for task, prompts in by_task.items():
+        if not prompts.keys() & held_out:
+            raise ExportError(
+                f"--validation {share:g}: task {task!r:.80} shares its prompts with others, and has none to hold out. "
+                "Give files of held-out rows."
+            )
     return [row for row in rows if row.prompt not in held_out], [row for row in rows if row.prompt in held_out]
 
 

@@ -2,7 +2,8 @@
 
     prompt    as a program reads it: with the special tokens that the tokenizer puts around a text; or as a user's turn
               of the model's own chat template, which renders in a limited process of its own
-    answer    no special tokens, and then the token that ends a text
+    answer    no special tokens, as it follows what is before it; and then the token that ends a text, or with a
+              chat template the one that this puts after an answer
     labels    the answer and its end; nothing is learned from the prompt
 
 Free of torch.
@@ -27,6 +28,10 @@ from teamlora_export.train.data import Row
 from teamlora_export.train.options import TrainOptions
 
 _DEFAULT_LENGTH = 2048
+# What an answer is encoded behind, and no word begins or goes on with.
+_ANCHOR = "\n"
+# An answer that a chat template writes as it is, and writes nothing like it itself.
+_SAMPLE = "Yes, 4711."
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,14 @@ class Encoder:
         self.most = _longest(options, tokens.most)
         self.padding = tokens.padding
         self.ends = bool(tokens.stops)
-        self._end = tokens.stops[:1]
+        self._stops, self._end = tokens.stops, tokens.stops[:1]
         self._start = tokens.start
         self._too_long = options.too_long
         with _explained():
             self._tokenizer = open_tokenizer(folder, None)
+            self._anchor = self._ids(_ANCHOR)
+            # Some tokenizers put a space before each text, which within a text is one that nobody wrote.
+            self._prepends = self._ids(_ANCHOR + "a")[len(self._anchor) :] != self._ids("a")
         if options.chat and not _has_template(folder):
             raise ExportError("--chat: the model has no chat template. Leave the option out.")
         self._chat = Chat(folder) if options.chat else None
@@ -92,6 +100,8 @@ class Encoder:
         findings: list[str] = []
         cut = skipped = 0
         try:
+            if self._chat is not None:
+                self._end = self._end_of_turn(self._chat)
             for row in rows:
                 with _explained(row.where):
                     prompt, answer = self._prompt(row.prompt), self._answer(row.answer)
@@ -120,7 +130,25 @@ class Encoder:
         return encode_prompt(self._tokenizer, self._chat.text(json.dumps([{"role": "user", "content": text}])))
 
     def _answer(self, text: str) -> list[int]:
-        return [*encode_text(self._tokenizer, text, specials=False), *self._end]
+        ids = self._ids(text)
+        if self._prepends:
+            behind, count = self._ids(_ANCHOR + text), len(self._anchor)
+            ids = behind[count:] if behind[:count] == self._anchor else ids
+        return [*ids, *self._end]
+
+    def _ids(self, text: str) -> list[int]:
+        return encode_text(self._tokenizer, text, specials=False)
+
+    def _end_of_turn(self, chat: Chat) -> tuple[int, ...]:
+        """Of the tokens that end a text, the first that the template puts after an answer; where it puts none there, or
+        does not take an answer, the first of all."""
+        turns = [{"role": "user", "content": _SAMPLE}, {"role": "assistant", "content": _SAMPLE}]
+        try:
+            after = chat.text(json.dumps(turns)).rpartition(_SAMPLE)[2]
+            ids = self._ids(after)
+        except ModelError:
+            ids = []
+        return (*(token for token in ids if token in self._stops), *self._stops)[:1]
 
     def _without_beginning(self, prompt: list[int], over: int) -> list[int]:
         """The token that begins a text stays."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from teamlora_export.train.encode import Encoded
-from teamlora_export.train.model import TrainedLinear, routing_of
+from teamlora_export.train.model import TrainedLinear, forget_routing, routing_of
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def measure(
             between()
             inputs = {name: value.to(device) for name, value in collate(rows_of_one).items()}
             labels = inputs.pop("labels")[:, 1:]
+            forget_routing(layers)
             with torch.no_grad():
                 logits = model(**inputs).logits[:, :-1]
                 of_each = token_losses(logits, labels).sum(dim=1).double().cpu().numpy()
@@ -117,7 +118,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def _summed_shares(layers: Sequence[TrainedLinear], mask: torch.Tensor) -> np.ndarray | None:
     """Of each layer and row, the experts' shares summed over its tokens, [layers, rows, k]."""
-    routing = routing_of(layers)
+    routing = routing_of(layers, mask.shape)
     if routing is None:
         return None
     return torch.einsum("lbsk,bs->lbk", routing, mask.float()).double().cpu().numpy()

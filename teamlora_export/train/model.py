@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class TrainedLinear(ExpertLinear):
         self, linear: nn.Module, projection: ExpertProjection, family: str, dropout: float, packed: bool
     ) -> None:
         super().__init__(linear, projection, dropout, torch.float32)
-        self.family, self.packed = family, packed
+        self.path, self.family, self.packed = projection.path, family, packed
         self.routes = family != "lora"
         self.mixes = family == "teamlora"
         self.router.requires_grad_(self.routes)
@@ -143,10 +143,40 @@ def adapt(model: nn.Module, adapter: AdapterSpec, options: TrainOptions) -> dict
     return {path: model.get_submodule(path) for path in adapter.projections}  # type: ignore[misc]
 
 
-def routing_of(layers: Iterable[TrainedLinear]) -> Tensor | None:
-    """Of the last forward, the experts' shares (they sum to 1), float32 [layers, rows, tokens, k]; None of lora."""
-    found = [layer.last_routing / layer.routing_sum for layer in layers if layer.last_routing is not None]
-    return torch.stack(found) if found else None
+def forget_routing(layers: Iterable[TrainedLinear]) -> None:
+    """Before a forward, so that what a layer has after it is of that forward."""
+    for layer in layers:
+        layer.last_routing = None
+
+
+def routing_of(layers: Iterable[TrainedLinear], shape: Sequence[int] | None = None) -> Tensor | None:
+    """Of the last forward, the experts' shares (they sum to 1), float32 [layers, rows, tokens, k]; None of lora.
+
+    Args:
+        shape: [rows, tokens]. Some models flatten them before a projection: its routing, [rows tokens, k], is put back.
+            Default: as the layers have them, which are alike then.
+
+    Raises:
+        ExportError: a layer was not called, or not on every token; it is named.
+    """
+    routed = [layer for layer in layers if layer.routes]
+    if not routed:
+        return None
+    return torch.stack([_shares(layer, shape) for layer in routed])
+
+
+def _shares(layer: TrainedLinear, shape: Sequence[int] | None) -> Tensor:
+    w = layer.last_routing
+    if w is None:
+        raise ExportError(f"{layer.path}: is not called on a text. Leave it out of --targets.")
+    if shape is not None and w.shape[:-1] != (*shape,):
+        if w.shape[:-1].numel() != math.prod(shape):
+            seen, total = w.shape[:-1].numel(), math.prod(shape)
+            raise ExportError(
+                f"{layer.path}: is called on {seen:,} tokens where the text has {total:,}. Leave it out of --targets."
+            )
+        w = w.reshape(*shape, -1)
+    return w / layer.routing_sum
 
 
 def _start(

@@ -24,8 +24,8 @@ SAVED_DTYPES = ("fp32", "fp16", "bf16")
 ALL_LINEAR = "all-linear"
 # Of the balance loss, for TeamLoRA. The other families were published without one.
 _BALANCE_WEIGHT = 0.05
-# How a killed training goes on does not depend on these, nor does its result.
-_FREE = ("output", "resume", "save_every", "log_every")
+# How a killed training goes on does not depend on these, nor what it trains.
+_FREE = ("output", "resume", "save_every", "log_every", "save_dtype")
 # Nor on where the files lie, whose contents are compared.
 _PLACES = ("base", "data")
 _LARGEST = 1_000_000_000
@@ -57,7 +57,8 @@ class TrainOptions:
             loss; 0: never. What is written is the adapter of the lowest held-out loss.
         save_every: steps between checkpoints; None: as `evaluate_every`. log_every: steps; None: a fiftieth of all.
         seed: of the start of the adapter, the order of the rows, dropout, and which rows are held out.
-        dtype: of the frozen base, fp32 or bf16; the adapter is trained in float32. save_dtype: of the files.
+        dtype: of the frozen base, fp32 or bf16; the adapter is trained in float32. save_dtype: of the files, which the
+            figures of the end are of.
         gradient_checkpointing: compute activations again in place of keeping them.
         max_length: tokens of a row; None: 2,048, or fewer where the model has fewer positions.
         too_long: what becomes of a longer row: error, cut (its prompt loses its beginning), or skip.
@@ -215,6 +216,23 @@ class TrainOptions:
             raise ExportError("--too-long cut: would cut a chat template apart. Use error or skip with --chat.")
         if self.family == "lora" and (self.balance_weight or self.overconfidence_weight):
             raise ExportError("--balance-weight and --overconfidence-weight: are of experts, which lora has not.")
+
+    def doubts(self, steps: int) -> list[str]:
+        """What can be, and is hardly meant; a sentence each.
+
+        Args:
+            steps: of the whole training.
+        """
+        found = []
+        if self.used_alpha == 0:
+            found.append("--alpha 0: the scaling is 0, and the adapter changes nothing.")
+        if self.learning_rate == 0:
+            found.append("--learning-rate 0: nothing is learned.")
+        # As transformers counts them.
+        warmup = int(self.warmup) if self.warmup >= 1 else math.ceil(steps * self.warmup)
+        if warmup >= steps:
+            found.append(f"--warmup {self.warmup:g}: {warmup:,} of {steps:,} steps: --learning-rate is never reached.")
+        return found
 
     def outcome(self) -> dict[str, Any]:
         """The options that the trained adapter depends on beside the files, of types that JSON has."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from teamlora_export import __version__, interrupt
+from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import refuse_foreign, staged
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 _LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers")
 # Of each task, to measure the use of experts where nothing is held out.
 _MEASURED_ROWS = 32
+# To see before the training whether each layer is called on each token.
+_TRIED_ROWS = 2
 _EVALUATIONS, _LOGS = 10, 50
 
 
@@ -61,6 +64,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
             begun before was begun with other options.
     """
     options.check()
+    _refuse_mixed_precision()
     first = int(os.environ.get("RANK", "0")) == 0
     reporter = reporter or Reporter(quiet=not first)
     read = read_rows(options.data)
@@ -117,6 +121,16 @@ def _encode(options: TrainOptions, read: Rows, held_out: Rows | None, folder: Pa
     return _Material(encoded[0], encoded[1], tasks, hashes, encoder)
 
 
+def _refuse_mixed_precision() -> None:
+    """`accelerate launch` hands on its own, which would change every product, and be told nowhere."""
+    kind = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if kind not in ("", "no"):
+        raise ExportError(
+            f"ACCELERATE_MIXED_PRECISION is {kind:.20}: not supported. Launch with --mixed_precision no; --dtype bf16 "
+            "has the base in 16 bits."
+        )
+
+
 def _count(things: Sequence[Any], name: str) -> str:
     return f"{len(things):,} {name}{'s' if len(things) != 1 else ''}"
 
@@ -133,7 +147,6 @@ def _encode_part(rows: Sequence[Row], encoder: Encoder, tasks: Sequence[str], re
 def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter: Reporter) -> TrainResult:
     import torch
 
-    from teamlora_export.dtypes import DTYPES
     from teamlora_export.model.checkpoint import missing_text
     from teamlora_export.model.inject import extract
     from teamlora_export.model.source import weights_sha256
@@ -144,6 +157,8 @@ def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter
     adapter, asked = start_adapter(base.signature, options), options
     options = dataclasses.replace(options, targets=adapter.config.target_modules)
     arguments = _arguments(options, len(material.rows))
+    for doubt in options.doubts(arguments.max_steps):
+        reporter.warn(doubt)
     hashes = {**material.hashes, **base.source.identity(), **weights_sha256(base.source)}
     session = checkpoint.Session(options.outcome(), hashes, arguments.world_size, _versions())
     work = checkpoint.work_folder(options.output)
@@ -151,15 +166,16 @@ def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter
         inputs = [base.folder, *options.data, *options.validation_paths]
         resumed = _shared(arguments, lambda: _begin(options, work, inputs, session, reporter, alone))
         if arguments.process_index == 0:
-            alone.enter_context(checkpoint.left_where_useful(work))
+            alone.enter_context(checkpoint.left_as_useful(work))
         with reporter.step(f"Loading {base.name}"):
             model, missing = base.load_and_miss(getattr(torch, DTYPES[options.dtype].torch))
         raise_findings(f"The weights of {base.name}", [missing_text(name) for name in sorted(missing)])
         layers = adapt(model, adapter, options)
         trainer, timed = _run(model, arguments, layers, material, options, work, resumed, reporter)
-        result = _result(trainer, timed, material, session)
         found = extract(model, adapter)
         _refuse_not_finite(found, options)
+        trainer.round_adapter(getattr(torch, DTYPES[options.save_dtype].torch))
+        result = _result(trainer, timed, material, session)
         warn_of_normalizers(found, reporter)
         if result.is_first:
             with staged(options.output, listed, inputs) as staging:
@@ -292,7 +308,7 @@ def _run(
     from teamlora_export.train.trainer import AdapterTrainer
 
     timed = Timed()
-    told, stopped = Told(reporter, timed), Stopped(work)
+    told, stopped = Told(reporter, timed), Stopped()
     trainer = AdapterTrainer(
         model,
         arguments,
@@ -313,6 +329,7 @@ def _run(
     reporter.say(f"{options.family}: {trainer.num_trained:,} trained parameters on {len(layers):,} layers")
     try:
         with interrupt.held():
+            trainer.try_on(sorted(material.rows, key=lambda row: len(row.ids))[:_TRIED_ROWS])
             _loop(trainer, resumed)
     finally:
         told.stop()
@@ -332,6 +349,7 @@ def _loop(trainer: AdapterTrainer, resumed: Path | None) -> None:
         return
     from transformers import TrainerState
 
+    from teamlora_export.train.callbacks import Logged
     from teamlora_export.train.checkpoint import TRAINER_STATE_NAME
 
     path = resumed / TRAINER_STATE_NAME
@@ -339,11 +357,10 @@ def _loop(trainer: AdapterTrainer, resumed: Path | None) -> None:
         state = TrainerState.load_from_json(str(path))
     except TypeError as error:
         raise ExportError(f"{path}: {error}. Remove {resumed.parent}, and train again.") from None
+    trainer.catch_up(state)
     if state.global_step < trainer.args.max_steps and not trainer.standing.stopped:
+        trainer.add_callback(Logged(state.log_history))
         trainer.train(resume_from_checkpoint=str(resumed))
-        return
-    trainer._load_from_checkpoint(str(resumed))
-    trainer.state = state
 
 
 def _result(trainer: AdapterTrainer, timed: Timed, material: _Material, session: Session) -> TrainResult:
@@ -377,14 +394,22 @@ def _result(trainer: AdapterTrainer, timed: Timed, material: _Material, session:
 def _refuse_not_finite(adapter: AdapterSpec, options: TrainOptions) -> None:
     """Of an adapter as it is written."""
     import numpy as np
+    import torch
 
-    largest = 65504.0 if options.save_dtype == "fp16" else float(np.finfo(np.float32).max)
+    from teamlora_export.train.checkpoint import work_folder
+
+    largest = torch.finfo(getattr(torch, DTYPES[options.save_dtype].torch)).max
     for path, projection in adapter.projections.items():
         for array in (projection.down, projection.router, projection.interaction, *projection.ups):
-            if not np.abs(array).max() <= largest:
+            if not np.isfinite(array).all():
                 raise ExportError(
-                    f"{path}: its trained numbers do not fit into --save-dtype {options.save_dtype}, or are none: the "
-                    "training diverged. Lower --learning-rate."
+                    f"{path}: its trained numbers are not finite: the training diverged. Lower --learning-rate, and "
+                    f"remove {work_folder(options.output)}."
+                )
+            if np.abs(array).max() > largest:
+                raise ExportError(
+                    f"{path}: its trained numbers, up to {np.abs(array).max():.3g}, do not fit into --save-dtype "
+                    f"{options.save_dtype}. Give the same again with --resume --save-dtype fp32, to write it."
                 )
 
 

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from teamlora_export import interrupt
 from teamlora_export.errors import ExportError
-from teamlora_export.train.checkpoint import Checkpoint, Standing, State, note_checkpoint, write_checkpoint
+from teamlora_export.train.checkpoint import Checkpoint, Standing, State, write_checkpoint
 from teamlora_export.train.encode import Encoded
 from teamlora_export.train.evaluate import Measured, measure, token_losses
-from teamlora_export.train.model import TrainedLinear, routing_of
+from teamlora_export.train.model import TrainedLinear, forget_routing, routing_of
 from teamlora_export.train.options import TrainOptions
 
 # Of w, which sums to k, so that 1 is an equal share: `calculate_overconfidence_loss` of the published code.
@@ -84,6 +84,12 @@ class AdapterTrainer(Trainer):
         if self.best is not None:
             _copy_into(self.adapter(), self.best)
 
+    def round_adapter(self, dtype: torch.dtype) -> None:
+        """The adapter has the numbers that a file of `dtype` holds afterwards."""
+        with torch.no_grad():
+            for parameter in self.adapter().values():
+                parameter.copy_(parameter.to(dtype))
+
     def measure(self, rows: Sequence[Encoded]) -> Measured:
         """`evaluate.measure`, shared among the processes."""
         found = measure(
@@ -100,6 +106,30 @@ class AdapterTrainer(Trainer):
             return found
         return Measured(*(None if value is None else self._summed(value) for value in dataclasses.astuple(found)))  # type: ignore[arg-type]
 
+    def try_on(self, rows: Sequence[Encoded]) -> None:
+        """Refuse, before anything is trained, layers that the model does not call on each token of `rows`.
+
+        Raises:
+            ExportError: as `routing_of` does.
+        """
+        layers = list(self.layers.values())
+        measure(self.network, layers, rows, len(self.tasks), self.options.batch, self.collate)
+
+    def catch_up(self, state: TrainerState) -> None:
+        """Take up the checkpoint that is gone on from, and its evaluation where that was interrupted.
+
+        Args:
+            state: the checkpoint's, which is logged to.
+        """
+        assert self.resumed is not None
+        self.state = state
+        self._load_from_checkpoint(str(self.resumed.folder))
+        if self.standing.due:
+            self._judge("eval")
+            # `train` takes up the checkpoint once more.
+            best = {f"best.{name}": tensor for name, tensor in (self.best or {}).items()}
+            self.resumed = dataclasses.replace(self.resumed, tensors={**self.resumed.tensors, **best})
+
     # What the Trainer calls.
 
     def compute_loss(
@@ -110,33 +140,29 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         labels = inputs.pop("labels")[:, 1:]
+        forget_routing(self.layers.values())
         outputs = model(**inputs)
         losses = token_losses(outputs.logits[:, :-1], labels)
         assert num_items_in_batch is not None
         # Processes average their gradients; the number is that of all of them.
         loss = losses.sum() / num_items_in_batch * self.args.world_size
-        routing = routing_of(self.layers.values())
-        if routing is not None:
-            loss = (
-                loss + self._routing_loss(routing, inputs["attention_mask"]) / self.current_gradient_accumulation_steps
-            )
+        weighted = bool(self.options.used_balance_weight or self.options.overconfidence_weight)
+        # Without a weight it is logged alone.
+        with torch.set_grad_enabled(weighted and torch.is_grad_enabled()):
+            routing = routing_of(self.layers.values(), inputs["attention_mask"].shape)
+            of_routing = None if routing is None else self._routing_loss(routing, inputs["attention_mask"])
+        if of_routing is not None and weighted:
+            loss = loss + of_routing / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *_args: Any, metric_key_prefix: str = "eval", **_kwargs: Any) -> dict[str, float]:
-        found = self.measure(self.held_out)
-        standing = self.standing
-        metrics = {f"{metric_key_prefix}_loss": found.loss}
-        metrics |= {f"{metric_key_prefix}_loss_{task}": loss for task, loss in found.by_task(self.tasks).items()}
-        if standing.best_loss is None or found.loss < standing.best_loss:
-            standing.best_loss, standing.best_step, standing.worse = found.loss, self.state.global_step, 0
-            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.adapter().items()}
-        else:
-            standing.worse += 1
-        if self.options.patience and standing.worse >= self.options.patience:
-            standing.stopped = self.control.should_training_stop = True
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        try:
+            return self._judge(metric_key_prefix)
+        except interrupt.Interrupted:
+            # The step is done, whatever becomes of its evaluation.
+            self.standing.due = True
+            self._save_checkpoint(self.network, None)
+            raise
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         for name in ("loss", "grad_norm", "eval_loss"):
@@ -200,6 +226,23 @@ class AdapterTrainer(Trainer):
 
     # What those need.
 
+    def _judge(self, metric_key_prefix: str) -> dict[str, float]:
+        found = self.measure(self.held_out)
+        standing = self.standing
+        standing.due = False
+        metrics = {f"{metric_key_prefix}_loss": found.loss}
+        metrics |= {f"{metric_key_prefix}_loss_{task}": loss for task, loss in found.by_task(self.tasks).items()}
+        if standing.best_loss is None or found.loss < standing.best_loss:
+            standing.best_loss, standing.best_step, standing.worse = found.loss, self.state.global_step, 0
+            self.best = {name: p.detach().to("cpu", copy=True) for name, p in self.adapter().items()}
+        else:
+            standing.worse += 1
+        if self.options.patience and standing.worse >= self.options.patience:
+            standing.stopped = self.control.should_training_stop = True
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def _routing_loss(self, routing: Tensor, mask: Tensor) -> Tensor:
         """The losses of experts that are used unequally, weighted.
 
@@ -237,9 +280,8 @@ class AdapterTrainer(Trainer):
         return {name: self.accelerator.gather(s[None].to(self.args.device)).cpu() for name, s in states.items()}
 
     def _leave_where_interrupted(self) -> None:
-        """An evaluation changes nothing, and may be long: it is not waited for."""
+        """An evaluation changes nothing, and may be long: it is not waited for, and done anew when it goes on."""
         if interrupt.arrived() and self.args.world_size == 1:
-            note_checkpoint(self.work)
             raise interrupt.Interrupted
 
 

@@ -15,6 +15,8 @@ from teamlora_export.train.data import Row, read_rows, shared_prompts, split_row
 from teamlora_export.train.encode import Encoder, collator
 from teamlora_export.train.options import TrainOptions, parse_targets, parse_validation
 
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+_METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
 GOOD = '{"prompt": "a", "answer": "b"}'
 
 
@@ -103,6 +105,17 @@ def test_a_share_of_each_task_is_held_out_and_prompts_stay_together():
         split_rows([Row("a", "b", "task", "")], 0.2, 0)
 
 
+def test_a_small_task_keeps_rows_in_both_parts_where_tasks_share_prompts():
+    rows = [*(Row(f"{i}", "a", "large", "") for i in range(40)), *(Row(f"{i}", "b", "small", "") for i in (1, 2))]
+    for seed in range(50):
+        for part in split_rows(rows, 0.3, seed):
+            assert {row.task for row in part} == {"large", "small"}, seed
+    # Two of three prompts would lie in the same part, and these two are a task.
+    pairs = {"x": "ab", "y": "bc", "z": "ca"}
+    with pytest.raises(ExportError, match="shares its prompts with others"):
+        split_rows([Row(prompt, "a", task, "") for task in pairs for prompt in pairs[task]], 0.5, 0)
+
+
 @pytest.fixture
 def folder(make_base) -> Path:
     return make_base("llama").folder
@@ -126,6 +139,32 @@ def test_the_answer_and_the_end_of_the_text_are_learned_and_nothing_else(folder)
     assert batch["input_ids"][1].tolist() == [*encoded[1].ids, *[0] * (longest - short)]
     assert batch["attention_mask"].sum(dim=1).tolist() == [longest, short]
     assert batch["labels"][1, short:].eq(-100).all() and batch["labels"].dtype == torch.int64
+
+
+# Of Llama 2, of later conversions from SentencePiece, and of a tokenizer that puts nothing before a text.
+PREPENDING = {
+    "normalizer": {"normalizer": [{"type": "Prepend", "prepend": "▁"}, _REPLACE], "pre_tokenizer": None},
+    "metaspace": {"normalizer": [], "pre_tokenizer": {**_METASPACE, "prepend_scheme": "first"}},
+    "none": {"normalizer": [_REPLACE], "pre_tokenizer": None},
+}
+
+
+@pytest.mark.parametrize("kind", PREPENDING)
+@pytest.mark.parametrize("answer", ["yes", " yes", "\nyes", "  yes"])
+def test_an_answer_has_no_space_that_is_not_written(kind, answer, folder, tmp_path):
+    """The prompt and the answer are read as one text, whatever the tokenizer puts before a text."""
+    fields = PREPENDING[kind]
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "▁", "\n", *"yesquo:", "▁▁"])}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": [["▁", "▁"]], "unk_token": "<unk>"}
+    decoder = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    normalizer = {"type": "Sequence", "normalizers": fields["normalizer"]}
+    parts = {"normalizer": normalizer, "pre_tokenizer": fields["pre_tokenizer"], "decoder": decoder, "model": model}
+    nothing = {"truncation": None, "padding": None, "post_processor": None, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", **nothing, **parts}))
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    encoded, _ = Encoder(tmp_path, options()).encode([Row("quo:", answer, "t", "")], ["t"])
+    tokenizer = open_tokenizer(tmp_path, None)
+    assert list(encoded[0].ids) == [*encode_text(tokenizer, f"quo:{answer}"), 2]
 
 
 def test_rows_that_are_too_long_are_an_error_or_cut_or_left_out_and_counted(folder):
@@ -157,6 +196,26 @@ def test_a_prompt_can_be_put_into_the_models_own_chat_template(folder, tmp_path)
         Encoder(tmp_path, options(chat=True)).encode([Row("Hi", "yes", "t", "rows.jsonl, line 1")], ["t"])
 
 
+CHAT_TEMPLATES = {
+    # As of models whose turns end otherwise than their texts.
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}<pad>{% endfor %}{{ '[assistant]</s>' }}": 0,
+    "{% for m in messages %}{{ m.content }}</s>{% endfor %}": 2,
+    # Nothing that ends a text, or no answer at all: the first that the model names.
+    "{% for m in messages %}{{ m.content }}\n{% endfor %}": 2,
+    "{% if messages[1] is defined %}{{ raise_exception('no') }}{% endif %}{{ messages[0].content }}": 2,
+}
+
+
+@pytest.mark.parametrize(("template", "end"), CHAT_TEMPLATES.items())
+def test_an_answer_ends_with_the_token_that_the_chat_template_puts_there(template, end, folder, tmp_path):
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    (tmp_path / "chat_template.jinja").write_text(template)
+    encoded, _ = Encoder(tmp_path, options(chat=True)).encode([Row("Hi", "yes", "t", "")], ["t"])
+    assert encoded[0].ids[-1] == end
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
@@ -175,6 +234,14 @@ def test_options_that_cannot_be_are_refused_by_name(fields, reason):
     with pytest.raises(ExportError) as found:
         options(**fields).check()
     assert reason in str(found.value)
+
+
+def test_what_is_hardly_meant_is_told():
+    assert options().doubts(2) == options(warmup=1.0).doubts(2) == options(warmup=0.0).doubts(1) == []
+    for fields, told in (({"alpha": 0.0}, "--alpha 0"), ({"learning_rate": 0.0}, "--learning-rate 0")):
+        assert [told in doubt for doubt in options(**fields).doubts(100)] == [True]
+    assert options(warmup=100.0).doubts(2) == ["--warmup 100: 100 of 2 steps: --learning-rate is never reached."]
+    assert options().doubts(1) == ["--warmup 0.05: 1 of 1 steps: --learning-rate is never reached."]
 
 
 def test_the_command_of_a_training_asks_for_the_same_training(tmp_path):

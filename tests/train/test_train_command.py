@@ -8,25 +8,32 @@ import math
 import os
 import pickle
 import random
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import ARCHITECTURES, MIXTURES, OTHERS, ROTATIONS
 from safetensors.numpy import load_file, save_file
 
+from teamlora_export import interrupt
 from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
+from teamlora_export.files import sha256_of
 from teamlora_export.inspect import inspect_path
 from teamlora_export.model.inject import inject
 from teamlora_export.progress import Reporter
 from teamlora_export.train import TrainOptions, TrainResult, checkpoint, count_parameters, train
+from teamlora_export.train import model as model_module
 from teamlora_export.train import run as run_module
 from teamlora_export.train import trainer as trainer_module
 from teamlora_export.train.data import read_rows, split_rows
@@ -35,6 +42,11 @@ from teamlora_export.train.options import FAMILY_NAMES
 from teamlora_export.validate.run import validate_bundle
 
 QUIET = Reporter(quiet=True)
+GENERATORS = [
+    name
+    for name, architecture in {**ARCHITECTURES, **MIXTURES, **ROTATIONS, **OTHERS}.items()
+    if architecture.task == "text-generation"
+]
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +130,7 @@ from teamlora_export import cli
 compute, count = trainer.AdapterTrainer.compute_loss, iter(range(1, 10_000))
 def kill(self, *args, **kwargs):
     loss = compute(self, *args, **kwargs)
-    if next(count) == 11:
+    if next(count) == int(os.environ["STEP"]):
         os.kill(os.getpid(), getattr(signal, os.environ["KIND"]))
     return loss
 trainer.AdapterTrainer.compute_loss = kill
@@ -126,10 +138,11 @@ cli.main()
 """
 
 
-def run_killed(options: TrainOptions, kind: str) -> subprocess.CompletedProcess[str]:
-    """The command, which gets a signal within its eleventh step."""
+def run_killed(options: TrainOptions, kind: str, step: int = 11) -> subprocess.CompletedProcess[str]:
+    """The command, which gets a signal within a step."""
     command = [sys.executable, "-c", KILLED, *shlex.split(options.command())[1:]]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "KIND": kind}, check=False)
+    environment = {**os.environ, "KIND": kind, "STEP": str(step)}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -174,13 +187,48 @@ def test_a_training_that_was_killed_after_its_last_step_is_only_written(options,
     assert (result.steps, result.best_step, result.held_out) == (whole.steps, whole.best_step, whole.held_out)
 
 
-def test_ctrl_c_ends_it_with_a_checkpoint_and_says_how_it_goes_on(options, whole):
-    done = run_killed(options, "SIGINT")
+@pytest.mark.parametrize("step", [4, 8, 11, 18])
+def test_ctrl_c_ends_it_with_a_checkpoint_and_says_how_it_goes_on(step, options, whole):
+    """After steps 4, 8 and 18, the last, an evaluation is due: it is the first that is done when it goes on."""
+    done = run_killed(options, "SIGINT", step)
     assert done.returncode == 2
-    assert "Error: Interrupted; was written whole before: " in done.stderr
-    assert "checkpoint-11; --resume goes on from there." in done.stderr
-    train(dataclasses.replace(options, resume=True), QUIET)
+    found = options.output.with_name("adapter.training") / f"checkpoint-{step}"
+    told = f"Error: Interrupted; was written whole before: {found}; --resume goes on from there."
+    assert done.stderr.splitlines()[-1] == told
+    resumed = train(dataclasses.replace(options, resume=True), QUIET)
     assert_same(options.output, whole.folder)
+    assert (resumed.held_out, resumed.best_step) == (whole.held_out, whole.best_step)
+    evaluated = [[(e["step"], e["eval_loss"]) for e in r.log if "eval_loss" in e] for r in (resumed, whole)]
+    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 5
+
+
+def test_an_evaluation_that_is_interrupted_twice_is_done_when_it_goes_on(options, whole, monkeypatch):
+    written: list[str] = []
+    monkeypatch.setattr(interrupt, "note_written", written.append)
+
+    def interrupted(batch: int, asked_for: TrainOptions) -> None:
+        """Within an evaluation, before its n-th batch since the training began."""
+        count = iter(range(1, 10_000))
+
+        def leave(self: object) -> None:
+            if next(count) == batch:
+                raise interrupt.Interrupted
+
+        with monkeypatch.context() as patched:
+            patched.setattr(trainer_module.AdapterTrainer, "_leave_where_interrupted", leave)
+            with pytest.raises(interrupt.Interrupted):
+                train(asked_for, QUIET)
+
+    again = dataclasses.replace(options, resume=True)
+    # Two batches before the first step, two after steps 4 and 8.
+    interrupted(6, options)
+    interrupted(2, again)
+    assert [told.partition(";")[0].rpartition("/")[2] for told in written] == ["checkpoint-8"] * 2
+    result = train(again, QUIET)
+    assert_same(options.output, whole.folder)
+    assert [(e["step"], e["eval_loss"]) for e in result.log if "eval_loss" in e] == [
+        (e["step"], e["eval_loss"]) for e in whole.log if "eval_loss" in e
+    ]
 
 
 def test_a_training_goes_on_with_the_same_options_and_files_only(options, data, tmp_path, monkeypatch):
@@ -203,7 +251,64 @@ def test_a_training_goes_on_with_the_same_options_and_files_only(options, data, 
     assert train(dataclasses.replace(again, data=(moved,), log_every=3), QUIET).steps == 18
 
 
-def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(options, monkeypatch):
+def changed_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def changed_fields(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    fields = json.loads(path.read_text())
+    change(fields)
+    path.write_text(json.dumps(fields))
+
+
+def without(part: str) -> Callable[[dict[str, np.ndarray]], object]:
+    return lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(part)]
+
+
+# Each would go on, to another adapter, or fail within a library.
+DAMAGES = {
+    "tensors.safetensors": [
+        without("random.cpu"),
+        without("optimizer."),
+        without("best."),
+        lambda tensors: tensors.update({"random.cpu": np.zeros_like(tensors["random.cpu"])}),
+        lambda tensors: tensors.update({"random.cpu": tensors["random.cpu"][:, :10].copy()}),
+    ],
+    "state.json": [
+        lambda fields: fields.update(schedule={}),
+        lambda fields: fields.update(schedule={"step": 3}),
+        lambda fields: fields.update(groups=[]),
+    ],
+    "trainer_state.json": [lambda fields: fields.update(log_history=[{"loss": "x"}, 3])],
+    "sha256.json": [lambda fields: fields.clear()],
+}
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(options, monkeypatch):
+    found = crash(options, monkeypatch, 6) / "checkpoint-4"
+    assert checkpoint.read_checkpoint(found).step == 4
+    for name, changes in DAMAGES.items():
+        before = (found / name).read_bytes()
+        for change in changes:
+            (changed_tensors if name.endswith("safetensors") else changed_fields)(found / name, change)
+            told = "" if name == "sha256.json" else re.escape(name)
+            with pytest.raises(ExportError, match=f"{told}: is not as it was written. Remove checkpoint-4"):
+                checkpoint.read_checkpoint(found)
+            (found / name).write_bytes(before)
+        (found / name).unlink()
+        with pytest.raises(ExportError, match=f"{re.escape(name)}: is missing"):
+            checkpoint.read_checkpoint(found)
+        (found / name).write_bytes(before)
+    changed_fields(found / "state.json", lambda fields: fields.update(schedule={}))
+    crash_at(monkeypatch, 1)
+    with pytest.raises(ExportError, match="is not as it was written"):
+        train(dataclasses.replace(options, resume=True), QUIET)
+
+
+def test_a_foreign_checkpoint_is_refused_by_name(options, monkeypatch):
+    """One whose hashes are right."""
     work = crash(options, monkeypatch, 6)
     again = dataclasses.replace(options, resume=True)
     found = work / "checkpoint-4"
@@ -211,28 +316,32 @@ def test_a_damaged_or_foreign_checkpoint_is_refused_by_name(options, monkeypatch
     def refused(path: Path, content: bytes | None, told: str) -> None:
         before = path.read_bytes()
         path.unlink() if content is None else path.write_bytes(content)
+        rehash()
         with pytest.raises(ExportError, match=told):
             train(again, QUIET)
         path.write_bytes(before)
 
+    def rehash() -> None:
+        hashes = {name: sha256_of(found / name) for name in DAMAGES if name != "sha256.json"}
+        (found / "sha256.json").write_text(json.dumps(hashes))
+
     state = json.loads((found / "state.json").read_text())
     refused(found / "state.json", json.dumps({**state, "standing": 3}).encode(), "state.json: .*standing")
     refused(found / "trainer_state.json", b'{"global_step": 4, "strange": 1}', "strange")
-    refused(found / "trainer_state.json", None, "trainer_state.json: is missing")
     # A pickle, were it opened as one, would run.
     refused(found / "tensors.safetensors", pickle.dumps(Crash("run")), "tensors.safetensors: cannot be read")
     refused(work / "session.json", None, "no training of this tool is in it")
-    tensors = load_file(found / "tensors.safetensors")
-    tensors.pop(next(name for name in tensors if name.startswith("adapter.")))
-    save_file(tensors, found / "tensors.safetensors")
+    changed_tensors(found / "tensors.safetensors", lambda tensors: tensors.pop(min(tensors)))
+    rehash()
     with pytest.raises(ExportError, match="of another adapter"):
         train(again, QUIET)
 
 
+@pytest.mark.parametrize("save_dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_what_is_written_does_what_was_measured(family, options, make_base):
+def test_what_is_written_does_what_was_measured(family, save_dtype, options, make_base):
     """The files, read back into the reference layer, have the held-out loss that the record tells."""
-    asked_for = dataclasses.replace(options, family=family, targets="all-linear")
+    asked_for = dataclasses.replace(options, family=family, targets="all-linear", save_dtype=save_dtype)
     result = train(asked_for, QUIET)
     assert count_parameters(asked_for) == result.trained_parameters
     assert result.held_out_loss < sum(result.held_out_before.values()) / 2 - 0.1, "it learns"
@@ -250,12 +359,43 @@ def test_what_is_written_does_what_was_measured(family, options, make_base):
     assert np.mean(losses) == pytest.approx(result.held_out_loss, abs=1e-4)
     record = json.loads((options.output / "training.json").read_text())
     assert record["held_out_loss"] == result.held_out
+    trained = min(entry["eval_loss"] for entry in record["log"] if "eval_loss" in entry)
+    assert (result.held_out_loss == trained) == (save_dtype == "fp32"), "of the file, whose numbers are rounded"
     shares = [*record["expert_use"].values(), *record["expert_use_by_layer"].values()]
     assert bool(shares) == (family != "lora")
     assert all(sum(share) == pytest.approx(1, abs=1e-3) for share in shares)
     assert "model.safetensors" in record["inputs"] and "config.json" in record["inputs"]
     card = (options.output / "README.md").read_text()
     assert f"{result.trained_parameters:,} trained parameters" in card and options.command().split()[1] in card
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_text_generator_is_trained_on_all_of_its_linear_layers(name, make_base, data, tmp_path):
+    """Some flatten rows and tokens before a projection."""
+    options = TrainOptions(make_base(name).name, (data,), tmp_path / "adapter", rank=2, experts=2, steps=1, warmup=0.0)
+    result = train(options, QUIET)
+    shares = [*result.expert_use.values(), *result.layer_use.values()]
+    assert np.isfinite(result.losses).all() and result.balance_loss is not None
+    assert all(sum(share) == pytest.approx(1, abs=1e-3) for share in shares)
+
+
+def test_layers_that_do_not_see_each_token_are_refused_by_name_before_the_training(options, monkeypatch):
+    forward = model_module.TrainedLinear.forward
+
+    def skip(self, x):  # type: ignore[no-untyped-def]
+        """The second layer's q_proj sees no text, or a part of it."""
+        if not self.path.endswith("1.self_attn.q_proj"):
+            return forward(self, x)
+        return torch.cat([forward(self, x[:, :seen]), self.base_projection(x[:, seen:])], dim=1)
+
+    monkeypatch.setattr(model_module.TrainedLinear, "forward", skip)
+    seen = 1
+    with pytest.raises(ExportError, match=r"layers\.1\.self_attn\.q_proj: is called on 2 tokens where the text has"):
+        train(options, QUIET)
+    monkeypatch.setattr(model_module.TrainedLinear, "forward", lambda self, x: self.base_projection(x))
+    with pytest.raises(ExportError, match=r"layers\.0\.\S*: is not called on a text"):
+        train(options, QUIET)
+    assert not list(options.output.parent.iterdir())
 
 
 def test_a_trained_adapter_is_exported_and_found_right(options, whole, make_base, tmp_path):
@@ -287,6 +427,21 @@ def test_two_processes_train_what_one_does_with_twice_the_batch(options):
     assert record["held_out_loss"] == pytest.approx(expected.held_out, abs=1e-4)
 
 
+def test_a_training_that_can_learn_nothing_is_warned_of(options, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(Reporter, "warn", lambda self, text: told.append(text))
+    train(dataclasses.replace(options, steps=2, learning_rate=0.0, warmup=2.0, validation=None), QUIET)
+    assert [text.split()[0] for text in told] == ["--learning-rate", "--warmup"]
+
+
+def test_mixed_precision_that_a_launcher_asks_for_is_refused(options, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(ExportError, match="ACCELERATE_MIXED_PRECISION is bf16: not supported"):
+        train(options, QUIET)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert train(dataclasses.replace(options, steps=1, validation=None), QUIET).steps == 1
+
+
 def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best(options):
     rising = dataclasses.replace(options, learning_rate=0.5, warmup=0.0, schedule="constant", steps=60, patience=2)
     result = train(dataclasses.replace(rising, evaluate_every=2), QUIET)
@@ -307,9 +462,16 @@ def test_a_training_that_diverges_is_one_sentence(options, monkeypatch):
         train(dataclasses.replace(options, log_every=1), QUIET)
     assert not list(options.output.parent.iterdir()), "there is nothing to go on from"
     monkeypatch.undo()
-    with pytest.raises(ExportError, match="do not fit into --save-dtype fp16"):
-        train(dataclasses.replace(options, save_dtype="fp16", learning_rate=1e5, steps=2, validation=None), QUIET)
+
+
+def test_numbers_that_do_not_fit_into_the_files_type_are_written_in_another(options):
+    asked_for = dataclasses.replace(options, save_dtype="fp16", learning_rate=1e5, steps=2, validation=None)
+    with pytest.raises(ExportError, match=r"do not fit into --save-dtype fp16\. .* --resume --save-dtype fp32"):
+        train(asked_for, QUIET)
     assert not options.output.exists()
+    train(dataclasses.replace(asked_for, save_dtype="fp32", resume=True), QUIET)
+    assert max(np.abs(value).max() for value in weights(options.output).values()) > 65504
+    assert json.loads((options.output / "training.json").read_text())["options"]["save_dtype"] == "fp32"
 
 
 def test_only_what_a_training_wrote_is_replaced(options, whole):

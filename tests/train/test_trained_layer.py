@@ -17,7 +17,7 @@ from teamlora_export.model.layer import ExpertLinear
 from teamlora_export.train import TrainOptions, count_parameters
 from teamlora_export.train.checkpoint import Checkpoint, Standing, State
 from teamlora_export.train.evaluate import token_losses
-from teamlora_export.train.model import TrainedLinear, start_adapter
+from teamlora_export.train.model import TrainedLinear, routing_of, start_adapter
 from teamlora_export.train.trainer import AdapterTrainer
 
 
@@ -92,6 +92,19 @@ def test_teamlora_starts_its_interaction_as_published(make_base):
         assert not np.diag(matrix).any()
     others = np.concatenate([matrix[~np.eye(4, dtype=bool)] for matrix in matrices])
     assert 0.05 < np.abs(others).max() <= 0.1
+
+
+def test_routing_of_flattened_tokens_is_that_of_rows_and_tokens(rng):
+    projection = random_projection(rng, "teamlora")
+    linear = nn.Linear(projection.in_features, projection.out_features).requires_grad_(False)
+    layers = [TrainedLinear(linear, projection, "teamlora", 0.0, True) for _ in range(2)]
+    x = torch.tensor(rng.normal(size=(2, 5, projection.in_features)), dtype=torch.float32)
+    layers[0](x)
+    layers[1](x.flatten(0, 1))
+    routing = routing_of(layers, (2, 5))
+    assert routing is not None and routing.shape[:3] == (2, 2, 5)
+    # 1e-6: float32, perhaps other sums.
+    assert torch.allclose(routing[0], routing[1], atol=1e-6)
 
 
 def test_the_losses_of_experts_follow_their_formulas_and_leave_padding_out():
