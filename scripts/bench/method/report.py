@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ PAPER_SCORES = {"teamlora": 60.29, "moelora": 59.69, "hydralora": 59.06, "lora":
 PAPER_TIMES = {2: 0.87, 4: 0.70, 8: 0.63}
 NAMES = {"teamlora": "TeamLoRA", "moelora": "MoELoRA", "hydralora": "HydraLoRA", "lora": "LoRA", BASE: "the base"}
 _TARGETS = {"ffn": "gate, up, down", "all": "all projections"}
-# A difference of so many of its standard errors is taken for one.
-_TELLS = 2.0
+# Student's t at 97.5 %, by degrees of freedom; more than these are taken for as many as the last.
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 
 Result = Mapping[str, Any]
 Rows = Sequence[Result]
@@ -95,13 +96,13 @@ def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
             if ours and theirs:
                 paper = PAPER_SCORES["teamlora"] - PAPER_SCORES[family]
                 where = f"{NAMES[family]} of equal size on {_TARGETS[targets]}"
-                yield f"- TeamLoRA, k=4, over {where}: {_told(*difference(ours, theirs), paper)}"
+                yield f"- TeamLoRA, k=4, over {where}: {_told(difference(ours, theirs), paper)}"
         half = by_group.get(f"teamlora-k4-{targets}-half")
         moe = by_group.get(f"moelora-k4-{targets}")
         if half and moe:
-            gap, error = difference(half, moe)
+            gap = difference(half, moe)
             where = f"a MoELoRA on {_TARGETS[targets]}"
-            yield f"- TeamLoRA, k=4, with half the parameters over {where}: {_points(gap, error)}. {_tells(gap, error)}"
+            yield f"- TeamLoRA, k=4, with half the parameters over {where}: {gap}. {_tells(gap)}"
         scores = {k: by_group.get(f"teamlora-k{k}-{targets}") for k in EXPERTS}
         if all(scores.values()):
             means = {k: statistics.mean(result["mean"] for result in results or ()) for k, results in scores.items()}
@@ -126,11 +127,40 @@ def _step_verdicts(steps: Rows) -> Iterator[str]:
             yield f"- A training step of TeamLoRA over MoELoRA's, k={experts}, {layers}: {ratio:.2f}.{claimed}"
 
 
-def difference(ours: Rows, theirs: Rows) -> tuple[float, float]:
-    """Of the average scores over the seeds that both have, in points, and its standard error.
+@dataclass(frozen=True)
+class Gap:
+    """A difference of average scores, in points.
 
-    The error is of the questions: those of the same number are the same, so that differences are taken by question
-    (averaged over seeds). That another seed gives another training is in it only as far as it changes answers.
+    Attributes:
+        error: standard error, of questions and of trainings. seeds: that both have.
+    """
+
+    points: float
+    error: float
+    seeds: int
+
+    @property
+    def margin(self) -> float | None:
+        """Half the width of its interval of 95 %, by Student's t of the seeds; None of fewer than two."""
+        freedom = min(self.seeds - 1, max(_STUDENT))
+        return _STUDENT[freedom] * self.error if freedom >= 1 else None
+
+    @property
+    def tells(self) -> bool:
+        return self.margin is not None and abs(self.points) > self.margin
+
+    def __str__(self) -> str:
+        if self.margin is None:
+            return f"{self.points:+.1f} points (standard error of the questions alone {self.error:.1f})"
+        return f"{self.points:+.1f} points (± {self.margin:.1f} at 95 %, {self.seeds} seeds)"
+
+
+def difference(ours: Rows, theirs: Rows) -> Gap:
+    """Of the average scores over the seeds that both have.
+
+    Two variances are added. Of the questions: those of the same number are the same, so that differences are taken by
+    question (averaged over seeds). Of the trainings: a seed's is one of many, so that differences are taken by seed;
+    with one seed nothing is known of it.
     """
     ours, theirs = _of_common_seeds(ours, theirs)
     gaps, variances = [], []
@@ -139,14 +169,25 @@ def difference(ours: Rows, theirs: Rows) -> tuple[float, float]:
         gap = [a - b for a, b in pairs]
         gaps.append(statistics.mean(gap))
         variances.append(statistics.variance(gap) / len(gap) if len(gap) > 1 else 0.0)
-    return 100 * statistics.mean(gaps), 100 * math.sqrt(sum(variances)) / len(variances)
+    points, variance = 100 * statistics.mean(gaps), 100**2 * sum(variances) / len(variances) ** 2
+    by_seed = [_mean(our) - _mean(their) for our, their in zip(ours, theirs, strict=True)]
+    if len(by_seed) > 1:
+        variance += statistics.variance(by_seed) / len(by_seed)
+    return Gap(points, math.sqrt(variance), len(by_seed))
 
 
 def _of_common_seeds(ours: Rows, theirs: Rows) -> tuple[Rows, Rows]:
-    common = {result["seed"] for result in ours} & {result["seed"] for result in theirs}
+    """In the same order. Where none is common, the first of each: nothing can be told then."""
+    of_ours, of_theirs = ({result["seed"]: result for result in results} for results in (ours, theirs))
+    common = [seed for seed in of_ours if seed in of_theirs]
     if not common:
-        return ours, theirs
-    return [r for r in ours if r["seed"] in common], [r for r in theirs if r["seed"] in common]
+        return ours[:1], theirs[:1]
+    return [of_ours[seed] for seed in common], [of_theirs[seed] for seed in common]
+
+
+def _mean(result: Result) -> float:
+    """Percent, over the tasks."""
+    return 100 * statistics.mean(statistics.mean(map(int, bits)) for bits in result["right"].values())
 
 
 def _means(results: Rows, task: str) -> list[float]:
@@ -155,21 +196,21 @@ def _means(results: Rows, task: str) -> list[float]:
     ]
 
 
-def _points(gap: float, error: float) -> str:
-    return f"{gap:+.1f} points (standard error {error:.1f})"
+def _tells(gap: Gap) -> str:
+    if not gap.tells:
+        return _cannot_tell(gap)
+    return "Better." if gap.points > 0 else "Worse."
 
 
-def _tells(gap: float, error: float) -> str:
-    if abs(gap) < _TELLS * error:
-        return "Too small to tell."
-    return "Better." if gap > 0 else "Worse."
+def _told(gap: Gap, paper: float) -> str:
+    told = f"{gap}; the paper {paper:+.1f}."
+    if not gap.tells:
+        return f"{told} {_cannot_tell(gap)}"
+    return f"{told} {'Agrees' if gap.points > 0 else 'Does not agree'} on which is better."
 
 
-def _told(gap: float, error: float, paper: float) -> str:
-    told = f"{_points(gap, error)}; the paper {paper:+.1f}."
-    if abs(gap) < _TELLS * error or gap == 0:
-        return f"{told} Too small to tell."
-    return f"{told} {'Agrees' if gap > 0 else 'Does not agree'} on which is better."
+def _cannot_tell(gap: Gap) -> str:
+    return "Cannot tell: one seed." if gap.margin is None else "Cannot tell: too small."
 
 
 def _ratio(ratio: Mapping[str, float]) -> str:
