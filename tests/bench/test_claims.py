@@ -40,7 +40,7 @@ from method import inference  # noqa: E402
 from method.cells import Place, asked_examples, data_folder, run_cell  # noqa: E402
 from method.exports import score_exports  # noqa: E402
 from method.plan import BASE, FULL, Cell, Settings, count_parameters, full_grid, nearest_rank, options_of, quick_grid  # noqa: E402
-from method.report import difference, tables, write_plot  # noqa: E402
+from method.report import PUBLISHED, difference, interval, tables, verdicts, write_plot  # noqa: E402
 from method.score import runner_generate, score, tokenizer_of, torch_generate  # noqa: E402
 from method.steps import time_steps  # noqa: E402
 from tasks import TASKS  # noqa: E402
@@ -355,13 +355,26 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
         _result("hydralora", "000000000000"),
         *(_result("teamlora", "111001110011", seed, share=0.5) for seed in range(3)),
     ]
-    row = {"experts": 4, "targets": "ffn", "parameters": 1, "over_lora": {"median": 1.5, "low": 1.4, "high": 1.7}}
+    row = {"experts": 4, "parameters": 1, "over_lora": {"median": 1.5, "low": 1.4, "high": 1.7}}
     steps = [
-        {**row, "row": family, "family": family, "implementation": "published", "seconds": seconds}
-        for family, seconds in (("teamlora", [3.0, 3.0, 4.0]), ("moelora", [4.0, 4.0, 4.0]))
+        {
+            **row,
+            "row": family,
+            "family": family,
+            "targets": targets,
+            "implementation": how,
+            "seconds": [seconds] * 5 + [4],
+        }
+        for family, targets, how, seconds in (
+            ("teamlora", "ffn", "published", 3.0),
+            ("teamlora", "ffn", "packed", 2.0),
+            ("moelora", "ffn", "published", 4.0),
+            ("teamlora", "all", "published", 4.2),
+            ("moelora", "all", "published", 4.0),
+        )
     ]
     ratio = {"median": 1.25, "low": 1.2, "high": 1.3}
-    timed = {"family": "teamlora", "experts": 4, "targets": "ffn", "quantity": "decode", "over_base": ratio}
+    timed = {"experts": 4, "targets": "ffn", "quantity": "decode", "over_base": ratio}
     workload = {"batch": 1, "length": 64, "count": 24}
     exports = [{"cell": "c", "form": "int4", "mean": 40.0, "same": 90.0, "bytes": 5_000_000}]
     found = {
@@ -370,7 +383,13 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
         "seeds": [0],
         "scores": scores,
         "steps": steps,
-        "inference": [{**timed, "row": "our export", "workload": workload}],
+        "inference": [
+            {**timed, "family": family, "row": PUBLISHED, "workload": workload, "ratios": ratios}
+            for family, ratios in (
+                ("teamlora", [1.2, 1.25, 1.25, 1.25, 1.25, 1.3]),
+                ("moelora", [1.45] + [1.5] * 4 + [1.55]),
+            )
+        ],
         "exports": exports,
     }
     text = tables(found)
@@ -385,12 +404,67 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
     assert (
         "half the parameters over a MoELoRA on gate, up, down: +66.7 points (± 43.2 at 95 %, 3 seeds). Better." in text
     )
-    assert "TeamLoRA over MoELoRA's, k=4, layers as published: 0.75. The paper: 0.70." in text
+    step = "- A training step of TeamLoRA"
+    assert f"{step} (one by one) over MoELoRA's (one by one), k=4 on gate, up, down: 0.75 (95 %: 0.75 - 1.00)" in text
+    assert "; the paper 0.70. Cannot tell which takes less." in text
+    assert f"{step} (packed) over MoELoRA's (one by one), k=4 on gate, up, down: 0.50 (95 %" in text
+    # The paper's are of the feed-forward layers.
+    assert (
+        f"{step} (one by one) over MoELoRA's (one by one), k=4 on all projections: 1.05 (95 %: 1.00 - 1.05).\n" in text
+    )
+    assert (
+        "- Inference with TeamLoRA over MoELoRA's, decode, published, PyTorch, k=4 on gate, up, down: 0.83 "
+        "(95 %: 0.77 - 0.90); the paper 0.71. Agrees that it takes less, but saves less of it."
+    ) in text
     assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.25 (1.20 - 1.30) |" in text
     assert "| c | ONNX Runtime, int4 | 5 MB | 40.0 | 90.0 % |" in text
     assert "| the base | - | - | 0 | 1 | 8.3 | - |" in text
     write_plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _by_experts(scores: dict[int, str]) -> dict:
+    results = [
+        {**_result("teamlora", right, seed), "cell": f"teamlora-k{k}-ffn-s{seed}", "experts": k}
+        for k, right in scores.items()
+        for seed in range(3)
+    ]
+    return {"scores": results, "steps": [], "inference": []}
+
+
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [
+        ({2: "0" * 12, 4: "1" * 12, 8: "0" * 12}, "Agrees."),
+        ({2: "0" * 12, 4: "0" * 12, 8: "1" * 12}, "Does not agree."),
+        ({2: "0" * 12, 4: "1" * 12, 8: "1" * 12}, "Cannot tell."),
+    ],
+)
+def test_the_best_number_of_experts_has_a_verdict(scores, told):
+    (line,) = verdicts(_by_experts(scores))
+    assert line.endswith(f"The paper has k=4 best. {told}")
+
+
+@pytest.mark.parametrize(
+    ("ratios", "told"),
+    [
+        ([0.69, 0.7, 0.7, 0.7, 0.7, 0.71], "Agrees."),
+        ([0.8] * 6, "Agrees that it takes less, but saves less of it."),
+        ([0.6] * 6, "Agrees that it takes less, but saves more of it."),
+        ([0.9, 0.9, 0.9, 0.9, 0.9, 1.1], "Cannot tell which takes less."),
+        ([1.2] * 6, "Does not agree: it takes more."),
+        ([0.7] * 5, "Cannot tell which takes less."),
+    ],
+)
+def test_a_time_has_a_verdict_from_six_turns(ratios, told):
+    row = {"experts": 4, "targets": "ffn", "implementation": "published"}
+    steps = [
+        {**row, "family": "teamlora", "seconds": ratios},
+        {**row, "family": "moelora", "seconds": [1.0] * len(ratios)},
+    ]
+    (line,) = verdicts({"scores": [], "steps": steps, "inference": []})
+    assert line.endswith(f"; the paper 0.70. {told}")
+    assert interval([3, 1, 2, 4, 9, 5, 8, 7, 6]).bounds == (2, 8)
 
 
 def test_a_cell_that_fails_costs_no_other(place, monkeypatch):

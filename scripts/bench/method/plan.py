@@ -21,7 +21,7 @@ TARGETS = {
 # What the experts' sum is multiplied by where its rank is the grid's. The optimiser moves each of its numbers equally
 # far, so that a sum of a smaller rank moves less: by the rank were all directions to agree, by its root were they
 # independent. Two thirds are what came nearest on SmolLM2-135M: the first step moves the sums of all cells of the grid
-# equally far, within 15 %.
+# equally far, within a sixth.
 SCALE = 4.0
 _MOVES = 2 / 3
 

@@ -11,10 +11,15 @@ from typing import Any
 
 from method.plan import BASE, EXPERTS
 
-# TeamLoRA, arXiv 2408.09856: averages over CME, and time of a training over MoELoRA's.
+# TeamLoRA, arXiv 2408.09856: averages over CME, and time of a training and of an answer (40 % faster) over MoELoRA's.
 PAPER_SCORES = {"teamlora": 60.29, "moelora": 59.69, "hydralora": 59.06, "lora": 58.81}
 PAPER_TIMES = {2: 0.87, 4: 0.70, 8: 0.63}
+PAPER_INFERENCE = 1 / 1.4
 NAMES = {"teamlora": "TeamLoRA", "moelora": "MoELoRA", "hydralora": "HydraLoRA", "lora": "LoRA", BASE: "the base"}
+# What `inference.py` calls the authors' layers.
+PUBLISHED = "published, PyTorch"
+# The published code has a packed form of teamlora beside its loop (`fast_forward`, lora.py at 8d8c102).
+_LAYERS = {"published": "one by one", "packed": "packed"}
 _TARGETS = {"ffn": "gate, up, down", "all": "all projections"}
 # Student's t at 97.5 %, by degrees of freedom; more than these are taken for as many as the last.
 _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
@@ -27,7 +32,7 @@ def tables(found: Mapping[str, Any]) -> str:
     """All parts that there are, as Markdown. `found` is what `claims.py` writes as JSON."""
     parts = [
         (found["scores"], "Scores", [*_score_table(found["scores"]), "", *_task_table(found["scores"])]),
-        (found["scores"], "Beside the paper", list(verdicts(found))),
+        (found["scores"] or found["steps"] or found["inference"], "Beside the paper", list(verdicts(found))),
         (found["steps"], "A training step", _step_table(found["steps"])),
         (found["inference"], "Inference", _inference_table(found["inference"])),
         (found["exports"], "Does the export keep the score?", _export_table(found["exports"])),
@@ -103,28 +108,99 @@ def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
             gap = difference(half, moe)
             where = f"a MoELoRA on {_TARGETS[targets]}"
             yield f"- TeamLoRA, k=4, with half the parameters over {where}: {gap}. {_tells(gap)}"
-        scores = {k: by_group.get(f"teamlora-k{k}-{targets}") for k in EXPERTS}
+        scores = {k: by_group.get(f"teamlora-k{k}-{targets}", []) for k in EXPERTS}
         if all(scores.values()):
-            means = {k: statistics.mean(result["mean"] for result in results or ()) for k, results in scores.items()}
-            listed = ", ".join(f"k={k}: {mean:.1f}" for k, mean in means.items())
-            yield f"- TeamLoRA by number of experts on {_TARGETS[targets]}: {listed}. The paper has k=4 best."
+            yield f"- TeamLoRA by number of experts on {_TARGETS[targets]}: {_told_of_experts(scores)}"
     yield from _step_verdicts(found["steps"])
+    yield from _inference_verdicts(found["inference"])
+
+
+def _told_of_experts(scores: Mapping[int, Rows]) -> str:
+    means = {k: statistics.mean(result["mean"] for result in results) for k, results in scores.items()}
+    gaps = [difference(scores[4], results) for k, results in scores.items() if k != 4]
+    if all(gap.tells and gap.points > 0 for gap in gaps):
+        verdict = "Agrees."
+    elif any(gap.tells and gap.points < 0 for gap in gaps):
+        verdict = "Does not agree."
+    else:
+        verdict = "Cannot tell."
+    return f"{', '.join(f'k={k}: {mean:.1f}' for k, mean in means.items())}. The paper has k=4 best. {verdict}"
 
 
 def _step_verdicts(steps: Rows) -> Iterator[str]:
-    for experts, paper in PAPER_TIMES.items():
-        for how in ("published", "packed"):
-            times = {
-                row["family"]: row["seconds"]
-                for row in steps
-                if row["experts"] == experts and row["implementation"] == how
-            }
-            if not {"teamlora", "moelora"} <= set(times):
-                continue
-            ratio = statistics.median(a / b for a, b in zip(times["teamlora"], times["moelora"], strict=True))
-            layers = "layers as published" if how == "published" else "our packed layers"
-            claimed = f" The paper: {paper:.2f}." if how == "published" else ""
-            yield f"- A training step of TeamLoRA over MoELoRA's, k={experts}, {layers}: {ratio:.2f}.{claimed}"
+    """The paper trained feed-forward layers alone. Which of its code's two ways it timed, it does not say."""
+    seconds = {(row["targets"], row["experts"], row["family"], row["implementation"]): row["seconds"] for row in steps}
+    for targets in _TARGETS:
+        for experts, paper in PAPER_TIMES.items():
+            for of_team, of_moe in (("published", "published"), ("packed", "packed"), ("packed", "published")):
+                ours = seconds.get((targets, experts, "teamlora", of_team))
+                theirs = seconds.get((targets, experts, "moelora", of_moe))
+                if not ours or not theirs:
+                    continue
+                found = interval([a / b for a, b in zip(ours, theirs, strict=True)])
+                claimed = paper if targets == "ffn" and of_moe == "published" else None
+                where = f"k={experts} on {_TARGETS[targets]}: {_told_of_time(found, claimed)}"
+                yield f"- A training step of TeamLoRA ({_LAYERS[of_team]}) over MoELoRA's ({_LAYERS[of_moe]}), {where}"
+
+
+def _inference_verdicts(rows: Rows) -> Iterator[str]:
+    """Both over bases of their own; the paper says neither what it timed of inference nor for how many experts."""
+    ratios = {
+        (row["family"], row["quantity"], row["row"]): interval(row["ratios"])
+        for row in rows
+        if (row["experts"], row["targets"]) == (4, "ffn")
+    }
+    for (family, quantity, way), ours in ratios.items():
+        theirs = ratios.get(("moelora", quantity, way))
+        if family != "teamlora" or theirs is None:
+            continue
+        # Of two intervals of their own, the widest that their ratio has.
+        bounds = None if ours.bounds is None or theirs.bounds is None else (ours.bounds, theirs.bounds)
+        found = Interval(
+            ours.median / theirs.median, bounds and (bounds[0][0] / bounds[1][1], bounds[0][1] / bounds[1][0])
+        )
+        claimed = PAPER_INFERENCE if way == PUBLISHED else None
+        yield (
+            f"- Inference with TeamLoRA over MoELoRA's, {quantity}, {way}, k=4 on {_TARGETS['ffn']}: "
+            f"{_told_of_time(found, claimed)}"
+        )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A median, and where that of all such turns lies at 95 %; None of too few turns to say."""
+
+    median: float
+    bounds: tuple[float, float] | None
+
+    def __str__(self) -> str:
+        if self.bounds is None:
+            return f"{self.median:.2f} (too few turns for an interval)"
+        return f"{self.median:.2f} (95 %: {self.bounds[0]:.2f} - {self.bounds[1]:.2f})"
+
+
+def interval(ratios: Sequence[float]) -> Interval:
+    """By order statistics: of n turns, the k-th least and the k-th greatest hold the median unless fewer than k of n
+    fair coins agree. Six turns are the fewest."""
+    ordered, n = sorted(ratios), len(ratios)
+    outside, k = 0.0, 0
+    while (outside := outside + 2 * math.comb(n, k) / 2**n) <= 0.05:
+        k += 1
+    return Interval(statistics.median(ordered), (ordered[k - 1], ordered[n - k]) if k else None)
+
+
+def _told_of_time(found: Interval, paper: float | None) -> str:
+    """Of a time over MoELoRA's, and whether the paper's says the same."""
+    if paper is None:
+        return f"{found}."
+    told = f"{found}; the paper {paper:.2f}."
+    if found.bounds is None or found.bounds[0] <= 1 <= found.bounds[1]:
+        return f"{told} Cannot tell which takes less."
+    if found.bounds[0] > 1:
+        return f"{told} Does not agree: it takes more."
+    if found.bounds[0] <= paper <= found.bounds[1]:
+        return f"{told} Agrees."
+    return f"{told} Agrees that it takes less, but saves {'less' if found.median > paper else 'more'} of it."
 
 
 @dataclass(frozen=True)

@@ -110,15 +110,23 @@ def _way(model: nn.Module, base: BaseModel, options: TrainOptions) -> Way:
 
 def _step(model: nn.Module, way: Way, batch: Mapping[str, torch.Tensor]) -> None:
     loss = model(**batch, use_cache=False).loss
-    if way.balance_weight:
-        routing = routing_of(way.layers.values())
-        assert routing is not None
-        use = routing.flatten(1, 2).mean(dim=1)
-        loss = loss + way.balance_weight * (use - 1.0 / routing.shape[-1]).square().mean()
+    if way.family != "lora":
+        balance = _balance(way, batch["attention_mask"])
+        loss = loss + way.balance_weight * balance
+        balance.item()
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for layer in way.layers.values() for p in layer.trained().values()], _CLIP)
     way.optimizer.step()
     way.optimizer.zero_grad()
+
+
+def _balance(way: Way, mask: torch.Tensor) -> torch.Tensor:
+    """Of all families with experts, as a training computes it for its log; with gradients where it has a weight."""
+    with torch.set_grad_enabled(way.balance_weight > 0):
+        routing = routing_of(way.layers.values())
+        assert routing is not None
+        use = torch.einsum("lbsk,bs->lk", routing, mask.float() / mask.sum())
+        return (use - 1.0 / routing.shape[-1]).square().mean()
 
 
 def _batches(place: Place, count: int) -> list[dict[str, torch.Tensor]]:
