@@ -25,7 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from method.cells import Place, code_version, default_folder, run_cell
+from method.cells import Place, code_version, default_folder, run_cell, whole_version
 from method.plan import BASE, EXPERTS, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
 
 from teamlora_export.deploy.cores import usable_cores
@@ -150,16 +150,19 @@ def _work(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
 
 
 def _timed(place: Place, part: str, given: argparse.Namespace, measure: Callable[[], list[Any]]) -> list[Any]:
-    """Rows of a timing from now, or those that were kept where it is not asked for."""
-    path = place.folder / f"{part}{'-quick' if given.quick else ''}-{place.base.name}.json"
+    """Rows of a timing from now, or, where it is not asked for, those that were kept of the same code."""
+    version = "" if given.any_version else f"-{whole_version()}"
+    name = f"{part}{'-quick' if given.quick else ''}-{place.base.name}"
     if part in given.parts:
         rows = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place.folder.mkdir(parents=True, exist_ok=True)
+        path = place.folder / f"{name}-{whole_version()}.json"
         write_aside(path, json.dumps(rows, indent=1) + "\n", result=False)
         return rows
-    if given.cells or not path.is_file():
+    found = sorted(place.folder.glob(f"{name}{version or '-????????'}.json"), key=lambda path: path.stat().st_mtime)
+    if given.cells or not found:
         return []
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(found[-1].read_text(encoding="utf-8"))
 
 
 def _steps(place: Place, given: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import fcntl
 import io
@@ -199,6 +200,29 @@ def test_other_code_or_other_options_are_other_cells(team, place, monkeypatch):
     assert dataclasses.replace(longer, any_version=True).find(TEAM) is None
 
 
+def test_versions_are_of_the_code_that_results_depend_on():
+    """Of a cell: what makes, reads and cuts rows, trains, writes and reads adapters. Of an export: everything."""
+    package, bench = cells_module._PACKAGE, cells_module._BENCH
+    used = ("train/options.py", "train/data.py", "adapter/read.py", "adapter/write.py", "adapter/config.py")
+    for path in (*used, "deploy/words.py", "tokens.py"):
+        assert package / path in cells_module._CODE, path
+    assert bench / "write_tasks.py" in cells_module._CODE
+    everything = {package / "graph" / "build.py", package / "deploy" / "runner.py", bench / "method" / "steps.py"}
+    assert everything | set(cells_module._CODE) <= set(cells_module._ALL)
+    assert all(path.is_file() for path in cells_module._ALL)
+
+
+def test_kept_timings_are_of_the_same_code(place, monkeypatch):
+    given = argparse.Namespace(quick=False, parts=["steps"], cells=[], any_version=False)
+    assert command._timed(place, "steps", given, lambda: [1]) == [1]
+    given.parts = []
+    assert command._timed(place, "steps", given, lambda: pytest.fail("measured")) == [1]
+    monkeypatch.setattr(command, "whole_version", lambda: "otherone")
+    assert command._timed(place, "steps", given, lambda: pytest.fail("measured")) == []
+    given.any_version = True
+    assert command._timed(place, "steps", given, lambda: pytest.fail("measured")) == [1]
+
+
 def test_layout_and_comments_leave_the_code_what_it_is(tmp_path):
     one, other, third = (tmp_path / name / "code.py" for name in "abc")
     for path, text in (
@@ -258,6 +282,9 @@ def test_exports_have_scores_beside_pytorchs(team, place, monkeypatch):
     monkeypatch.setattr("method.exports.export_onnx", lambda *_, **__: pytest.fail("exported again"))
     assert score_exports(TEAM, place, ["fp32"], 1, quiet) == [in_torch, exported]
     assert score_exports(dataclasses.replace(TEAM, seed=7), place, ["fp32"], 1, quiet) == []
+    monkeypatch.setattr("method.exports.whole_version", lambda: "otherone")
+    monkeypatch.setattr("method.exports._score", lambda *_: {**in_torch, "mean": -1.0})
+    assert [row["mean"] for row in score_exports(TEAM, place, ["fp32"], 1, quiet)] == [-1.0, -1.0]
 
 
 def test_steps_are_timed_in_turns_and_change_only_what_is_trained(place):

@@ -35,13 +35,19 @@ from teamlora_export.staging import write_aside
 RESULT_NAME = "result.json"
 _BENCH = Path(__file__).parents[1]
 _PACKAGE = Path(teamlora_export.__file__).parent
-# What a score depends on; a change elsewhere leaves results as they are.
+_TASKS = (_BENCH / "write_tasks.py", *(_BENCH / "tasks").glob("*.py"))
+# What a cell's score depends on; a change elsewhere leaves results as they are.
+_TRAINS = ("data.py", "encode.py", "evaluate.py", "model.py", "options.py", "run.py", "trainer.py")
 _CODE = (
-    *(_BENCH / "tasks").glob("*.py"),
+    *_TASKS,
     *(_BENCH / "method" / name for name in ("plan.py", "score.py", "cells.py")),
-    *(_PACKAGE / "train" / name for name in ("encode.py", "evaluate.py", "model.py", "run.py", "trainer.py")),
-    *(_PACKAGE / name for name in ("adapter/families.py", "model/layer.py", "model/inject.py")),
+    *(_PACKAGE / "train" / name for name in _TRAINS),
+    *(_PACKAGE / "adapter").glob("*.py"),
+    *(_PACKAGE / "model" / name for name in ("base.py", "inject.py", "layer.py")),
+    *(_PACKAGE / name for name in ("deploy/words.py", "tokens.py")),
 )
+# What is exported, deployed or timed depends on all of it.
+_ALL = (*_BENCH.rglob("*.py"), *_PACKAGE.rglob("*.py"))
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,7 @@ def asked_examples(settings: Settings) -> list[Any]:
 def data_folder(place: Place) -> Path:
     """The files of `write_tasks` for these settings, written once."""
     settings = place.settings
-    code = _hash_of_code(tuple(path for path in _CODE if path.parent.name == "tasks"))
+    code = _hash_of_code(_TASKS)
     folder = place.folder / "data" / f"{_short_hash({**settings.counts, 'seed': settings.data_seed})}-{code}"
     if not folder.is_dir():
         staging = folder.with_name(f"{folder.name}.{os.getpid()}")
@@ -198,6 +204,12 @@ def data_folder(place: Place) -> Path:
 def code_version() -> str:
     """Of the code that decides about a score, but for comments, docstrings and layout."""
     return _hash_of_code(_CODE)
+
+
+@cache
+def whole_version() -> str:
+    """Of all code of the package and of the benchmark, likewise."""
+    return _hash_of_code(_ALL)
 
 
 def _hash_of_code(paths: tuple[Path, ...]) -> str:
