@@ -170,14 +170,16 @@ def test_a_cell_is_trained_once_and_scored(team, place):
 
 
 def test_a_killed_cell_goes_on_where_it_was(team, place, monkeypatch):
-    """Killed while it scored: the trained adapter is taken as it is."""
+    """Killed when the adapter was just written, and its checkpoints not yet gone: it is taken as it is."""
     import teamlora_export.train
 
     folder = place.of(TEAM)
     result = (folder / "result.json").rename(folder / "kept")
+    (folder / "adapter.training").mkdir()
     monkeypatch.setattr(teamlora_export.train, "train", lambda *_: pytest.fail("trained again"))
     again = run_cell(TEAM, place)
     assert {**again, "seconds": 0} == {**team, "seconds": 0}
+    assert not (folder / "adapter.training").exists()
     result.unlink()
 
 
@@ -519,6 +521,59 @@ def test_a_cell_that_fails_costs_no_other(place, monkeypatch):
     ]
 
 
+def test_cells_are_chosen_by_their_names_and_not_by_parts_of_them():
+    grid = full_grid([0, 1])
+
+    def chosen(*asked: str) -> list[str]:
+        return [cell.name for cell in command._chosen(grid, asked)]
+
+    assert chosen("teamlora-k4-ffn") == ["teamlora-k4-ffn-s0", "teamlora-k4-ffn-s1"]
+    assert chosen("lora-ffn-s1", "base") == ["base", "lora-ffn-s1"]
+    assert chosen("*-half-s0") == [cell.name for cell in grid if cell.share != 1 and cell.seed == 0]
+    assert len(chosen()) == len(grid)
+    with pytest.raises(ExportError, match="--cells moelora: none of base, teamlora-k4-ffn-s0"):
+        chosen("base", "moelora")
+
+
+def test_the_adapter_that_is_exported_is_kept_for_any_seed(place):
+    assert Cell("teamlora", 4, "ffn", 1.0, 3).keeps_adapter and not Cell("teamlora", 2, "ffn", 1.0, 3).keeps_adapter
+    told = io.StringIO()
+    given = argparse.Namespace(parts=["exports"], quick=True, seeds=[9])
+    assert command._exports(quick_grid([9]), place, given, Reporter(Console(file=told, width=200))) == []
+    assert "Exports: left out. They are of teamlora-k4-ffn-s9, which is not trained." in told.getvalue()
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_inference_is_timed_for_the_whole_grid_but_in_a_quick_run(quick, place, monkeypatch):
+    monkeypatch.setattr(inference, "time_inference", lambda _place, cell, *_: [cell.group])
+    given = argparse.Namespace(quick=quick, turns=6)
+    timed = command._inference(place, given, Reporter(quiet=True))
+    grid = quick_grid([0]) if quick else full_grid([0])
+    assert timed == [cell.group for cell in grid if cell.family != BASE and cell.share == 1]
+    assert len(timed) == (4 if quick else 20)
+
+
+def test_a_worker_that_is_interrupted_ends_where_a_training_may_stop():
+    program = f"""
+import os, signal, sys
+sys.path[:0] = [{str(ROOT / "scripts" / "bench")!r}]
+import claims
+from teamlora_export import interrupt
+
+def run(cell, place):
+    with interrupt.held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("still at it", flush=True)
+    print("went on", flush=True)
+
+claims.run_cell = run
+claims._work(None, None, 1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "still at it\n")
+    assert "Interrupted" in done.stderr
+
+
 def claims(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "scripts" / "bench" / "claims.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
@@ -531,7 +586,7 @@ def test_the_command_runs_what_is_missing_and_writes_what_it_found(base, tmp_pat
         if name != "data_seed"
         for word in (f"--{name.replace('_', '-')}", value)
     ]
-    asked = ("--quick", "--base", base, "--cache", tmp_path / "cache", "--cells", "base", "moelora", *few)
+    asked = ("--quick", "--base", base, "--cache", tmp_path / "cache", "--cells", "base", "moelora*", *few)
     done = claims(*asked, "-o", tmp_path / "out", "--jobs", 2)
     assert done.returncode == 0, done.stderr
     assert "2 of 2, after" in done.stderr

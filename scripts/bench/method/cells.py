@@ -144,23 +144,27 @@ def _trained(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
     """What is known of the training that wrote the adapter, from before or from now."""
     from teamlora_export.progress import Reporter
     from teamlora_export.train import train
+    from teamlora_export.train.card import RECORD_NAME
+    from teamlora_export.train.checkpoint import work_folder
 
-    record = folder / "training.json"
-    if not record.is_file():
-        options = options_of(cell, place.settings, place.base, data_folder(place), folder / "adapter")
-        done = train(options, Reporter(quiet=True))
-        known = {
-            "rank": options.rank,
-            "alpha": options.used_alpha,
-            "parameters": done.trained_parameters,
-            "seconds_per_step": done.seconds_per_step,
-            "held_out_loss": done.held_out_loss,
-            "best_step": done.best_step,
-            "losses": list(done.losses),
-            "versions": dict(done.versions),
-        }
-        write_aside(record, json.dumps(known) + "\n", result=False)
-    return json.loads(record.read_text(encoding="utf-8"))
+    options = options_of(cell, place.settings, place.base, data_folder(place), folder / "adapter")
+    # It comes with the whole adapter.
+    path = options.output / RECORD_NAME
+    if not path.is_file():
+        train(options, Reporter(quiet=True))
+    # Left of a training that was killed when all was written.
+    shutil.rmtree(work_folder(options.output), ignore_errors=True)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "rank": options.rank,
+        "alpha": options.used_alpha,
+        "parameters": record["trained_parameters"],
+        "seconds_per_step": record["seconds_per_step"],
+        "held_out_loss": record["held_out_loss"],
+        "best_step": record["best_step"],
+        "losses": [[entry["step"], entry["loss"]] for entry in record["log"] if "loss" in entry],
+        "versions": record["versions"],
+    }
 
 
 def score_in_torch(place: Place, adapter: Path | None, dtype: str) -> Scores:

@@ -14,6 +14,8 @@ from teamlora_export.train import TrainOptions
 FAMILIES = ("teamlora", "hydralora", "moelora", "lora")
 EXPERTS = (2, 4, 8)
 BASE = "base"
+# A cell's `group`: it is exported, and scored again.
+EXPORTED = "teamlora-k4-ffn"
 TARGETS = {
     "ffn": ("gate_proj", "up_proj", "down_proj"),
     "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -77,7 +79,7 @@ class Cell:
     @property
     def keeps_adapter(self) -> bool:
         """Whether the trained adapter stays when it has been scored: those of all cells would fill gigabytes."""
-        return self.family == "teamlora" and self.seed == 0
+        return self.family == "teamlora" and (self.seed == 0 or self.group == EXPORTED)
 
     @property
     def group(self) -> str:
