@@ -1,8 +1,9 @@
 """Does TeamLoRA keep its promise, and what does it cost? Trains, scores and times all families on one small base.
 
-    scripts/bench/claims.py --quick                       one seed, four experts, one set of targets: QUICKTIME
+    scripts/bench/claims.py --quick                       one seed, a small grid: half an hour on two cores (estimated)
     scripts/bench/claims.py                               everything; hours
     scripts/bench/claims.py --cells teamlora-k4-ffn moelora-k4-ffn --seeds 3       two cells with another seed
+    scripts/bench/claims.py --cells base '*-k4-ffn' lora-ffn                       one set of targets, three seeds
     scripts/bench/claims.py --parts steps inference       timings alone: on a machine with nothing else to do
 
 TeamLoRA, HydraLoRA, MoELoRA and LoRA at equal numbers of trained parameters, and TeamLoRA at half of them, on the tasks
