@@ -297,6 +297,10 @@ def test_steps_are_timed_in_turns_and_change_only_what_is_trained(place):
     ]
     assert len(rows) == 13 and all(row["seconds"] == [1.0, 1.0] for row in rows)
     assert all(row["over_lora"] == {"median": 1.0, "low": 1.0, "high": 1.0} for row in rows)
+    # The same function in both implementations; something, and not everything.
+    moved = {(row["family"], row["experts"], row["implementation"]): row["moved"] for row in rows}
+    for (family, k, _), by in moved.items():
+        assert 1e-4 < by < 0.5 and by == pytest.approx(moved.get((family, k, "published"), by), rel=0.01)
     trained = {row["family"]: row["parameters"] for row in rows if row["experts"] in (1, 4)}
     for family, parameters in trained.items():
         options = options_of(Cell(family, 4, "ffn", 1.0, 0), TINY, place.base, data_folder(place), Path("out"))
@@ -384,7 +388,7 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
         _result("hydralora", "000000000000"),
         *(_result("teamlora", "111001110011", seed, share=0.5) for seed in range(3)),
     ]
-    row = {"experts": 4, "parameters": 1, "over_lora": {"median": 1.5, "low": 1.4, "high": 1.7}}
+    row = {"experts": 4, "parameters": 1, "moved": 0.0107, "over_lora": {"median": 1.5, "low": 1.4, "high": 1.7}}
     steps = [
         {
             **row,
@@ -437,6 +441,7 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
     assert f"{step} (one by one) over MoELoRA's (one by one), k=4 on gate, up, down: 0.75 (95 %: 0.75 - 1.00)" in text
     assert "; the paper 0.70. Cannot tell which takes less." in text
     assert f"{step} (packed) over MoELoRA's (one by one), k=4 on gate, up, down: 0.50 (95 %" in text
+    assert "| 3.00 | 1.50 (1.40 - 1.70) | 1.07 % |" in text
     # The paper's are of the feed-forward layers.
     assert (
         f"{step} (one by one) over MoELoRA's (one by one), k=4 on all projections: 1.05 (95 %: 1.00 - 1.05).\n" in text

@@ -297,16 +297,18 @@ def _step_table(steps: Rows) -> list[str]:
     if not steps:
         return []
     lines = [
-        "Median over the turns, with its quartiles, of the time over LoRA's in the same turn.",
+        "Median over the turns, with its quartiles, of the time over LoRA's in the same turn. The first step moves "
+        "what a layer gives by so many percent: alpha is there to make that alike.",
         "",
-        "| | layers | targets | trained parameters | seconds a step | over LoRA's |",
-        "|---|---|---|---|---|---|",
+        "| | layers | targets | trained parameters | seconds a step | over LoRA's | moved by the first |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in steps:
         name = NAMES[row["family"]] + ("" if row["family"] == "lora" else f", k={row['experts']}")
         layers = "-" if row["family"] == "lora" else row["implementation"]
         taken = f"{statistics.median(row['seconds']):.2f}"
-        cells = [name, layers, _TARGETS[row["targets"]], f"{row['parameters']:,}", taken, _ratio(row["over_lora"])]
+        timed = (taken, _ratio(row["over_lora"]), f"{100 * row['moved']:.2f} %")
+        cells = [name, layers, _TARGETS[row["targets"]], f"{row['parameters']:,}", *timed]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
