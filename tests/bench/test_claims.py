@@ -453,6 +453,10 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
     assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.25 (1.20 - 1.30) |" in text
     assert "| c | ONNX Runtime, int4 | 5 MB | 40.0 | 90.0 % |" in text
     assert "| the base | - | - | 0 | 1 | 8.3 | - |" in text
+    # Timings alone, on a machine with nothing else to do, and scores alone.
+    alone = tables({**found, "scores": [], "exports": []})
+    assert "## Scores" not in alone and "the paper 0.70" in alone and "## A training step" in alone
+    assert "## A training step" not in tables({**found, "steps": [], "inference": []})
     write_plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

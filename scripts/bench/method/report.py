@@ -82,6 +82,8 @@ def _score_table(scores: Rows) -> list[str]:
 
 def _task_table(scores: Rows) -> list[str]:
     """Means over seeds, a column for each task."""
+    if not scores:
+        return []
     tasks = list(scores[0]["by_task"])
     lines = [f"| | targets | {' | '.join(tasks)} |", "|---" * (len(tasks) + 2) + "|"]
     for results in groups(scores).values():
