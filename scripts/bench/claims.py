@@ -169,7 +169,6 @@ def _work(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
 
 def _timed(place: Place, part: str, given: argparse.Namespace, measure: Callable[[], list[Any]]) -> list[Any]:
     """Rows of a timing from now, or, where it is not asked for, those that were kept of the same code."""
-    version = "" if given.any_version else f"-{whole_version()}"
     name = f"{part}{'-quick' if given.quick else ''}-{place.base.name}"
     if part in given.parts:
         rows = measure()
@@ -177,10 +176,11 @@ def _timed(place: Place, part: str, given: argparse.Namespace, measure: Callable
         path = place.folder / f"{name}-{whole_version()}.json"
         write_aside(path, json.dumps(rows, indent=1) + "\n", result=False)
         return rows
-    found = sorted(place.folder.glob(f"{name}{version or '-????????'}.json"), key=lambda path: path.stat().st_mtime)
-    if given.cells or not found:
+    if given.cells:
         return []
-    return json.loads(found[-1].read_text(encoding="utf-8"))
+    version = "????????" if given.any_version else whole_version()
+    found = sorted(place.folder.glob(f"{name}-{version}.json"), key=lambda path: path.stat().st_mtime)
+    return json.loads(found[-1].read_text(encoding="utf-8")) if found else []
 
 
 def _steps(place: Place, given: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
