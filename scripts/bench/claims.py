@@ -1,8 +1,9 @@
 """Does TeamLoRA keep its promise, and what does it cost? Trains, scores and times all families on one small base.
 
-    scripts/bench/claims.py --quick                       one seed, a small grid: made for 15 minutes on two cores
+    scripts/bench/claims.py --quick                       one seed, a small grid: half an hour on two cores (estimated)
     scripts/bench/claims.py                               everything; hours
     scripts/bench/claims.py --cells teamlora-k4-ffn moelora-k4-ffn --seeds 3       two cells with another seed
+    scripts/bench/claims.py --cells base '*-k4-ffn' lora-ffn                       one set of targets, three seeds
     scripts/bench/claims.py --parts steps inference       timings alone: on a machine with nothing else to do
 
 TeamLoRA, HydraLoRA, MoELoRA and LoRA at equal numbers of trained parameters, and TeamLoRA at half of them, on the tasks
@@ -22,19 +23,20 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from method.cells import Place, code_version, default_folder, run_cell
-from method.plan import BASE, EXPERTS, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
+from method.cells import Place, code_version, default_folder, run_cell, whole_version
+from method.plan import BASE, EXPERTS, EXPORTED, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
 
+from teamlora_export import interrupt
 from teamlora_export.deploy.cores import usable_cores
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import write_aside
 
 PARTS = ("scores", "steps", "inference", "exports")
-_EXPORTED = "teamlora-k4-ffn"
 
 
 def main() -> None:
@@ -44,9 +46,7 @@ def main() -> None:
     changed = {name: value for name in _CHANGED if (value := getattr(given, name)) is not None}
     place = Place(_base(given.base), dataclasses.replace(settings, **changed), given.cache, given.any_version)
     grid = (quick_grid if given.quick else full_grid)(given.seeds)
-    cells = [c for c in grid if not given.cells or any(part in c.name for part in given.cells)]
-    if not cells:
-        raise ExportError(f"--cells {' '.join(given.cells)}: none of {', '.join(cell.name for cell in grid)}.")
+    cells = _chosen(grid, given.cells)
     failures = _run_cells(cells, place, given.jobs, reporter) if "scores" in given.parts else []
     found = {
         "title": ("A quick look at" if given.quick else "The measure of") + " four families of adapters",
@@ -68,6 +68,19 @@ def main() -> None:
         raise ExportError("; ".join(failures))
 
 
+def _chosen(grid: Sequence[Cell], asked: Sequence[str]) -> list[Cell]:
+    """Those of the names that were asked for: a cell's with or without its seed, or a pattern of them; else all."""
+    if not asked:
+        return list(grid)
+    chosen: set[Cell] = set()
+    for pattern in asked:
+        found = [cell for cell in grid if fnmatchcase(cell.name, pattern) or fnmatchcase(cell.group, pattern)]
+        if not found:
+            raise ExportError(f"--cells {pattern}: none of {', '.join(cell.name for cell in grid)}.")
+        chosen.update(found)
+    return [cell for cell in grid if cell in chosen]
+
+
 # Of `Settings`, what may be given.
 _CHANGED = ("steps", "batch", "learning_rate", "rank", "train", "validation", "test", "dtype")
 
@@ -77,9 +90,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="a small grid, short trainings, few questions")
     parser.add_argument("--jobs", type=_count, default=usable_cores(), help="cells at a time (default: the cores)")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2; with --quick 0")
-    parser.add_argument("--cells", nargs="+", default=[], help="only cells whose names hold one of these; scores alone")
+    parser.add_argument(
+        "--cells", nargs="+", default=[], help="names, with or without a seed, or patterns; scores alone"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"default: {' '.join(PARTS)}")
-    parser.add_argument("--turns", type=_count, help="of the timings (default: 9; with --quick 3)")
+    parser.add_argument(
+        "--turns", type=_count, help="of the timings (default: 9; with --quick 6, the fewest that tell)"
+    )
     parser.add_argument("--base", type=Path, help="a folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--cache", type=Path, default=default_folder(), help="where cells are kept")
     parser.add_argument("--any-version", action="store_true", help="take what other versions of the code have found")
@@ -90,7 +107,7 @@ def _arguments() -> argparse.Namespace:
     given = parser.parse_args()
     given.seeds = given.seeds or ([0] if given.quick else [0, 1, 2])
     given.parts = given.parts or (["scores"] if given.cells else list(PARTS))
-    given.turns = given.turns or (3 if given.quick else 9)
+    given.turns = given.turns or (6 if given.quick else 9)
     return given
 
 
@@ -142,24 +159,28 @@ def _outcome(future: Future[dict[str, Any] | None]) -> str:
 
 
 def _work(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
-    """`run_cell` in a process of its own."""
-    import torch
+    """`run_cell` in a process of its own, which an interruption leaves with a checkpoint."""
+    with interrupt.reported():
+        import torch
 
-    torch.set_num_threads(threads)
-    return run_cell(cell, place)
+        torch.set_num_threads(threads)
+        return run_cell(cell, place)
 
 
 def _timed(place: Place, part: str, given: argparse.Namespace, measure: Callable[[], list[Any]]) -> list[Any]:
-    """Rows of a timing from now, or those that were kept where it is not asked for."""
-    path = place.folder / f"{part}{'-quick' if given.quick else ''}-{place.base.name}.json"
+    """Rows of a timing from now, or, where it is not asked for, those that were kept of the same code."""
+    name = f"{part}{'-quick' if given.quick else ''}-{place.base.name}"
     if part in given.parts:
         rows = measure()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place.folder.mkdir(parents=True, exist_ok=True)
+        path = place.folder / f"{name}-{whole_version()}.json"
         write_aside(path, json.dumps(rows, indent=1) + "\n", result=False)
         return rows
-    if given.cells or not path.is_file():
+    if given.cells:
         return []
-    return json.loads(path.read_text(encoding="utf-8"))
+    version = "????????" if given.any_version else whole_version()
+    found = sorted(place.folder.glob(f"{name}-{version}.json"), key=lambda path: path.stat().st_mtime)
+    return json.loads(found[-1].read_text(encoding="utf-8")) if found else []
 
 
 def _steps(place: Place, given: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
@@ -168,7 +189,7 @@ def _steps(place: Place, given: argparse.Namespace, reporter: Reporter) -> list[
     rows = []
     for targets in ["ffn"] if given.quick else TARGETS:
         with reporter.step(f"Timing steps, {targets}"):
-            rows += time_steps(place, EXPERTS, targets, given.turns, usable_cores())
+            rows += time_steps(place, [4] if given.quick else EXPERTS, targets, given.turns, usable_cores())
     return rows
 
 
@@ -177,7 +198,7 @@ def _inference(place: Place, given: argparse.Namespace, reporter: Reporter) -> l
 
     asked = Asked(count=8 if given.quick else 24, turns=given.turns, trace=not given.quick)
     rows = []
-    for cell in quick_grid([0]):
+    for cell in (quick_grid if given.quick else full_grid)([0]):
         if cell.family != BASE and cell.share == 1:
             with reporter.step(f"Timing inference, {cell.group}"):
                 rows += time_inference(place, cell, asked, usable_cores(), reporter)
@@ -192,8 +213,10 @@ def _exports(cells: Sequence[Cell], place: Place, given: argparse.Namespace, rep
 
     # In 16 bits ONNX Runtime is slow on a CPU.
     forms = [form for form in FORMS if form != "fp16" or not given.quick]
-    chosen = [cell for cell in cells if cell.group == _EXPORTED and cell.seed == given.seeds[0]]
+    chosen = [cell for cell in cells if cell.group == EXPORTED and cell.seed == given.seeds[0]]
     rows = [row for cell in chosen for row in score_exports(cell, place, forms, usable_cores(), reporter)]
+    if not rows:
+        reporter.warn(f"Exports: left out. They are of {EXPORTED}-s{given.seeds[0]}, which is not trained.")
     return [_without(row, "answers") for row in rows]
 
 

@@ -145,6 +145,20 @@ def test_answers_are_right(parts):
             assert len(kinds) == 1 and sum(word in kinds[0] for word in others) == 1
 
 
+def test_sums_and_differences_end_with_every_digit_in_all_parts_though_no_pair_is_in_two():
+    pairs_of: dict[str, set[tuple[int, ...]]] = {}
+    for part in PARTS:
+        ends = collections.defaultdict(collections.Counter)
+        for example in make_examples("arithmetic", part, 400):
+            operands = tuple(sorted(map(int, re.findall(r"\d+", example.prompt))))
+            pairs_of.setdefault(part, set()).add(operands)
+            ends[int(example.answer) == sum(operands)][int(example.answer) % 10] += 1
+        for found in ends.values():
+            assert set(found) == set(range(10)) and max(found.values()) < 0.2 * found.total(), (part, found)
+    for one, other in combinations(PARTS, 2):
+        assert not pairs_of[one] & pairs_of[other]
+
+
 def test_inference_follows_from_the_premises(parts):
     """The order of the three, from the premises; a claim about a fourth is neither."""
     for part in PARTS:

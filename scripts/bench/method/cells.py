@@ -35,13 +35,19 @@ from teamlora_export.staging import write_aside
 RESULT_NAME = "result.json"
 _BENCH = Path(__file__).parents[1]
 _PACKAGE = Path(teamlora_export.__file__).parent
-# What a score depends on; a change elsewhere leaves results as they are.
+_TASKS = (_BENCH / "write_tasks.py", *(_BENCH / "tasks").glob("*.py"))
+# What a cell's score depends on; a change elsewhere leaves results as they are.
+_TRAINS = ("data.py", "encode.py", "evaluate.py", "model.py", "options.py", "run.py", "trainer.py")
 _CODE = (
-    *(_BENCH / "tasks").glob("*.py"),
+    *_TASKS,
     *(_BENCH / "method" / name for name in ("plan.py", "score.py", "cells.py")),
-    *(_PACKAGE / "train" / name for name in ("encode.py", "evaluate.py", "model.py", "run.py", "trainer.py")),
-    *(_PACKAGE / name for name in ("adapter/families.py", "model/layer.py", "model/inject.py")),
+    *(_PACKAGE / "train" / name for name in _TRAINS),
+    *(_PACKAGE / "adapter").glob("*.py"),
+    *(_PACKAGE / "model" / name for name in ("base.py", "inject.py", "layer.py")),
+    *(_PACKAGE / name for name in ("deploy/words.py", "tokens.py")),
 )
+# What is exported, deployed or timed depends on all of it.
+_ALL = (*_BENCH.rglob("*.py"), *_PACKAGE.rglob("*.py"))
 
 
 @dataclass(frozen=True)
@@ -138,23 +144,27 @@ def _trained(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
     """What is known of the training that wrote the adapter, from before or from now."""
     from teamlora_export.progress import Reporter
     from teamlora_export.train import train
+    from teamlora_export.train.card import RECORD_NAME
+    from teamlora_export.train.checkpoint import work_folder
 
-    record = folder / "training.json"
-    if not record.is_file():
-        options = options_of(cell, place.settings, place.base, data_folder(place), folder / "adapter")
-        done = train(options, Reporter(quiet=True))
-        known = {
-            "rank": options.rank,
-            "alpha": options.used_alpha,
-            "parameters": done.trained_parameters,
-            "seconds_per_step": done.seconds_per_step,
-            "held_out_loss": done.held_out_loss,
-            "best_step": done.best_step,
-            "losses": list(done.losses),
-            "versions": dict(done.versions),
-        }
-        write_aside(record, json.dumps(known) + "\n", result=False)
-    return json.loads(record.read_text(encoding="utf-8"))
+    options = options_of(cell, place.settings, place.base, data_folder(place), folder / "adapter")
+    # It comes with the whole adapter.
+    path = options.output / RECORD_NAME
+    if not path.is_file():
+        train(options, Reporter(quiet=True))
+    # Left of a training that was killed when all was written.
+    shutil.rmtree(work_folder(options.output), ignore_errors=True)
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "rank": options.rank,
+        "alpha": options.used_alpha,
+        "parameters": record["trained_parameters"],
+        "seconds_per_step": record["seconds_per_step"],
+        "held_out_loss": record["held_out_loss"],
+        "best_step": record["best_step"],
+        "losses": [[entry["step"], entry["loss"]] for entry in record["log"] if "loss" in entry],
+        "versions": record["versions"],
+    }
 
 
 def score_in_torch(place: Place, adapter: Path | None, dtype: str) -> Scores:
@@ -181,7 +191,7 @@ def asked_examples(settings: Settings) -> list[Any]:
 def data_folder(place: Place) -> Path:
     """The files of `write_tasks` for these settings, written once."""
     settings = place.settings
-    code = _hash_of_code(tuple(path for path in _CODE if path.parent.name == "tasks"))
+    code = _hash_of_code(_TASKS)
     folder = place.folder / "data" / f"{_short_hash({**settings.counts, 'seed': settings.data_seed})}-{code}"
     if not folder.is_dir():
         staging = folder.with_name(f"{folder.name}.{os.getpid()}")
@@ -198,6 +208,12 @@ def data_folder(place: Place) -> Path:
 def code_version() -> str:
     """Of the code that decides about a score, but for comments, docstrings and layout."""
     return _hash_of_code(_CODE)
+
+
+@cache
+def whole_version() -> str:
+    """Of all code of the package and of the benchmark, likewise."""
+    return _hash_of_code(_ALL)
 
 
 def _hash_of_code(paths: tuple[Path, ...]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from method.cells import Place, asked_examples, code_version, score_in_torch
+from method.cells import Place, asked_examples, score_in_torch, whole_version
 from method.plan import Cell
 from method.score import runner_generate, score, tokenizer_of
 from teamlora_export import __version__
@@ -38,7 +38,7 @@ def score_exports(
         return []
     rows = []
     for form in (TORCH, *forms):
-        path = adapter.parent / f"export-{form}-{code_version()}.json"
+        path = adapter.parent / f"export-{form}-{whole_version()}.json"
         if not path.is_file():
             with reporter.step(f"Scoring {cell.name}, {form}"):
                 row = _score(cell, place, adapter, form, threads, reporter)

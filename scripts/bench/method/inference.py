@@ -20,6 +20,7 @@ import traced
 
 from method.cells import Place, data_folder
 from method.plan import Cell, options_of
+from method.report import PUBLISHED
 from teamlora_export.adapter import AdapterSpec, write_adapter
 from teamlora_export.bench.graphs import written_graphs
 from teamlora_export.bench.measure import make_prompts
@@ -35,7 +36,7 @@ from teamlora_export.progress import Reporter
 from teamlora_export.train import TrainOptions
 from teamlora_export.train.model import adapt, start_adapter
 
-TORCH, TRACED, BODY, NATIVE = "published, PyTorch", "published, traced as it is", "our export", "our export, native op"
+TORCH, TRACED, BODY, NATIVE = PUBLISHED, "published, traced as it is", "our export", "our export, native op"
 _BASES = {TORCH: "base, PyTorch", TRACED: "base, traced as it is", BODY: "base, exported", NATIVE: "base, exported"}
 _SPREAD = 0.02
 LAYERS: Mapping[str, traced.Layer] = {
@@ -99,7 +100,8 @@ def _rows(way: str, figures: Sequence[Figure], cell: Cell, threads: int) -> list
             continue
         own = next(f for f in figures if f.row == _BASES[way] and f.quantity == figure.quantity)
         again = next(f for f in figures if f.row == AGAIN and f.quantity == figure.quantity)
-        low, median, high = np.percentile(np.array(figure.seconds) / np.array(own.seconds), (25, 50, 75)).tolist()
+        ratios = np.array(figure.seconds) / np.array(own.seconds)
+        low, median, high = np.percentile(ratios, (25, 50, 75)).tolist()
         rows.append(
             {
                 "row": way,
@@ -110,6 +112,7 @@ def _rows(way: str, figures: Sequence[Figure], cell: Cell, threads: int) -> list
                 "workload": dataclasses.asdict(figure.workload),
                 "threads": threads,
                 "seconds": list(figure.seconds),
+                "ratios": ratios.tolist(),
                 "over_base": {"median": median, "low": low, "high": high},
                 "base_over_itself": dataclasses.asdict(again.ratio),
             }

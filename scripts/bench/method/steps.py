@@ -58,7 +58,9 @@ def time_steps(
 ) -> list[dict[str, Any]]:
     """A row for each family, number of experts and implementation, at equal numbers of trained parameters.
 
-    `seconds` are of each turn, `over_lora` are the median and the quartiles of the ratios within a turn.
+    `seconds` are of each turn, `over_lora` are the median and the quartiles of the ratios within a turn. `moved` is of
+    the first step, before which an adapter adds nothing: the root mean square of what it adds on the same rows, over
+    that of what the base's layer gives, mean over layers.
     """
     torch.set_num_threads(threads)
     base = open_base(str(place.base), "text-generation")
@@ -67,6 +69,7 @@ def time_steps(
     linears = {path: model.get_submodule(path) for path in ways[0].layers}
     orders = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    moved: dict[str, float] = {}
     for turn, batch in enumerate(_batches(place, _WARM_UP + turns)):
         for index in orders.permutation(len(ways)).tolist():
             way = ways[index]
@@ -74,10 +77,14 @@ def time_steps(
             begin = clock()
             _step(model, way, batch)
             taken = clock() - begin
+            if turn == 0:
+                moved[way.name] = _moved(model, way, batch)
             swap_linears(model, linears, lambda path, _: linears[path])
             if turn >= _WARM_UP:
                 seconds[way.name].append(taken)
-    return [_row(way, seconds[way.name], seconds["lora"], targets, threads) for way in ways]
+    return [
+        {**_row(way, seconds[way.name], seconds["lora"], targets, threads), "moved": moved[way.name]} for way in ways
+    ]
 
 
 def _ways(model: nn.Module, base: BaseModel, place: Place, experts: Sequence[int], targets: str) -> list[Way]:
@@ -110,15 +117,40 @@ def _way(model: nn.Module, base: BaseModel, options: TrainOptions) -> Way:
 
 def _step(model: nn.Module, way: Way, batch: Mapping[str, torch.Tensor]) -> None:
     loss = model(**batch, use_cache=False).loss
-    if way.balance_weight:
-        routing = routing_of(way.layers.values())
-        assert routing is not None
-        use = routing.flatten(1, 2).mean(dim=1)
-        loss = loss + way.balance_weight * (use - 1.0 / routing.shape[-1]).square().mean()
+    if way.family != "lora":
+        balance = _balance(way, batch["attention_mask"])
+        loss = loss + way.balance_weight * balance
+        balance.item()
     loss.backward()
     torch.nn.utils.clip_grad_norm_([p for layer in way.layers.values() for p in layer.trained().values()], _CLIP)
     way.optimizer.step()
     way.optimizer.zero_grad()
+
+
+def _balance(way: Way, mask: torch.Tensor) -> torch.Tensor:
+    """Of all families with experts, as a training computes it for its log; with gradients where it has a weight."""
+    with torch.set_grad_enabled(way.balance_weight > 0):
+        routing = routing_of(way.layers.values())
+        assert routing is not None
+        use = torch.einsum("lbsk,bs->lk", routing, mask.float() / mask.sum())
+        return (use - 1.0 / routing.shape[-1]).square().mean()
+
+
+@torch.no_grad()
+def _moved(model: nn.Module, way: Way, batch: Mapping[str, torch.Tensor]) -> float:
+    found = []
+
+    def look(layer: nn.Module, read: tuple[torch.Tensor], given: torch.Tensor) -> None:
+        own = layer.base_projection(read[0]).float()
+        found.append(float((given.float() - own).square().mean().sqrt() / own.square().mean().sqrt()))
+
+    hooks = [layer.register_forward_hook(look) for layer in way.layers.values()]
+    try:
+        model(**batch, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(found) / len(found)
 
 
 def _batches(place: Place, count: int) -> list[dict[str, torch.Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import zlib
 
 from tasks.words import NAMES, Part, split, turn
 
@@ -36,16 +37,17 @@ _SUMS = {
         ),
     },
 }
-# By the last digit of 7 a + 3 b, which no sum or difference gives away.
-_OPERANDS = {"train": range(7), "validation": (7,), "test": (8, 9)}
+# Of ten pairs of operands, how many are of a part.
+_SHARES = {"train": range(7), "validation": (7,), "test": (8, 9)}
 
 
 def arithmetic(part: Part, rng: random.Random, index: int) -> tuple[str, str]:
-    """A sum or a difference of numbers up to 60; pairs of operands are of one part."""
+    """A sum or a difference of numbers up to 60. A pair of operands is of one part, by a hash: answers of all parts
+    end with every digit."""
     sign = turn("+-", index)
     while True:
         b, a = sorted(rng.sample(range(2, 61), 2))
-        if (7 * a + 3 * b) % 10 in _OPERANDS[part]:
+        if zlib.crc32(f"{a} {b}".encode()) % 10 in _SHARES[part]:
             break
     text = rng.choice(_SUMS[part][sign]).format(a=a, b=b, name=rng.choice(NAMES[part]))
     return text, str(a + b if sign == "+" else a - b)
