@@ -70,9 +70,7 @@ def staged(out: Path, listed: Listing, inputs: Sequence[Path] = (), held: str | 
             with interrupt.held():
                 _replace_folder(staging, place)
                 sync_names(place.parent)
-                # A part of what is being written is not there yet.
-                if not any(map(_STAGED.match, place.parent.parts)):
-                    interrupt.note_written(out)
+                _note_written(out, place)
 
 
 @contextmanager
@@ -170,7 +168,7 @@ def write_aside(path: Path, content: Content, *, result: bool = True) -> None:
                 os.replace(staging, path)
                 if result:
                     sync_names(path.parent)
-                    interrupt.note_written(path)
+                    _note_written(path, path)
         finally:
             with interrupt.held():
                 staging.unlink(missing_ok=True)
@@ -193,7 +191,7 @@ def write_together(files: Mapping[Path, Content]) -> None:
             _move_out(ready)
             sync_names(first.parent)
             for path in files:
-                interrupt.note_written(path)
+                _note_written(path, path)
 
 
 @contextmanager
@@ -311,6 +309,12 @@ def entries(folder: Path) -> Iterator[str]:
             yield (here / name).relative_to(folder).as_posix()
         if not folders and not files and here != folder:
             yield here.relative_to(folder).as_posix()
+
+
+def _note_written(given: Path, place: Path) -> None:
+    """An interruption that comes later says that `given` is there; a part of what is being written is not yet."""
+    if not any(map(_STAGED.match, place.parent.parts)):
+        interrupt.note_written(given)
 
 
 def _replace_folder(staging: Path, place: Path) -> None:

@@ -423,5 +423,8 @@ def _some_of_each(rows: Sequence[Encoded]) -> list[Encoded]:
 
 
 def _versions() -> dict[str, str]:
+    """Of what computes; sums are in another order with other threads."""
+    import torch
+
     versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
-    return {"teamlora-export": __version__, **versions}
+    return {"teamlora-export": __version__, **versions, "threads": str(torch.get_num_threads())}

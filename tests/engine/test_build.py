@@ -177,7 +177,7 @@ def test_changed_files_are_refused(bundle):
         read_facts(path)
     fields = json.loads(facts_path(path).read_text())
     facts_path(path).write_text(json.dumps({**fields, "format_version": 99}))
-    with pytest.raises(ExportError, match="format version 99, this tool reads up to 1"):
+    with pytest.raises(ExportError, match=r"format version 99, this tool reads up to \d+\."):
         read_facts(path)
     facts_path(path).unlink()
     with pytest.raises(ExportError, match="pair of files"):

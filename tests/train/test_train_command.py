@@ -141,7 +141,7 @@ cli.main()
 def run_killed(options: TrainOptions, kind: str, step: int = 11) -> subprocess.CompletedProcess[str]:
     """The command, which gets a signal within a step."""
     command = [sys.executable, "-c", KILLED, *shlex.split(options.command())[1:]]
-    environment = {**os.environ, "KIND": kind, "STEP": str(step)}
+    environment = {**os.environ, "KIND": kind, "STEP": str(step), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
