@@ -41,7 +41,7 @@ from teamlora_export.bundle import (
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.engine.facts import listed_engines
 from teamlora_export.errors import ExportError
-from teamlora_export.graph import op, weights
+from teamlora_export.graph import external_data, op, weights
 from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.passes.quantize_base import QuantizeBase
 from teamlora_export.graph.passes.take_adapters import TakeAdapters
@@ -297,7 +297,7 @@ def _write_weights(
     size = weights.total_bytes(model.graph.initializers.values())
     require_space(folder, size)
     with reporter.bytes("Writing weights", size) as progress:
-        return weights.write_external_data(
+        return external_data.write_external_data(
             model.graph.initializers.values(), base_weights, adapter, folder / DATA_NAME, progress
         )
 

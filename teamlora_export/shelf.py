@@ -39,8 +39,9 @@ from teamlora_export.bundle import (
 )
 from teamlora_export.disk import sync, sync_names
 from teamlora_export.errors import ExportError, raise_findings
+from teamlora_export.graph.cooked import adapter_weights
 from teamlora_export.graph.precision import IR_DTYPES
-from teamlora_export.graph.weights import Recipe, adapter_weights
+from teamlora_export.graph.weights import Recipe
 from teamlora_export.origin import describe_adapter, warn_of_normalizers
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import held_file, require_space, write_aside

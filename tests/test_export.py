@@ -149,14 +149,14 @@ def test_a_weight_that_the_checkpoint_lacks_is_told_before_anything_is_traced(
 
 
 def test_weights_that_change_while_they_are_read_are_noticed(tmp_path, base, make_adapter, monkeypatch):
-    original = export.weights.write_external_data
+    original = export.external_data.write_external_data
 
     def write_then_touch(*arguments: object) -> str:
         digest = original(*arguments)  # type: ignore[arg-type]
         os.utime(base / "model.safetensors", (1, 1))
         return digest
 
-    monkeypatch.setattr(export.weights, "write_external_data", write_then_touch)
+    monkeypatch.setattr(export.external_data, "write_external_data", write_then_touch)
     with pytest.raises(ExportError, match="changed while they were read"):
         export_to(tmp_path / "out", base, make_adapter("llama"))
     assert list(tmp_path.iterdir()) == [base]

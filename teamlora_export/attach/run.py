@@ -40,7 +40,8 @@ from teamlora_export.bundle import (
 )
 from teamlora_export.errors import ExportError
 from teamlora_export.files import LARGEST_TEXT, copy_file, open_file, read_json, sha256_of
-from teamlora_export.graph import op, weights
+from teamlora_export.graph import external_data, op, weights
+from teamlora_export.graph.cooked import NoBase
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.read import StoredWeight, read_graph
@@ -172,7 +173,7 @@ def _place_weights(
             source.seek(0)
             require_space(folder, size)
             with reporter.bytes(f"Copying {name}", size) as progress:
-                digest = weights.copy_hashed(source, folder / DATA_NAME, progress)
+                digest = external_data.copy_hashed(source, folder / DATA_NAME, progress)
         for value in outside:
             value.const_value = _moved(value.const_value, folder)
         return digest, {name: digest}
@@ -180,7 +181,7 @@ def _place_weights(
     size = sum(value.const_value.nbytes for value in moved if value.const_value is not None)
     require_space(folder, size)
     with reporter.bytes("Writing the graph's weights", size) as progress:
-        digest = weights.write_external_data(moved, weights.NoBase(), adapter, folder / DATA_NAME, progress)
+        digest = external_data.write_external_data(moved, NoBase(), adapter, folder / DATA_NAME, progress)
     return digest, {name: sha256_of(foreign.folder / name, foreign.folder) for name in foreign.data}
 
 
@@ -189,7 +190,7 @@ def _write_adapter(own: list[ir.Value], adapter: AdapterSpec, folder: Path, repo
     size = weights.total_bytes(own)
     require_space(folder, size)
     with reporter.bytes("Writing the adapter's weights", size) as progress:
-        return weights.write_external_data(own, weights.NoBase(), adapter, folder / ADAPTER_DATA_NAME, progress)
+        return external_data.write_external_data(own, NoBase(), adapter, folder / ADAPTER_DATA_NAME, progress)
 
 
 def _is_large(tensor: ir.TensorProtocol | None) -> bool:

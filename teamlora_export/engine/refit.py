@@ -15,8 +15,9 @@ from teamlora_export.engine.facts import EngineFacts, read_facts, write_engine
 from teamlora_export.engine.load import load_engine, open_engine_runtime
 from teamlora_export.engine.runtime import Messages
 from teamlora_export.errors import ExportError, raise_findings
+from teamlora_export.graph.cooked import adapter_weights
 from teamlora_export.graph.precision import IR_DTYPES
-from teamlora_export.graph.weights import Recipe, adapter_weights
+from teamlora_export.graph.weights import Recipe
 from teamlora_export.progress import Reporter
 
 

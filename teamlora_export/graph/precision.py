@@ -24,7 +24,7 @@ import onnx_ir.passes.common as common
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
-from teamlora_export.graph.weights import cast_weight
+from teamlora_export.graph.cooked import cast_weight
 
 IR_DTYPES = {name: ir.DataType[dtype.onnx.upper()] for name, dtype in DTYPES.items()}
 

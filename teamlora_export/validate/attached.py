@@ -25,7 +25,7 @@ from teamlora_export.bundle import Bundle
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
-from teamlora_export.graph.weights import NoBase
+from teamlora_export.graph.cooked import NoBase
 from teamlora_export.model.base import BaseModel
 from teamlora_export.model.layer import ExpertLinear
 from teamlora_export.progress import Reporter

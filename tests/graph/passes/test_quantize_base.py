@@ -10,9 +10,10 @@ import onnxruntime as ort
 import pytest
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec
+from teamlora_export.graph.external_data import write_external_data
 from teamlora_export.graph.passes.quantize_base import QuantizeBase
 from teamlora_export.graph.quantized import Scheme, dequantised, is_quantised
-from teamlora_export.graph.weights import Part, Recipe, new_weight, write_external_data
+from teamlora_export.graph.weights import Part, Recipe, new_weight
 
 FLOAT = ir.DataType.FLOAT
 SIZE = 40

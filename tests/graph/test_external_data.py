@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from teamlora_export.graph import weights
-from teamlora_export.graph.weights import _HashingWriter
+from teamlora_export.graph import external_data
+from teamlora_export.graph.external_data import _HashingWriter
 
 # Less than a page, whole pages, several blocks.
 SIZES = st.one_of(st.integers(1, 300), st.sampled_from([65536, 1 << 20]), st.integers(1, 20 << 20))
@@ -49,7 +49,7 @@ def test_a_file_system_without_direct_writes_is_written_as_any_file(tmp_path, mo
     opened = os.open
 
     def refuse_direct(path, flags, *mode):  # type: ignore[no-untyped-def]
-        if flags & weights._DIRECT:
+        if flags & external_data._DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return opened(path, flags, *mode)
 
@@ -65,7 +65,7 @@ def test_one_that_refuses_them_later_only_is_too(tmp_path, monkeypatch):
 
     def refuse_direct(file, data):  # type: ignore[no-untyped-def]
         nonlocal taken
-        if not fcntl.fcntl(file, fcntl.F_GETFL) & weights._DIRECT:
+        if not fcntl.fcntl(file, fcntl.F_GETFL) & external_data._DIRECT:
             return written(file, data)
         if taken:
             raise OSError(errno.EINVAL, "Invalid argument")
