@@ -34,8 +34,12 @@ def write_family(
             tensors |= {f"{name}.lora_A{i}.weight": array(own, d_in) for i in range(k)}
         else:
             tensors[f"{name}.lora_A.weight"] = array(r, d_in)
-        if family == "lora":
+        if family in ("lora", "comol"):
             tensors[f"{name}.lora_B.weight"] = array(d_out, r)
+        if family == "comol":
+            tensors |= {f"{name}.lora_Cores.{i}": array(r, r) for i in range(k)}
+            tensors[f"{name}.lora_router.weight"] = 2 * array(k, r)
+        if family in ("lora", "comol"):
             continue
         tensors |= {f"{name}.lora_B{i}.weight": array(d_out, own) for i in range(k)}
         if family == "teamlora":
@@ -48,6 +52,9 @@ def write_family(
     config = {"r": r, "lora_alpha": 1.5 * r / k, "lora_nums": k, "target_modules": list(targets), "bias": "none"}
     if family == "lora":
         config.pop("lora_nums")
+    if family == "comol":
+        config |= {"peft_type": "MoCoreLORA", "lora_rank": config.pop("r"), "num_experts": config.pop("lora_nums")}
+        config["core_router"] = True
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

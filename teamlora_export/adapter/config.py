@@ -17,6 +17,8 @@ _LARGEST = 1e9
 _MOST_EXPERTS = 1024
 _NUMBERS = {int: "an integer", float: "a number"}
 _BIAS_MODES = ("none", "all", "lora_only")
+# What CoMoL's code calls itself, and what it calls the fields of the others.
+_COMOL, _COMOL_NAMES = "MoCoreLORA", {"r": "lora_rank", "lora_nums": "num_experts"}
 # Options of PEFT that change what a LoRA layer computes and that the op does not express.
 _UNSUPPORTED_OPTIONS = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "alora_invocation_tokens")
 
@@ -34,6 +36,7 @@ class AdapterConfig:
         fan_in_fan_out: the base stores its weights as [in, out] (`Conv1D`).
         use_rslora: scaling is alpha / sqrt(r) (PEFT's LoRA only).
         modules_to_save: suffixes of modules that were trained whole.
+        core_router: the router reads A x, not x (CoMoL only).
     """
 
     r: int
@@ -52,6 +55,7 @@ class AdapterConfig:
     task_type: str | None = None
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
+    core_router: bool = False
 
     def targets(self, path: str) -> bool:
         """Whether `target_modules` names the module at `path`, by PEFT's rules."""
@@ -99,6 +103,8 @@ def read_config(folder: Path) -> AdapterConfig:
 
 def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
     findings: list[str] = []
+    if fields.get("peft_type") == _COMOL:
+        fields = {**{ours: fields[theirs] for ours, theirs in _COMOL_NAMES.items() if theirs in fields}, **fields}
 
     def number(name: str, default: float | None, kind: type, least: float, most: float = _LARGEST) -> Any:
         value: Any = fields.get(name, default)
@@ -171,6 +177,7 @@ def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
         task_type=text("task_type"),
         rank_pattern=per_module("rank_pattern", int),
         alpha_pattern=per_module("alpha_pattern", float),
+        core_router=flag("core_router"),
     )
     raise_findings(where, findings)
     return config

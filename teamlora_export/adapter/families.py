@@ -5,15 +5,16 @@
 | teamlora | lora_A, lora_B{i}, lora_route.fc, lora_interaction_matrix | own chunk of A | k | alpha / (r / k) |
 | hydralora | lora_A, lora_B{i}, lora_route | the whole of A | 1 | alpha / r |
 | moelora | lora_A{i}, lora_B{i}, lora_route | own A | 1 | alpha / rank of an expert |
+| comol | lora_A, lora_Cores.{i}, lora_B, lora_router | the whole of A | 1 | alpha / r |
 | lora | lora_A, lora_B | the whole of A | 1 (k = 1) | alpha / r, or alpha / sqrt(r) with use_rslora |
 
-CoMoL (arXiv 2603.00573: core matrices between a shared A and B, routed from A x) is none of them. With a softmax over
-all experts it would be hydralora's form, B_i = B M_i and the router Q A; with a choice of some experts the op cannot be
-it. Which it is, and how its files name their tensors, has to be read in its code before it gets an entry.
+CoMoL (arXiv 2603.00573, as its authors' layer computes it: github.com/DCDmllm/CoMoL, mocorelora at b9aac3d) mixes core
+matrices C_i between a shared A and B: y = base(x) + B (sum_i p_i C_i)t A x. With B_i = B C_it that is hydralora's form,
+which the op computes; its router reads A x (`core_router`), and is Q A of x then, or x.
 
 A family says which leaves a module must have with which shapes (`expected`), makes an `ExpertProjection` of them
-(`build`), and takes one apart again (`leaves`). Reading, checking and reporting are the same for all and live in
-`read.py`.
+(`build`), and takes one apart again (`leaves`; comol's products have no way back, so that it is only read). Reading,
+checking and reporting are the same for all and live in `read.py`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Family:
     Attributes:
         signature: a leaf that only this family has, given the ones before it in `FAMILIES`.
         expected: leaf name -> acceptable shapes, the usual one first.
-        build: makes the projection of leaves that passed `expected`. leaves: the other way round.
+        build: makes the projection of leaves that passed `expected`. leaves: the other way round; None where there is
+            none.
         splits_rank: k must divide r.
     """
 
@@ -60,7 +62,7 @@ class Family:
     signature: Callable[[Set[str]], bool]
     expected: Callable[[ModuleSizes], dict[str, tuple[Shape, ...]]]
     build: Callable[[str, Leaves, ModuleSizes, AdapterConfig], ExpertProjection]
-    leaves: Callable[[ExpertProjection], dict[str, np.ndarray]]
+    leaves: Callable[[ExpertProjection], dict[str, np.ndarray]] | None
     splits_rank: bool
 
 
@@ -181,6 +183,33 @@ def _leaves_moelora(projection: ExpertProjection) -> dict[str, np.ndarray]:
     }
 
 
+def _expected_comol(sizes: ModuleSizes) -> dict[str, tuple[Shape, ...]]:
+    k, rank = sizes.num_experts, sizes.rank
+    return {
+        "lora_A.weight": ((rank, sizes.in_features),),
+        **{f"lora_Cores.{i}": ((rank, rank),) for i in range(k)},
+        "lora_B.weight": ((sizes.out_features, rank),),
+        "lora_router.weight": ((k, rank), (k, sizes.in_features)),
+    }
+
+
+def _build_comol(path: str, leaves: Leaves, sizes: ModuleSizes, config: AdapterConfig) -> ExpertProjection:
+    down, up, router = (leaves[f"lora_{name}.weight"].astype(np.float64) for name in ("A", "B", "router"))
+    cores = [leaves[f"lora_Cores.{i}"].astype(np.float64) for i in range(sizes.num_experts)]
+    # Where both have the same width, the file alone does not say what it reads.
+    reads_core = config.core_router if sizes.rank == sizes.in_features else router.shape[1] == sizes.rank
+    return ExpertProjection(
+        path=path,
+        down=leaves["lora_A.weight"],
+        router=(router @ down if reads_core else router).astype(np.float32),
+        interaction=_no_interaction(sizes),
+        ups=tuple((up @ core.T).astype(np.float32) for core in cores),
+        scaling=config.alpha(path) / sizes.rank,
+        routing_sum=1.0,
+        shared_down=sizes.num_experts > 1,
+    )
+
+
 def _expected_lora(sizes: ModuleSizes) -> dict[str, tuple[Shape, ...]]:
     return {
         "lora_A.weight": ((sizes.rank, sizes.in_features),),
@@ -224,6 +253,14 @@ FAMILIES = (
         _expected_hydralora,
         _build_hydralora,
         _leaves_hydralora,
+        False,
+    ),
+    Family(
+        "comol",
+        lambda leaves: "lora_Cores.0" in leaves,
+        _expected_comol,
+        _build_comol,
+        None,
         False,
     ),
     Family("lora", lambda leaves: "lora_B.weight" in leaves, _expected_lora, _build_lora, _leaves_lora, False),

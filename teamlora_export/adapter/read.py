@@ -23,6 +23,8 @@ from teamlora_export.files import sha256_of
 
 _PREFIX = "base_model.model."
 _LEAF = re.compile(r"^(?P<path>.+?)\.(?P<leaf>lora_[A-Za-z_]+\d*(?:\.fc)?)(?:\.default)?\.(?P<kind>weight|bias)$")
+# CoMoL's matrices between A and B are no layers: their keys have no `.weight`.
+_CORE = re.compile(r"^(?P<path>.+?)\.lora_Cores(?:\.default)?\.(?P<number>0|[1-9]\d{0,3})$")
 _OVERRIDE = re.compile(r"^(?P<path>.+?)(?:\.base_layer|\.modules_to_save(?:\.default)?)?\.(?P<kind>weight|bias)$")
 
 Modules = dict[str, dict[str, np.ndarray]]
@@ -44,7 +46,7 @@ def read_adapter(folder: str | Path) -> AdapterSpec:
     family = detect_family(set().union(*modules.values()) if modules else set())
     if family is None:
         raise ExportError(
-            f"{path}: holds no adapter that is known here (TeamLoRA, HydraLoRA, MoELoRA, LoRA). "
+            f"{path}: holds no adapter that is known here (TeamLoRA, HydraLoRA, MoELoRA, CoMoL, LoRA). "
             f"Its first keys: {', '.join(sorted(tensors)[:4]) or 'none at all'}."
         )
     findings = _check_values(tensors)
@@ -67,11 +69,12 @@ def _sort_keys(tensors: Mapping[str, np.ndarray]) -> tuple[Modules, dict[str, np
     others: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
         name = key.removeprefix(_PREFIX)
-        match = _LEAF.match(name)
-        if match is None:
-            others[name] = value
-        else:
+        if match := _LEAF.match(name):
             modules.setdefault(match["path"], {})[f"{match['leaf']}.{match['kind']}"] = value
+        elif match := _CORE.match(name):
+            modules.setdefault(match["path"], {})[f"lora_Cores.{match['number']}"] = value
+        else:
+            others[name] = value
     return modules, others
 
 
@@ -118,7 +121,7 @@ def _num_experts(modules: Modules, family: Family, config: AdapterConfig, findin
 
 def _module_sizes(leaves: Mapping[str, np.ndarray], rank: int, num_experts: int) -> ModuleSizes:
     """Sizes that most of a module's leaves agree on, so that the odd one is the finding."""
-    inputs = [v.shape[1] for name, v in leaves.items() if name.startswith(("lora_A", "lora_route")) and v.ndim == 2]
+    inputs = [v.shape[1] for name, v in leaves.items() if name.startswith(("lora_A", "lora_route.")) and v.ndim == 2]
     outputs = [v.shape[0] for name, v in leaves.items() if name.startswith("lora_B") and v.ndim == 2]
     return ModuleSizes(_majority(inputs), _majority(outputs), rank, num_experts)
 

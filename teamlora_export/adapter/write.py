@@ -14,6 +14,7 @@ from teamlora_export.adapter.config import CONFIG_NAME
 from teamlora_export.adapter.families import family_named
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.adapter.tensors import SAFETENSORS_NAME
+from teamlora_export.errors import ExportError
 
 _PREFIX = "base_model.model."
 
@@ -23,6 +24,9 @@ def write_adapter(adapter: AdapterSpec, folder: str | Path, dtype: np.dtype | ty
 
     Args:
         dtype: cast every tensor to it; None keeps each tensor's own.
+
+    Raises:
+        ExportError: its family is only read.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,6 +45,10 @@ def write_adapter(adapter: AdapterSpec, folder: str | Path, dtype: np.dtype | ty
 def _named_tensors(adapter: AdapterSpec) -> dict[str, np.ndarray]:
     tensors = dict(adapter.overrides)
     family = family_named(adapter.family)
+    if family.leaves is None:
+        raise ExportError(
+            f"{adapter.source}: adapters of {family.name} are read only; there is no way back to their files."
+        )
     for path, projection in adapter.projections.items():
         tensors.update({f"{path}.{leaf}": value for leaf, value in family.leaves(projection).items()})
     return tensors
@@ -54,6 +62,7 @@ def _config_fields(adapter: AdapterSpec) -> dict[str, object]:
         "use_rslora": config.use_rslora,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
+        "core_router": config.core_router,
     }
     # What plain LoRA does not have, PEFT does not know.
     of_experts = {"lora_nums": config.lora_nums, "blc_alpha": config.blc_alpha, "blc_weight": config.blc_weight}

@@ -15,7 +15,7 @@ from teamlora_export.adapter.families import FAMILIES
 from teamlora_export.adapter.patterns import why_no_pattern
 from teamlora_export.errors import ExportError
 
-FAMILY_NAMES = tuple(family.name for family in FAMILIES)
+FAMILY_NAMES = tuple(family.name for family in FAMILIES if family.leaves is not None)
 SCHEDULES = ("cosine", "linear", "constant")
 TOO_LONG = ("error", "cut", "skip")
 IMPLEMENTATIONS = ("packed", "published")

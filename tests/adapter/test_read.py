@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, random_adapter
+from formula import by_formula
 from safetensors.numpy import load_file, save_file
 
 from teamlora_export.adapter import AdapterConfig, align_with_base, read_adapter, write_adapter
@@ -137,6 +138,43 @@ def test_moeloras_experts_have_a_of_their_own(c, tmp_path, rng):
     assert_arrays(projection, tensors)
 
 
+@pytest.mark.parametrize("core_router", [True, False])
+@pytest.mark.parametrize("rank", [8, IN])
+def test_comols_cores_are_experts_between_a_shared_a_and_b(rank, core_router, tmp_path, rng):
+    """Its published layer, token by token: y = base + scaling B (sum_i p_i C_i)t A x."""
+    path = f"{PREFIX}layers.0.q_proj"
+    shapes = [(rank, IN), (OUT, rank), *3 * [(rank, rank)]]
+    down, up, *cores = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    router = rng.normal(size=(3, rank if core_router else IN)).astype(np.float32)
+    tensors = {
+        f"{path}.lora_router.weight": router,
+        f"{path}.lora_A.weight": down,
+        **{f"{path}.lora_Cores.{i}": core for i, core in enumerate(cores)},
+        f"{path}.lora_B.weight": up,
+    }
+    settings = {"peft_type": "MoCoreLORA", "lora_rank": rank, "num_experts": 3, "core_router": core_router}
+    config = {"lora_alpha": 16, "target_modules": ["q_proj"], "bias": "none", **settings}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    adapter = read_adapter(tmp_path)
+    assert adapter.family == "comol"
+    x, base = rng.normal(size=(4, IN)), rng.normal(size=(4, OUT))
+    expected = base.copy()
+    for token in range(4):
+        low = down.astype(np.float64) @ x[token]
+        p = np.exp(router @ (low if core_router else x[token]))
+        core = sum(share * core for share, core in zip(p / p.sum(), cores, strict=True))
+        expected[token] += 16 / rank * (up @ (low @ core))
+    found = by_formula(only(tmp_path), x, base)
+    # The products of its matrices are rounded to float32.
+    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+    with pytest.raises(ExportError, match="comol are read only"):
+        write_adapter(adapter, tmp_path / "again")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_rank": rank - 1}))
+    with pytest.raises(ExportError, match=rf"lora_Cores.0 is \[{rank}, {rank}\], expected \[{rank - 1}, {rank - 1}\]"):
+        read_adapter(tmp_path)
+
+
 def test_biases_are_taken_over_where_the_config_trains_them(tmp_path, rng):
     bias = {
         f"{PREFIX}layers.0.q_proj.bias": np.arange(OUT, dtype=np.float32),
@@ -167,6 +205,7 @@ def test_what_is_written_is_read_back_equal(tmp_path, make_base):
         task_type="CAUSAL_LM",
         rank_pattern={"down_proj": 4},
         alpha_pattern={"layers.2.self_attn.q_proj": 3.0},
+        core_router=True,
     )
     left_out = [field.name for field in fields(config) if getattr(config, field.name) == field.default]
     assert not left_out, "a field that is as it is by default may be lost unseen"

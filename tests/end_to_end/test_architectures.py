@@ -3,6 +3,7 @@ trace."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, MIXTURES, OTHERS, ROTATIONS
 from cpp_programs import build_cpp
+from shelves import write_family
 
 from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.deploy.cpp import deploy_cpp
@@ -22,12 +24,14 @@ from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.words import encode_text
 from teamlora_export.errors import ExportError
+from teamlora_export.export import export_onnx
 from teamlora_export.graph import op
 from teamlora_export.graph.build import build_graph
 from teamlora_export.graph.read import port_of
 from teamlora_export.graph.stamp import same_constant, same_operation
 from teamlora_export.graph.weights import recipe_of
 from teamlora_export.progress import Reporter
+from teamlora_export.shelf import add_adapter
 from teamlora_export.validate.run import validate_bundle
 
 
@@ -176,3 +180,16 @@ def test_a_graph_is_strongly_typed_in_its_own_dtype(make_bundle):
         ir.DataType.FLOAT16,
         ir.DataType.INT64,
     }
+
+
+def test_a_comol_adapter_is_exported_and_found_right_alone_and_on_a_shelf(make_base, make_shelf, tmp_path):
+    base = make_base("llama")
+    adapter = write_family(tmp_path / "comol", base, "comol", ("v_proj", "o_proj", "up_proj", "down_proj"), r=2, k=3)
+    bundle = export_onnx(base.name, adapter, tmp_path / "bundle")
+    assert validate_bundle(bundle).passed
+    shelf = shutil.copytree(make_shelf().folder, tmp_path / "shelf")
+    add_adapter(shelf, "comol", adapter)
+    prompts = [[5, 6, 7], [200, 100, 50, 25, 12], [44, 45, 46, 47]]
+    alone = Model(bundle.folder).generate(prompts, 12)
+    assert alone != Model(shelf).generate(prompts, 12), "its experts change the text"
+    assert Model(shelf).generate([*prompts, [9]], 12, adapters=["comol"] * 3 + [None])[:3] == alone
