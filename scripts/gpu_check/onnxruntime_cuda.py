@@ -1,5 +1,5 @@
-"""`python -m gpu_check.onnxruntime_cuda BUNDLE [CAPABILITY]`: a prompt in ONNX Runtime's CUDA provider, by the op's kernels and by
-its body, which must agree."""
+"""`python -m gpu_check.onnxruntime_cuda BUNDLE [CAPABILITY]`: a prompt in ONNX Runtime's CUDA provider, by the op's
+kernels and by its body, which must agree."""
 
 from __future__ import annotations
 
