@@ -165,7 +165,7 @@ def test_rows_are_judged_in_tensorrt_and_in_a_graph(programs):
 
 
 def test_tensorrt_s_own_interface_takes_what_is_asked_of_it_before_a_gpu_is_needed(monkeypatch):
-    """TensorRT-RTX's, which is the same, with another node: it takes no plugins."""
+    """TensorRT-RTX's, which is the same and builds without one, with another node: it takes no plugins."""
     trt = pytest.importorskip("tensorrt_rtx")
     batch = Batch(torch, ON_CPU, None, TINY, "fp16", 3, 3)
     model = onnx.load_from_string(rows.model(batch))
@@ -174,7 +174,7 @@ def test_tensorrt_s_own_interface_takes_what_is_asked_of_it_before_a_gpu_is_need
     monkeypatch.setattr(rows, "model", lambda *_: model.SerializeToString())
     runtime = open_runtime("rtx")
     engines = tensorrt_rows.Engines(torch, ON_CPU, trt, runtime.logger)
-    with pytest.raises(RuntimeError, match="TensorRT builds no engine: "):
+    with pytest.raises(RuntimeError, match="TensorRT does not read its own engine: "):
         engines.of_slots(batch, batch.indices([0, -1, 1]))
     monkeypatch.setattr(rows, "model", lambda *_: b"no model")
     with pytest.raises(RuntimeError, match="TensorRT cannot take the node: "):
