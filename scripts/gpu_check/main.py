@@ -148,17 +148,21 @@ class Check:
     def run(self, steps: Steps, dtypes: Sequence[str], engines: bool) -> None:
         self._steps = steps
         steps.run("environment", self._environment)
-        built = steps.run("build", self._build) and self._run("device", self._device, _ASK_SECONDS)
+        built = steps.run("build", self._build)
+        answers = built and self._run("device", self._device, _ASK_SECONDS)
         if built:
             steps.run("sweep against float64", self._sweep)
+        if answers:
             self._run("adapters in a graph", lambda: self._swap(dtypes[0]), _ADAPTERS_SECONDS)
         for name, step in op_steps(self.description.capability, steps) if engines else ():
             steps.run(name, step, takes=20)
-        if built:
+        if answers:
             self._run("times", lambda: self._time(dtypes[:1]), takes=20)
             self._run("a batch of adapters", lambda: self._time_adapters(dtypes[0]), _ADAPTERS_SECONDS, takes=10)
+        if built:
             for tool in _FIRST_TOOLS:
                 steps.run(f"compute-sanitizer {tool}", lambda tool=tool: self._sanitize(tool), takes=30)
+        if answers:
             self._run("constants of the plan", lambda: self._try(dtypes[0]), takes=20)
         for name, step in (
             engine_steps(self._folder, self._dry_run, steps, self.description.capability) if engines else ()
@@ -167,8 +171,8 @@ class Check:
         if built:
             for tool in TOOLS[len(_FIRST_TOOLS) :]:
                 steps.run(f"compute-sanitizer {tool}", lambda tool=tool: self._sanitize(tool), takes=30)
-            if dtypes[1:]:
-                self._run("times of other types", lambda: self._time(dtypes[1:]), takes=20)
+        if answers and dtypes[1:]:
+            self._run("times of other types", lambda: self._time(dtypes[1:]), takes=20)
 
     def write(self, path: Path) -> None:
         """All that was found so far, as JSON."""

@@ -124,8 +124,8 @@ def apart(step: Callable[[Callable[[Any], None]], str], keep: Callable[[Any], No
 
 
 def _run_forked(step: Callable[[Callable[[Any], None]], str], sender: Connection) -> None:
-    with suppress(OSError):
-        os.setsid()
+    # Of its own, but in the session: who ends the session ends it too.
+    os.setpgrp()
     answer = _judged(lambda: step(lambda value: sender.send(("found", value))))
     sender.send(("ended", answer))
     sys.stdout.flush()
