@@ -102,13 +102,6 @@ template <typename T>
 cudaError_t launch_few(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
                        void* workspace, cudaStream_t stream) noexcept {
     const FewTokensPlan plan = plan_few_tokens(shape, tuning);
-    if (shape.slots > 0) {
-        const AdapterOfRow rows = adapters_of(shape, tensors, plan.token_tile, plan.token_blocks / plan.group_blocks);
-        const bool aligned = aligned_inputs(shape, tensors) && aligned_outputs(shape, tensors);
-        return plan.token_tile == 1 && aligned
-                   ? launch_few<T, 1>(shape, tuning, tensors, plan, workspace, stream, rows)
-                   : launch_few<T, 8>(shape, tuning, tensors, plan, workspace, stream, rows);
-    }
     switch (plan.token_tile) {
         case 1:
             return launch_few<T, 1>(shape, tuning, tensors, plan, workspace, stream);
@@ -117,6 +110,16 @@ cudaError_t launch_few(const MixedExpertShape& shape, const Tuning& tuning, cons
         default:
             return launch_few<T, 8>(shape, tuning, tensors, plan, workspace, stream);
     }
+}
+
+template <typename T>
+cudaError_t launch_few_of_slots(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
+                                void* workspace, cudaStream_t stream) noexcept {
+    const FewTokensPlan plan = plan_few_tokens(shape, tuning);
+    const AdapterOfRow rows = adapters_of(shape, tensors, plan.token_tile, plan.token_blocks / plan.group_blocks);
+    const bool aligned = aligned_inputs(shape, tensors) && aligned_outputs(shape, tensors);
+    return plan.token_tile == 1 && aligned ? launch_few<T, 1>(shape, tuning, tensors, plan, workspace, stream, rows)
+                                           : launch_few<T, 8>(shape, tuning, tensors, plan, workspace, stream, rows);
 }
 
 template <typename T, int kColumnTiles, typename... Rows>
@@ -193,9 +196,13 @@ template <typename T>
 cudaError_t launch_many(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
                         void* workspace, cudaStream_t stream) noexcept {
     const ManyTokensPlan plan = plan_many_tokens(shape, tuning);
-    if (shape.slots == 0) {
-        return launch_many<T>(shape, tuning, tensors, plan, workspace, stream);
-    }
+    return launch_many<T>(shape, tuning, tensors, plan, workspace, stream);
+}
+
+template <typename T>
+cudaError_t launch_many_of_slots(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
+                                 void* workspace, cudaStream_t stream) noexcept {
+    const ManyTokensPlan plan = plan_many_tokens(shape, tuning);
     return launch_many<T>(shape, tuning, tensors, plan, workspace, stream,
                           adapters_of(shape, tensors, 0, plan.row_blocks));
 }
@@ -203,6 +210,10 @@ cudaError_t launch_many(const MixedExpertShape& shape, const Tuning& tuning, con
 template <typename T>
 cudaError_t launch_typed(const MixedExpertShape& shape, const Tuning& tuning, const MixedExpertTensors& tensors,
                          void* workspace, cudaStream_t stream) noexcept {
+    if (shape.slots > 0) {
+        return takes_few(shape, tuning) ? launch_few_of_slots<T>(shape, tuning, tensors, workspace, stream)
+                                        : launch_many_of_slots<T>(shape, tuning, tensors, workspace, stream);
+    }
     return takes_few(shape, tuning) ? launch_few<T>(shape, tuning, tensors, workspace, stream)
                                     : launch_many<T>(shape, tuning, tensors, workspace, stream);
 }

@@ -2,6 +2,8 @@
 // compiler; the emulation has its own.
 #pragma once
 
+#include <atomic>
+
 #include <cuda_runtime_api.h>
 
 namespace teamlora {
@@ -12,7 +14,8 @@ enum class Place { kFirst, kNext, kLast };
 
 // In per cent, what kernels of a call want of a multiprocessor's memory as shared memory, and not as L1 cache, which
 // they hardly use. All of them the same: it changes only while the multiprocessor is idle, so that a kernel with a wish
-// of its own could not begin early there. A hint, which drivers before CUDA 12.8 may not know.
+// of its own could not begin early there. A hint, which drivers before CUDA 12.8 may not know; one that refuses it is
+// not asked again.
 inline constexpr unsigned kSharedMemoryShare = 100;
 inline constexpr int kKnowsShare = 12080;
 
@@ -25,6 +28,38 @@ inline int driver_version() noexcept {
     return version;
 }
 
+// What drivers have said to the wish so far.
+enum class Answer { kUnknown, kTaken, kRefused };
+inline std::atomic<Answer> answer_to_share{Answer::kUnknown};
+
+// Also where it cannot be told. No error of CUDA's is left for whoever asks next for one.
+inline bool may_be_capturing(cudaStream_t stream) noexcept {
+    cudaStreamCaptureStatus status{};
+    if (cudaStreamIsCapturing(stream, &status) == cudaSuccess) return status != cudaStreamCaptureStatusNone;
+    cudaGetLastError();
+    return true;
+}
+
+// A refusal may end a capture: there the wish is made only where a launch before has been granted it.
+inline bool asks_for_share(cudaStream_t stream) noexcept {
+    const Answer answer = answer_to_share.load(std::memory_order_relaxed);
+    return answer == Answer::kTaken || (answer == Answer::kUnknown && !may_be_capturing(stream));
+}
+
+// The last attribute is the wish for shared memory: without it, where it is refused.
+inline cudaError_t launch_with_share(cudaLaunchConfig_t& config, const void* kernel, void** arguments) noexcept {
+    cudaError_t error = cudaLaunchKernelExC(&config, kernel, arguments);
+    if (error == cudaSuccess) {
+        answer_to_share.store(Answer::kTaken, std::memory_order_relaxed);
+        return error;
+    }
+    cudaGetLastError();
+    --config.numAttrs;
+    error = cudaLaunchKernelExC(&config, kernel, arguments);
+    if (error == cudaSuccess) answer_to_share.store(Answer::kRefused, std::memory_order_relaxed);
+    return error;
+}
+
 template <typename... Parameters>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                           cudaStream_t stream, Place place, bool overlaps, const Parameters&... arguments) noexcept {
@@ -35,19 +70,20 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, 
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
     config.attrs = attributes;
-#if CUDART_VERSION >= 12080
-    if (overlaps && driver_version() >= kKnowsShare) {
-        cudaLaunchAttribute& share = attributes[config.numAttrs++];
-        share.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
-        share.val.sharedMemCarveout = kSharedMemoryShare;
-    }
-#endif
     if (overlaps && place != Place::kFirst) {
         cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
         overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         overlap.val.programmaticStreamSerializationAllowed = 1;
     }
     void* addresses[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+#if CUDART_VERSION >= 12080
+    if (overlaps && driver_version() >= kKnowsShare && asks_for_share(stream)) {
+        cudaLaunchAttribute& share = attributes[config.numAttrs++];
+        share.id = cudaLaunchAttributePreferredSharedMemoryCarveout;
+        share.val.sharedMemCarveout = kSharedMemoryShare;
+        return launch_with_share(config, reinterpret_cast<const void*>(kernel), addresses);
+    }
+#endif
     return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), addresses);
 }
 

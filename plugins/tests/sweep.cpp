@@ -1,13 +1,13 @@
 // The kernels, emulated or on a GPU, against the formula in double precision, over many shapes: edges first, then drawn
 // at random.
 //
-//     sweep [--cases N] [--seed S] [--small] [--adapters] [--no-poison]
+//     sweep [--cases N] [--seed S] [--small] [--only KIND]... [--first] [--no-poison]
 //
 // Outputs and workspace start as NaN, and lie between guard bytes. z, v and y must be rounded where the definition
 // rounds, and nowhere else: what is allowed beyond that is float32's own error, in any order of sums. Prints the first
-// failures and exits with 1 where there are any. --small: some of the edges, one of a kind. --adapters: those edges
-// alone that have several. --no-poison: outputs and workspace are left as they were allocated, for a tool that looks
-// for what is read before it is written.
+// failures and exits with 1 where there are any. --small: some of the edges, one of a kind. --only: edges of
+// a kind: adapters, one-adapter, few, many, fp16. --first: the cheapest first, until one fails. --no-poison: outputs
+// and workspace are left as they were allocated, for a tool that looks for what is read before it is written.
 #include <algorithm>
 #include <cinttypes>
 #include <cmath>
@@ -447,6 +447,11 @@ std::vector<Case> edges() {
             add(dtype, 70, 200, 2, c, {24, 24, 16, 16}, 1);
         }
     }
+    // Packs cut by a sibling's end, and more of them than are under way ahead.
+    add(DataType::kFloat16, 3, 64, 4, 70, {21, 44}, 16);
+    // Full tiles: the very first copy, of the last row, comes before another kernel could have run.
+    add(DataType::kFloat16, 64, 64, 4, 8, {24}, 16);
+    cases.back().schedule = 1;
     return cases;
 }
 
@@ -482,10 +487,33 @@ bool device_overlaps() {
     return tuning_of_device(tuning) == cudaSuccess && tuning.overlaps;
 }
 
-int run(int cases, uint64_t seed, bool small, bool adapters) {
-    std::mt19937_64 generator(seed);
+struct Options {
+    int cases = -1;
+    uint64_t seed = 1;
+    bool small = false, first = false;
+    std::vector<std::string> kinds = {};
+};
+
+bool is_of(const std::string& kind, const Case& tried) {
+    if (kind == "adapters") return tried.shape.slots > 0;
+    if (kind == "one-adapter") return tried.shape.slots == 0;
+    if (kind == "few") return takes_few(tried.shape, tried.tuning);
+    if (kind == "many") return !takes_few(tried.shape, tried.tuning);
+    if (kind == "fp16") return tried.shape.dtype == DataType::kFloat16;
+    std::fprintf(stderr, "no kind: %s\n", kind.c_str());
+    std::exit(2);
+}
+
+// Products in the definition.
+int64_t cost(const Case& tried) {
+    const MixedExpertShape& s = tried.shape;
+    return s.tokens * (int64_t{s.rows()} * s.in + int64_t{s.up_rank()} * s.out());
+}
+
+int run(const Options& options) {
+    std::mt19937_64 generator(options.seed);
     std::vector<Case> all = edges();
-    if (small) {
+    if (options.small) {
         // Every seventh; of those with slots, which come in the same 28 forms for each type, every fifth, so that all
         // types together take other forms.
         std::vector<Case> some;
@@ -496,11 +524,15 @@ int run(int cases, uint64_t seed, bool small, bool adapters) {
         }
         all = some;
     }
-    if (adapters) {
-        all.erase(std::remove_if(all.begin(), all.end(), [](const Case& one) { return one.shape.slots == 0; }),
+    for (const std::string& kind : options.kinds) {
+        all.erase(std::remove_if(all.begin(), all.end(), [&](const Case& one) { return !is_of(kind, one); }),
                   all.end());
     }
+    const int cases = options.cases >= 0 ? options.cases : options.small ? 0 : 100;
     for (int i = 0; i < cases; ++i) all.push_back(draw(generator));
+    if (options.first) {
+        std::stable_sort(all.begin(), all.end(), [](const Case& a, const Case& b) { return cost(a) < cost(b); });
+    }
     const bool overlaps = device_overlaps();
     int failures = 0;
     for (Case& tried : all) {
@@ -513,7 +545,7 @@ int run(int cases, uint64_t seed, bool small, bool adapters) {
         }
         if (problem.empty()) continue;
         std::printf("FAILED: %s\n    %s\n", describe(tried).c_str(), problem.c_str());
-        if (++failures == 5) break;
+        if (++failures == (options.first ? 1 : 5)) break;
     }
     std::printf("%zu cases, %d failures\n", all.size(), failures);
     return failures == 0 ? 0 : 1;
@@ -523,17 +555,16 @@ int run(int cases, uint64_t seed, bool small, bool adapters) {
 }  // namespace teamlora
 
 int main(int count, char** arguments) {
-    int cases = -1;
-    uint64_t seed = 1;
-    bool small = false, adapters = false;
+    teamlora::Options options;
     for (int i = 1; i < count; ++i) {
         const std::string option = arguments[i];
         const char* value = i + 1 < count ? arguments[i + 1] : "";
-        if (option == "--cases") cases = std::atoi(value);
-        if (option == "--seed") seed = std::strtoull(value, nullptr, 10);
-        if (option == "--small") small = true;
-        if (option == "--adapters") adapters = true;
+        if (option == "--cases") options.cases = std::atoi(value);
+        if (option == "--seed") options.seed = std::strtoull(value, nullptr, 10);
+        if (option == "--small") options.small = true;
+        if (option == "--only") options.kinds.push_back(value);
+        if (option == "--first") options.first = true;
         if (option == "--no-poison") teamlora::poison = false;
     }
-    return teamlora::run(cases >= 0 ? cases : small ? 0 : 100, seed, small, adapters);
+    return teamlora::run(options);
 }

@@ -44,15 +44,23 @@ class BatchTiming:
 
 
 class Batch:
-    """Rows of one token, and adapters in slots. `slots`: no fewer than rows."""
+    """Rows of `each` tokens, and adapters in slots."""
 
     def __init__(
-        self, torch: Any, machine: Machine, kernels: Kernels, projection: Projection, dtype: str, rows: int, slots: int
+        self,
+        torch: Any,
+        machine: Machine,
+        kernels: Kernels | None,
+        projection: Projection,
+        dtype: str,
+        rows: int,
+        slots: int,
+        each: int = 1,
     ) -> None:
-        self._torch, self._machine, self._kernels = torch, machine, kernels
+        self._torch, self._machine, self._kernels, self._each = torch, machine, kernels, each
         one = projection.sizes(dtype, 1)
-        self.sizes = replace(projection.sizes(dtype, rows), slots=slots, batch=rows)
-        texts = make_call(torch, machine, projection.sizes(dtype, rows))
+        self.sizes = replace(projection.sizes(dtype, rows * each), slots=slots, batch=rows)
+        texts = make_call(torch, machine, projection.sizes(dtype, rows * each))
         self.x, self.base, self.y = texts.x, texts.base, texts.y
         adapters = [make_call(torch, machine, one, seed) for seed in range(slots)]
         self.down, self.mix, self.up = (
@@ -66,31 +74,46 @@ class Batch:
 
     def run(self, tuning: Tuning, adapter: Any) -> Callable[[], None]:
         """A function that enqueues version 2."""
+        assert self._kernels is not None
+        launch = self._kernels.launch
         workspace = self._workspace(self._kernels.workspace_bytes(self.sizes, tuning))
         tensors = (self.x, self.base, self.down, self.mix, self.up, self.y, adapter)
         self._kept += [workspace, adapter]
         pointers, place = [tensor.data_ptr() for tensor in tensors], workspace.data_ptr()
-        return lambda: self._kernels.launch(self.sizes, tuning, pointers, place, self._machine.stream())
+        return lambda: launch(self.sizes, tuning, pointers, place, self._machine.stream())
 
     def run_alone(self, tuning: Tuning, slot: int) -> Callable[[], None]:
         """A function that enqueues version 1, of one slot's weights."""
+        assert self._kernels is not None
+        launch = self._kernels.launch
         sizes = replace(self.sizes, slots=0, batch=0)
         workspace = self._workspace(self._kernels.workspace_bytes(sizes, tuning))
         tensors = (self.x, self.base, self.down[slot], self.mix[slot], self.up[slot], self.y)
         self._kept.append(workspace)
         pointers, place = [tensor.data_ptr() for tensor in tensors], workspace.data_ptr()
-        return lambda: self._kernels.launch(sizes, tuning, pointers, place, self._machine.stream())
+        return lambda: launch(sizes, tuning, pointers, place, self._machine.stream())
 
     def difference(self, slots: Sequence[int]) -> float:
-        """Of y, after a run with these slots."""
+        """Of y, after a run with these slots; NaN where a row without an adapter, below 0, is not its base."""
         self._machine.synchronize()
-        return worst(*(difference(self._torch, self.row(row, slot)) for row, slot in enumerate(slots)))
+        return worst(*(self._difference(row, slot) for row, slot in enumerate(slots)))
 
-    def row(self, row: int, slot: int) -> Call:
-        """What a row is alone, with its y."""
-        x, base, y = (tensor[row : row + 1] for tensor in (self.x, self.base, self.y))
-        sizes = replace(self.sizes, tokens=1, slots=0, batch=0)
-        return Call(sizes, x, base, self.down[slot], self.mix[slot], self.up[slot], y, v=None)
+    def copy(self, source: int, target: int) -> None:
+        """An adapter into another's slot: the addresses stay."""
+        for slots in (self.down, self.mix, self.up):
+            slots[target].copy_(slots[source])
+
+    def forget(self) -> None:
+        """What is not written anew is no number."""
+        self.y.fill_(float("nan"))
+
+    def _difference(self, row: int, slot: int) -> float:
+        tokens = slice(row * self._each, (row + 1) * self._each)
+        x, base, y = (tensor[tokens] for tensor in (self.x, self.base, self.y))
+        if slot < 0:
+            return 0.0 if self._torch.equal(y, base) else float("nan")
+        sizes = replace(self.sizes, tokens=self._each, slots=0, batch=0)
+        return difference(self._torch, Call(sizes, x, base, self.down[slot], self.mix[slot], self.up[slot], y, v=None))
 
     def _workspace(self, size: int) -> Any:
         return self._torch.full((max(size, 256),), 0xFF, dtype=self._torch.uint8, device=self._machine.device)
@@ -108,8 +131,7 @@ def time_batch(
 ) -> BatchTiming:
     """One step after another takes other slots, so that no weights stay in the L2 cache where they are larger."""
     batch = Batch(torch, machine, kernels, projection, dtype, rows, slots)
-    starts = range(0, slots, rows)
-    mixed = [[(start + row) % slots for row in range(rows)] for start in starts]
+    mixed = [[(start + row) % slots for row in range(rows)] for start in range(0, slots, rows)]
 
     def time(runs: Sequence[Callable[[], None]]) -> float:
         def all_of_them() -> None:
@@ -118,34 +140,50 @@ def time_batch(
 
         return 1e6 * machine.seconds(all_of_them) / len(runs)
 
-    alone = time([batch.run_alone(tuning, slot) for slot in starts])
-    same = time([batch.run(tuning, batch.indices([slot] * rows)) for slot in starts])
-    wrong = batch.difference([starts[-1]] * rows)
+    alone = time([batch.run_alone(tuning, slot) for slot in range(slots)])
+    same = time([batch.run(tuning, batch.indices([slot] * rows)) for slot in range(slots)])
+    wrong = batch.difference([slots - 1] * rows)
     # A row that nobody writes is not what the run before left there.
-    batch.y.fill_(float("nan"))
+    batch.forget()
     each = time([batch.run(tuning, batch.indices(slots_of_rows)) for slots_of_rows in mixed])
     return BatchTiming(str(projection), dtype, rows, alone, same, each, worst(wrong, batch.difference(mixed[-1])))
 
 
 def swap_in_graph(
-    torch: Any, machine: Machine, kernels: Kernels, tuning: Tuning, projection: Projection, dtype: str
+    torch: Any,
+    machine: Machine,
+    kernels: Kernels,
+    tuning: Tuning,
+    projection: Projection,
+    dtype: str,
+    rows: int,
+    each: int,
 ) -> float:
-    """The largest difference of y where, between two runs of what was captured once, a slot is copied into and the
-    indices change; a row without an adapter must be its base."""
-    batch = Batch(torch, machine, kernels, projection, dtype, 3, 3)
-    adapter = batch.indices([0, 1, 2])
-    replay = machine.captured(batch.run(tuning, adapter))
-    replay()
-    before = batch.difference([0, 1, 2])
-    for slots in (batch.down, batch.mix, batch.up):
-        slots[0].copy_(slots[2])
-    adapter.copy_(batch.indices([0, -1, 1]))
-    batch.y.fill_(float("nan"))
-    replay()
-    machine.synchronize()
-    if not torch.equal(batch.y[1], batch.base[1]):
-        return float("nan")
-    return worst(before, difference(torch, batch.row(0, 2)), difference(torch, batch.row(2, 1)))
+    """See `swapped`, of the kernels alone, captured once, and rows of `each` tokens."""
+    batch = Batch(torch, machine, kernels, projection, dtype, rows, 3, each)
+    adapter = batch.indices([row % 3 for row in range(rows)])
+    return swapped(batch, adapter, machine.captured(batch.run(tuning, adapter)))
+
+
+def swapped(batch: Batch, adapter: Any, run: Callable[[], None]) -> float:
+    """The largest difference of y where a slot is copied into between two runs, and where the indices change, which
+    are [0, 1, 2, 0, ..] at first. A row without an adapter must be its base."""
+    rows = len(adapter)
+    slots = [row % 3 for row in range(rows)]
+
+    def found() -> float:
+        batch.forget()
+        run()
+        return batch.difference(slots)
+
+    differences = [found()]
+    batch.copy(2, 0)
+    differences.append(found())
+    for choice in ([0, -1, 1], [-1, 2, 0], [1, 1, -1]):
+        slots = [choice[row % 3] for row in range(rows)]
+        adapter.copy_(batch.indices(slots))
+        differences.append(found())
+    return worst(*differences)
 
 
 def worst(*differences: float) -> float:

@@ -19,16 +19,31 @@ from gpu_check.steps import LeftOut, Steps
 _ROOT = Path(__file__).resolve().parents[2]
 _NEEDED = ("typer", "onnx", "onnx_ir", "transformers", "msgspec")
 _SHAPES = "1x1,1x64,1x256"
+# What a module's last line begins with where it cannot be run here.
+LEFT_OUT = "left out: "
+# At most, of a command: an engine that is built beside the plugin's compilation takes longest.
+_COMMAND_SECONDS = 240.0
 # Name of an engine -> its options.
 _ENGINES = {"plugin": (), "inlined": ("--no-plugin",), "unadapted": ("--no-plugin",)}
 # Of the bundle, whose graph they are judged by; the other is of the same graph without its experts.
 _ADAPTED = ("plugin", "inlined")
 
 
-def engine_steps(folder: Path, dry_run: bool, steps: Steps) -> Iterator[tuple[str, Callable[[], str]]]:
-    """The steps with their names; each is left out where what it needs is not there."""
+def op_steps(capability: str | None, steps: Steps) -> Iterator[tuple[str, Callable[[], str]]]:
+    """The op alone in the two runtimes, of several adapters. `capability`: of the GPU; None in a dry run."""
+    if capability is None:
+        return
+    commands = _Commands(Path(), "tensorrt", steps, capability)
+    yield "adapters in TensorRT", lambda: commands.judge_rows("tensorrt")
+    yield "adapters in ONNX Runtime's CUDA provider", lambda: commands.judge_rows("onnxruntime")
+
+
+def engine_steps(
+    folder: Path, dry_run: bool, steps: Steps, capability: str | None = None
+) -> Iterator[tuple[str, Callable[[], str]]]:
+    """The steps with their names; each is left out where what it needs is not there. `capability`: as `op_steps`."""
     runtime = "rtx" if dry_run else "tensorrt"
-    commands = _Commands(folder, runtime, steps)
+    commands = _Commands(folder, runtime, steps, capability)
     yield "a bundle of a small model", commands.make_bundle
     for name in _ENGINES:
         yield f"engine, {name}", lambda name=name: commands.build(name)
@@ -41,25 +56,30 @@ def engine_steps(folder: Path, dry_run: bool, steps: Steps) -> Iterator[tuple[st
 
 
 class _Commands:
-    def __init__(self, folder: Path, runtime: str, steps: Steps) -> None:
+    def __init__(self, folder: Path, runtime: str, steps: Steps, capability: str | None = None) -> None:
         self._folder, self._runtime, self._steps = folder, runtime, steps
+        # Of the GPU, if known: nothing is compiled for others.
+        self._capability = [] if capability is None else [capability]
         self._bundle, self._unadapted = folder / "bundle", folder / "unadapted"
 
     def make_bundle(self) -> str:
-        missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-        if missing:
-            raise LeftOut(f"{', '.join(missing)} are not installed")
+        self._require_packages(*_NEEDED)
         self._python("gpu_check.small_model", self._bundle, self._unadapted)
         return ""
+
+    def judge_rows(self, module: str) -> str:
+        self._require_packages(*_NEEDED, module)
+        return self._said(f"gpu_check.{module}_rows", *self._capability)
 
     def build(self, name: str) -> str:
         module = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[self._runtime]
         self._require_bundle()
-        if importlib.util.find_spec(module) is None:
-            raise LeftOut(f"{module} is not installed")
+        self._require_packages(module)
         if self._runtime == "rtx" and name == "plugin":
             raise LeftOut("TensorRT-RTX takes no plugins")
         options = ["--compute-capability", "8.9"] if self._runtime == "rtx" else list(_ENGINES[name])
+        if name == "plugin":
+            options += [word for capability in self._capability for word in ("--arch", capability)]
         bundle = self._engine(name).parents[1]
         self._tool("trt", bundle, "--runtime", self._runtime, "--shapes", _SHAPES, "-o", self._engine(name), *options)
         return f"{self._engine(name).stat().st_size / 1e6:.0f} MB"
@@ -94,9 +114,20 @@ class _Commands:
 
     def run_onnxruntime(self) -> str:
         self._require_bundle()
-        if importlib.util.find_spec("onnxruntime") is None:
-            raise LeftOut("onnxruntime is not installed")
-        return self._python("gpu_check.onnxruntime_cuda", self._bundle).splitlines()[-1]
+        self._require_packages("onnxruntime")
+        return self._said("gpu_check.onnxruntime_cuda", self._bundle, *self._capability)
+
+    def _said(self, module: str, *words: object) -> str:
+        """The last line of a module of ours."""
+        said = self._python(module, *words).splitlines()[-1]
+        if said.startswith(LEFT_OUT):
+            raise LeftOut(said.removeprefix(LEFT_OUT))
+        return said
+
+    def _require_packages(self, *names: str) -> None:
+        missing = [name for name in names if importlib.util.find_spec(name) is None]
+        if missing:
+            raise LeftOut(f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed")
 
     def _engine(self, name: str) -> Path:
         return (self._bundle if name in _ADAPTED else self._unadapted) / "engines" / f"{name}.engine"
@@ -122,7 +153,7 @@ class _Commands:
             capture_output=True,
             text=True,
             check=False,
-            timeout=max(self._steps.left(), 1),
+            timeout=min(_COMMAND_SECONDS, max(self._steps.left(), 1)),
             env=_environment(),
         )
         if done.returncode != 0:

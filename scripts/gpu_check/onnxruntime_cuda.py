@@ -1,16 +1,18 @@
-"""`python -m gpu_check.onnxruntime_cuda BUNDLE`: a prompt in ONNX Runtime's CUDA provider, by the op's kernels and by
-its body, which must agree."""
+"""`python -m gpu_check.onnxruntime_cuda BUNDLE [CAPABILITY]`: a prompt in ONNX Runtime's CUDA provider, by the op's
+kernels and by its body, which must agree."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+from gpu_check.engines import LEFT_OUT
 from teamlora_export.bundle import BATCH, Bundle, is_capacity, read_bundle
-from teamlora_export.engine.onnxruntime_library import build_cuda_library
+from teamlora_export.engine.onnxruntime_library import build_cuda_library, find_include
 
 _CAPACITY, _TOKENS, _VOCABULARY = 64, 40, 4096
 _CUDA = "CUDAExecutionProvider"
@@ -19,13 +21,18 @@ _TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float1
 _TOLERANCE = 0.02
 
 
-def main(folder: Path, library: Path | None = None, provider: str = _CUDA) -> None:
-    """Prints one line; ends with 1 where the two differ."""
+def main(
+    folder: Path, library: Path | None = None, provider: str = _CUDA, architectures: Sequence[str] | None = None
+) -> None:
+    """Prints one line; ends with 1 where the two differ. `architectures`: as `build_cuda_library` takes them."""
     if provider not in ort.get_available_providers():
-        print(f"left out: this onnxruntime has no {provider}")
+        print(f"{LEFT_OUT}this onnxruntime has no {provider}")
+        return
+    if library is None and find_include() is None:
+        print(f"{LEFT_OUT}no headers of ONNX Runtime; set ONNXRUNTIME_INCLUDE_DIR")
         return
     bundle = read_bundle(folder)
-    by_kernels = _logits(bundle, provider, library or build_cuda_library().path)
+    by_kernels = _logits(bundle, provider, library or build_cuda_library(architectures).path)
     by_body = _logits(bundle, provider, None)
     worst = float(np.abs(by_kernels - by_body).max() / np.abs(by_body).max())
     # Written so that NaN fails.
@@ -60,4 +67,4 @@ def _feeds(session: ort.InferenceSession) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), architectures=sys.argv[2:] or None)

@@ -7,9 +7,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from gpu_check.steps import LeftOut
+
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _PLACES = ("bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer", "extras/compute-sanitizer/compute-sanitizer")
 _FAILED = 86
+_REFUSALS = ("Device not supported", "Unable to find injection library")
 
 
 def find_sanitizer(cuda_root: Path) -> Path | None:
@@ -23,6 +26,7 @@ def sanitize(sanitizer: Path, tool: str, sweep: Path, seconds: float) -> str:
     """What `tool` says of the small sweep, in its last line.
 
     Raises:
+        LeftOut: it does not work on this machine (in some sandboxes it has no access to the device).
         RuntimeError: it finds something, or the sweep fails.
         subprocess.TimeoutExpired: it takes longer than `seconds`.
     """
@@ -32,6 +36,9 @@ def sanitize(sanitizer: Path, tool: str, sweep: Path, seconds: float) -> str:
         command.append("--no-poison")
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
     lines = (done.stdout + done.stderr).strip().splitlines()
+    refusal = next((line for line in lines if any(words in line for words in _REFUSALS)), None)
+    if refusal is not None:
+        raise LeftOut(f"compute-sanitizer does not work here: {refusal.strip()}")
     if done.returncode != 0:
         raise RuntimeError(f"{tool} ends with code {done.returncode}:\n  " + "\n  ".join(lines[:25]))
     return lines[-1] if lines else ""

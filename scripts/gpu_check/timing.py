@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from gpu_check.shapes import Projection
 # As many copies of a call's tensors as fill the cache this often: each call of a graph finds its own in memory.
 _CACHES, _MOST_COPIES = 3, 256
 _COPY_BYTES = 1 << 29
+# Of a shape that torch.compile compiles: no more of them then, since other figures tell more.
+_LONG_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -118,10 +121,13 @@ class Compiler:
         if self._left <= 0 or self.problem is not None:
             return None
         self._left -= 1
+        begin = time.monotonic()
         try:
             sizes = calls[0].sizes
             compiled = self._torch.compile(functools.partial(definition, self._torch, sizes), dynamic=False)
             compiled(*calls[0].tensors()[:5])
+            if time.monotonic() - begin > _LONG_SECONDS:
+                self._left = 0
             return stopwatch.of([functools.partial(compiled, *call.tensors()[:5]) for call in calls])
         except Exception as error:
             # Of many kinds: no C++ compiler, no Triton, a GPU that it does not know.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +20,14 @@ import torch
 from gpu_check import engines, onnxruntime_cuda, report
 from gpu_check import main as check_gpu
 from gpu_check.account import account
+from gpu_check.adapters import Batch
 from gpu_check.build import _run, build
 from gpu_check.kernels import Kernels, Sizes, Tuning
 from gpu_check.machine import Emulated, Gpu
 from gpu_check.operation import by_pytorch, difference, make_call, ours, two_products
 from gpu_check.sanitize import TOOLS, find_sanitizer, sanitize
 from gpu_check.shapes import LLAMA_2_7B, PROJECTIONS
-from gpu_check.steps import LeftOut, Steps
+from gpu_check.steps import LeftOut, Steps, apart
 from gpu_check.thresholds import Trial, try_constants
 from gpu_check.timing import Compiler, Stopwatch, Timing
 from kernel_table import BEGIN, BEGIN_ADAPTERS, END, README, kernel_adapters_table, kernel_table
@@ -61,10 +65,13 @@ def test_a_dry_run_makes_every_step_and_ends_well(dry_run):
     done, fields = dry_run
     assert done.returncode == 0, done.stdout + done.stderr
     states = {step["name"]: step["state"] for step in fields["steps"]}
-    expected = ["environment", "build", "sweep against float64", "times", "a batch of adapters"]
-    expected.append("constants of the plan")
-    expected += [f"compute-sanitizer {tool}" for tool in TOOLS]
-    assert {name: states[name] for name in expected} == dict.fromkeys(expected, "passed")
+    memcheck, racecheck, *others = [f"compute-sanitizer {tool}" for tool in TOOLS]
+    # What tells most comes first.
+    assert list(states) == [
+        *("environment", "build", "device", "sweep against float64", "adapters in a graph", "times"),
+        *("a batch of adapters", memcheck, racecheck, "constants of the plan", *others),
+    ]
+    assert set(states.values()) == {"passed"}
     assert "0 failures" in next(step["text"] for step in fields["steps"] if step["name"] == "sweep against float64")
     assert len(fields["timings"]) == 2 * 2
     assert all(0 <= row["difference"] <= 1 for row in fields["timings"])
@@ -84,6 +91,10 @@ def test_without_a_gpu_or_tools_it_says_what_to_do(monkeypatch, capsys):
     monkeypatch.undo()
     assert check_gpu.main([]) == 2
     assert "PyTorch sees no GPU" in capsys.readouterr().err
+    silent = SimpleNamespace(is_available=lambda: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=silent))
+    assert check_gpu.main([]) == 2
+    assert "the GPU cannot be asked: its process ended with SIGKILL" in capsys.readouterr().err
     old = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda: (7, 5))
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=old))
     assert check_gpu.main([]) == 2
@@ -105,7 +116,7 @@ def test_wrong_results_fail_the_run_and_are_named(monkeypatch, tmp_path, capsys)
 @pytest.fixture
 def check(tmp_path, kernels, programs, monkeypatch) -> check_gpu.Check:
     """A check that has been built."""
-    made = check_gpu.Check(Steps(8), torch, find_cuda(), tmp_path, True, 1)
+    made = check_gpu.Check(torch, find_cuda(), tmp_path, True, 1, Emulated(torch).describe(), Steps(8))
     made._programs = SimpleNamespace(library=programs / "libteamlora_emulated.so", sweep=tmp_path / "sweep")
     made.tuning = Tuning(16)
     return made
@@ -160,6 +171,53 @@ def test_what_a_sanitizer_finds_fails_its_step(tmp_path):
     steps = Steps(8)
     assert not steps.run("slow", lambda: sanitize(slow, "memcheck", tmp_path / "sweep", 0.1))
     assert (steps.outcomes[0].state, steps.failed()) == ("left out", False)
+
+
+def test_a_sanitizer_that_has_no_access_to_the_device_is_left_out(tmp_path):
+    """As in some sandboxes."""
+    tool = executable(tmp_path / "tool", 'echo "========= Error: Device not supported. Please refer to .."; exit 1')
+    with pytest.raises(LeftOut, match=r"compute-sanitizer does not work here: .* Device not supported"):
+        sanitize(tool, "memcheck", tmp_path / "sweep", 10)
+
+
+def test_a_step_on_the_gpu_that_crashes_or_hangs_ends_alone_and_keeps_what_it_found():
+    steps, found = Steps(8), []
+
+    def crashes(tell):
+        tell("a figure")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def leaves_one_behind(tell):
+        """Which holds the pipe open."""
+        subprocess.Popen(["sleep", "60"], close_fds=False)
+        os._exit(3)
+
+    def left_out(tell):
+        raise LeftOut("no such thing")
+
+    assert not steps.run("crash", lambda: apart(crashes, found.append, 10))
+    assert not steps.run("exit", lambda: apart(lambda _: os._exit(3), found.append, 10))
+    assert not steps.run("hang", lambda: apart(lambda _: time.sleep(60), found.append, 0.2))
+    assert not steps.run("left out", lambda: apart(left_out, found.append, 10))
+    assert not steps.run("error", lambda: apart(lambda _: str(1 // 0), found.append, 10))
+    assert steps.run("fine", lambda: apart(lambda tell: tell(2) or "done", found.append, 10))
+    assert found == ["a figure", 2]
+    states = [outcome.state for outcome in steps.outcomes]
+    assert states == ["failed", "failed", "failed", "left out", "failed", "passed"]
+    texts = [outcome.text for outcome in steps.outcomes]
+    assert texts[:2] == ["its process ended with SIGKILL", "its process ended with code 3"]
+    assert texts[2].startswith("not done after 0 s, and ended")
+    assert texts[3] == "no such thing"
+    assert texts[4].startswith("ZeroDivisionError") and "Traceback" in texts[4]
+
+
+def test_figures_are_written_after_each_step(monkeypatch, tmp_path):
+    """A run that is killed at its end has those of the steps before."""
+    path = tmp_path / "a.json"
+    seen = []
+    monkeypatch.setattr(check_gpu, "build", lambda *_: seen.append(json.loads(path.read_text())["steps"]) or 1 // 0)
+    assert check_gpu.main(["--dry-run", "--no-engines", "--json", str(path)]) == 1
+    assert [step["name"] for step in seen[0]] == ["environment"]
 
 
 def test_steps_without_time_are_left_out_and_errors_of_any_kind_fail_one_step_alone(capsys):
@@ -342,8 +400,8 @@ def test_the_tables_in_the_readme_are_what_the_plan_gives(kernels, begin, made):
 
 
 def test_a_batch_of_adapters_that_is_wrong_fails_the_run(check, monkeypatch):
-    """Rows exchanged, and a graph that does not see what was copied into a slot."""
-    assert check._time_adapters("fp16") == "2 rows; a graph takes what is copied into a slot"
+    """Rows exchanged."""
+    assert check._time_adapters("fp16") == "2 rows"
     launch = Kernels.launch
 
     def exchanged(self, sizes, tuning, pointers, *rest, **options):
@@ -355,9 +413,29 @@ def test_a_batch_of_adapters_that_is_wrong_fails_the_run(check, monkeypatch):
     monkeypatch.setattr(Kernels, "launch", exchanged)
     with pytest.raises(RuntimeError, match="results are wrong, of them tiny gate/up"):
         check._time_adapters("fp16")
-    monkeypatch.setattr(check._machine, "captured", lambda run: lambda: None)
-    with pytest.raises(RuntimeError, match="a graph does not take what was copied into a slot"):
-        check._time_adapters("fp16")
+
+
+def test_a_graph_that_does_not_see_a_swap_or_other_indices_fails_the_run(check, monkeypatch):
+    """By both paths of the kernels, of several rows and of one."""
+    assert check._swap("fp16").startswith("a graph takes what is copied into a slot, and other indices (0.")
+    with monkeypatch.context() as patched:
+        patched.setattr(check._machine, "captured", lambda run: lambda: None)
+        with pytest.raises(RuntimeError, match=r"slot \(3 rows of 1 tokens: nan"):
+            check._swap("fp16")
+    run, shapes = Batch.run, []
+
+    def as_captured(self, tuning, adapter):
+        """Of many tokens, with the slots as they were."""
+        shapes.append((self.sizes.batch, self.sizes.row_tokens))
+        held = copy.copy(self)
+        if self.sizes.row_tokens > 1:
+            held.down, held.mix, held.up = (slots.clone() for slots in (self.down, self.mix, self.up))
+        return run(held, tuning, adapter)
+
+    monkeypatch.setattr(Batch, "run", as_captured)
+    with pytest.raises(RuntimeError, match=r"not take what was copied into a slot \(3 rows of 40 tokens"):
+        check._swap("fp16")
+    assert shapes == [(3, 1), (1, 1), (3, 40)]
 
 
 def test_a_row_that_nobody_writes_fails_the_run(check, monkeypatch):

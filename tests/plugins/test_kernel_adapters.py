@@ -13,7 +13,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from gpu_check.kernels import Kernels, Sizes, Tuning
-from plugins.test_kernels import DTYPES, TUNING, missed
+from plugins.planted_faults import missed
+from plugins.test_kernels import DTYPES, TUNING
 
 # As in test_kernels.py.
 FAULTS = {
@@ -58,12 +59,22 @@ FAULTS = {
         "if (own.slot < 0) return wait_for_kernel_before();",
         "if (own.slot < 0) return;",
     ),
+    "a block without an adapter that does not wait, few": (
+        "few_tokens.cuh",
+        "            wait_for_kernel_before();\n            for",
+        "            for",
+    ),
+    "half of the threads of a block without an adapter do not wait": (
+        "many_tokens.cuh",
+        "            wait_for_kernel_before();\n            const int rows",
+        "            if (threadIdx.x % 2 == 0) wait_for_kernel_before();\n            const int rows",
+    ),
     "one token of each tile": ("few_tokens.cuh", "if (own.count == 1) {", "if (own.count >= 1) {"),
 }
 
 
 def test_planted_faults_are_caught(tmp_path, programs):
-    assert not missed(FAULTS, tmp_path, "--adapters")
+    assert not missed(FAULTS, "adapters", programs, tmp_path)
 
 
 @pytest.fixture(scope="module")
