@@ -1,6 +1,6 @@
 // Requests of a model with a shelf of adapters, as the standard input says, a command a line:
 //
-//     tenants MODEL TOKENS
+//     tenants MODEL TOKENS [PATIENCE]     seconds, see `Options`
 //     names                what is on the shelf
 //     ask NAME IDS         begins a request on a thread of its own, which waits behind its first token
 //     queue NAME IDS       the same, and nobody waits for that token
@@ -123,9 +123,10 @@ std::size_t race(const teamlora::Runner& runner, const std::vector<Request>& req
 
 }  // namespace
 
-int main(int, char** words) {
+int main(int given, char** words) {
     teamlora::Options options;
     options.threads = 1;
+    if (given > 3) options.patience = std::stoi(words[3]);
     const teamlora::Runner runner(words[1], options);
     const std::size_t count = std::stoul(words[2]);
     Waiting waiting(runner, count);
