@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -78,6 +79,13 @@ def generate_and_tell(
     done = run(program, "--model", model, "--ids", "--tokens", count, input=lines)
     assert done.returncode == 0, done.stderr
     return [[int(token) for token in line.split()] for line in done.stdout.splitlines()], done.stderr
+
+
+def launches(told: str) -> int:
+    """How many steps of decoding were CUDA graphs, of what a program on the emulated CUDA said."""
+    found = re.search(r"graph launches: (\d+)", told)
+    assert found is not None, told
+    return int(found[1])
 
 
 def as_engine(model: Path, capacity: int | None = None) -> Path:

@@ -61,8 +61,8 @@ public:
 
     // Shapes of a call with ids [batch, tokens], a mask [batch, total] and caches of `past` rows.
     void set_shapes(std::size_t batch, std::size_t tokens, std::size_t past, std::size_t total);
-    // Binds all but the caches and the slots. True: a result has another address than before, and a step that was recorded with that
-    // is dropped.
+    // Binds all but the caches and the slots. True: a result has another address than before, and a step that was
+    // recorded with that is dropped.
     bool bind();
     // `past` and `present` hold a buffer for each cache, in the order of the inputs `caches`; they may be the same.
     void bind_cache(const std::vector<Tensor>& caches, const std::vector<DeviceBuffer>& past,
