@@ -1,6 +1,6 @@
 // CUDA's runtime on the CPU, as much of it as the TensorRT back end calls. New memory holds NaN. What is enqueued runs
-// at once, or is recorded while its stream is captured; but what is copied from the host arrives as late as it may: with
-// the stream's next work, or when it is waited for.
+// at once, or is recorded while its stream is captured; but what is copied from the host arrives as late as it may:
+// with the stream's next work, or when it is waited for.
 #include "emulated_cuda.h"
 
 #include <cuda_runtime_api.h>

@@ -86,7 +86,7 @@ private:
         for (const Tensor& tensor : model_.tensors) {
             const auto given = shapes.find(tensor.name);
             // Slots have their own shape.
-            const Shape shape = !tensor.is_input       ? output_shape(tensor, shapes)
+            const Shape shape = !tensor.is_input        ? output_shape(tensor, shapes)
                                 : given != shapes.end() ? given->second
                                                         : tensor.shape;
             std::size_t bytes = size_of(tensor.type);

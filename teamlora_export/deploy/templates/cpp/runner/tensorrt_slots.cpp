@@ -52,7 +52,7 @@ DeviceSlots::DeviceSlots(const std::vector<SlotInput>& inputs, std::size_t slots
     for (const SlotInput& input : inputs) {
         bytes_.push_back(input.bytes);
         memory_.emplace_back().reserve(slots * input.bytes);
-        // A row without an adapter is multiplied by what is there all the same.
+        // A row without an adapter is computed with the first slot, and that is left out then.
         check(cudaMemsetAsync(memory_.back().get(), 0, slots * input.bytes, stream_.get()), "The GPU failed");
     }
     stream_.wait();
