@@ -161,7 +161,7 @@ def export_onnx(
         if op_form == "standard":
             inline_bodies(model)
         model.producer_name, model.producer_version = "teamlora-export", __version__
-        with staged(out, _our_files, inputs, MODEL_NAME) as folder:
+        with staged(out, _our_files, inputs, lambda there: there / MODEL_NAME) as folder:
             data_sha256 = _write_weights(model, source, traced, adapter, folder, reporter)
             ir.save(model, folder / MODEL_NAME)
             copy_companions(source.folder, folder)

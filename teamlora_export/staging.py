@@ -31,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 from teamlora_export import interrupt
@@ -43,18 +44,19 @@ _STAGED = re.compile(rf"^\.(?P<name>.+)\.[0-9a-f]{{8}}\.(?P<state>{_PARTIAL}|{_R
 _HELD = (errno.EAGAIN, errno.EACCES, errno.EINTR)
 _LEFT_BEHIND_SECONDS = 24 * 3600
 Listing = Callable[[Path], Collection[str]]
+Held = Callable[[Path], Path]
 Content = str | bytes | memoryview
 
 
 @contextmanager
-def staged(out: Path, listed: Listing, inputs: Sequence[Path] = (), held: str | Path | None = None) -> Iterator[Path]:
+def staged(out: Path, listed: Listing, inputs: Sequence[Path] = (), held: Held | None = None) -> Iterator[Path]:
     """A folder beside `out` to write into; it becomes `out` when the block ends, and vanishes when it fails.
 
     Args:
         listed: names the files of an existing folder that we wrote, relative to it; raises `ExportError` where the
             folder is none of ours. An empty folder is not asked about.
         inputs: files and folders that are read while the folder is written.
-        held: a file in the folder, relative to it, that `held_file` locks for those who change one that is there.
+        held: in a folder that is there, the file that `held_file` locks for those who change it.
 
     Raises:
         ExportError: `out` is not a folder of ours, holds something else or an input, or cannot be written.
@@ -116,7 +118,7 @@ def held_file(path: Path) -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def _alone(place: Path, held: str | Path | None) -> Iterator[None]:
+def _alone(place: Path, held: Held | None) -> Iterator[None]:
     """Alone with the names beside `place` inside of the block, and with what is there, as `held_file`."""
     while True:
         with ExitStack() as locks:
@@ -125,9 +127,9 @@ def _alone(place: Path, held: str | Path | None) -> Iterator[None]:
             if held is not None:
                 try:
                     # First: who has it may want the names.
-                    has_changed = locks.enter_context(held_file(place / held))
+                    has_changed = locks.enter_context(held_file(held(place)))
                 except FileNotFoundError:
-                    has_changed = (place / held).exists
+                    has_changed = partial(_is_there, held, place)
                 except OSError:
                     # As on a file system without locks.
                     pass
@@ -135,6 +137,10 @@ def _alone(place: Path, held: str | Path | None) -> Iterator[None]:
                 if not has_changed():
                     yield
                     return
+
+
+def _is_there(held: Held, place: Path) -> bool:
+    return held(place).exists()
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

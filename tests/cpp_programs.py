@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from teamlora_export.deploy.cpp import SOURCES, deploy_cpp
 from teamlora_export.engine.toolchain import find_toolchain
 from teamlora_export.files import sha256_of
 from teamlora_export.graph.passes.fix_capacity import FixCapacity
+from teamlora_export.graph.passes.fix_slots import FixSlots
 
 AROUND = Path(__file__).parent / "deploy" / "cpp"
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
@@ -79,18 +81,27 @@ def generate_and_tell(
     return [[int(token) for token in line.split()] for line in done.stdout.splitlines()], done.stderr
 
 
+def launches(told: str) -> int:
+    """How many steps of decoding were CUDA graphs, of what a program on the emulated CUDA said."""
+    found = re.search(r"graph launches: (\d+)", told)
+    assert found is not None, told
+    return int(found[1])
+
+
 def as_engine(model: Path, capacity: int | None = None) -> Path:
-    """The same model's folder with its graph as the engine of the emulated TensorRT. `capacity`: of a cache in
-    place."""
+    """The same model's folder with its graph as the engine of the emulated TensorRT, which takes slots where the folder
+    has a shelf. `capacity`: of a cache in place."""
     (model / "engines").mkdir()
     (model / "model.onnx").rename(model / "engines" / "emulated.engine")
     (model / "model.onnx.data").rename(model / "engines" / "model.onnx.data")
-    if capacity is not None:
-        graph = onnx.load(model / "engines" / "emulated.engine", load_external_data=False)
-        fixed = ir.from_proto(graph)
-        assert FixCapacity(capacity)(fixed).modified
-        onnx.save(ir.to_proto(fixed), model / "engines" / "emulated.engine")
     fields = json.loads((model / "deploy.json").read_text())
+    passes: list[ir.passes.InPlacePass] = [] if capacity is None else [FixCapacity(capacity)]
+    if fields.get("shelf") is not None:
+        passes.append(FixSlots(fields["shelf"]["slots"]))
+    if passes:
+        fixed = ir.from_proto(onnx.load(model / "engines" / "emulated.engine", load_external_data=False))
+        assert all(change(fixed).modified for change in passes)
+        onnx.save(ir.to_proto(fixed), model / "engines" / "emulated.engine")
     names = [path.relative_to(model).as_posix() for path in model.rglob("*") if path.is_file()]
     fields["files"] = {name: sha256_of(model / name) for name in names if name != "deploy.json"}
     (model / "deploy.json").write_text(json.dumps(fields))

@@ -118,7 +118,7 @@ def attach(
         if (recipe := weights.recipe_of(value)) is not None
     }
     named = {value.name or "": recipe for value, recipe in recipes.items()}
-    with staged(out, listed_files, inputs, MODEL_NAME) as folder:
+    with staged(out, listed_files, inputs, lambda there: there / MODEL_NAME) as folder:
         data, origin = _place_weights(foreign, adapter, folder, reporter)
         own = _write_adapter(list(recipes), adapter, folder, reporter)
         ir.save(foreign.model, folder / MODEL_NAME)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from teamlora_export.bundle import Bundle, refuse_shelf
+from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.engine import add_engine, refuse_stray_plugin
 from teamlora_export.deploy.folder import TEMPLATES, deployment, require_cpu_dtype
 from teamlora_export.deploy.genai import add_genai_files
 from teamlora_export.deploy.genai_tokenizer import why_unreadable
 from teamlora_export.deploy.library import add_library
 from teamlora_export.deploy.render import render
+from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.errors import ExportError
 
 SOURCES = TEMPLATES / "cpp"
@@ -42,10 +43,10 @@ def deploy_cpp(
         raise ExportError("--library is for ONNX Runtime, and an engine runs without it. Leave one of them out.")
     if engine is None:
         require_cpu_dtype(bundle, "cpp")
-    else:
-        refuse_shelf(bundle, "`deploy cpp --engine`")
     with deployment(bundle, out, "cpp", MODEL_FOLDER, engine is None, logits, shelf="slots") as made:
-        facts = add_engine(made, engine, plugin) if engine is not None else None
+        facts = add_engine(made, engine, plugin, takes_slots=True) if engine is not None else None
+        if facts is not None:
+            _require_slots(facts, bundle, engine)
         # The program's tokenizer is onnxruntime-genai's, which reads text generators' alone.
         words = bundle.manifest.task == "text-generation" and why_unreadable(bundle) is None
         if words:
@@ -56,3 +57,13 @@ def deploy_cpp(
                 made.write(path.relative_to(SOURCES).as_posix(), path)
         made.write("README.md", render("cpp.README.md.j2", bundle, engine=facts, words=words, library=native))
     return out
+
+
+def _require_slots(facts: EngineFacts, bundle: Bundle, engine: str | None) -> None:
+    """Refuse an engine with slots in another number than the bundle's shelf has: the program would not open it."""
+    slots = None if bundle.manifest.shelf is None else bundle.manifest.shelf["slots"]
+    if facts.slots != slots:
+        raise ExportError(
+            f"{engine}: is an engine with {facts.slots or 'no'} slots of adapters, and {bundle.folder} has "
+            f"{slots or 'none'}. Build it again."
+        )

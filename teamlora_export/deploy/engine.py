@@ -20,17 +20,20 @@ def refuse_stray_plugin(engine: str | None, plugin: Path | None) -> None:
         raise ExportError(f"--plugin {plugin}: goes with an engine. Name it with --engine.")
 
 
-def add_engine(made: Deployment, name: str, plugin: Path | None, as_name: str | None = None) -> EngineFacts:
+def add_engine(
+    made: Deployment, name: str, plugin: Path | None, as_name: str | None = None, takes_slots: bool = False
+) -> EngineFacts:
     """Add an engine of the bundle, its facts, and the plugin that it was built with.
 
     Args:
         as_name: the engine's path in the model's folder. Default: as in the bundle.
+        takes_slots: the target's program binds adapters to an engine that takes them.
     """
     path = find_engine(made.bundle, name)
     facts = read_facts(path)
     if dict(facts.model_sha256) != dict(made.bundle.manifest.sha256):
         raise ExportError(f"{path}: was built from another export than {made.bundle.folder}. Build it again.")
-    if facts.slots is not None:
+    if facts.slots is not None and not takes_slots:
         raise ExportError(
             f"{path}: takes adapters as inputs, which the deployed programs bind to no engine as yet. Build one of a "
             "bundle with a single --adapter."

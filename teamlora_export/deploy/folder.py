@@ -16,6 +16,7 @@ from teamlora_export import __version__
 from teamlora_export.attach.interface import grow_window_caches
 from teamlora_export.bundle import (
     COMPANIONS,
+    ENGINES_NAME,
     MODEL_NAME,
     AdapterInFile,
     AdapterName,
@@ -157,9 +158,14 @@ def deployment(
     if shelf is None:
         refuse_shelf(bundle, f"`deploy {target}`")
     check_files(bundle)
-    described, held = Path(inside) / DEPLOY_NAME, Path(inside) / MODEL_NAME
+    described = Path(inside) / DEPLOY_NAME
     refuse_inside(real_path(out), bundle.folder)
-    with staged(out, lambda there: our_files(there, described, Description), [bundle.folder], held) as staging:
+    with staged(
+        out,
+        lambda there: our_files(there, described, Description),
+        [bundle.folder],
+        lambda there: held_in(there / inside),
+    ) as staging:
         rewritten = _rewritten(bundle, target, logits, capacity) if graph else None
         made = Deployment(staging, staging / inside, bundle if rewritten is None else rewritten.bundle, target)
         if graph:
@@ -178,6 +184,13 @@ def deployment(
         yield made
         fields = dataclasses.asdict(_describe(made, in_slots))
         (staging / described).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def held_in(model: Path) -> Path:
+    """The file in the model's folder of a deployment that those who change its shelf hold (`held_file`): none of them
+    writes to it."""
+    engines = [] if (model / MODEL_NAME).exists() else sorted(model.glob(f"{ENGINES_NAME}/*.engine"))
+    return engines[0] if engines else model / MODEL_NAME
 
 
 @dataclass(frozen=True)

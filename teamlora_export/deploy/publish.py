@@ -19,7 +19,14 @@ from teamlora_export.bundle import (
     shelved_files,
 )
 from teamlora_export.deploy.cpp import MODEL_FOLDER
-from teamlora_export.deploy.folder import DEPLOY_NAME, KUBERNETES_NAME, SHELF_FORMAT_VERSION, Description, shelf_of
+from teamlora_export.deploy.folder import (
+    DEPLOY_NAME,
+    KUBERNETES_NAME,
+    SHELF_FORMAT_VERSION,
+    Description,
+    held_in,
+    shelf_of,
+)
 from teamlora_export.disk import sync, sync_names
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_bytes, read_record, sha256_of
@@ -50,7 +57,7 @@ def publish_shelf(bundle: Bundle, out: Path) -> list[str]:
     path = _record_of(out)
     _read_description(path, bundle, out)
     # Nobody else publishes or deploys there meanwhile, and nobody edits the bundle.
-    with holding(path.parent / MODEL_NAME), edited(bundle.folder) as edit:
+    with holding(held_in(path.parent)), edited(bundle.folder) as edit:
         described = _read_description(path, edit.bundle, out)
         shelf = shelf_of(edit.bundle.manifest)
         assert shelf is not None
@@ -77,11 +84,13 @@ def _read_description(path: Path, bundle: Bundle, out: Path) -> Description:
             f"{out}: has adapters in onnxruntime-genai's own form, which nothing is published to. Write it again with "
             "`deploy genai`."
         )
-    if (
-        described.shelf is None
-        or described.files.get(DATA_NAME) != hashes[DATA_NAME]
-        or described.graph_sha256 != hashes[MODEL_NAME]
-    ):
+    # An engine holds its weights: those of the same base in the same graph.
+    has_weights = (
+        described.files[DATA_NAME] == hashes[DATA_NAME]
+        if DATA_NAME in described.files
+        else described.base_sha256 == bundle.manifest.base["sha256"]
+    )
+    if described.shelf is None or not has_weights or described.graph_sha256 != hashes[MODEL_NAME]:
         raise ExportError(f"{out}: was not made of {bundle.folder} as it was exported. Deploy the bundle again.")
     check_shelf(described.shelf["adapters"], described.files, path)
     return described

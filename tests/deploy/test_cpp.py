@@ -214,7 +214,7 @@ def test_a_thousand_requests_on_eight_threads_are_answered_as_one_by_one(cpp_pro
 
 def test_no_memory_error_undefined_behaviour_or_leak(make_bundle, make_shelf, both_caches, rng, tmp_path):
     options = (f"-DDEPLOYED={SOURCES}", f"-DCMAKE_CXX_FLAGS={_SANITIZE}", "-DCMAKE_BUILD_TYPE=Debug")
-    targets = ("requests", "tenants", "emulated_requests", "emulated_runner", "runner")
+    targets = ("requests", "tenants", "emulated_requests", "emulated_runner", "emulated_tenants", "runner")
     programs = build_cpp(AROUND, tmp_path / "sanitized", *options, targets=targets)
     model = deploy_cpp(make_bundle("llama"), tmp_path / "llama") / "model"
     alone = run(programs / "requests", model, 1000)
@@ -223,8 +223,11 @@ def test_no_memory_error_undefined_behaviour_or_leak(make_bundle, make_shelf, bo
     assert many.returncode == 0, many.stdout + many.stderr
     shelf = deploy_cpp(make_shelf(), tmp_path / "shelf") / "model"
     asked = "".join(f"request {name} 5 6 7\n" for name in ("team", "small", "-", "lora", "hydra"))
-    tenants = run(programs / "tenants", shelf, 3, input=f"{asked}race 10\n")
-    assert (tenants.returncode, tenants.stdout) == (0, "different 0\n"), tenants.stderr
+    for program in ("tenants", "emulated_tenants"):
+        tenants = run(programs / program, shelf, 3, input=f"{asked}race 10\n")
+        assert (tenants.returncode, tenants.stdout) == (0, "different 0\n"), tenants.stderr
+        if program == "tenants":
+            as_engine(shelf)
     prompts = [rng.integers(3, 384, length).tolist() for length in (600, 5)]
     assert len(generate(programs / "deployed" / "runner", both_caches[0], prompts, 3)) == 2
     refused = run(programs / "deployed" / "runner", "--model", model, "--ids", input="999\n")

@@ -1,5 +1,5 @@
 """`deploy cpp` of a bundle with a shelf: each row is answered by its own adapter, as Python's runner answers it alone,
-whatever happens to the shelf meanwhile."""
+whatever happens to the shelf meanwhile; on ONNX Runtime, and on the emulated TensorRT of `cpp/`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from cpp_programs import run
+from cpp_programs import as_engine, launches, run
 from shelves import write_family
 from typer.testing import CliRunner
 
@@ -26,7 +26,6 @@ from teamlora_export.deploy.cpp import deploy_cpp
 from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.runner import Model
 from teamlora_export.engine.onnxruntime_library import build_library
-from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.files import sha256_of
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
@@ -69,6 +68,12 @@ def copied(model: Path, folder: Path) -> Path:
     return Path(shutil.copytree(model, folder))
 
 
+def engine_of(model: Path, folder: Path, capacity: int | None = 128) -> Path:
+    """The deployed model with its graph as an engine."""
+    in_place = any("capacity" in port["shape"] for port in json.loads((model / "deploy.json").read_text())["inputs"])
+    return as_engine(copied(model, folder), capacity if in_place else None)
+
+
 def change(model: Path, **fields: object) -> None:
     described = json.loads((model / "deploy.json").read_text())
     (model / "deploy.json").write_text(json.dumps({**described, **fields}))
@@ -79,7 +84,7 @@ def change(model: Path, **fields: object) -> None:
     [{}, {"cache": "in-place"}, {"dtype": "fp16", "cache": "in-place"}, {"adapter_dtype": "bf16"}],
     ids=str,
 )
-def test_each_row_is_answered_by_its_own_adapter(options, make_shelf, program, tmp_path):
+def test_each_row_is_answered_by_its_own_adapter(options, make_shelf, cpp_programs, program, tmp_path):
     """Five adapters and the base in one call, three slots; prompts of unlike lengths."""
     bundle = make_shelf(**options)
     model = deploy_cpp(bundle, tmp_path / "out") / "model"
@@ -90,10 +95,15 @@ def test_each_row_is_answered_by_its_own_adapter(options, make_shelf, program, t
     assert answer(program, model, [PROMPTS[i] for i in few], [NAMES[i] for i in few]) == [rows[i] for i in few]
     assert answer(program, model, PROMPTS, ["lora"]) == expected(bundle.folder, ["lora"] * len(PROMPTS))
     assert answer(program, model, PROMPTS, []) == expected(bundle.folder, [None] * len(PROMPTS))
+    if "adapter_dtype" not in options:
+        # Which engines are not built of.
+        engine, emulated = engine_of(model, tmp_path / "engine"), cpp_programs / "emulated_runner"
+        assert answer(emulated, engine, PROMPTS, NAMES) == rows
+        assert answer(emulated, engine, PROMPTS, []) == expected(bundle.folder, [None] * len(PROMPTS))
 
 
 @pytest.mark.parametrize("adapter_dtype", [None, "bf16"])
-def test_each_input_of_an_encoder_is_read_by_its_own_adapter(adapter_dtype, program, make_base, tmp_path):
+def test_each_input_of_an_encoder_is_read_by_its_own_adapter(adapter_dtype, cpp_programs, make_base, tmp_path):
     """More adapters than slots: as Python reads each alone."""
     base = make_base("bert")
     adapters = {
@@ -109,10 +119,14 @@ def test_each_input_of_an_encoder_is_read_by_its_own_adapter(adapter_dtype, prog
     assert np.allclose(together, [rows[0], rows[3], rows[1]], atol=1e-5)
     chosen = [word for name in names for word in ("--adapter", name or "-")]
     lines = "".join(" ".join(map(str, ids)) + "\n" for ids in inputs)
-    done = run(program, "--model", model, "--ids", *chosen, input=lines)
-    assert done.returncode == 0, done.stderr
-    found = np.array([[float(value) for value in line.split()] for line in done.stdout.splitlines()])
-    assert np.allclose(found, np.array(rows), atol=1e-5)
+    where = {cpp_programs / "deployed" / "runner": model}
+    if adapter_dtype is None:
+        where[cpp_programs / "emulated_runner"] = engine_of(model, tmp_path / "engine")
+    for program, folder in where.items():
+        done = run(program, "--model", folder, "--ids", *chosen, input=lines)
+        assert done.returncode == 0, done.stderr
+        found = np.array([[float(value) for value in line.split()] for line in done.stdout.splitlines()])
+        assert np.allclose(found, np.array(rows), atol=1e-5)
     apart = [np.abs(rows[i] - rows[j]).max() for i, j in ((0, 1), (0, 3), (3, 4), (1, 4))]
     assert min(apart) > 1e-3, "the adapters answer alike"
 
@@ -138,14 +152,12 @@ def test_what_is_deployed_is_whole_and_the_readme_says_how(make_shelf, tmp_path)
     for adapter in described["shelf"]["adapters"].values():
         assert described["files"][adapter["file"]] == sha256_of(out / "model" / adapter["file"]) == adapter["sha256"]
     assert "build/runner --adapter NAME" in (out / "README.md").read_text()
-    with pytest.raises(ExportError, match="`deploy cpp --engine` takes a bundle with one adapter"):
-        deploy_cpp(bundle, tmp_path / "engine", engine="fp16")
 
 
 def refused(program: Path, model: Path, *options: object, words: str = "5\n") -> str:
     done = run(program, "--model", model, "--ids", *options, input=words)
     assert (done.returncode, done.stdout) == (2, ""), done.stdout
-    return done.stderr.splitlines()[-1]
+    return next(line for line in done.stderr.splitlines() if line.startswith("Error: "))
 
 
 def test_a_name_that_is_not_on_the_shelf_is_an_error_and_never_the_base(model, program, make_bundle, tmp_path):
@@ -255,9 +267,9 @@ class Tenants:
 
 
 @contextmanager
-def tenants(programs: Path, model: Path) -> Iterator[Tenants]:
+def tenants(program: Path, model: Path, *patience: int) -> Iterator[Tenants]:
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([programs / "tenants", model, str(COUNT)], text=True, **pipes) as process:
+    with subprocess.Popen([program, model, str(COUNT), *map(str, patience)], text=True, **pipes) as process:
         try:
             yield Tenants(process)
         finally:
@@ -265,13 +277,16 @@ def tenants(programs: Path, model: Path) -> Iterator[Tenants]:
             assert process.wait(60) == 0
 
 
+@pytest.mark.parametrize("where", ["tenants", "emulated_tenants"])
 def test_requests_that_are_at_work_keep_their_adapter_and_those_that_come_get_the_new_one(
-    make_shelf, shelf_adapters, cpp_programs, tmp_path
+    where, make_shelf, shelf_adapters, cpp_programs, tmp_path
 ):
     folder = Path(shutil.copytree(make_shelf().folder, tmp_path / "bundle"))
     out = deploy_cpp(read_bundle(folder), tmp_path / "out")
     before = expected(folder)
-    with tenants(cpp_programs, out / "model") as program:
+    if where == "emulated_tenants":
+        as_engine(out / "model")
+    with tenants(cpp_programs / where, out / "model") as program:
         program.say("names")
         assert program.hear() == "hydra lora moe small team"
         program.ask("team", PROMPTS[0])
@@ -305,7 +320,7 @@ def test_a_request_that_waits_for_a_slot_gets_what_its_name_stood_for_though_its
     out = deploy_cpp(read_bundle(folder), tmp_path / "out")
     before = expected(folder)
     order = [0, 1, 3, 4]
-    with tenants(cpp_programs, out / "model") as program:
+    with tenants(cpp_programs / "tenants", out / "model") as program:
         for i in order[:3]:
             program.ask(NAMES[i], PROMPTS[i])
             assert program.hear() == "begun"
@@ -322,7 +337,7 @@ def test_a_program_at_work_takes_no_adapter_of_another_model(make_shelf, shelf_a
     """What was deployed into its folder meanwhile."""
     out = deploy_cpp(make_shelf(), tmp_path / "out")
     before = expected(out / "model")
-    with tenants(cpp_programs, out / "model") as program:
+    with tenants(cpp_programs / "tenants", out / "model") as program:
         program.ask("team", PROMPTS[0])
         assert program.hear() == "begun"
         deploy_cpp(make_shelf(cache="in-place"), out)
@@ -333,20 +348,94 @@ def test_a_program_at_work_takes_no_adapter_of_another_model(make_shelf, shelf_a
         assert program.hear() == "refused"
 
 
-def test_eight_threads_keep_their_adapters_while_others_come_and_go(make_shelf, shelf_adapters, cpp_programs, tmp_path):
+@pytest.mark.parametrize(("where", "rounds"), [("tenants", 40), ("emulated_tenants", 10)])
+def test_eight_threads_keep_their_adapters_while_others_come_and_go(
+    where, rounds, make_shelf, shelf_adapters, cpp_programs, tmp_path
+):
     """Three slots, six adapters."""
     folder = Path(shutil.copytree(make_shelf(cache="in-place").folder, tmp_path / "bundle"))
     out = deploy_cpp(read_bundle(folder), tmp_path / "out")
-    with tenants(cpp_programs, out / "model") as program:
+    if where == "emulated_tenants":
+        as_engine(out / "model", 64)
+    with tenants(cpp_programs / where, out / "model") as program:
         for name, prompt in zip(NAMES, PROMPTS, strict=True):
             program.ask(name, prompt, "request")
-        program.say("race 40")
+        program.say(f"race {rounds}")
         for i in range(6):
             (replace_adapter if i else add_adapter)(folder, "late", shelf_adapters["small" if i % 2 else "moe"])
             publish_shelf(read_bundle(folder), out)
         assert program.hear() == "different 0"
     files = {path.name for path in (out / "model" / "adapters").iterdir()}
     assert files == {Path(a["file"]).name for a in read_bundle(folder).manifest.shelf["adapters"].values()}
+
+
+def test_a_step_that_was_recorded_serves_the_adapters_that_come_into_its_slots(model, cpp_programs, tmp_path):
+    """One lane, and a swap for each request but the first three; what cannot be read changes no slot."""
+    engine = engine_of(model, tmp_path / "engine")
+    rows = expected(model)
+    lora = engine / json.loads((engine / "deploy.json").read_text())["shelf"]["adapters"]["lora"]["file"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([cpp_programs / "emulated_tenants", engine, str(COUNT)], text=True, **pipes) as process:
+        program = Tenants(process)
+
+        def ask(which: Sequence[int]) -> None:
+            for i in which:
+                program.ask(NAMES[i], PROMPTS[i])
+                assert program.hear() == "begun"
+                assert program.answers(1) == [rows[i]]
+
+        ask(range(len(NAMES)))
+        with lora.open("r+b") as file:
+            file.seek(-3, 2)
+            file.write(b"\xff\xff\xff")
+        program.ask("lora", PROMPTS[0])
+        assert program.hear().endswith("is not the file that belongs here (its SHA-256 differs). Copy it again.")
+        program.say("go")
+        assert program.hear() == "refused"
+        ask([4, 5, 6])
+        process.stdin.close()
+        told = process.stderr.read()
+    # All but the first: with each request's batch of one.
+    asked = [*rows, *(rows[i] for i in (4, 5, 6))]
+    assert launches(told) == sum(min(len(row), COUNT - 1) for row in asked) - 1
+
+
+def test_an_engine_and_a_shelf_that_do_not_belong_together_are_refused(model, make_bundle, cpp_programs, tmp_path):
+    program, engine = cpp_programs / "emulated_runner", engine_of(model, tmp_path / "engine")
+    shelf = json.loads((engine / "deploy.json").read_text())["shelf"]
+    named = ("--adapter", "nobody")
+    assert "There is no adapter 'nobody'; there are hydra, lora" in refused(program, engine, *named)
+    change(engine, shelf={**shelf, "slots": 4})
+    assert "do not belong together (its input" in (told := refused(program, engine))
+    assert told.endswith("does not have the shelf's 4 slots). Deploy it again.")
+    change(engine, shelf=None)
+    assert ", and there is no shelf). Deploy it again." in refused(program, engine)
+    plain = as_engine(deploy_cpp(make_bundle("llama"), tmp_path / "plain") / "model")
+    change(plain, shelf={"slots": 3, "adapters": {}})
+    assert "(the engine takes no adapters). Deploy it again." in refused(program, plain)
+
+
+def test_who_finds_no_slot_is_told_when_none_of_the_others_goes_on(model, cpp_programs):
+    """For a second; as long as they do, it waits for longer."""
+    rows, order = expected(model), [0, 1, 3]
+    with tenants(cpp_programs / "tenants", model, 1) as program:
+        for i in order:
+            program.ask(NAMES[i], PROMPTS[i])
+            assert program.hear() == "begun"
+        program.ask(NAMES[4], PROMPTS[4])
+        assert program.hear() == (
+            "Others' adapters are in too many of the 3 slots, and none of their requests has gone on for 1 seconds."
+        )
+        program.ask(NAMES[5], PROMPTS[5], "queue")
+        for _ in range(5):
+            time.sleep(0.4)
+            program.say("step")
+        program.say("go")
+        assert [program.hear() for _ in range(5)] == [
+            " ".join(map(str, rows[i])) if i != 4 else "refused" for i in (*order, 4, 5)
+        ]
+    done = run(cpp_programs / "tenants", model, COUNT, -1)
+    assert "-1 seconds of patience: give 0 or more." in done.stderr
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

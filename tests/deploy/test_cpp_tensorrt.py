@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from conftest import GREEDY_TOKENS
-from cpp_programs import as_engine, build_cpp, endless, generate, generate_and_tell, run
+from cpp_programs import as_engine, build_cpp, endless, generate, generate_and_tell, launches, run
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.cpp import deploy_cpp
@@ -27,13 +26,6 @@ from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.engine.toolchain import find_toolchain
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
-
-
-def launches(told: str) -> int:
-    """How many steps of decoding were CUDA graphs."""
-    found = re.search(r"graph launches: (\d+)", told)
-    assert found is not None, told
-    return int(found[1])
 
 
 @pytest.fixture(scope="module")

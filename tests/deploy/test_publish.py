@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from cpp_programs import as_engine
 from shelves import write_family
 
 from teamlora_export.bundle import Bundle, read_bundle
@@ -99,8 +100,13 @@ def test_adapters_for_slots_of_another_shape_are_refused(make_base, tmp_path):
     assert (out / "deploy.json").read_bytes() == before
 
 
-def test_of_two_at_once_the_later_one_waits_and_has_what_the_bundle_has_then(bundle, out, shelf_adapters, monkeypatch):
+@pytest.mark.parametrize("form", ["graph", "engine"])
+def test_of_two_at_once_the_later_one_waits_and_has_what_the_bundle_has_then(
+    form, bundle, out, shelf_adapters, monkeypatch
+):
     stale = bundle
+    if form == "engine":
+        as_engine(out)
     write, seen = publish.write_aside, threading.Event()
     second = threading.Thread(target=publish_shelf, args=(stale, out))
 
@@ -108,7 +114,7 @@ def test_of_two_at_once_the_later_one_waits_and_has_what_the_bundle_has_then(bun
         if path.name == "deploy.json" and not seen.is_set():
             seen.set()
             second.start()
-            second.join(2)
+            second.join(1)
             assert second.is_alive(), "it does not wait"
         write(path, *given, **named)
 

@@ -21,11 +21,13 @@ from conftest import list_again
 from teamlora_export.bundle import Bundle, read_bundle
 from teamlora_export.deploy.cpp import deploy_cpp
 from teamlora_export.deploy.engine import add_engine
+from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, read_facts, write_engine
 from teamlora_export.engine.prepare import slot_inputs, write_graph
 from teamlora_export.engine.profiles import make_profiles
 from teamlora_export.errors import ExportError
+from teamlora_export.files import sha256_of
 from teamlora_export.graph import op
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.cases import make_cases
@@ -298,7 +300,7 @@ def as_facts(bundle: Bundle, engine: Path) -> EngineFacts:
 
 def test_adapters_of_a_shelf_are_inputs_of_the_engine(make_shelf, tmp_path):
     """Slots of one size and an index for each row, of which nothing is in the engine: no rebuild and no refit for a
-    swap. Its body is what TensorRT-RTX takes; no program here binds them as yet."""
+    swap. Its body is what TensorRT-RTX takes, and the program in C++ binds them."""
     bundle = make_shelf()
     path, facts = build_engine(bundle, dataclasses.replace(RTX, shapes="1x1,2x16,4x64"), tmp_path / "tiny.engine")
     assert (facts.slots, facts.format_version) == (3, 2)
@@ -317,6 +319,23 @@ def test_adapters_of_a_shelf_are_inputs_of_the_engine(make_shelf, tmp_path):
             build_engine(bundle, dataclasses.replace(RTX, **options), tmp_path / "other.engine")
     with pytest.raises(ExportError, match="takes adapters as inputs, which the deployed programs bind to no engine"):
         add_engine(SimpleNamespace(bundle=bundle), str(path), None)  # type: ignore[arg-type]
+    out = deploy_cpp(bundle, tmp_path / "out", engine=str(path))
+    described = json.loads((out / "model" / "deploy.json").read_text())
+    shelf = bundle.manifest.shelf["adapters"]
+    files = {adapter["file"] for adapter in shelf.values()}
+    assert {"engines/tiny.engine", "engines/tiny.json"} | files <= described["files"].keys()
+    assert not {"model.onnx", "model.onnx.data"} & described["files"].keys()
+    assert (described["format_version"], described["shelf"]["slots"]) == (2, 3)
+    readme = (out / "README.md").read_text()
+    assert "build/runner --adapter NAME" in readme
+    assert "slots are in the GPU's memory" in readme
+    gone = out / "model" / sorted(files)[0]
+    gone.unlink()
+    assert set(publish_shelf(bundle, out)) == shelf.keys()
+    assert sha256_of(gone) == described["files"][sorted(files)[0]]
+    write_engine(path.read_bytes(), dataclasses.replace(facts, slots=4), path)
+    with pytest.raises(ExportError, match=r"is an engine with 4 slots of adapters, and .* has 3. Build it again"):
+        deploy_cpp(bundle, out, engine=str(path))
 
 
 def test_a_graph_of_a_shelf_leaves_slots_to_its_caller(make_shelf, tmp_path):

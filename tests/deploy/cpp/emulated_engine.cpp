@@ -17,6 +17,7 @@ constexpr std::int64_t kMostTokens = 300;
 
 ONNXTensorElementDataType onnx_type(Element type) {
     if (type == Element::kInt64) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+    if (type == Element::kInt32) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32;
     return type == Element::kFloat32 ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
 }
 
@@ -40,12 +41,7 @@ public:
     EmulatedContext(Model& model, bool decodes) : model_(model), decodes_(decodes) {}
 
     void set_shape(const Tensor& input, const Shape& shape) override {
-        const std::int64_t size = shape[is_past(input.name) ? 2 : 1], most = model_.most(input.name, decodes_);
-        const bool fixed = is_past(input.name) && model_.capacity > 0;
-        if (size > most || (fixed && size < most)) {
-            throw Error("The profile takes " + std::to_string(most) + " of " + input.name + ", not " +
-                        std::to_string(size) + ".");
-        }
+        if (input.name != kAdapterInput) check_profile(input, shape);
         shapes_[input.name] = shape;
         has_run_ = false;
     }
@@ -54,14 +50,23 @@ public:
 
     void bind(const Tensor& tensor, void* address) override { addresses_[tensor.name] = address; }
 
-    bool enqueue(const Stream&) override {
+    bool enqueue(const Stream& stream) override {
         if (emulated::is_recording() && !has_run_) return false;
         has_run_ = true;
-        emulated::enqueue([this, shapes = shapes_, addresses = addresses_] { run(shapes, addresses); });
+        emulated::enqueue(stream.get(), [this, shapes = shapes_, addresses = addresses_] { run(shapes, addresses); });
         return true;
     }
 
 private:
+    void check_profile(const Tensor& input, const Shape& shape) const {
+        const std::int64_t size = shape[is_past(input.name) ? 2 : 1], most = model_.most(input.name, decodes_);
+        const bool fixed = is_past(input.name) && model_.capacity > 0;
+        if (size > most || (fixed && size < most)) {
+            throw Error("The profile takes " + std::to_string(most) + " of " + input.name + ", not " +
+                        std::to_string(size) + ".");
+        }
+    }
+
     Shape output_shape(const Tensor& output, const std::map<std::string, Shape>& shapes) const {
         Shape shape = output.shape;
         const Shape& ids = shapes.at("input_ids");
@@ -79,8 +84,12 @@ private:
         std::vector<Ort::Value> inputs, outputs;
         const auto memory = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
         for (const Tensor& tensor : model_.tensors) {
-            const Shape shape = tensor.is_input ? shapes.at(tensor.name) : output_shape(tensor, shapes);
-            std::size_t bytes = tensor.type == Element::kInt64 ? 8 : tensor.type == Element::kFloat32 ? 4 : 2;
+            const auto given = shapes.find(tensor.name);
+            // Slots have their own shape.
+            const Shape shape = !tensor.is_input        ? output_shape(tensor, shapes)
+                                : given != shapes.end() ? given->second
+                                                        : tensor.shape;
+            std::size_t bytes = size_of(tensor.type);
             for (const std::int64_t size : shape) bytes *= static_cast<std::size_t>(size);
             (tensor.is_input ? input_names : output_names).push_back(tensor.name.c_str());
             (tensor.is_input ? inputs : outputs)
@@ -129,6 +138,7 @@ private:
         const auto tensor = info.GetTensorTypeAndShapeInfo();
         const auto type = tensor.GetElementType();
         const Element element = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64   ? Element::kInt64
+                                : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 ? Element::kInt32
                                 : type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT ? Element::kFloat32
                                                                               : Element::kFloat16;
         model_.tensors.push_back({name, element, tensor.GetShape(), is_input});

@@ -1,9 +1,10 @@
 // Requests of a model with a shelf of adapters, as the standard input says, a command a line:
 //
-//     tenants MODEL TOKENS
+//     tenants MODEL TOKENS [PATIENCE]     seconds, see `Options`
 //     names                what is on the shelf
 //     ask NAME IDS         begins a request on a thread of its own, which waits behind its first token
 //     queue NAME IDS       the same, and nobody waits for that token
+//     step                 lets all of them go on by a token
 //     go                   lets all of them go on, and prints their answers in the order in which they were asked
 //     request NAME IDS     is one of those that `race` is run with
 //     race ROUNDS          each of them alone, then all of them so often on eight threads: how many answers differ
@@ -58,10 +59,9 @@ public:
             std::size_t tokens = 0;
             try {
                 const auto on_token = [&](std::size_t, std::int64_t) {
-                    if (tokens++ > 0) return true;
-                    begun.set_value("begun");
+                    if (tokens++ == 0) begun.set_value("begun");
                     std::unique_lock<std::mutex> lock(mutex_);
-                    going_.wait(lock, [this] { return go_; });
+                    going_.wait(lock, [&] { return go_ || tokens <= steps_; });
                     return true;
                 };
                 const Tokens answer = runner_.generate({request.ids}, count_, on_token, request.adapter)[0];
@@ -75,6 +75,14 @@ public:
         return said;
     }
 
+    void step() {
+        {
+            const std::lock_guard<std::mutex> lock(mutex_);
+            ++steps_;
+        }
+        going_.notify_all();
+    }
+
     void go() {
         {
             const std::lock_guard<std::mutex> lock(mutex_);
@@ -84,6 +92,7 @@ public:
         for (auto& answer : answers_) std::cout << answer.get() << std::endl;
         answers_.clear();
         go_ = false;
+        steps_ = 0;
     }
 
 private:
@@ -92,6 +101,8 @@ private:
     std::mutex mutex_;
     std::condition_variable going_;
     bool go_ = false;
+    // Tokens behind which none of them waits.
+    std::size_t steps_ = 0;
     std::vector<std::future<std::string>> answers_;
 };
 
@@ -123,9 +134,11 @@ std::size_t race(const teamlora::Runner& runner, const std::vector<Request>& req
 
 }  // namespace
 
-int main(int, char** words) {
+int main(int given, char** words) {
     teamlora::Options options;
     options.threads = 1;
+    options.streams = kThreads;
+    if (given > 3) options.patience = std::stoi(words[3]);
     const teamlora::Runner runner(words[1], options);
     const std::size_t count = std::stoul(words[2]);
     Waiting waiting(runner, count);
@@ -141,6 +154,8 @@ int main(int, char** words) {
             std::cout << waiting.ask(read_request(rest)).get() << std::endl;
         } else if (command == "queue") {
             waiting.ask(read_request(rest));
+        } else if (command == "step") {
+            waiting.step();
         } else if (command == "go") {
             waiting.go();
         } else if (command == "request") {

@@ -26,10 +26,14 @@ std::string some_names(const Shelf& shelf) {
 
 }  // namespace
 
-Adapters::Adapters(const Folder& folder, bool check, std::vector<SlotInput> inputs)
-    : folder_(folder), check_(check), inputs_(std::move(inputs)) {
+Adapters::Adapters(const Folder& folder, const Options& options, std::vector<SlotInput> inputs, SlotMemory& memory)
+    : folder_(folder),
+      check_(options.check_files),
+      patience_(options.patience),
+      inputs_(std::move(inputs)),
+      memory_(memory) {
+    if (options.patience < 0) throw Error(std::to_string(options.patience) + " seconds of patience: give 0 or more.");
     const std::size_t slots = folder.shelf.value().slots;
-    for (const SlotInput& input : inputs_) memory_.emplace_back(slots * input.bytes);
     content_.resize(slots);
     users_.resize(slots);
     for (std::size_t slot = 0; slot < slots; ++slot) free_.push_back(slot);
@@ -95,6 +99,7 @@ Adapters::Held Adapters::take(const std::vector<Found>& rows) {
         none.rows_.assign(rows.size(), kNoAdapter);
         return none;
     }
+    const Clock::time_point since = Clock::now();
     const std::lock_guard<std::mutex> turn(turn_);
     std::vector<std::pair<Found, SlotFile>> read;
     for (const Found& adapter : wanted) {
@@ -106,14 +111,7 @@ Adapters::Held Adapters::take(const std::vector<Found>& rows) {
     std::vector<std::size_t> written;
     {
         std::unique_lock<std::mutex> lock(counts_);
-        const auto in_use = [&](const Found& adapter) {
-            const std::size_t slot = slot_of(adapter->key());
-            return slot < slots() && users_[slot] > 0;
-        };
-        given_.wait(lock, [&] {
-            const auto used = std::count_if(wanted.begin(), wanted.end(), in_use);
-            return wanted.size() - static_cast<std::size_t>(used) <= free_.size();
-        });
+        wait_for_slots(lock, wanted, since);
         // Those that are there first: the others must not take their slots.
         for (const Found& adapter : wanted) {
             if (slot_of(adapter->key()) < slots()) hold(slot_of(adapter->key()), held);
@@ -125,10 +123,7 @@ Adapters::Held Adapters::take(const std::vector<Found>& rows) {
         }
     }
     for (std::size_t i = 0; i < read.size(); ++i) {
-        for (std::size_t input = 0; input < inputs_.size(); ++input) {
-            const std::string_view numbers = read[i].second.tensors[input];
-            std::copy(numbers.begin(), numbers.end(), memory(input) + written[i] * numbers.size());
-        }
+        memory_.fill(written[i], read[i].second);
         content_[written[i]] = read[i].first->key();
     }
     for (const Found& row : rows) {
@@ -136,6 +131,29 @@ Adapters::Held Adapters::take(const std::vector<Found>& rows) {
     }
     return held;
 }
+
+void Adapters::wait_for_slots(std::unique_lock<std::mutex>& lock, const std::vector<Found>& wanted,
+                              Clock::time_point since) {
+    const auto in_use = [&](const Found& adapter) {
+        const std::size_t slot = slot_of(adapter->key());
+        return slot < slots() && users_[slot] > 0;
+    };
+    const auto fits = [&] {
+        const auto used = std::count_if(wanted.begin(), wanted.end(), in_use);
+        return wanted.size() - static_cast<std::size_t>(used) <= free_.size();
+    };
+    while (!fits()) {
+        since = std::max(since, moved_.load());
+        if (Clock::now() - since >= patience_) {
+            throw Error("Others' adapters are in too many of the " + std::to_string(slots()) +
+                        " slots, and none of their requests has gone on for " + std::to_string(patience_.count()) +
+                        " seconds.");
+        }
+        given_.wait_until(lock, since + patience_);
+    }
+}
+
+void Adapters::went_on() { moved_ = Clock::now(); }
 
 Adapters::Stamp Adapters::stamp() const {
     struct stat found{};
@@ -164,6 +182,7 @@ void Adapters::hold(std::size_t slot, Held& held) {
 }
 
 void Adapters::give(const std::vector<std::size_t>& slots) {
+    went_on();
     {
         const std::lock_guard<std::mutex> lock(counts_);
         for (const std::size_t slot : slots) {

@@ -5,6 +5,8 @@
 // held is not written to. Of the others, the one that was given back first makes room.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -15,10 +17,13 @@
 #include <vector>
 
 #include "folder.h"
+#include "runner.h"
 #include "slot_file.h"
 
 namespace teamlora {
 
+// The model's input with the slot of each row.
+inline constexpr const char* kAdapterInput = "adapter";
 // The slot of a row without an adapter.
 inline constexpr std::int32_t kNoAdapter = -1;
 // The slot of each row; none: the model has no slots.
@@ -35,12 +40,21 @@ struct Shelved {
 // Null: the base alone.
 using Found = std::shared_ptr<const Shelved>;
 
+// Where the slots are that a back end's model reads.
+class SlotMemory {
+public:
+    virtual ~SlotMemory() = default;
+    // Writes what an adapter's file has for each input into `slot`, which no request holds; the next call of the model
+    // sees it. Throws an Error where it cannot; what is in the slot is unknown then.
+    virtual void fill(std::size_t slot, const SlotFile& file) = 0;
+};
+
 // The shelf of one open model; used by many threads.
 class Adapters {
 public:
-    // `inputs`: the model's, in which it takes slots. Of `folder` the shelf alone is read again. `check`: an adapter's
-    // file is compared with its hash when it is read.
-    Adapters(const Folder& folder, bool check, std::vector<SlotInput> inputs);
+    // `inputs`: the model's, in which it takes slots; they are in `memory`, which outlives this. Of `folder` the shelf
+    // alone is read again. Throws an Error for options that are not as they can be.
+    Adapters(const Folder& folder, const Options& options, std::vector<SlotInput> inputs, SlotMemory& memory);
 
     // The slots of a request's rows, which nobody writes to before this is gone.
     class Held {
@@ -67,14 +81,17 @@ public:
     Found find(const std::string& name);
 
     // The adapters of a request's rows, in slots; waits while others are at work in too many of them. Throws an Error
-    // where there are more of them than slots, or one's file is not what belongs there; no slot has changed then.
+    // where there are more of them than slots, one's file is not what belongs there, or none of the others has gone on
+    // for as long as the options say; no slot has changed then.
     Held take(const std::vector<Found>& rows);
+    // A request that holds slots has got a step further.
+    void went_on();
 
     const std::vector<SlotInput>& inputs() const { return inputs_; }
-    // Of the input of that number: [slots, shape of one]. It stays where it is.
-    char* memory(std::size_t input) { return memory_[input].data(); }
 
 private:
+    using Clock = std::chrono::steady_clock;
+
     // When and what deploy.json was, which tells it from another that has taken its place.
     struct Stamp {
         std::int64_t seconds = 0, nanoseconds = 0;
@@ -89,13 +106,16 @@ private:
     void look_again();
     // The slot that has the content of that key; none: the number of slots.
     std::size_t slot_of(const std::string& key) const;
+    // With `lock` on `counts_`: until the others hold few enough slots for `wanted`. `since`: when the request came.
+    void wait_for_slots(std::unique_lock<std::mutex>& lock, const std::vector<Found>& wanted, Clock::time_point since);
     void hold(std::size_t slot, Held& held);
     void give(const std::vector<std::size_t>& slots);
 
     const Folder folder_;
     const bool check_;
+    const std::chrono::seconds patience_;
     const std::vector<SlotInput> inputs_;
-    std::vector<std::vector<char>> memory_;
+    SlotMemory& memory_;
 
     std::mutex listing_;
     Stamp seen_;
@@ -114,6 +134,8 @@ private:
     // Of each slot: how many requests hold it. Free ones in the order in which they became so.
     std::vector<std::size_t> users_;
     std::deque<std::size_t> free_;
+    // When a request went on or gave its slots back.
+    std::atomic<Clock::time_point> moved_{Clock::now()};
 };
 
 }  // namespace teamlora

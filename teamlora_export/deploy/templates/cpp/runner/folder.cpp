@@ -158,12 +158,14 @@ Folder open_folder(const fs::path& path, bool check) {
     } catch (const std::exception& error) {
         throw Error(described.string() + ": cannot be read (" + error.what() + "). Copy the folder again.");
     }
-    for (const auto& file : files) {
-        if (is_engine(file.first)) folder.engines.push_back(fs::path(file.first).stem().string());
-    }
     for (const char* name : {"model.onnx", "model.onnx.data"}) {
         const auto listed = files.find(name);
         folder.model_sha256.push_back(listed == files.end() ? "" : listed->second);
+    }
+    for (const auto& [name, sha256] : files) {
+        if (!is_engine(name)) continue;
+        folder.engines.push_back(fs::path(name).stem().string());
+        folder.model_sha256.push_back(sha256);
     }
     if (folder.shelf) {
         for (const auto& adapter : folder.shelf->adapters) files.erase(adapter.second.name);

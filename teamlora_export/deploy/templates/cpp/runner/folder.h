@@ -37,7 +37,7 @@ struct Folder {
     bool takes_padding = true;
     // Names of the engines in `engines/`.
     std::vector<std::string> engines;
-    // Of the graph and its weights.
+    // Of the graph and its weights, and of each engine.
     std::vector<std::string> model_sha256;
     // Nothing: the model has one adapter of its own.
     std::optional<Shelf> shelf;

@@ -79,7 +79,7 @@ public:
         try {
             session_ = Ort::Session(environment_, folder.model().c_str(), session_options);
             read_ports();
-            slots_ = OnnxRuntimeSlots(session_, folder, options.check_files);
+            slots_ = OnnxRuntimeSlots(session_, folder, options);
         } catch (const Ort::Exception& error) {
             throw Error(folder.model().string() + ": ONNX Runtime " + Ort::GetVersionString() + " cannot load it (" +
                         brief(error) + ").");

@@ -9,27 +9,34 @@
 namespace teamlora {
 namespace {
 
-// An index for each row, or one for all.
-constexpr const char* kAdapterInput = "adapter";
-
-// Of an input [slots, shape of one].
-SlotInput slot_input(std::string name, ONNXTensorElementDataType type, const std::vector<std::int64_t>& shape) {
-    const bool floats = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-    const bool halves = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
-    SlotInput input{std::move(name), floats ? "F32" : halves ? "F16" : "BF16", {}, floats ? 4u : 2u};
-    bool known = (floats || halves || type == ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16) && !shape.empty();
-    for (std::size_t axis = 1; axis < shape.size(); ++axis) {
-        known = known && shape[axis] >= 0;
-        input.shape.push_back(shape[axis]);
-        input.bytes *= static_cast<std::size_t>(shape[axis]);
+// As an adapter's file calls it, and the bytes of a number.
+std::pair<const char*, std::size_t> type_in_file(ONNXTensorElementDataType type) {
+    switch (type) {
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+            return {"F32", 4};
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+            return {"F16", 2};
+        case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
+            return {"BF16", 2};
+        default:
+            return {"", 0};
     }
-    if (!known) throw Error("The model's slots " + input.name + " are not of a kind that this program knows.");
-    return input;
 }
 
 }  // namespace
 
-OnnxRuntimeSlots::OnnxRuntimeSlots(const Ort::Session& session, const Folder& folder, bool check) {
+HostSlots::HostSlots(const std::vector<SlotInput>& inputs, std::size_t slots) {
+    for (const SlotInput& input : inputs) memory_.emplace_back(slots * input.bytes);
+}
+
+void HostSlots::fill(std::size_t slot, const SlotFile& file) {
+    for (std::size_t input = 0; input < memory_.size(); ++input) {
+        const std::string_view numbers = file.tensors[input];
+        std::copy(numbers.begin(), numbers.end(), of(input) + slot * numbers.size());
+    }
+}
+
+OnnxRuntimeSlots::OnnxRuntimeSlots(const Ort::Session& session, const Folder& folder, const Options& options) {
     const Ort::AllocatorWithDefaultOptions allocator;
     std::vector<SlotInput> inputs;
     bool has_rows = false;
@@ -39,13 +46,16 @@ OnnxRuntimeSlots::OnnxRuntimeSlots(const Ort::Session& session, const Folder& fo
         if (name == kAdapterInput || !folder.shelf) continue;
         const Ort::TypeInfo info = session.GetOverridableInitializerTypeInfo(i);
         const auto tensor = info.GetTensorTypeAndShapeInfo();
-        inputs.push_back(slot_input(name, tensor.GetElementType(), tensor.GetShape()));
+        const auto [type, width] = type_in_file(tensor.GetElementType());
+        inputs.push_back(slot_input(name, type, width, tensor.GetShape()));
         types_.push_back(tensor.GetElementType());
     }
     if (has_rows != folder.shelf.has_value()) {
         throw Error(folder.path.string() + ": its model and its shelf of adapters do not belong together.");
     }
-    if (has_rows) adapters_ = std::make_unique<Adapters>(folder, check, std::move(inputs));
+    if (!has_rows) return;
+    memory_ = std::make_unique<HostSlots>(inputs, folder.shelf->slots);
+    adapters_ = std::make_unique<Adapters>(folder, options, std::move(inputs), *memory_);
 }
 
 void OnnxRuntimeSlots::add_names(std::vector<const char*>& names) const {
@@ -61,7 +71,7 @@ void OnnxRuntimeSlots::add_values(std::vector<Ort::Value>& values, const Slots& 
         const SlotInput& input = adapters_->inputs()[i];
         std::vector<std::int64_t> shape{static_cast<std::int64_t>(adapters_->slots())};
         shape.insert(shape.end(), input.shape.begin(), input.shape.end());
-        values.push_back(Ort::Value::CreateTensor(memory, adapters_->memory(i), adapters_->slots() * input.bytes,
+        values.push_back(Ort::Value::CreateTensor(memory, memory_->of(i), adapters_->slots() * input.bytes,
                                                   shape.data(), shape.size(), types_[i]));
     }
     const bool same = std::adjacent_find(rows.begin(), rows.end(), std::not_equal_to<>()) == rows.end();

@@ -12,12 +12,23 @@
 
 namespace teamlora {
 
+// The slots of each input in the host's memory: [slots, shape of one], which stay where they are.
+class HostSlots : public SlotMemory {
+public:
+    HostSlots(const std::vector<SlotInput>& inputs, std::size_t slots);
+    void fill(std::size_t slot, const SlotFile& file) override;
+    char* of(std::size_t input) { return memory_[input].data(); }
+
+private:
+    std::vector<std::vector<char>> memory_;
+};
+
 class OnnxRuntimeSlots {
 public:
     // Nothing, of a model with one adapter of its own.
     OnnxRuntimeSlots() = default;
     // Throws an Error where the model and the folder's shelf do not belong together.
-    OnnxRuntimeSlots(const Ort::Session& session, const Folder& folder, bool check);
+    OnnxRuntimeSlots(const Ort::Session& session, const Folder& folder, const Options& options);
 
     Adapters* adapters() const { return adapters_.get(); }
     // Adds the names of these inputs, and their values; `rows` is read in place.
@@ -26,6 +37,7 @@ public:
 
 private:
     std::vector<ONNXTensorElementDataType> types_;
+    std::unique_ptr<HostSlots> memory_;
     std::unique_ptr<Adapters> adapters_;
 };
 

@@ -42,6 +42,9 @@ struct Options {
     std::string engine;
     // TensorRT: how many requests are on the GPU at once, each with a KV cache and activations; more wait.
     int streams = 2;
+    // Of a model with a shelf: a request whose adapters find no slot ends with an Error after so many seconds in which
+    // none of those that hold the slots goes on. More than the longest call takes: one may be in the middle of it.
+    int patience = 300;
     // Compare the files with their hashes in deploy.json first.
     bool check_files = true;
 };
@@ -68,7 +71,8 @@ public:
     //
     // A row keeps the adapter that its name stood for when it was asked, also where that is replaced or removed
     // meanwhile. The call waits while others are at work with as many adapters as there are slots, and makes several
-    // batches of rows that have more of them; so an `on_token` that asks the Runner itself may wait for its own call.
+    // batches of rows that have more of them; so an `on_token` that asks the Runner itself may wait for its own call,
+    // until `Options::patience` ends.
     std::vector<Tokens> generate(const std::vector<Tokens>& prompts, std::size_t count = 64,
                                  const OnToken& on_token = {}, const AdapterNames& adapters = {}) const;
 

@@ -51,6 +51,18 @@ std::string_view numbers(const json& fields, std::size_t bytes, std::string_view
 
 }  // namespace
 
+SlotInput slot_input(std::string name, std::string type, std::size_t width, const std::vector<std::int64_t>& shape) {
+    SlotInput input{std::move(name), std::move(type), {}, width};
+    bool known = !input.type.empty() && !shape.empty();
+    for (std::size_t axis = 1; axis < shape.size(); ++axis) {
+        known = known && shape[axis] >= 0;
+        input.shape.push_back(shape[axis]);
+        input.bytes *= static_cast<std::size_t>(shape[axis]);
+    }
+    if (!known) throw Error("The model's slots " + input.name + " are not of a kind that this program knows.");
+    return input;
+}
+
 OpenedFile::OpenedFile(std::filesystem::path path) : path_(std::move(path)) {
     // Opening a FIFO would wait for a writer.
     descriptor_ = open(path_.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC);

@@ -20,6 +20,10 @@ struct SlotInput {
     std::size_t bytes;
 };
 
+// Of an input [slots, shape of one], whose numbers have `width` bytes each. Throws an Error where the shape of one is
+// not known, or `type` is none that a file can have: it is empty.
+SlotInput slot_input(std::string name, std::string type, std::size_t width, const std::vector<std::int64_t>& shape);
+
 // A regular file that was opened, and can be read when its name is gone.
 class OpenedFile {
 public:

@@ -9,35 +9,41 @@
 #include "tensorrt_cache.h"
 #include "tensorrt_engine.h"
 #include "tensorrt_lane.h"
+#include "tensorrt_slots.h"
 
 namespace teamlora {
 namespace {
 
 class TensorRT : public Backend {
 public:
-    TensorRT(const Folder& folder, const std::string& engine, int streams)
+    TensorRT(const Folder& folder, const std::string& engine, const Options& options)
         : name_(engine),
           engine_(open_engine(folder, engine)),
-          lanes_(*engine_, streams),
+          slots_(*engine_, folder, options),
+          lanes_(*engine_, slots_, options.streams),
           windowed_(folder.has_window) {}
 
     std::string description() const override { return "TensorRT, engine " + name_; }
 
-    std::unique_ptr<Decoder> start(std::size_t batch, std::size_t most, const Slots&) const override {
-        return open_cache(*engine_, lanes_, batch, most, windowed_);
+    Adapters* adapters() const override { return slots_.adapters(); }
+
+    std::unique_ptr<Decoder> start(std::size_t batch, std::size_t most, const Slots& slots) const override {
+        return open_cache(*engine_, lanes_, batch, most, slots_.rows(slots, batch), windowed_);
     }
 
-    std::vector<float> encode(const Tokens& ids, const Tokens& mask, std::size_t batch, const Slots&) const override {
+    std::vector<float> encode(const Tokens& ids, const Tokens& mask, std::size_t batch,
+                              const Slots& slots) const override {
         const std::shared_ptr<Lane> lane = lanes_.take();
         const Tensor& result = find_result(*engine_);
         const Tokens types(ids.size(), 0);
-        const auto give = [&](DeviceBuffer& buffer, const Tokens& values) {
-            buffer.reserve(values.size() * sizeof(std::int64_t));
+        const auto give = [&](DeviceBuffer& buffer, const auto& values) {
+            buffer.reserve(values.size() * sizeof(values[0]));
             upload(buffer, values, lane->stream);
         };
         give(lane->ids, ids);
         give(lane->mask, mask);
         give(lane->third, types);
+        give(lane->adapter, slots_.rows(slots, batch));
         const std::size_t tokens = ids.size() / batch;
         Call call(*engine_, *lane, *lane->prefill);
         call.set_shapes(batch, tokens, 0, tokens);
@@ -54,6 +60,7 @@ public:
 private:
     std::string name_;
     std::unique_ptr<Engine> engine_;
+    TensorRTSlots slots_;
     mutable Lanes lanes_;
     bool windowed_;
 };
@@ -68,7 +75,7 @@ std::unique_ptr<Backend> open_tensorrt(const Folder& folder, const Options& opti
     if (std::find(there.begin(), there.end(), name) == there.end()) {
         throw Error(folder.engine(name).string() + ": there is no such engine.");
     }
-    return std::make_unique<TensorRT>(folder, name, options.streams);
+    return std::make_unique<TensorRT>(folder, name, options);
 }
 
 }  // namespace teamlora

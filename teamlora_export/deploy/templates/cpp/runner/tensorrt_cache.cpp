@@ -12,6 +12,7 @@ struct Request {
     std::shared_ptr<Lane> lane;
     std::vector<Tensor> caches;
     std::size_t batch, most;
+    Slots rows;
 };
 
 std::size_t heads(const Tensor& cache) { return static_cast<std::size_t>(cache.shape[1]); }
@@ -56,7 +57,11 @@ protected:
           batch_(request.batch),
           engine_(request.engine),
           logits_(find_result(engine_)),
-          room_(room) {}
+          room_(room) {
+        // As long as the lane is this request's.
+        if (lane_->adapter.reserve(request.rows.size() * sizeof(std::int32_t))) lane_->graph.clear();
+        upload(lane_->adapter, request.rows, lane_->stream);
+    }
 
     // Runs so many tokens, whose ids and positions are on the device. The mask, [batch, filled + tokens], is not.
     virtual void forward(const Tokens& mask, std::size_t tokens) = 0;
@@ -262,7 +267,7 @@ private:
 }  // namespace
 
 std::unique_ptr<Decoder> open_cache(const Engine& engine, Lanes& lanes, std::size_t batch, std::size_t most,
-                                    bool windowed) {
+                                    const Slots& rows, bool windowed) {
     std::vector<Tensor> caches;
     for (const Tensor& tensor : engine.tensors()) {
         if (is_past(tensor.name)) caches.push_back(tensor);
@@ -274,7 +279,7 @@ std::unique_ptr<Decoder> open_cache(const Engine& engine, Lanes& lanes, std::siz
                     std::to_string(most) + ". Build it with other --shapes.");
     }
     const bool in_place = InPlaceCache::fits(caches);
-    const Request request{engine, lanes.take(), std::move(caches), batch, most};
+    const Request request{engine, lanes.take(), std::move(caches), batch, most, rows};
     if (in_place) return std::make_unique<InPlaceCache>(request);
     if (windowed) return std::make_unique<GrowingCache>(request);
     return std::make_unique<FixedCache>(request);

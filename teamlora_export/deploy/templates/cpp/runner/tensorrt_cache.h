@@ -19,9 +19,10 @@
 
 namespace teamlora {
 
-// Takes a lane for a request of `batch` prompts, at most `most` tokens each, answer included. `windowed`: some layer of
-// the model has a sliding window. Throws an Error where the engine was built for fewer tokens.
+// Takes a lane for a request of `batch` prompts, at most `most` tokens each, answer included. `rows`: the slot of each,
+// where the engine takes adapters. `windowed`: some layer of the model has a sliding window. Throws an Error where the
+// engine was built for fewer tokens.
 std::unique_ptr<Decoder> open_cache(const Engine& engine, Lanes& lanes, std::size_t batch, std::size_t most,
-                                    bool windowed);
+                                    const Slots& rows, bool windowed);
 
 }  // namespace teamlora

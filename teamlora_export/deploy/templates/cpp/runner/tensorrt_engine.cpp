@@ -44,6 +44,8 @@ Element to_element(const std::string& tensor, DataType type) {
     switch (type) {
         case DataType::kINT64:
             return Element::kInt64;
+        case DataType::kINT32:
+            return Element::kInt32;
         case DataType::kFLOAT:
             return Element::kFloat32;
         case DataType::kHALF:

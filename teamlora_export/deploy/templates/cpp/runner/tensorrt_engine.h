@@ -11,7 +11,7 @@
 
 namespace teamlora {
 
-enum class Element { kInt64, kFloat32, kFloat16, kBfloat16 };
+enum class Element { kInt64, kInt32, kFloat32, kFloat16, kBfloat16 };
 // -1 stands for a dynamic size.
 using Shape = std::vector<std::int64_t>;
 
@@ -47,6 +47,19 @@ public:
     virtual Shape at_most(const Tensor& input, bool last) const = 0;
     virtual std::string last_error() const = 0;
 };
+
+// Of one number.
+inline std::size_t size_of(Element type) {
+    switch (type) {
+        case Element::kInt64:
+            return 8;
+        case Element::kInt32:
+        case Element::kFloat32:
+            return 4;
+        default:
+            return 2;
+    }
+}
 
 // Loads the folder's plugin, where it has one, and the engine `name`. Throws an Error with TensorRT's reason.
 std::unique_ptr<Engine> open_engine(const Folder& folder, const std::string& name);

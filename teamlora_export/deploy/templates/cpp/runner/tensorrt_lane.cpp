@@ -9,14 +9,15 @@
 
 namespace teamlora {
 
-Lanes::Lanes(const Engine& engine, int most) : engine_(engine), most_(std::max(most, 1)) {}
+Lanes::Lanes(const Engine& engine, const TensorRTSlots& slots, int most)
+    : engine_(engine), slots_(slots), most_(std::max(most, 1)) {}
 
 std::shared_ptr<Lane> Lanes::take() {
     std::unique_lock<std::mutex> lock(mutex_);
     free_again_.wait(lock, [&] { return !free_.empty() || made_ < most_; });
     std::unique_ptr<Lane> lane;
     if (free_.empty()) {
-        lane = std::make_unique<Lane>(engine_);
+        lane = std::make_unique<Lane>(engine_, slots_);
         ++made_;
     } else {
         lane = std::move(free_.back());
@@ -33,12 +34,12 @@ std::shared_ptr<Lane> Lanes::take() {
 
 void Call::set_shapes(std::size_t batch, std::size_t tokens, std::size_t past, std::size_t total) {
     for (const Tensor& tensor : engine_.tensors()) {
-        if (!tensor.is_input) continue;
+        if (!tensor.is_input || has_slots(tensor)) continue;
         Shape shape = tensor.shape;
         shape[0] = static_cast<std::int64_t>(batch);
         if (is_past(tensor.name)) {
             shape[2] = static_cast<std::int64_t>(past);
-        } else {
+        } else if (tensor.name != kAdapterInput) {
             shape[1] = static_cast<std::int64_t>(tensor.name == "attention_mask" ? total : tokens);
         }
         context_.set_shape(tensor, shape);
@@ -53,6 +54,7 @@ bool Call::bind() {
         if (tensor.name == "position_ids" || tensor.name == "token_type_ids") {
             context_.bind(tensor, lane_.third.get());
         }
+        if (tensor.name == kAdapterInput) context_.bind(tensor, lane_.adapter.get());
         if (tensor.is_input || is_present(tensor.name)) continue;
         DeviceBuffer& result = lane_.results[tensor.name];
         const std::size_t size = volume(context_.shape_of(tensor)) * size_of(tensor.type);
@@ -81,23 +83,6 @@ void Call::bind_cache(const std::vector<Tensor>& caches, const std::vector<Devic
 
 void Call::enqueue_or_throw() {
     if (!enqueue()) throw Error("The engine failed: " + engine_.last_error() + ".");
-}
-
-void upload(DeviceBuffer& buffer, const Tokens& values, const Stream& stream) {
-    check(cudaMemcpyAsync(buffer.get(), values.data(), values.size() * sizeof(std::int64_t), cudaMemcpyHostToDevice,
-                          stream.get()),
-          "The GPU failed");
-}
-
-std::size_t size_of(Element type) {
-    switch (type) {
-        case Element::kInt64:
-            return 8;
-        case Element::kFloat32:
-            return 4;
-        default:
-            return 2;
-    }
 }
 
 std::size_t volume(const Shape& shape) {

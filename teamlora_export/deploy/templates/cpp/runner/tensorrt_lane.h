@@ -10,19 +10,24 @@
 #include <vector>
 
 #include "cuda.h"
-#include "runner.h"
 #include "tensorrt_engine.h"
+#include "tensorrt_slots.h"
 
 namespace teamlora {
 
 // Members are destroyed from the last to the first: contexts, buffers, then the stream.
 struct Lane {
-    explicit Lane(const Engine& engine)
-        : prefill(engine.context(false, stream)), decode(engine.context(true, stream)) {}
+    Lane(const Engine& engine, const TensorRTSlots& slots)
+        : prefill(engine.context(false, stream)), decode(engine.context(true, stream)) {
+        slots.bind(*prefill);
+        slots.bind(*decode);
+    }
 
     Stream stream;
     // The third input is position_ids or token_type_ids.
     DeviceBuffer ids, mask, third;
+    // The slot of each row, of an engine that takes adapters.
+    DeviceBuffer adapter;
     // Of every output that is no cache.
     std::map<std::string, DeviceBuffer> results;
     // A buffer for each cache. One that is in place is in `past` alone.
@@ -36,12 +41,13 @@ struct Lane {
 // A few lanes; whoever finds none free waits.
 class Lanes {
 public:
-    Lanes(const Engine& engine, int most);
+    Lanes(const Engine& engine, const TensorRTSlots& slots, int most);
     // It comes back when its last owner lets it go.
     std::shared_ptr<Lane> take();
 
 private:
     const Engine& engine_;
+    const TensorRTSlots& slots_;
     int most_, made_ = 0;
     std::mutex mutex_;
     std::condition_variable free_again_;
@@ -55,8 +61,8 @@ public:
 
     // Shapes of a call with ids [batch, tokens], a mask [batch, total] and caches of `past` rows.
     void set_shapes(std::size_t batch, std::size_t tokens, std::size_t past, std::size_t total);
-    // Binds all but the caches. True: a result has another address than before, and a step that was recorded with that
-    // is dropped.
+    // Binds all but the caches and the slots. True: a result has another address than before, and a step that was
+    // recorded with that is dropped.
     bool bind();
     // `past` and `present` hold a buffer for each cache, in the order of the inputs `caches`; they may be the same.
     void bind_cache(const std::vector<Tensor>& caches, const std::vector<DeviceBuffer>& past,
@@ -71,9 +77,13 @@ private:
     Context& context_;
 };
 
-void upload(DeviceBuffer& buffer, const Tokens& values, const Stream& stream);
+template <typename T>
+void upload(DeviceBuffer& buffer, const std::vector<T>& values, const Stream& stream) {
+    if (values.empty()) return;
+    check(cudaMemcpyAsync(buffer.get(), values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice, stream.get()),
+          "The GPU failed");
+}
 
-std::size_t size_of(Element type);
 std::size_t volume(const Shape& shape);
 // Numbers of a floating type, as they came from the GPU.
 std::vector<float> to_floats(const std::vector<char>& bytes, Element type);
