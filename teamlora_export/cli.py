@@ -27,6 +27,7 @@ from teamlora_export.cli_output import (
     THIS_FOLDER,
     AdapterDtypeOption,
     AdapterOption,
+    AnyBaseOption,
     BundleArgument,
     JsonOption,
     NativeLibraryOption,
@@ -122,6 +123,7 @@ def onnx(
         bool, typer.Option("--zero-points", help="With --weights: each block of codes has a zero point.")
     ] = False,
     adapter_dtype: AdapterDtypeOption = None,
+    any_base: AnyBaseOption = False,
     retrace: Annotated[
         bool, typer.Option("--retrace", help="Trace the graph even where one is kept from an earlier export.")
     ] = False,
@@ -144,6 +146,7 @@ def onnx(
         zero_points=zero_points,
         adapter_dtype=adapter_dtype,
         retrace=retrace,
+        any_base=any_base,
     )
     made = bundle.manifest
     shelf = made.shelf["adapters"] if made.shelf is not None else {}

@@ -12,6 +12,7 @@ import typer
 from teamlora_export.cli_output import (
     THIS_FOLDER,
     AdapterOption,
+    AnyBaseOption,
     BundleArgument,
     Description,
     JsonOption,
@@ -85,20 +86,32 @@ def list_adapters(bundle: BundleArgument = THIS_FOLDER, json: JsonOption = None)
 
 
 @adapters_app.command("add")
-def add(bundle: ShelfArgument, name: NameArgument, adapter: AdapterOption, json: JsonOption = None) -> None:
+def add(
+    bundle: ShelfArgument,
+    name: NameArgument,
+    adapter: AdapterOption,
+    any_base: AnyBaseOption = False,
+    json: JsonOption = None,
+) -> None:
     """Put an adapter on a bundle's shelf."""
     from teamlora_export.shelf import add_adapter
 
-    made = add_adapter(bundle, name, adapter)
+    made = add_adapter(bundle, name, adapter, any_base=any_base)
     show(f"{made.folder}: {name} is added", {"bundle": made.folder, "shelf": made.manifest.shelf}, json)
 
 
 @adapters_app.command("replace")
-def replace(bundle: ShelfArgument, name: NameArgument, adapter: AdapterOption, json: JsonOption = None) -> None:
+def replace(
+    bundle: ShelfArgument,
+    name: NameArgument,
+    adapter: AdapterOption,
+    any_base: AnyBaseOption = False,
+    json: JsonOption = None,
+) -> None:
     """Put an adapter in the place of the one of its name."""
     from teamlora_export.shelf import replace_adapter
 
-    made = replace_adapter(bundle, name, adapter)
+    made = replace_adapter(bundle, name, adapter, any_base=any_base)
     show(f"{made.folder}: {name} is replaced", {"bundle": made.folder, "shelf": made.manifest.shelf}, json)
 
 

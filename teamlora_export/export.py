@@ -56,6 +56,7 @@ from teamlora_export.origin import (
     describe_op,
     describe_refit,
     narrowing,
+    require_base,
     warn_of_normalizers,
 )
 from teamlora_export.progress import Reporter
@@ -84,6 +85,7 @@ def export_onnx(
     zero_points: bool = False,
     adapter_dtype: str | None = None,
     retrace: bool = False,
+    any_base: bool = False,
     reporter: Reporter | None = None,
 ) -> Bundle:
     """Export `base_name` (a folder or a hub name) with the adapter in `adapter_folder` to the bundle `out`.
@@ -102,6 +104,7 @@ def export_onnx(
         zero_points: each block of codes has a zero point.
         adapter_dtype: fp16 or bf16: the adapters' matrices are in that type, beside a graph in fp32.
         retrace: trace the graph even where one is kept from before, and keep none.
+        any_base: take adapters that were trained on a base of another name.
 
     Raises:
         ExportError: wrong input or environment; nothing has been written then.
@@ -124,6 +127,8 @@ def export_onnx(
         folders = list(map(Path, adapter_folder.values()))
         adapter = as_adapter(slots_for(shelved.values()), f"(one of {some_names(shelved)})")
     source = find_base(base_name)
+    for each in [adapter] if shelved is None else shelved.values():
+        require_base(each, source.origin, any_base, reporter)
     # Once: the folder that a relative path starts from may be the one that is replaced.
     given, out, inputs = Path(out), real_path(Path(out)), (source.folder, *folders)
     refuse_foreign(out, _our_files, inputs)

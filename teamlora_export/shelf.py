@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ from teamlora_export.disk import sync, sync_names
 from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import Recipe, adapter_weights
-from teamlora_export.origin import describe_adapter, warn_of_normalizers
+from teamlora_export.origin import describe_adapter, require_base, warn_of_normalizers
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import held_file, require_space, write_aside
 
@@ -51,22 +51,29 @@ _LINE = 64
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def add_adapter(folder: Path, name: str, source: Path, reporter: Reporter | None = None) -> Bundle:
+def add_adapter(
+    folder: Path, name: str, source: Path, reporter: Reporter | None = None, *, any_base: bool = False
+) -> Bundle:
     """Put the adapter in the folder `source` on the shelf of the bundle in `folder`, as `name`.
+
+    Args:
+        any_base: also one that was trained on a base of another name.
 
     Raises:
         ExportError: there is no shelf, it has one of that name, or the adapter does not fit; nothing is changed then.
     """
-    return _put(folder, name, source, reporter or Reporter(), replaces=False)
+    return _put(folder, name, source, reporter or Reporter(), any_base, replaces=False)
 
 
-def replace_adapter(folder: Path, name: str, source: Path, reporter: Reporter | None = None) -> Bundle:
+def replace_adapter(
+    folder: Path, name: str, source: Path, reporter: Reporter | None = None, *, any_base: bool = False
+) -> Bundle:
     """The same in place of the one of that name.
 
     Raises:
         ExportError: as `add_adapter`; or there is none of that name.
     """
-    return _put(folder, name, source, reporter or Reporter(), replaces=True)
+    return _put(folder, name, source, reporter or Reporter(), any_base, replaces=True)
 
 
 def remove_adapter(folder: Path, name: str) -> Bundle:
@@ -246,13 +253,13 @@ def shelve(folder: Path, name: str, content: bytes, sha256: str, adapter: Adapte
     return {"file": file, "sha256": sha256, "origin": describe_adapter(adapter), "validation": None}
 
 
-def _put(folder: Path, name: str, source: Path, reporter: Reporter, replaces: bool) -> Bundle:
+def _put(folder: Path, name: str, source: Path, reporter: Reporter, any_base: bool, replaces: bool) -> Bundle:
     require_name(name)
     bundle = read_bundle(folder)
     _require_place(bundle, name, replaces)
     manifest = bundle.manifest
     adapter = read_adapter(source)
-    _warn_of_base(adapter, manifest, reporter)
+    require_base(adapter, manifest.base["source"], any_base, reporter)
     fitting = fit_adapter(adapter, manifest.refit, str(manifest.base["source"]))
     warn_of_normalizers(adapter, reporter)
     dtype = manifest.op.get("adapter_dtype", manifest.dtype)
@@ -278,13 +285,6 @@ def some_names(names: Iterable[str]) -> str:
     """The names of a shelf, in words; of many, some."""
     listed = sorted(names)
     return (", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")) or "none"
-
-
-def _warn_of_base(adapter: AdapterSpec, manifest: Manifest, reporter: Reporter) -> None:
-    """Sizes tell a base from most others, and not from one that was trained further."""
-    trained, ours = adapter.config.base_model_name_or_path, manifest.base["source"]
-    if trained and ours and PurePath(trained).name.lower() != PurePath(ours).name.lower():
-        reporter.warn(f"{adapter.source}: says that it was trained on {trained}; the bundle's base is {ours}.")
 
 
 @dataclass(frozen=True)

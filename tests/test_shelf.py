@@ -22,7 +22,7 @@ from shelves import SHELF, write_family
 from typer.testing import CliRunner
 
 from teamlora_export import shelf as shelf_module
-from teamlora_export.adapter import AdapterConfig, read_adapter, write_adapter
+from teamlora_export.adapter import AdapterConfig, AdapterSpec, write_adapter
 from teamlora_export.bundle import Bundle, check_files, listed_files, read_bundle
 from teamlora_export.cli import app
 from teamlora_export.cli_adapters import adapters_given
@@ -35,6 +35,8 @@ from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.files import read_record
 from teamlora_export.inspect import inspect_path
+from teamlora_export.origin import model_name, require_base
+from teamlora_export.progress import Reporter
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 from teamlora_export.staging import entries, held_file
 
@@ -180,6 +182,8 @@ _KILLED_AT_EVERY_OPERATION = """
 import os, shutil, signal, sys
 from pathlib import Path
 from teamlora_export.bundle import check_files, read_bundle
+from teamlora_export.origin import model_name, require_base
+from teamlora_export.progress import Reporter
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 from teamlora_export.staging import entries, held_file
 
@@ -499,11 +503,52 @@ def test_inspect_tells_what_is_on_the_shelf(make_shelf):
     assert rows["adapter hydra"].endswith("not validated")
 
 
-def test_an_adapter_config_that_names_another_base_is_a_warning(bundle, make_base, tmp_path, capsys):
-    folder = write_family(tmp_path / "other", make_base("llama"), "lora", ["q_proj"], 4)
+def naming(folder: Path, base: str | None) -> Path:
+    """The adapter in `folder`, as of one who trained it on `base`."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "somebody/another-llama"
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    add_adapter(bundle.folder, "other", folder)
-    assert "says that it was trained on somebody/another-llama" in capsys.readouterr().err
-    assert isinstance(read_adapter(folder).config, AdapterConfig)
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    return folder
+
+
+def test_an_adapter_that_names_another_base_is_refused_and_taken_when_that_is_asked_for(
+    bundle, make_base, tmp_path, capsys
+):
+    base = make_base("llama")
+    folder = naming(write_family(tmp_path / "other", base, "lora", ["q_proj"], 4), "somebody/another-llama")
+    words = rf"says that it was trained on somebody/another-llama; the base here is {base.source.origin}\. .*--any-base"
+    for given in (folder, {"other": folder}):
+        with pytest.raises(ExportError, match=words):
+            export_onnx(base.name, given, tmp_path / "out")
+    with pytest.raises(ExportError, match=words):
+        add_adapter(bundle.folder, "other", folder)
+    with pytest.raises(ExportError, match=words):
+        replace_adapter(bundle.folder, "team", folder)
+    assert not (tmp_path / "out").exists() and names(bundle.folder) == list(SHELF)
+    given = ["adapters", "add", str(bundle.folder), "other", "-a", str(folder), "--any-base"]
+    assert CliRunner().invoke(app, given).exit_code == 0
+    assert "other" in names(bundle.folder)
+    add_adapter(bundle.folder, "same", naming(folder, base.name))
+    capsys.readouterr()
+    add_adapter(bundle.folder, "silent", naming(folder, None))
+    assert "does not say which base it was trained on" in capsys.readouterr().err
+
+
+def test_a_base_has_one_name_wherever_it_lies(tmp_path, monkeypatch):
+    same = (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "smollm2-135m-instruct/",
+        "./SmolLM2-135M-Instruct",
+        "/data/models/SmolLM2-135M-Instruct//",
+        "C:\\models\\SmolLM2-135M-Instruct",
+        "/root/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2-135M-Instruct/snapshots/12fd25f77366fa6b",
+        "HuggingFaceTB/SmolLM2-135M-Instruct@main",
+    )
+    assert {model_name(name) for name in same} == {"smollm2-135m-instruct"}
+    assert [model_name(name) for name in ("", ".", "../", "/", "checkpoint-500", "/models/base")] == [None] * 6
+    assert model_name("out/tuned/checkpoint-500") == "tuned/checkpoint-500"
+    # A link has two names, and is one folder.
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    monkeypatch.chdir(tmp_path)
+    adapter = AdapterSpec("lora", AdapterConfig(8, 1.0, base_model_name_or_path="link"), {}, {}, "mine", "0" * 64)
+    require_base(adapter, str(tmp_path / "folder"), False, Reporter(quiet=True))
