@@ -30,8 +30,11 @@ ShelfArgument = Annotated[Path, typer.Argument(parser=given_path, metavar="BUNDL
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Of the adapter.")]
 
 
-def adapters_given(given: Sequence[str], slots: int | None) -> Path | dict[str, Path]:
+def adapters_given(given: Sequence[str], is_shelf: bool) -> Path | dict[str, Path]:
     """What `--adapter` says: one folder, or several by name. A folder without a name lends its own.
+
+    Args:
+        is_shelf: also a single one has a name.
 
     Raises:
         ExportError: two have one name, or a folder's cannot be one.
@@ -39,7 +42,7 @@ def adapters_given(given: Sequence[str], slots: int | None) -> Path | dict[str, 
     from teamlora_export.bundle import SHELVED_NAME
 
     named: dict[str, Path] = {}
-    one = len(given) == 1 and slots is None
+    one = len(given) == 1 and not is_shelf
     for text in given:
         name, equals, folder = text.partition("=")
         if not equals or given_path(text).exists():
@@ -55,6 +58,11 @@ def adapters_given(given: Sequence[str], slots: int | None) -> Path | dict[str, 
             raise ExportError(f"--adapter: two are called {name}. Give NAME=FOLDER.")
         named[name] = path
     return named
+
+
+def names_given(given: Sequence[str]) -> tuple[str, ...]:
+    """Names of several options, or several with commas in one."""
+    return tuple(name.strip() for one in given for name in one.split(","))
 
 
 def adapters_moved(given: Sequence[str]) -> Path | dict[str, Path] | None:
@@ -73,7 +81,7 @@ def adapters_moved(given: Sequence[str]) -> Path | dict[str, Path] | None:
 def list_adapters(bundle: BundleArgument = THIS_FOLDER, json: JsonOption = None) -> None:
     """Say which adapters a bundle has on its shelf."""
     from teamlora_export.bundle import read_bundle
-    from teamlora_export.shelf import require_shelf
+    from teamlora_export.shelf import require_shelf, slot_megabytes
 
     opened = read_bundle(bundle)
     shelf = require_shelf(opened)
@@ -81,7 +89,7 @@ def list_adapters(bundle: BundleArgument = THIS_FOLDER, json: JsonOption = None)
         (name, f"{a['origin']['family']}, r={a['origin']['r']}, {a['origin']['num_experts']} experts, {a['file']}")
         for name, a in shelf["adapters"].items()
     )
-    title = f"{opened.folder}: adapters {len(rows)}, slots {shelf['slots']}"
+    title = f"{opened.folder}: adapters {len(rows)}, slots {shelf['slots']} of {slot_megabytes(opened.manifest)} each"
     show_description(Description(title, rows, {"bundle": opened.folder, **shelf}), json)
 
 

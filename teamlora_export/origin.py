@@ -20,7 +20,9 @@ _CACHED = re.compile(r"models--(?:.+--)?(.+)")
 # What a training writes beneath the name of what it trains.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Folders that are called so say nothing of what is in them.
-_NO_NAMES = frozenset("base checkpoint final gguf hf latest merged model models out output weights".split())
+_NO_NAMES = frozenset(
+    ["base", "checkpoint", "final", "gguf", "hf", "latest", "merged", "model", "models", "out", "output", "weights"]
+)
 
 
 def require_base(adapter: AdapterSpec, base: str, any_base: bool, reporter: Reporter) -> None:

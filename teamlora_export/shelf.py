@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from teamlora_export.adapter import AdapterSpec, BaseSignature, LinearShape, align_with_base, read_adapter
-from teamlora_export.adapter.padding import Slot, placed
+from teamlora_export.adapter.padding import Room, Slot, placed
 from teamlora_export.bundle import (
     ADAPTERS_NAME,
     SHELVED_NAME,
@@ -143,6 +143,11 @@ def slot_bytes(refit: Refit, dtype: str) -> int:
     return size
 
 
+def slot_megabytes(manifest: Manifest) -> str:
+    """The same of a bundle's, in words."""
+    return f"{slot_bytes(manifest.refit, manifest.op.get('adapter_dtype', manifest.dtype)) / 1e6:,.2f} MB"
+
+
 def fit_adapter(adapter: AdapterSpec, refit: Refit, base: str) -> AdapterSpec:
     """`adapter` under the base's names, in the form of the slots.
 
@@ -168,7 +173,12 @@ def fit_adapter(adapter: AdapterSpec, refit: Refit, base: str) -> AdapterSpec:
     findings = [
         f"{path}: {reason}" for path, p in aligned.projections.items() if (reason := slots[path].misfit(p)) is not None
     ]
-    raise_findings(f"The adapter {adapter.source} does not fit the bundle's slots", findings)
+    room = Room.of((slots[path], p) for path, p in aligned.projections.items())
+    raise_findings(
+        f"The adapter {adapter.source} does not fit the bundle's slots, which an export with --slot-rank {room.rank} "
+        f"--slot-experts {room.experts} makes large enough",
+        findings,
+    )
     return placed(aligned, slots)
 
 
@@ -194,7 +204,8 @@ def _refuse_strange_modules(adapter: AdapterSpec, slots: Mapping[str, Slot], bas
         targets = sorted({path.rpartition(".")[2] for path in strange})
         raise ExportError(
             f"{adapter.source}: changes {len(strange)} modules that have no slots in this bundle of {base} "
-            f"({', '.join(targets)[:200]}; the first is {strange[0]}). Export again with an adapter that changes them."
+            f"({', '.join(targets)[:200]}; the first is {strange[0]}). Export again with an adapter that changes them, "
+            f"or with --slot-targets {','.join(targets)[:200]}"
         )
 
 

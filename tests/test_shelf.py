@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import _ALL, random_adapter
 from safetensors.numpy import load_file, save_file
-from shelves import SHELF, write_family
+from shelves import COUNT, SHELF, write_family
 from typer.testing import CliRunner
 
 from teamlora_export import shelf as shelf_module
@@ -116,7 +116,7 @@ print(sorted({"torch", "transformers", "onnxruntime", "pickle_torch"} & set(sys.
     assert lines[:3] == [f"{given[0]}: late is {what}" for what in ("added", "replaced")] + [
         f"{given[0]}: lora is removed"
     ]
-    assert lines[3] == f"{given[0]}: adapters 5, slots 3"
+    assert lines[3] == f"{given[0]}: adapters 5, slots 3 of 0.08 MB each"
     assert lines[-1] == "[]"
     assert {name: (bundle.folder / name).stat() for name in before} == before, "the base's files are not touched"
     check_files(read_bundle(bundle.folder))
@@ -151,9 +151,12 @@ def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle
     save_file({n: np.sign(a) * np.float32(3e38) for n, a in tensors.items()}, huge / "adapter_model.safetensors")
     for name, words in (
         ("huge", r"q_proj.* has numbers that are none, or none in float32"),
-        ("experts", r"q_proj: has 8 experts, the bundle's slots have room for 4"),
+        (
+            "experts",
+            r"--slot-rank 16 --slot-experts 8 makes.*[^$]*q_proj: has 8 experts, the bundle's slots have room for 4",
+        ),
         ("rank", r"q_proj: has 4 experts of rank 8, the bundle's slots have room for 4 of rank 2"),
-        ("gpt2", r"changes 16 modules that have no slots in this bundle of .*\(c_attn, c_fc, c_proj"),
+        ("gpt2", r"changes 16 modules that have no slots in this bundle .*\(c_attn, c_fc, c_.*--slot-targets c_attn,c"),
         ("biased", r"replaces weights of the base \(model.embed_tokens.weight\)"),
         ("wide", r"q_proj: the adapter maps 40 to 32 features, the base 32 to 32"),
         ("none", r"no such folder"),
@@ -171,6 +174,20 @@ def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle
             edit()
     assert (bundle.folder / "manifest.json").read_bytes() == before
     assert set(entries(bundle.folder)) == {"manifest.json", *bundle.manifest.sha256}
+
+
+def test_room_that_is_asked_for_at_the_export_takes_later_adapters_that_are_larger(
+    make_base, make_shelf, shelf_adapters, shelf_answers, tmp_path
+):
+    """It makes the graph that the larger ones make."""
+    out, targets = tmp_path / "out", ",".join(SHELF["team"][1])
+    options = ["--slot-rank", "8", "--slot-experts", "4", "--slot-targets", targets]
+    given = ["onnx", make_base("llama").name, "-a", f"small={shelf_adapters['small']}", "-o", str(out), *options]
+    assert CliRunner().invoke(app, given).exit_code == 0
+    assert read_bundle(out).model.read_bytes() == make_shelf().model.read_bytes()
+    add_adapter(out, "team", shelf_adapters["team"])
+    found = Model(out).generate([[5, 6, 7]] * 3, COUNT, adapters=["team", "small", None])
+    assert found[0] == shelf_answers["team", (5, 6, 7)] != found[1] != found[2]
 
 
 def test_a_bundle_with_one_adapter_of_its_own_has_no_shelf(make_bundle, shelf_adapters):
@@ -450,27 +467,32 @@ def test_options_name_adapters_or_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two", "a=b", "my own"):
         Path(name).mkdir()
-    assert adapters_given(["one"], None) == Path("one")
-    assert adapters_given(["one"], 4) == {"one": Path("one")}
-    assert adapters_given(["x=one"], None) == {"x": Path("one")}
-    assert adapters_given(["one", "x=two"], None) == {"one": Path("one"), "x": Path("two")}
-    assert adapters_given(["a=b"], None) == Path("a=b"), "a folder of that name"
+    assert adapters_given(["one"], False) == Path("one")
+    assert adapters_given(["one"], True) == {"one": Path("one")}
+    assert adapters_given(["x=one"], False) == {"x": Path("one")}
+    assert adapters_given(["one", "x=two"], False) == {"one": Path("one"), "x": Path("two")}
+    assert adapters_given(["a=b"], False) == Path("a=b"), "a folder of that name"
     with pytest.raises(ExportError, match="'my own' cannot name an adapter"):
-        adapters_given(["one", "my own"], None)
+        adapters_given(["one", "my own"], False)
     with pytest.raises(ExportError, match="two are called one"):
-        adapters_given(["one", "one=two"], None)
+        adapters_given(["one", "one=two"], False)
 
 
 def test_exports_that_cannot_be_are_refused_before_anything_is_traced(make_base, shelf_adapters, tmp_path):
     base = make_base("llama").name
-    for adapters, slots, words in (
-        ({"team": shelf_adapters["team"]}, 0, "--slots 0: give 1 to 4096"),
-        ({}, None, "There is no adapter"),
-        ({"no name": shelf_adapters["team"]}, None, "'no name': cannot name an adapter"),
-        (shelf_adapters["team"], 3, "--slots: is for adapters that have names"),
+    team = {"team": shelf_adapters["team"]}
+    for adapters, options, words in (
+        (team, {"slots": 0}, "--slots 0: give 1 to 4096"),
+        (team, {"slot_rank": 0}, "--slot-rank 0: give 1 to 4096"),
+        (team, {"slot_experts": 5000}, "--slot-experts 5000: give 1 to 1024"),
+        (team, {"slot_targets": ["c_attn"]}, "--slot-targets 'c_attn': ends no linear layer of .* It has down_proj, g"),
+        ({}, {}, "There is no adapter"),
+        ({"no name": shelf_adapters["team"]}, {}, "'no name': cannot name an adapter"),
+        (shelf_adapters["team"], {"slots": 3}, "--slots: is for adapters that have names"),
+        (shelf_adapters["team"], {"slot_targets": ["up_proj"]}, "--slot-targets: is for adapters that have names"),
     ):
         with pytest.raises(ExportError, match=words):
-            export_onnx(base, adapters, tmp_path / "out", slots=slots)
+            export_onnx(base, adapters, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -498,7 +520,7 @@ def test_an_older_program_is_told_that_it_is_older(make_shelf, monkeypatch):
 
 def test_inspect_tells_what_is_on_the_shelf(make_shelf):
     rows = dict(inspect_path(make_shelf().folder).rows)
-    assert rows["slots"] == "3, of 4 experts of r=8 at most"
+    assert rows["slots"] == "3 of 0.08 MB each, of 4 experts of r=8 at most"
     assert rows["adapter hydra"].startswith("hydralora, r=2, k=3, 12 modules")
     assert rows["adapter hydra"].endswith("not validated")
 
