@@ -56,6 +56,7 @@ from teamlora_export.origin import (
     describe_op,
     describe_refit,
     narrowing,
+    refuse_cancelled_routing,
     require_base,
     warn_of_normalizers,
 )
@@ -141,6 +142,7 @@ def export_onnx(
     source = find_base(base_name)
     for each in [adapter] if shelved is None else shelved.values():
         require_base(each, source.origin, any_base, reporter)
+        refuse_cancelled_routing(each)
     if slot_targets:
         adapter = _with_more_slots(adapter, slot_targets, _open_base(source, task).signature)
     # Once: the folder that a relative path starts from may be the one that is replaced.

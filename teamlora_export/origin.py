@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.bundle import AdapterOrigin, OpForm, Refit
-from teamlora_export.errors import ExportError
+from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.graph import op, weights
 from teamlora_export.graph.passes.narrow_adapter import NarrowAdapter
 from teamlora_export.graph.precision import IR_DTYPES
@@ -113,6 +113,19 @@ def describe_refit(recipes: Mapping[str, weights.Recipe], adapter: AdapterSpec, 
         "overrides": {name: list(value.shape) for name, value in adapter.overrides.items()},
         "body_prefix": body_prefix,
     }
+
+
+def refuse_cancelled_routing(adapter: AdapterSpec) -> None:
+    """Refuse an adapter that the published layer computes no numbers with.
+
+    Raises:
+        ExportError: in some module M takes away from every expert what the router gives it.
+    """
+    raise_findings(
+        f"{adapter.source}: the interaction matrix cancels the routing, so that the layer divides by zero for every "
+        "token. Is its training whole?",
+        [f"{path}: all rows of I + M sum to 0" for path, p in adapter.projections.items() if p.cancels_routing],
+    )
 
 
 def warn_of_normalizers(adapter: AdapterSpec, reporter: Reporter) -> None:

@@ -41,7 +41,7 @@ from teamlora_export.disk import sync, sync_names
 from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import Recipe, adapter_weights
-from teamlora_export.origin import describe_adapter, require_base, warn_of_normalizers
+from teamlora_export.origin import describe_adapter, refuse_cancelled_routing, require_base, warn_of_normalizers
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import held_file, require_space, write_aside
 
@@ -271,6 +271,7 @@ def _put(folder: Path, name: str, source: Path, reporter: Reporter, any_base: bo
     manifest = bundle.manifest
     adapter = read_adapter(source)
     require_base(adapter, manifest.base["source"], any_base, reporter)
+    refuse_cancelled_routing(adapter)
     fitting = fit_adapter(adapter, manifest.refit, str(manifest.base["source"]))
     warn_of_normalizers(adapter, reporter)
     dtype = manifest.op.get("adapter_dtype", manifest.dtype)

@@ -149,7 +149,19 @@ def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle
     huge = write_family(tmp_path / "huge", base, "lora", ["q_proj"], 4)
     tensors = load_file(huge / "adapter_model.safetensors")
     save_file({n: np.sign(a) * np.float32(3e38) for n, a in tensors.items()}, huge / "adapter_model.safetensors")
+    cancelled = write_family(tmp_path / "cancelled", base, "teamlora", ["q_proj"], 8, 4)
+    tensors = load_file(cancelled / "adapter_model.safetensors")
+    for key in (key for key in tensors if "layers.1." in key and "interaction" in key):
+        tensors[key] = -np.eye(4, dtype=np.float32)
+    save_file(tensors, cancelled / "adapter_model.safetensors")
+    for given in (cancelled, {"cancelled": cancelled}):
+        with pytest.raises(ExportError, match="divides by zero for every token"):
+            export_onnx(base.name, given, tmp_path / "out")
     for name, words in (
+        (
+            "cancelled",
+            r"divides by zero for every token.*: 1 problem\n  - model.layers.1.self_attn.q_proj: all rows of I",
+        ),
         ("huge", r"q_proj.* has numbers that are none, or none in float32"),
         (
             "experts",

@@ -17,6 +17,7 @@ from teamlora_export.engine.runtime import Messages
 from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import Recipe, adapter_weights
+from teamlora_export.origin import refuse_cancelled_routing
 from teamlora_export.progress import Reporter
 
 
@@ -89,6 +90,7 @@ def refit_weights(
 
 def _aligned(adapter: AdapterSpec, bundle: Bundle) -> AdapterSpec:
     """`adapter` under the base's names, checked against the shapes of the one that the bundle was exported with."""
+    refuse_cancelled_routing(adapter)
     layout = bundle.manifest.refit
     assert layout is not None
     signature = BaseSignature(
