@@ -46,6 +46,8 @@ from teamlora_export.progress import Reporter
 from teamlora_export.staging import held_file, require_space, write_aside
 
 _NAME = re.compile(SHELVED_NAME)
+# What rows of the base alone are said to have.
+NO_ADAPTER_NAME = "none"
 _LINE = 64
 # As a safetensors file calls them.
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -118,6 +120,10 @@ def require_name(name: str) -> str:
     Raises:
         ExportError: it cannot.
     """
+    if name.lower() == NO_ADAPTER_NAME:
+        raise ExportError(
+            f"{name}: cannot name an adapter, since it says that there is none. Give NAME=FOLDER another."
+        )
     if not _NAME.fullmatch(name):
         raise ExportError(
             f"{name!r:.80}: cannot name an adapter. Use up to 64 letters, digits, dots, dashes and underscores, the "

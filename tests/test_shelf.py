@@ -178,6 +178,7 @@ def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle
     lora = tmp_path / "experts"
     for edit, words in (
         (lambda: add_adapter(bundle.folder, "../out", lora), "cannot name an adapter"),
+        (lambda: add_adapter(bundle.folder, "None", lora), "None: cannot name an adapter, since it says that there is"),
         (lambda: add_adapter(bundle.folder, "team", lora), "has an adapter team already"),
         (lambda: replace_adapter(bundle.folder, "nobody", lora), "has no adapter 'nobody'; it has hydra, lora, moe"),
         (lambda: remove_adapter(bundle.folder, "nobody"), "has no adapter 'nobody'"),
@@ -484,7 +485,7 @@ def test_options_name_adapters_or_folders(tmp_path, monkeypatch):
     assert adapters_given(["x=one"], False) == {"x": Path("one")}
     assert adapters_given(["one", "x=two"], False) == {"one": Path("one"), "x": Path("two")}
     assert adapters_given(["a=b"], False) == Path("a=b"), "a folder of that name"
-    with pytest.raises(ExportError, match="'my own' cannot name an adapter"):
+    with pytest.raises(ExportError, match=r"--adapter my own: 'my own' cannot name an adapter\. Give NAME=FOLDER"):
         adapters_given(["one", "my own"], False)
     with pytest.raises(ExportError, match="two are called one"):
         adapters_given(["one", "one=two"], False)

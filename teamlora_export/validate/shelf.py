@@ -30,7 +30,7 @@ from teamlora_export.graph.read import read_graph
 from teamlora_export.model.base import BaseModel
 from teamlora_export.model.checkpoint import SafetensorsWeights
 from teamlora_export.progress import Reporter
-from teamlora_export.shelf import change_manifest, require_known, require_shelf
+from teamlora_export.shelf import NO_ADAPTER_NAME, change_manifest, require_known, require_shelf
 from teamlora_export.validate.cases import Case, Feeds, make_cases
 from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
 from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
@@ -243,7 +243,7 @@ def mixed_case(rows: Sequence[str | None], vocabulary: int, pad: int, steps: int
         row[-length:] = 1
     ids = rng.integers(0, vocabulary, mask.shape)
     ids[ids == pad] = (pad + 1) % vocabulary
-    named = ", ".join(name or "none" for name in rows)
+    named = ", ".join(name or NO_ADAPTER_NAME for name in rows)
     return Case(f"rows of {named}", np.where(mask > 0, ids, pad), mask, steps)
 
 
