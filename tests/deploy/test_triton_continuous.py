@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,8 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 from triton_server import LoadError, RequestError, Server, edit_config, rows, words
 
-from teamlora_export.bundle import read_bundle
-from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.triton import deploy_triton
-from teamlora_export.shelf import remove_adapter
 
 
 @pytest.fixture(scope="module")
@@ -204,31 +200,6 @@ def test_a_model_whose_files_changed_or_that_lacks_a_library_is_not_loaded(make_
         file.write(" ")
     with pytest.raises(LoadError, match=r"config\.json: is not the file that belongs here"):
         Server(deployed / "models")
-
-
-def test_a_client_is_told_which_adapters_there_are_as_they_come_and_go(make_shelf, tmp_path):
-    bundle = read_bundle(shutil.copytree(make_shelf(cache="in-place").folder, tmp_path / "bundle"))
-    out = deploy_triton(bundle, tmp_path / "out", name="m", batch=2)
-    server = Server(out / "models")
-
-    def listed() -> list[bytes]:
-        (answer,) = server.stream("m_text", rows({"list_adapters": np.array([True])}))
-        assert list(answer) == ["adapters"]
-        return answer["adapters"][0].tolist()
-
-    assert listed() == [b"hydra", b"lora", b"moe", b"small", b"team"]
-    for name in ("hydra", "moe", "small"):
-        remove_adapter(bundle.folder, name)
-    publish_shelf(read_bundle(bundle.folder), out)
-    assert listed() == [b"lora", b"team"]
-    given = {
-        "input_ids": np.array([5, 6, 7]),
-        "max_tokens": np.array([3], np.int32),
-        "list_adapters": np.array([False]),
-    }
-    (answer,) = server.stream("m_text", rows({**given, "adapter": words("team")}))
-    assert answer["token_ids"][0].tolist() == Model(bundle.folder).generate([[5, 6, 7]], 3, adapters=["team"])[0]
-    server.models["m_text"].unload()
 
 
 def test_the_readme_counts_the_requests_that_the_scheduler_takes(make_bundle, tmp_path):
