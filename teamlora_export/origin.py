@@ -16,7 +16,7 @@ from teamlora_export.progress import Reporter
 
 MOST_WARNINGS = 5
 # Of the hub's cache: models--ORGANISATION--NAME/snapshots/COMMIT.
-_CACHED = re.compile(r"models--(?:.+--)?(.+)")
+_CACHED = re.compile(r"models--(?:[^-]+(?:-[^-]+)*--)?(.+)")
 # What a training writes beneath the name of what it trains.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Folders that are called so say nothing of what is in them.
@@ -39,13 +39,23 @@ def require_base(adapter: AdapterSpec, base: str, any_base: bool, reporter: Repo
     trained = adapter.config.base_model_name_or_path or ""
     theirs, ours = model_name(trained), model_name(base)
     if theirs is None or ours is None:
-        unknown = "does not say which base it was trained on" if theirs is None else f"was trained on {trained}"
-        reporter.warn(f"{adapter.source}: {unknown}; it is taken to be {base or 'this one'}, by its modules' sizes.")
-    elif theirs != ours and os.path.realpath(os.path.expanduser(trained)) != base:
+        known = (
+            f"says that it was trained on {trained:.200}" if trained else "does not say which base it was trained on"
+        )
+        reporter.warn(f"{adapter.source}: {known}; it is taken to be {base or 'this one'}, by its modules' sizes.")
+    elif theirs != ours and not _leads_to(trained, base):
         told = f"{adapter.source}: says that it was trained on {trained:.200}; the base here is {base:.200}."
         if not any_base:
             raise ExportError(f"{told} Give an adapter of this base; --any-base takes it, if only the name is another.")
         reporter.warn(told)
+
+
+def _leads_to(path: str, folder: str) -> bool:
+    try:
+        return os.path.realpath(os.path.expanduser(path)) == folder
+    except ValueError:
+        # Characters that no path has.
+        return False
 
 
 def model_name(reference: str) -> str | None:

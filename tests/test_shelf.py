@@ -557,6 +557,9 @@ def test_an_adapter_that_names_another_base_is_refused_and_taken_when_that_is_as
     for given in (folder, {"other": folder}):
         with pytest.raises(ExportError, match=words):
             export_onnx(base.name, given, tmp_path / "out")
+    with pytest.raises(ExportError, match=r"says that it was trained on \\x00a; the"):
+        add_adapter(bundle.folder, "other", naming(folder, "\0a"))
+    naming(folder, "somebody/another-llama")
     with pytest.raises(ExportError, match=words):
         add_adapter(bundle.folder, "other", folder)
     with pytest.raises(ExportError, match=words):
