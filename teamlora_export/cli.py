@@ -18,7 +18,7 @@ import typer.core
 from rich.console import Console
 
 from teamlora_export import __version__, interrupt
-from teamlora_export.cli_adapters import adapters_app, adapters_given, adapters_moved
+from teamlora_export.cli_adapters import adapters_app, adapters_given, adapters_moved, names_given
 from teamlora_export.cli_bench import bench_command
 from teamlora_export.cli_deploy import deploy_app
 from teamlora_export.cli_engine import PluginOption, plugins_app, trt_app
@@ -27,6 +27,7 @@ from teamlora_export.cli_output import (
     THIS_FOLDER,
     AdapterDtypeOption,
     AdapterOption,
+    AnyBaseOption,
     BundleArgument,
     JsonOption,
     NativeLibraryOption,
@@ -98,6 +99,19 @@ def onnx(
     slots: Annotated[
         int | None, typer.Option(help="Of a shelf: how many adapters programs hold in memory. Default: 8 at least.")
     ] = None,
+    slot_rank: Annotated[
+        int | None,
+        typer.Option(help="Of a shelf: room for later adapters of this r. Default: what the given ones need together."),
+    ] = None,
+    slot_experts: Annotated[
+        int | None, typer.Option(help="Of a shelf: room for later adapters of so many experts.")
+    ] = None,
+    slot_targets: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAMES", help="Of a shelf: modules that later adapters may change as well, endings with commas."
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     task: Annotated[
         str,
@@ -122,6 +136,7 @@ def onnx(
         bool, typer.Option("--zero-points", help="With --weights: each block of codes has a zero point.")
     ] = False,
     adapter_dtype: AdapterDtypeOption = None,
+    any_base: AnyBaseOption = False,
     retrace: Annotated[
         bool, typer.Option("--retrace", help="Trace the graph even where one is kept from an earlier export.")
     ] = False,
@@ -130,11 +145,15 @@ def onnx(
     """Export a base model with an adapter to a bundle with one ONNX graph."""
     from teamlora_export.export import export_onnx
 
+    has_slots = bool(slot_targets) or any(number is not None for number in (slots, slot_rank, slot_experts))
     bundle = export_onnx(
         base,
-        adapters_given(adapter, slots),
+        adapters_given(adapter, is_shelf=has_slots),
         output,
         slots=slots,
+        slot_rank=slot_rank,
+        slot_experts=slot_experts,
+        slot_targets=names_given(slot_targets or ()),
         dtype=dtype,
         task=task,
         op_form=op,
@@ -144,6 +163,7 @@ def onnx(
         zero_points=zero_points,
         adapter_dtype=adapter_dtype,
         retrace=retrace,
+        any_base=any_base,
     )
     made = bundle.manifest
     shelf = made.shelf["adapters"] if made.shelf is not None else {}

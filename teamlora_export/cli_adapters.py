@@ -12,6 +12,7 @@ import typer
 from teamlora_export.cli_output import (
     THIS_FOLDER,
     AdapterOption,
+    AnyBaseOption,
     BundleArgument,
     Description,
     JsonOption,
@@ -29,8 +30,11 @@ ShelfArgument = Annotated[Path, typer.Argument(parser=given_path, metavar="BUNDL
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Of the adapter.")]
 
 
-def adapters_given(given: Sequence[str], slots: int | None) -> Path | dict[str, Path]:
+def adapters_given(given: Sequence[str], is_shelf: bool) -> Path | dict[str, Path]:
     """What `--adapter` says: one folder, or several by name. A folder without a name lends its own.
+
+    Args:
+        is_shelf: also a single one has a name.
 
     Raises:
         ExportError: two have one name, or a folder's cannot be one.
@@ -38,7 +42,7 @@ def adapters_given(given: Sequence[str], slots: int | None) -> Path | dict[str, 
     from teamlora_export.bundle import SHELVED_NAME
 
     named: dict[str, Path] = {}
-    one = len(given) == 1 and slots is None
+    one = len(given) == 1 and not is_shelf
     for text in given:
         name, equals, folder = text.partition("=")
         if not equals or given_path(text).exists():
@@ -54,6 +58,11 @@ def adapters_given(given: Sequence[str], slots: int | None) -> Path | dict[str, 
             raise ExportError(f"--adapter: two are called {name}. Give NAME=FOLDER.")
         named[name] = path
     return named
+
+
+def names_given(given: Sequence[str]) -> tuple[str, ...]:
+    """Names of several options, or several with commas in one."""
+    return tuple(name.strip() for one in given for name in one.split(","))
 
 
 def adapters_moved(given: Sequence[str]) -> Path | dict[str, Path] | None:
@@ -72,7 +81,7 @@ def adapters_moved(given: Sequence[str]) -> Path | dict[str, Path] | None:
 def list_adapters(bundle: BundleArgument = THIS_FOLDER, json: JsonOption = None) -> None:
     """Say which adapters a bundle has on its shelf."""
     from teamlora_export.bundle import read_bundle
-    from teamlora_export.shelf import require_shelf
+    from teamlora_export.shelf import require_shelf, slot_megabytes
 
     opened = read_bundle(bundle)
     shelf = require_shelf(opened)
@@ -80,25 +89,37 @@ def list_adapters(bundle: BundleArgument = THIS_FOLDER, json: JsonOption = None)
         (name, f"{a['origin']['family']}, r={a['origin']['r']}, {a['origin']['num_experts']} experts, {a['file']}")
         for name, a in shelf["adapters"].items()
     )
-    title = f"{opened.folder}: adapters {len(rows)}, slots {shelf['slots']}"
+    title = f"{opened.folder}: adapters {len(rows)}, slots {shelf['slots']} of {slot_megabytes(opened.manifest)} each"
     show_description(Description(title, rows, {"bundle": opened.folder, **shelf}), json)
 
 
 @adapters_app.command("add")
-def add(bundle: ShelfArgument, name: NameArgument, adapter: AdapterOption, json: JsonOption = None) -> None:
+def add(
+    bundle: ShelfArgument,
+    name: NameArgument,
+    adapter: AdapterOption,
+    any_base: AnyBaseOption = False,
+    json: JsonOption = None,
+) -> None:
     """Put an adapter on a bundle's shelf."""
     from teamlora_export.shelf import add_adapter
 
-    made = add_adapter(bundle, name, adapter)
+    made = add_adapter(bundle, name, adapter, any_base=any_base)
     show(f"{made.folder}: {name} is added", {"bundle": made.folder, "shelf": made.manifest.shelf}, json)
 
 
 @adapters_app.command("replace")
-def replace(bundle: ShelfArgument, name: NameArgument, adapter: AdapterOption, json: JsonOption = None) -> None:
+def replace(
+    bundle: ShelfArgument,
+    name: NameArgument,
+    adapter: AdapterOption,
+    any_base: AnyBaseOption = False,
+    json: JsonOption = None,
+) -> None:
     """Put an adapter in the place of the one of its name."""
     from teamlora_export.shelf import replace_adapter
 
-    made = replace_adapter(bundle, name, adapter)
+    made = replace_adapter(bundle, name, adapter, any_base=any_base)
     show(f"{made.folder}: {name} is replaced", {"bundle": made.folder, "shelf": made.manifest.shelf}, json)
 
 

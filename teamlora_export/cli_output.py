@@ -77,6 +77,9 @@ THIS_FOLDER = Path(".")
 AdapterOption = Annotated[
     Path, typer.Option("--adapter", "-a", parser=given_path, metavar="FOLDER", help="Folder of the trained adapter.")
 ]
+AnyBaseOption = Annotated[
+    bool, typer.Option("--any-base", help="Take an adapter also where it names another base than this one.")
+]
 AdapterDtypeOption = Annotated[
     str | None,
     typer.Option(help="fp16 or bf16: the adapter's matrices in 16 bits, beside a graph in fp32. Default: the graph's."),

@@ -11,15 +11,15 @@ from __future__ import annotations
 import dataclasses
 import gc
 import importlib.metadata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
 
 from teamlora_export import __version__
-from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
-from teamlora_export.adapter.padding import as_adapter, slots_for
+from teamlora_export.adapter import AdapterSpec, BaseSignature, align_with_base, read_adapter
+from teamlora_export.adapter.padding import Room, Slot, as_adapter, slots_for, slots_like
 from teamlora_export.bundle import (
     DATA_NAME,
     ENGINES_NAME,
@@ -56,6 +56,8 @@ from teamlora_export.origin import (
     describe_op,
     describe_refit,
     narrowing,
+    refuse_cancelled_routing,
+    require_base,
     warn_of_normalizers,
 )
 from teamlora_export.progress import Reporter
@@ -65,6 +67,8 @@ from teamlora_export.tokens import read_tokens
 
 OP_FORMS = ("function", "standard")
 CACHE_FORMS = ("growing", "in-place")
+# Of the options of a shelf; a rank or a count of experts beyond them is a slip.
+MOST_OF_SLOTS = {"--slots": MOST_SLOTS, "--slot-rank": 4096, "--slot-experts": 1024}
 # Bits of a code.
 WEIGHT_FORMS = {"int4": 4, "int8": 8}
 
@@ -75,6 +79,9 @@ def export_onnx(
     out: str | Path,
     *,
     slots: int | None = None,
+    slot_rank: int | None = None,
+    slot_experts: int | None = None,
+    slot_targets: Sequence[str] = (),
     dtype: str = "fp32",
     task: str = "auto",
     op_form: str = "function",
@@ -84,6 +91,7 @@ def export_onnx(
     zero_points: bool = False,
     adapter_dtype: str | None = None,
     retrace: bool = False,
+    any_base: bool = False,
     reporter: Reporter | None = None,
 ) -> Bundle:
     """Export `base_name` (a folder or a hub name) with the adapter in `adapter_folder` to the bundle `out`.
@@ -91,6 +99,8 @@ def export_onnx(
     Args:
         adapter_folder: where several are named, they become a shelf that the bundle takes one from for each row.
         slots: how many adapters of a shelf our programs hold in memory; None: as many as it begins with, 8 at least.
+        slot_rank, slot_experts: what each slot has room for at least, beside the adapters of the export (`Room`).
+        slot_targets: endings of names of modules that have slots as well, as large as those of others.
         dtype: fp32, fp16 or bf16: the type of weights and activations.
         task: auto, or one of `model.base.TASKS`.
         op_form: "function" keeps the op, with its body in the model; "standard" inlines the body.
@@ -102,6 +112,7 @@ def export_onnx(
         zero_points: each block of codes has a zero point.
         adapter_dtype: fp16 or bf16: the adapters' matrices are in that type, beside a graph in fp32.
         retrace: trace the graph even where one is kept from before, and keep none.
+        any_base: take adapters that were trained on a base of another name.
 
     Raises:
         ExportError: wrong input or environment; nothing has been written then.
@@ -115,15 +126,25 @@ def export_onnx(
         raise ExportError(f"--cache {cache}: unknown. Use {' or '.join(CACHE_FORMS)}.")
     quantise = _quantiser(weights_form, head_form, zero_points)
     narrow = narrowing(adapter_dtype, dtype)
-    shelved = _read_shelved(adapter_folder, slots)
+    room = Room(slot_rank or 0, slot_experts or 0)
+    shelved = _read_shelved(
+        adapter_folder,
+        {"--slots": slots, "--slot-rank": slot_rank, "--slot-experts": slot_experts},
+        slot_targets,
+    )
     if shelved is None:
         assert not isinstance(adapter_folder, Mapping)
         adapter, folders = read_adapter(adapter_folder), [Path(adapter_folder)]
     else:
         assert isinstance(adapter_folder, Mapping)
         folders = list(map(Path, adapter_folder.values()))
-        adapter = as_adapter(slots_for(shelved.values()), f"(one of {some_names(shelved)})")
+        adapter = as_adapter(slots_for(shelved.values(), room), f"(one of {some_names(shelved)})")
     source = find_base(base_name)
+    for each in [adapter] if shelved is None else shelved.values():
+        require_base(each, source.origin, any_base, reporter)
+        refuse_cancelled_routing(each)
+    if slot_targets:
+        adapter = _with_more_slots(adapter, slot_targets, _open_base(source, task).signature)
     # Once: the folder that a relative path starts from may be the one that is replaced.
     given, out, inputs = Path(out), real_path(Path(out)), (source.folder, *folders)
     refuse_foreign(out, _our_files, inputs)
@@ -193,20 +214,49 @@ def export_onnx(
     return Bundle(given, read_bundle(out).manifest)
 
 
-def _read_shelved(given: str | Path | Mapping[str, str | Path], slots: int | None) -> dict[str, AdapterSpec] | None:
-    """The adapters of a shelf, by name; None where there is one adapter and no shelf."""
+def _read_shelved(
+    given: str | Path | Mapping[str, str | Path], numbers: Mapping[str, int | None], targets: Sequence[str]
+) -> dict[str, AdapterSpec] | None:
+    """The adapters of a shelf, by name; None where there is one adapter and no shelf.
+
+    Args:
+        numbers, targets: what its options say, by option; None, or none: nothing.
+    """
+    said = {option: number for option, number in numbers.items() if number is not None}
     if not isinstance(given, Mapping):
-        if slots is not None:
-            raise ExportError("--slots: is for adapters that have names. Give --adapter NAME=FOLDER.")
+        if said or targets:
+            option = next(iter(said), "--slot-targets")
+            raise ExportError(f"{option}: is for adapters that have names. Give --adapter NAME=FOLDER.")
         return None
-    if slots is not None and not 1 <= slots <= MOST_SLOTS:
-        raise ExportError(f"--slots {slots}: give 1 to {MOST_SLOTS}.")
+    for option, number in said.items():
+        if not 1 <= number <= MOST_OF_SLOTS[option]:
+            raise ExportError(f"{option} {number}: give 1 to {MOST_OF_SLOTS[option]}.")
     if not given:
         raise ExportError("There is no adapter. Give --adapter NAME=FOLDER.")
     found = {require_name(name): read_adapter(folder) for name, folder in given.items()}
     for adapter in found.values():
         refuse_overrides(adapter)
     return found
+
+
+def _with_more_slots(adapter: AdapterSpec, targets: Sequence[str], base: BaseSignature) -> AdapterSpec:
+    """The slots of `adapter`, and those of further modules, under the base's names.
+
+    Raises:
+        ExportError: one of `targets` ends no name of a linear layer of the base.
+    """
+    aligned = align_with_base(adapter, base)
+    slots = {path: Slot.around(projection) for path, projection in aligned.projections.items()}
+    more: dict[str, tuple[int, int]] = {}
+    for target in targets:
+        found = {path: linear for path, linear in base.linears.items() if f".{path}".endswith(f".{target}")}
+        if not target or not found:
+            kinds = ", ".join(sorted({path.rpartition(".")[2] for path in base.linears}))
+            raise ExportError(
+                f"--slot-targets {target!r:.80}: ends no linear layer of {base.name}. It has {kinds:.300}."
+            )
+        more |= {p: (linear.in_features, linear.out_features) for p, linear in found.items() if p not in slots}
+    return as_adapter(slots | slots_like(slots, more), aligned.source)
 
 
 def _quantiser(weights_form: str | None, head_form: str | None, zero_points: bool) -> QuantizeBase | None:

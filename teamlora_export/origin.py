@@ -2,17 +2,75 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.bundle import AdapterOrigin, OpForm, Refit
-from teamlora_export.errors import ExportError
+from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.graph import op, weights
 from teamlora_export.graph.passes.narrow_adapter import NarrowAdapter
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.progress import Reporter
 
 MOST_WARNINGS = 5
+# Of the hub's cache: models--ORGANISATION--NAME/snapshots/COMMIT.
+_CACHED = re.compile(r"models--(?:[^-]+(?:-[^-]+)*--)?(.+)")
+# What a training writes beneath the name of what it trains.
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+# Folders that are called so say nothing of what is in them.
+_NO_NAMES = frozenset(
+    ["base", "checkpoint", "final", "gguf", "hf", "latest", "merged", "model", "models", "out", "output", "weights"]
+)
+
+
+def require_base(adapter: AdapterSpec, base: str, any_base: bool, reporter: Reporter) -> None:
+    """Refuse an adapter that was trained on a model of another name: sizes tell a base from most others, and not from
+    one that was trained further.
+
+    Args:
+        base: the folder of the base, or its name on the hub.
+        any_base: it is taken; what is not known or not the same is said.
+
+    Raises:
+        ExportError: both have a name, and the names differ.
+    """
+    trained = adapter.config.base_model_name_or_path or ""
+    theirs, ours = model_name(trained), model_name(base)
+    if theirs is None or ours is None:
+        known = (
+            f"says that it was trained on {trained:.200}" if trained else "does not say which base it was trained on"
+        )
+        reporter.warn(f"{adapter.source}: {known}; it is taken to be {base or 'this one'}, by its modules' sizes.")
+    elif theirs != ours and not _leads_to(trained, base):
+        told = f"{adapter.source}: says that it was trained on {trained:.200}; the base here is {base:.200}."
+        if not any_base:
+            raise ExportError(f"{told} Give an adapter of this base; --any-base takes it, if only the name is another.")
+        reporter.warn(told)
+
+
+def _leads_to(path: str, folder: str) -> bool:
+    try:
+        return os.path.realpath(os.path.expanduser(path)) == folder
+    except ValueError:
+        # Characters that no path has.
+        return False
+
+
+def model_name(reference: str) -> str | None:
+    """What a model is called, in lower case, wherever it lies: the last part of a folder or of a name on the hub,
+    without a revision (`name@revision`). None where that is no name."""
+    parts = [part for part in reference.lower().replace("\\", "/").split("/") if part not in ("", ".", "..", "~")]
+    for part in parts:
+        if cached := _CACHED.fullmatch(part):
+            return cached[1]
+    if not parts:
+        return None
+    if _CHECKPOINT.fullmatch(parts[-1]):
+        return "/".join(parts[-2:]) if len(parts) > 1 else None
+    name = parts[-1].partition("@")[0]
+    return None if name in _NO_NAMES else name or None
 
 
 def describe_adapter(adapter: AdapterSpec) -> AdapterOrigin:
@@ -65,6 +123,19 @@ def describe_refit(recipes: Mapping[str, weights.Recipe], adapter: AdapterSpec, 
         "overrides": {name: list(value.shape) for name, value in adapter.overrides.items()},
         "body_prefix": body_prefix,
     }
+
+
+def refuse_cancelled_routing(adapter: AdapterSpec) -> None:
+    """Refuse an adapter that the published layer computes no numbers with.
+
+    Raises:
+        ExportError: in some module M takes away from every expert what the router gives it.
+    """
+    raise_findings(
+        f"{adapter.source}: the interaction matrix cancels the routing, so that the layer divides by zero for every "
+        "token. Is its training whole?",
+        [f"{path}: all rows of I + M sum to 0" for path, p in adapter.projections.items() if p.cancels_routing],
+    )
 
 
 def warn_of_normalizers(adapter: AdapterSpec, reporter: Reporter) -> None:

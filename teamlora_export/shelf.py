@@ -17,13 +17,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from teamlora_export.adapter import AdapterSpec, BaseSignature, LinearShape, align_with_base, read_adapter
-from teamlora_export.adapter.padding import Slot, placed
+from teamlora_export.adapter.padding import Room, Slot, placed
 from teamlora_export.bundle import (
     ADAPTERS_NAME,
     SHELVED_NAME,
@@ -42,32 +42,41 @@ from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.graph.cooked import adapter_weights
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import Recipe
-from teamlora_export.origin import describe_adapter, warn_of_normalizers
+from teamlora_export.origin import describe_adapter, refuse_cancelled_routing, require_base, warn_of_normalizers
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import held_file, require_space, write_aside
 
 _NAME = re.compile(SHELVED_NAME)
+# What rows of the base alone are said to have.
+NO_ADAPTER_NAME = "none"
 _LINE = 64
 # As a safetensors file calls them.
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
-def add_adapter(folder: Path, name: str, source: Path, reporter: Reporter | None = None) -> Bundle:
+def add_adapter(
+    folder: Path, name: str, source: Path, reporter: Reporter | None = None, *, any_base: bool = False
+) -> Bundle:
     """Put the adapter in the folder `source` on the shelf of the bundle in `folder`, as `name`.
+
+    Args:
+        any_base: also one that was trained on a base of another name.
 
     Raises:
         ExportError: there is no shelf, it has one of that name, or the adapter does not fit; nothing is changed then.
     """
-    return _put(folder, name, source, reporter or Reporter(), replaces=False)
+    return _put(folder, name, source, reporter or Reporter(), any_base, replaces=False)
 
 
-def replace_adapter(folder: Path, name: str, source: Path, reporter: Reporter | None = None) -> Bundle:
+def replace_adapter(
+    folder: Path, name: str, source: Path, reporter: Reporter | None = None, *, any_base: bool = False
+) -> Bundle:
     """The same in place of the one of that name.
 
     Raises:
         ExportError: as `add_adapter`; or there is none of that name.
     """
-    return _put(folder, name, source, reporter or Reporter(), replaces=True)
+    return _put(folder, name, source, reporter or Reporter(), any_base, replaces=True)
 
 
 def remove_adapter(folder: Path, name: str) -> Bundle:
@@ -112,6 +121,10 @@ def require_name(name: str) -> str:
     Raises:
         ExportError: it cannot.
     """
+    if name.lower() == NO_ADAPTER_NAME:
+        raise ExportError(
+            f"{name}: cannot name an adapter, since it says that there is none. Give NAME=FOLDER another."
+        )
     if not _NAME.fullmatch(name):
         raise ExportError(
             f"{name!r:.80}: cannot name an adapter. Use up to 64 letters, digits, dots, dashes and underscores, the "
@@ -135,6 +148,11 @@ def slot_bytes(refit: Refit, dtype: str) -> int:
         k = slot.num_experts
         size += width * ((slot.down_rank + k) * slot.in_features + k * slot.expert_rank * slot.out_features) + 4 * k * k
     return size
+
+
+def slot_megabytes(manifest: Manifest) -> str:
+    """The same of a bundle's, in words."""
+    return f"{slot_bytes(manifest.refit, manifest.op.get('adapter_dtype', manifest.dtype)) / 1e6:,.2f} MB"
 
 
 def fit_adapter(adapter: AdapterSpec, refit: Refit, base: str) -> AdapterSpec:
@@ -162,7 +180,12 @@ def fit_adapter(adapter: AdapterSpec, refit: Refit, base: str) -> AdapterSpec:
     findings = [
         f"{path}: {reason}" for path, p in aligned.projections.items() if (reason := slots[path].misfit(p)) is not None
     ]
-    raise_findings(f"The adapter {adapter.source} does not fit the bundle's slots", findings)
+    room = Room.of((slots[path], p) for path, p in aligned.projections.items())
+    raise_findings(
+        f"The adapter {adapter.source} does not fit the bundle's slots, which an export with --slot-rank {room.rank} "
+        f"--slot-experts {room.experts} makes large enough",
+        findings,
+    )
     return placed(aligned, slots)
 
 
@@ -188,7 +211,8 @@ def _refuse_strange_modules(adapter: AdapterSpec, slots: Mapping[str, Slot], bas
         targets = sorted({path.rpartition(".")[2] for path in strange})
         raise ExportError(
             f"{adapter.source}: changes {len(strange)} modules that have no slots in this bundle of {base} "
-            f"({', '.join(targets)[:200]}; the first is {strange[0]}). Export again with an adapter that changes them."
+            f"({', '.join(targets)[:200]}; the first is {strange[0]}). Export again with an adapter that changes them, "
+            f"or with --slot-targets {','.join(targets)[:200]}"
         )
 
 
@@ -247,13 +271,14 @@ def shelve(folder: Path, name: str, content: bytes, sha256: str, adapter: Adapte
     return {"file": file, "sha256": sha256, "origin": describe_adapter(adapter), "validation": None}
 
 
-def _put(folder: Path, name: str, source: Path, reporter: Reporter, replaces: bool) -> Bundle:
+def _put(folder: Path, name: str, source: Path, reporter: Reporter, any_base: bool, replaces: bool) -> Bundle:
     require_name(name)
     bundle = read_bundle(folder)
     _require_place(bundle, name, replaces)
     manifest = bundle.manifest
     adapter = read_adapter(source)
-    _warn_of_base(adapter, manifest, reporter)
+    require_base(adapter, manifest.base["source"], any_base, reporter)
+    refuse_cancelled_routing(adapter)
     fitting = fit_adapter(adapter, manifest.refit, str(manifest.base["source"]))
     warn_of_normalizers(adapter, reporter)
     dtype = manifest.op.get("adapter_dtype", manifest.dtype)
@@ -279,13 +304,6 @@ def some_names(names: Iterable[str]) -> str:
     """The names of a shelf, in words; of many, some."""
     listed = sorted(names)
     return (", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")) or "none"
-
-
-def _warn_of_base(adapter: AdapterSpec, manifest: Manifest, reporter: Reporter) -> None:
-    """Sizes tell a base from most others, and not from one that was trained further."""
-    trained, ours = adapter.config.base_model_name_or_path, manifest.base["source"]
-    if trained and ours and PurePath(trained).name.lower() != PurePath(ours).name.lower():
-        reporter.warn(f"{adapter.source}: says that it was trained on {trained}; the bundle's base is {ours}.")
 
 
 @dataclass(frozen=True)

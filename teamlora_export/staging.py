@@ -234,7 +234,7 @@ def real_path(path: Path) -> Path:
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:
-        raise ExportError(f"{path}: leads nowhere ({error}). Choose another -o.") from None
+        raise ExportError(f"{path}: leads nowhere ({error}). Choose another folder.") from None
 
 
 def refuse_inside(place: Path, folder: Path) -> None:

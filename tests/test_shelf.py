@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,11 @@ import pytest
 import torch
 from conftest import _ALL, random_adapter
 from safetensors.numpy import load_file, save_file
-from shelves import SHELF, write_family
+from shelves import COUNT, SHELF, write_family
 from typer.testing import CliRunner
 
 from teamlora_export import shelf as shelf_module
-from teamlora_export.adapter import AdapterConfig, read_adapter, write_adapter
+from teamlora_export.adapter import AdapterConfig, AdapterSpec, write_adapter
 from teamlora_export.bundle import Bundle, check_files, listed_files, read_bundle
 from teamlora_export.cli import app
 from teamlora_export.cli_adapters import adapters_given
@@ -35,6 +36,8 @@ from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.files import read_record
 from teamlora_export.inspect import inspect_path
+from teamlora_export.origin import model_name, require_base
+from teamlora_export.progress import Reporter
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 from teamlora_export.staging import entries, held_file
 
@@ -114,7 +117,7 @@ print(sorted({"torch", "transformers", "onnxruntime", "pickle_torch"} & set(sys.
     assert lines[:3] == [f"{given[0]}: late is {what}" for what in ("added", "replaced")] + [
         f"{given[0]}: lora is removed"
     ]
-    assert lines[3] == f"{given[0]}: adapters 5, slots 3"
+    assert lines[3] == f"{given[0]}: adapters 5, slots 3 of 0.08 MB each"
     assert lines[-1] == "[]"
     assert {name: (bundle.folder / name).stat() for name in before} == before, "the base's files are not touched"
     check_files(read_bundle(bundle.folder))
@@ -147,11 +150,26 @@ def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle
     huge = write_family(tmp_path / "huge", base, "lora", ["q_proj"], 4)
     tensors = load_file(huge / "adapter_model.safetensors")
     save_file({n: np.sign(a) * np.float32(3e38) for n, a in tensors.items()}, huge / "adapter_model.safetensors")
+    cancelled = write_family(tmp_path / "cancelled", base, "teamlora", ["q_proj"], 8, 4)
+    tensors = load_file(cancelled / "adapter_model.safetensors")
+    for key in (key for key in tensors if "layers.1." in key and "interaction" in key):
+        tensors[key] = -np.eye(4, dtype=np.float32)
+    save_file(tensors, cancelled / "adapter_model.safetensors")
+    for given in (cancelled, {"cancelled": cancelled}):
+        with pytest.raises(ExportError, match="divides by zero for every token"):
+            export_onnx(base.name, given, tmp_path / "out")
     for name, words in (
+        (
+            "cancelled",
+            r"divides by zero for every token.*: 1 problem\n  - model.layers.1.self_attn.q_proj: all rows of I",
+        ),
         ("huge", r"q_proj.* has numbers that are none, or none in float32"),
-        ("experts", r"q_proj: has 8 experts, the bundle's slots have room for 4"),
+        (
+            "experts",
+            r"--slot-rank 16 --slot-experts 8 makes.*[^$]*q_proj: has 8 experts, the bundle's slots have room for 4",
+        ),
         ("rank", r"q_proj: has 4 experts of rank 8, the bundle's slots have room for 4 of rank 2"),
-        ("gpt2", r"changes 16 modules that have no slots in this bundle of .*\(c_attn, c_fc, c_proj"),
+        ("gpt2", r"changes 16 modules that have no slots in this bundle .*\(c_attn, c_fc, c_.*--slot-targets c_attn,c"),
         ("biased", r"replaces weights of the base \(model.embed_tokens.weight\)"),
         ("wide", r"q_proj: the adapter maps 40 to 32 features, the base 32 to 32"),
         ("none", r"no such folder"),
@@ -161,6 +179,7 @@ def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle
     lora = tmp_path / "experts"
     for edit, words in (
         (lambda: add_adapter(bundle.folder, "../out", lora), "cannot name an adapter"),
+        (lambda: add_adapter(bundle.folder, "None", lora), "None: cannot name an adapter, since it says that there is"),
         (lambda: add_adapter(bundle.folder, "team", lora), "has an adapter team already"),
         (lambda: replace_adapter(bundle.folder, "nobody", lora), "has no adapter 'nobody'; it has hydra, lora, moe"),
         (lambda: remove_adapter(bundle.folder, "nobody"), "has no adapter 'nobody'"),
@@ -169,6 +188,20 @@ def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle
             edit()
     assert (bundle.folder / "manifest.json").read_bytes() == before
     assert set(entries(bundle.folder)) == {"manifest.json", *bundle.manifest.sha256}
+
+
+def test_room_that_is_asked_for_at_the_export_takes_later_adapters_that_are_larger(
+    make_base, make_shelf, shelf_adapters, shelf_answers, tmp_path
+):
+    """It makes the graph that the larger ones make."""
+    out, targets = tmp_path / "out", ",".join(SHELF["team"][1])
+    options = ["--slot-rank", "8", "--slot-experts", "4", "--slot-targets", targets]
+    given = ["onnx", make_base("llama").name, "-a", f"small={shelf_adapters['small']}", "-o", str(out), *options]
+    assert CliRunner().invoke(app, given).exit_code == 0
+    assert read_bundle(out).model.read_bytes() == make_shelf().model.read_bytes()
+    add_adapter(out, "team", shelf_adapters["team"])
+    found = Model(out).generate([[5, 6, 7]] * 3, COUNT, adapters=["team", "small", None])
+    assert found[0] == shelf_answers["team", (5, 6, 7)] != found[1] != found[2]
 
 
 def test_a_bundle_with_one_adapter_of_its_own_has_no_shelf(make_bundle, shelf_adapters):
@@ -180,6 +213,8 @@ _KILLED_AT_EVERY_OPERATION = """
 import os, shutil, signal, sys
 from pathlib import Path
 from teamlora_export.bundle import check_files, read_bundle
+from teamlora_export.origin import model_name, require_base
+from teamlora_export.progress import Reporter
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 from teamlora_export.staging import entries, held_file
 
@@ -446,27 +481,32 @@ def test_options_name_adapters_or_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("one", "two", "a=b", "my own"):
         Path(name).mkdir()
-    assert adapters_given(["one"], None) == Path("one")
-    assert adapters_given(["one"], 4) == {"one": Path("one")}
-    assert adapters_given(["x=one"], None) == {"x": Path("one")}
-    assert adapters_given(["one", "x=two"], None) == {"one": Path("one"), "x": Path("two")}
-    assert adapters_given(["a=b"], None) == Path("a=b"), "a folder of that name"
-    with pytest.raises(ExportError, match="'my own' cannot name an adapter"):
-        adapters_given(["one", "my own"], None)
+    assert adapters_given(["one"], False) == Path("one")
+    assert adapters_given(["one"], True) == {"one": Path("one")}
+    assert adapters_given(["x=one"], False) == {"x": Path("one")}
+    assert adapters_given(["one", "x=two"], False) == {"one": Path("one"), "x": Path("two")}
+    assert adapters_given(["a=b"], False) == Path("a=b"), "a folder of that name"
+    with pytest.raises(ExportError, match=r"--adapter my own: 'my own' cannot name an adapter\. Give NAME=FOLDER"):
+        adapters_given(["one", "my own"], False)
     with pytest.raises(ExportError, match="two are called one"):
-        adapters_given(["one", "one=two"], None)
+        adapters_given(["one", "one=two"], False)
 
 
 def test_exports_that_cannot_be_are_refused_before_anything_is_traced(make_base, shelf_adapters, tmp_path):
     base = make_base("llama").name
-    for adapters, slots, words in (
-        ({"team": shelf_adapters["team"]}, 0, "--slots 0: give 1 to 4096"),
-        ({}, None, "There is no adapter"),
-        ({"no name": shelf_adapters["team"]}, None, "'no name': cannot name an adapter"),
-        (shelf_adapters["team"], 3, "--slots: is for adapters that have names"),
+    team = {"team": shelf_adapters["team"]}
+    for adapters, options, words in (
+        (team, {"slots": 0}, "--slots 0: give 1 to 4096"),
+        (team, {"slot_rank": 0}, "--slot-rank 0: give 1 to 4096"),
+        (team, {"slot_experts": 5000}, "--slot-experts 5000: give 1 to 1024"),
+        (team, {"slot_targets": ["c_attn"]}, "--slot-targets 'c_attn': ends no linear layer of .* It has down_proj, g"),
+        ({}, {}, "There is no adapter"),
+        ({"no name": shelf_adapters["team"]}, {}, "'no name': cannot name an adapter"),
+        (shelf_adapters["team"], {"slots": 3}, "--slots: is for adapters that have names"),
+        (shelf_adapters["team"], {"slot_targets": ["up_proj"]}, "--slot-targets: is for adapters that have names"),
     ):
         with pytest.raises(ExportError, match=words):
-            export_onnx(base, adapters, tmp_path / "out", slots=slots)
+            export_onnx(base, adapters, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -481,7 +521,9 @@ def test_what_knows_no_shelf_refuses_one_in_a_sentence(words, make_shelf, tmp_pa
     known = {"BUNDLE": str(make_shelf().folder), "OUT": str(tmp_path / "out")}
     done = CliRunner().invoke(app, [known.get(word, word) for word in words])
     assert isinstance(done.exception, ExportError)
-    assert "has a shelf of adapters, and `" in str(done.exception)
+    assert re.search(
+        "has a shelf of adapters, and (`|Triton's own back ends know none. Leave out)", str(done.exception)
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -494,16 +536,60 @@ def test_an_older_program_is_told_that_it_is_older(make_shelf, monkeypatch):
 
 def test_inspect_tells_what_is_on_the_shelf(make_shelf):
     rows = dict(inspect_path(make_shelf().folder).rows)
-    assert rows["slots"] == "3, of 4 experts of r=8 at most"
+    assert rows["slots"] == "3 of 0.08 MB each, of 4 experts of r=8 at most"
     assert rows["adapter hydra"].startswith("hydralora, r=2, k=3, 12 modules")
     assert rows["adapter hydra"].endswith("not validated")
 
 
-def test_an_adapter_config_that_names_another_base_is_a_warning(bundle, make_base, tmp_path, capsys):
-    folder = write_family(tmp_path / "other", make_base("llama"), "lora", ["q_proj"], 4)
+def naming(folder: Path, base: str | None) -> Path:
+    """The adapter in `folder`, as of one who trained it on `base`."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "somebody/another-llama"
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    add_adapter(bundle.folder, "other", folder)
-    assert "says that it was trained on somebody/another-llama" in capsys.readouterr().err
-    assert isinstance(read_adapter(folder).config, AdapterConfig)
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+    return folder
+
+
+def test_an_adapter_that_names_another_base_is_refused_and_taken_when_that_is_asked_for(
+    bundle, make_base, tmp_path, capsys
+):
+    base = make_base("llama")
+    folder = naming(write_family(tmp_path / "other", base, "lora", ["q_proj"], 4), "somebody/another-llama")
+    words = rf"says that it was trained on somebody/another-llama; the base here is {base.source.origin}\. .*--any-base"
+    for given in (folder, {"other": folder}):
+        with pytest.raises(ExportError, match=words):
+            export_onnx(base.name, given, tmp_path / "out")
+    with pytest.raises(ExportError, match=r"says that it was trained on \\x00a; the"):
+        add_adapter(bundle.folder, "other", naming(folder, "\0a"))
+    naming(folder, "somebody/another-llama")
+    with pytest.raises(ExportError, match=words):
+        add_adapter(bundle.folder, "other", folder)
+    with pytest.raises(ExportError, match=words):
+        replace_adapter(bundle.folder, "team", folder)
+    assert not (tmp_path / "out").exists() and names(bundle.folder) == list(SHELF)
+    given = ["adapters", "add", str(bundle.folder), "other", "-a", str(folder), "--any-base"]
+    assert CliRunner().invoke(app, given).exit_code == 0
+    assert "other" in names(bundle.folder)
+    add_adapter(bundle.folder, "same", naming(folder, base.name))
+    capsys.readouterr()
+    add_adapter(bundle.folder, "silent", naming(folder, None))
+    assert "does not say which base it was trained on" in capsys.readouterr().err
+
+
+def test_a_base_has_one_name_wherever_it_lies(tmp_path, monkeypatch):
+    same = (
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "smollm2-135m-instruct/",
+        "./SmolLM2-135M-Instruct",
+        "/data/models/SmolLM2-135M-Instruct//",
+        "C:\\models\\SmolLM2-135M-Instruct",
+        "/root/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2-135M-Instruct/snapshots/12fd25f77366fa6b",
+        "HuggingFaceTB/SmolLM2-135M-Instruct@main",
+    )
+    assert {model_name(name) for name in same} == {"smollm2-135m-instruct"}
+    assert [model_name(name) for name in ("", ".", "../", "/", "checkpoint-500", "/models/base")] == [None] * 6
+    assert model_name("out/tuned/checkpoint-500") == "tuned/checkpoint-500"
+    # A link has two names, and is one folder.
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    monkeypatch.chdir(tmp_path)
+    adapter = AdapterSpec("lora", AdapterConfig(8, 1.0, base_model_name_or_path="link"), {}, {}, "mine", "0" * 64)
+    require_base(adapter, str(tmp_path / "folder"), False, Reporter(quiet=True))

@@ -25,6 +25,34 @@ from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
 
 
 @dataclass(frozen=True)
+class Room:
+    """What slots have room for beside the adapters that they are made for.
+
+    Attributes:
+        rank: r of a TeamLoRA adapter, or of LoRA: of all experts of a module together. HydraLoRA, whose experts all
+            read the whole of A, takes r for each of them, unless all adapters are of its kind. 0: none.
+        experts: k. 0: none.
+    """
+
+    rank: int = 0
+    experts: int = 0
+
+    def expert_rank(self, num_experts: int, shared: bool) -> int:
+        """Of each of a slot's experts, for adapters of this rank and any number of experts that divides it."""
+        if shared or not self.rank:
+            return self.rank
+        divisors = [k for k in range(1, num_experts + 1) if self.rank % k == 0]
+        return max(_rank_of_parts(k, self.rank // k, num_experts) for k in divisors)
+
+    @staticmethod
+    def of(pairs: Iterable[tuple[Slot, ExpertProjection]]) -> Room:
+        """What the slots need beside their own, for the projection beside each."""
+        pairs = list(pairs)
+        k = max(max(slot.num_experts, p.num_experts) for slot, p in pairs)
+        return Room(max(_rank_in(slot, p, k) for slot, p in pairs), k)
+
+
+@dataclass(frozen=True)
 class Slot:
     """The shape that one module's adapters share, in the words of `ExpertProjection`."""
 
@@ -33,6 +61,12 @@ class Slot:
     num_experts: int
     expert_rank: int
     shared_down: bool
+
+    @staticmethod
+    def around(projection: ExpertProjection) -> Slot:
+        """The slot that a projection fills."""
+        k, c = projection.num_experts, projection.expert_rank
+        return Slot(projection.in_features, projection.out_features, k, c, projection.shared_down)
 
     @property
     def down_rank(self) -> int:
@@ -63,13 +97,29 @@ class Slot:
         return None
 
 
-def slots_for(adapters: Iterable[AdapterSpec]) -> dict[str, Slot]:
-    """The least slot of each module, by its path, that has room for each of `adapters`, which fit one base."""
+def slots_for(adapters: Iterable[AdapterSpec], room: Room | None = None) -> dict[str, Slot]:
+    """The least slot of each module, by its path, that has room for each of `adapters`, which fit one base.
+
+    Args:
+        room: that there is to be as well.
+    """
     found: dict[str, list[ExpertProjection]] = {}
     for adapter in adapters:
         for path, projection in adapter.projections.items():
             found.setdefault(path, []).append(projection)
-    return {path: _slot_of(projections) for path, projections in sorted(found.items())}
+    return {path: _slot_of(projections, room or Room()) for path, projections in sorted(found.items())}
+
+
+def slots_like(slots: Mapping[str, Slot], features: Mapping[str, tuple[int, int]]) -> dict[str, Slot]:
+    """Slots for further modules, by their path, with as many experts and as large a rank as any of `slots`.
+
+    Args:
+        features: of each module, in and out.
+    """
+    shared = all(slot.shared_down for slot in slots.values())
+    k = max(slot.num_experts for slot in slots.values())
+    ranks = [slot.expert_rank for slot in slots.values() if slot.shared_down == shared]
+    return {path: Slot(*sizes, k, max(ranks), shared) for path, sizes in features.items()}
 
 
 def placed(adapter: AdapterSpec, slots: Mapping[str, Slot]) -> AdapterSpec:
@@ -144,13 +194,14 @@ def _place_shared(projection: ExpertProjection, slot: Slot) -> ExpertProjection:
     )
 
 
-def _slot_of(projections: list[ExpertProjection]) -> Slot:
+def _slot_of(projections: list[ExpertProjection], room: Room) -> Slot:
     first = projections[0]
-    k = max(p.num_experts for p in projections)
+    own = max(p.num_experts for p in projections)
     # Where one adapter's experts do not share A, those of all have their own rows of it.
-    shared = k > 1 and all(_is_shared(p) for p in projections)
-    ranks = [p.expert_rank if shared else _rank_of_parts(p, k) for p in projections]
-    return Slot(first.in_features, first.out_features, k, max(ranks), shared)
+    shared = own > 1 and all(_is_shared(p) for p in projections)
+    k = max(own, room.experts)
+    ranks = [p.expert_rank if shared else _rank_of_parts(p.num_experts, p.expert_rank, k) for p in projections]
+    return Slot(first.in_features, first.out_features, k, max(*ranks, room.expert_rank(k, shared)), shared)
 
 
 def _parts(rank: int, room: int) -> int:
@@ -158,10 +209,22 @@ def _parts(rank: int, room: int) -> int:
     return 1 << (-(-rank // room) - 1).bit_length()
 
 
-def _rank_of_parts(projection: ExpertProjection, num_experts: int) -> int:
-    """Of an adapter's experts, when they are cut so that there are `num_experts` of them at most."""
-    parts = 1 << ((num_experts // projection.num_experts).bit_length() - 1)
-    return -(-projection.expert_rank // parts)
+def _rank_of_parts(experts: int, rank: int, most: int) -> int:
+    """Of so many experts of a rank, when they are cut so that there are `most` of them at most."""
+    return -(-rank // _power_below(most // experts))
+
+
+def _rank_in(slot: Slot, projection: ExpertProjection, num_experts: int) -> int:
+    """The room's rank by which a slot of `num_experts` takes a projection."""
+    if slot.shared_down:
+        return projection.expert_rank if _is_shared(projection) else projection.down_rank
+    parts = _rank_of_parts(projection.num_experts, projection.expert_rank, num_experts)
+    return parts * _power_below(num_experts)
+
+
+def _power_below(number: int) -> int:
+    """The largest power of two that is not above `number`."""
+    return 1 << (number.bit_length() - 1)
 
 
 def _is_shared(projection: ExpertProjection) -> bool:

@@ -67,7 +67,17 @@ class ExpertProjection:
         sum(w) = sum_e p_e c_e is a convex combination of c, so it reaches min(c) as the router saturates. At or below
         zero, some token makes the layer divide by zero or change sign.
         """
-        return float(np.min(1.0 + self.interaction.astype(np.float64).sum(axis=1)))
+        return float(np.min(self._normalizer))
+
+    @property
+    def cancels_routing(self) -> bool:
+        """Whether sum(w) is zero for every token, so that the layer is 0 / 0: c = 0, up to its rounding."""
+        return not np.any(np.abs(self._normalizer) > self.num_experts * np.finfo(np.float32).eps)
+
+    @property
+    def _normalizer(self) -> np.ndarray:
+        """c = (I + M) 1, [k]."""
+        return 1.0 + self.interaction.astype(np.float64).sum(axis=1)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,14 @@ from teamlora_export.graph.passes.attach_functions import AttachFunctions
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.read import StoredWeight, read_graph
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
-from teamlora_export.origin import describe_adapter, describe_op, describe_refit, narrowing, warn_of_normalizers
+from teamlora_export.origin import (
+    describe_adapter,
+    describe_op,
+    describe_refit,
+    narrowing,
+    refuse_cancelled_routing,
+    warn_of_normalizers,
+)
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import real_path, refuse_foreign, require_space, staged
 
@@ -76,6 +83,7 @@ def attach(
     """
     reporter = reporter or Reporter()
     adapter = read_adapter(adapter_folder)
+    refuse_cancelled_routing(adapter)
     if adapter.overrides:
         raise ExportError(
             f"{adapter.source}: replaces {len(adapter.overrides)} weights of the base (modules_to_save or bias), "

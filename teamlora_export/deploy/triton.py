@@ -193,7 +193,22 @@ def _batching(bundle: Bundle, wanted: str | None, engine: str | None, text: bool
         raise ExportError(f"--batching continuous: {obstacle}")
     # Rows that Triton puts together may be of any length, and know no adapters.
     shared = keeps_in_place(bundle.manifest.inputs) or not bundle.manifest.tokens.padded or bundle.manifest.shelf
-    return wanted or ("continuous" if obstacle is None and shared else "sequence")
+    chosen = wanted or ("continuous" if obstacle is None and shared else "sequence")
+    if chosen == "sequence" and engine is None and bundle.manifest.shelf is not None:
+        raise ExportError(_why_no_shelf(bundle, obstacle))
+    return chosen
+
+
+def _why_no_shelf(bundle: Bundle, obstacle: str | None) -> str:
+    """Args:
+    obstacle: what keeps the model from being batched continuously; None: the user's wish.
+    """
+    told = f"{bundle.folder}: has a shelf of adapters, and Triton's own back ends know none"
+    if bundle.manifest.task != "text-generation":
+        return f"{told}. Export a bundle with a single --adapter for each, or serve it by `deploy python`."
+    if obstacle is None:
+        return f"{told}. Leave out --batching sequence: the model that batches continuously knows them."
+    return f"{told}; the model that batches continuously does. --batching continuous: {obstacle}"
 
 
 def _batch(facts: EngineFacts | None, wanted: int | None, default: int) -> int:

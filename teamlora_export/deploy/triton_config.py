@@ -135,7 +135,7 @@ def continuous_config(
         slots: texts that are written at a time. waiting: requests that may wait for one of them to end.
         capacity: tokens of prompt and answer together, at most; None: what the model takes.
         threads: of ONNX Runtime, for each copy; 0: every core.
-        shelf: a request says which adapter answers it.
+        shelf: a request says which adapter answers it, or asks which there are.
     """
     pb = protobuf()
     # Not that it takes batches: the requests of Triton's OpenAI front end have an axis for them.
@@ -161,7 +161,7 @@ def continuous_config(
         ("return_num_input_tokens", pb.TYPE_BOOL, 1),
         ("return_num_output_tokens", pb.TYPE_BOOL, 1),
         ("time_limit", pb.TYPE_FP32, 1),
-        *([("adapter", pb.TYPE_STRING, 1)] if shelf else []),
+        *([("adapter", pb.TYPE_STRING, 1), ("list_adapters", pb.TYPE_BOOL, 1)] if shelf else []),
     ):
         config.input.add(name=key, data_type=kind, dims=[size], optional=True)
     for key, kind, size in (
@@ -171,6 +171,7 @@ def continuous_config(
         ("log_probs", pb.TYPE_FP32, -1),
         ("num_input_tokens", pb.TYPE_INT32, 1),
         ("num_output_tokens", pb.TYPE_INT32, 1),
+        *([("adapters", pb.TYPE_STRING, -1)] if shelf else []),
     ):
         config.output.add(name=key, data_type=kind, dims=[size])
     group = pb.ModelInstanceGroup

@@ -18,6 +18,7 @@ from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.graph.cooked import adapter_weights
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import Recipe
+from teamlora_export.origin import refuse_cancelled_routing
 from teamlora_export.progress import Reporter
 
 
@@ -90,6 +91,7 @@ def refit_weights(
 
 def _aligned(adapter: AdapterSpec, bundle: Bundle) -> AdapterSpec:
     """`adapter` under the base's names, checked against the shapes of the one that the bundle was exported with."""
+    refuse_cancelled_routing(adapter)
     layout = bundle.manifest.refit
     assert layout is not None
     signature = BaseSignature(

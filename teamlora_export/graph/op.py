@@ -20,7 +20,9 @@ Version 2 has an optional input, and without it is version 1:
 x and base are then [batch, tokens, ..], and `down`, `mix` and `up` have a leading dimension of N slots, an adapter in
 each. Adapters of fewer experts or a smaller rank share a slot by padding (`adapter/padding.py`), which is exact: an
 expert whose row of `mix` is all zeros is not part of the routing, whatever its logit, and a sibling all of whose rows
-are adds nothing to rows whose z is finite. An index of N or more is an error.
+are adds nothing to rows whose z is finite. An index of N or more is an error. So is any other number of indices: the
+kernels refuse it, and the body does but beside a batch of one row, which it broadcasts as standard operators do: y then
+has a row for each index.
 
 What is computed, and where it is rounded. Sums are in float32, in any order; "to T" is one rounding to nearest, ties to
 even, and none where T is float32:

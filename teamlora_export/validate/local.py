@@ -23,6 +23,11 @@ from teamlora_export.dtypes import DTYPES
 from teamlora_export.graph.choices import chosen_scores
 from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
 from teamlora_export.validate.metrics import ErrorStats
+from teamlora_export.validate.onnx_runner import OnnxRunner
+from teamlora_export.validate.sources import torch_dtype
+from teamlora_export.validate.stored import kept_in_float32, recipes_of
+from teamlora_export.validate.taps import whole_of
+from teamlora_export.validate.torch_runner import TorchRunner
 from teamlora_export.validate.verdict import Judgement, LocalCheck
 
 # Kernels in 16 bits round at other places than PyTorch's (attention's scores and shares, for one): good models stay
@@ -134,6 +139,22 @@ class LocalJudge:
 
     def _arithmetic(self, wide: bool) -> str:
         return "fp32" if wide else self._dtype
+
+
+def local_judge(
+    graph: OnnxRunner, rounded: TorchRunner, reference: Follower, pytorch: Follower | None, candidate: Tappable
+) -> LocalJudge:
+    """The judge of what `candidate` shows of the inside of a bundle's `graph`.
+
+    Args:
+        rounded: what `reference` runs; from now on with the weights that the file holds.
+    """
+    manifest = graph.bundle.manifest
+    recipes = recipes_of(manifest)
+    rounded.round_weights(torch_dtype(manifest.dtype), kept_in_float32(graph.model, recipes))
+    inexact = graph.inexact(recipes)
+    sums = {name: whole_of(name) for name, tap in graph.taps.items() if tap.base is not None}
+    return LocalJudge(manifest.dtype, reference, pytorch, candidate, manifest.inputs, inexact, sums)
 
 
 def judge_columns(

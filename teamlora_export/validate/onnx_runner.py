@@ -221,7 +221,12 @@ class OnnxRunner:
         if wide not in self._tapped:
             self._tapped.clear()
             self._tapped[wide] = self._open((tap.value for tap in self.taps.values()), wide)
-        return feeds | run_session(self._tapped[wide], feeds)
+        return feeds | run_session(self._tapped[wide], feeds, self._given)
+
+    @property
+    def _given(self) -> Mapping[str, np.ndarray]:
+        """Inputs that have a default."""
+        return {}
 
     def _open(self, wanted: Iterable[str], wide: bool = False) -> ort.InferenceSession:
         """A session on the model that gives the values `wanted` as well."""

@@ -36,14 +36,14 @@ from teamlora_export.validate.engine_runner import EngineRunner, cases_within
 from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
 from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.lm_eval_tasks import LmEval
-from teamlora_export.validate.local import LocalJudge
+from teamlora_export.validate.local import LocalJudge, local_judge
 from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.quality import measure_quality, measures_quality
 from teamlora_export.validate.shelf import judge_mixed, keep_shelf, open_shelf_sources, slot_fill
 from teamlora_export.validate.sources import codes_of, fits, open_attached_sources, open_sources, torch_dtype
-from teamlora_export.validate.stored import as_held, judge_weights, kept_in_float32, recipes_of
+from teamlora_export.validate.stored import as_held, judge_weights, recipes_of
 from teamlora_export.validate.summary import summary
-from teamlora_export.validate.taps import live_values, module_of, whole_of
+from teamlora_export.validate.taps import live_values, module_of
 from teamlora_export.validate.torch_runner import TorchRunner
 from teamlora_export.validate.verdict import Departure, LocalCheck, Thresholds, Verdict
 
@@ -275,12 +275,7 @@ class _Inside:
         return self._graph.producer_of(name)
 
     def _local_judge(self) -> LocalJudge:
-        manifest = self._graph.bundle.manifest
-        kept = kept_in_float32(self._graph.model, self._recipes)
-        self._reference.round_weights(torch_dtype(manifest.dtype), kept)
-        inexact = self._graph.inexact(self._recipes)
-        sums = {name: whole_of(name) for name, tap in self._graph.taps.items() if tap.base is not None}
-        return LocalJudge(manifest.dtype, self._reference, self._pytorch, self._graph, manifest.inputs, inexact, sums)
+        return local_judge(self._graph, self._reference, self._reference, self._pytorch, self._graph)
 
     def _add(self, check: LocalCheck) -> None:
         self.checks.append(check)

@@ -15,7 +15,6 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +22,7 @@ import onnx_ir as ir
 import torch
 
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
-from teamlora_export.bundle import ADAPTER_NAME, Bundle, Manifest, Port, Validation
+from teamlora_export.bundle import ADAPTER_NAME, Bundle, Manifest, Validation
 from teamlora_export.deploy.adapter_slots import NO_ADAPTER, Adapters, read_slot
 from teamlora_export.deploy.failure import ModelError
 from teamlora_export.errors import ExportError
@@ -31,14 +30,15 @@ from teamlora_export.graph.read import read_graph
 from teamlora_export.model.base import BaseModel
 from teamlora_export.model.checkpoint import SafetensorsWeights
 from teamlora_export.progress import Reporter
-from teamlora_export.shelf import change_manifest, require_known, require_shelf
-from teamlora_export.validate.cases import Case, Feeds, Step, first_step, make_cases, next_step
+from teamlora_export.shelf import NO_ADAPTER_NAME, change_manifest, require_known, require_shelf
+from teamlora_export.validate.cases import Case, Feeds, make_cases
 from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
 from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.onnx_runner import OnnxRunner, SlotFill, open_session, run_session
+from teamlora_export.validate.rows import RowsApart
 from teamlora_export.validate.sources import codes_of, open_base_of, torch_dtype
+from teamlora_export.validate.stored import adapted_modules
 from teamlora_export.validate.summary import summary
-from teamlora_export.validate.torch_runner import HeldWeights, TorchRunner
 from teamlora_export.validate.verdict import CaseResult, Departure, Verdict
 
 # Beside those without an adapter, and the second of the first one's.
@@ -101,13 +101,14 @@ def judge_mixed(
     results: list[CaseResult] = []
     departures = list(default_departures(bundle))
     batches = list(mixed_batches(list(adapters), slots))
-    if runner.runs_defaults:
-        batches.insert(0, [])
+    # What adapters are where they are left out.
+    batches.insert(0, [])
     for number, given in enumerate(batches):
         rows = given or [None, None]
         case = mixed_case(rows, vocabulary, pad, sample.steps, number)
         if not given:
-            case = replace(case, name="no adapter is given")
+            # They are the same in every call.
+            case = replace(case, name="no adapter is given", steps=0)
         with reporter.step(f"Batch: {case.name}"):
             runner.seat(given)
             apart = RowsApart(base, adapters, rows, case, manifest.inputs, held, weights)
@@ -116,9 +117,11 @@ def judge_mixed(
             judge.add_case(case)
             results += judge.results()
         if (failure := judge.first_failure()) is not None:
-            _, _, judgement = failure
+            _, step, judgement = failure
+            departures += apart.locate(runner, step)
             reason = f"errs by {judgement.error.rms:.2e}, allowed is {judgement.allowed:.2e} ({case.name})"
-            departures.append(Departure("rows", judgement.name, "none", f"{judgement.name} {reason}"))
+            node = runner.producer_of(judgement.name)
+            departures.append(Departure("rows", judgement.name, node, f"{judgement.name} {reason}"))
     return Verdict(manifest.dtype, tuple(results), tuple(departures), candidate=runner.label, multiple=multiple)
 
 
@@ -240,7 +243,7 @@ def mixed_case(rows: Sequence[str | None], vocabulary: int, pad: int, steps: int
         row[-length:] = 1
     ids = rng.integers(0, vocabulary, mask.shape)
     ids[ids == pad] = (pad + 1) % vocabulary
-    named = ", ".join(name or "none" for name in rows)
+    named = ", ".join(name or NO_ADAPTER_NAME for name in rows)
     return Case(f"rows of {named}", np.where(mask > 0, ids, pad), mask, steps)
 
 
@@ -252,17 +255,12 @@ class MixedRunner(OnnxRunner):
     """
 
     def __init__(self, bundle: Bundle, adapters: Adapters, library: Path | None, layer_by_layer: bool = False) -> None:
-        super().__init__(bundle, (), library)
+        super().__init__(bundle, adapted_modules(bundle.manifest), library)
         self._adapters = adapters
         self._layer_by_layer = layer_by_layer
         self._layers: LayerwiseOnnxRunner | None = None
         # Nothing: the graph's own defaults.
         self._rows: np.ndarray | None = None
-
-    @property
-    def runs_defaults(self) -> bool:
-        """Whether it can be run with what adapters are where they are left out."""
-        return not (self._layer_by_layer or self._is_rewritten)
 
     def seat(self, rows: Sequence[str | None]) -> None:
         """From now on, the rows of a batch have these adapters; of no rows, adapters are left out.
@@ -272,6 +270,7 @@ class MixedRunner(OnnxRunner):
         """
         if not rows:
             self._rows = None
+            self._take(_defaults(self.written))
             return
         taken: dict[str, int] = {}
         try:
@@ -285,11 +284,15 @@ class MixedRunner(OnnxRunner):
             # For the batch after this one.
             self._adapters.give(slot)
         self._rows = np.array([NO_ADAPTER if name is None else taken[name] for name in rows], np.int32)
+        memory = {name: _numbers(array) for name, array in self._adapters.memory.items()}
+        self._take(SlotFill(memory, self._rows))
+
+    def _take(self, fill: SlotFill) -> None:
+        """Where slots are constants, they are these."""
         if self._layer_by_layer or self._is_rewritten:
-            memory = {name: _numbers(array).copy() for name, array in self._adapters.memory.items()}
-            fill = SlotFill(memory, self._rows)
+            fill = replace(fill, arrays={name: array.copy() for name, array in fill.arrays.items()})
             if self._layer_by_layer:
-                self._layers = LayerwiseOnnxRunner(self.bundle, (), self.library, fill)
+                self._layers = LayerwiseOnnxRunner(self.bundle, self._adapted, self.library, fill)
             else:
                 self.refill(fill)
 
@@ -301,82 +304,29 @@ class MixedRunner(OnnxRunner):
     def run(self, feeds: Feeds) -> Feeds:
         return super().run(feeds) if self._layers is None else self._layers.run(feeds)
 
+    def run_with_taps(self, feeds: Feeds, wide: bool = False) -> Feeds:
+        return super().run_with_taps(feeds, wide) if self._layers is None else self._layers.run_with_taps(feeds, wide)
+
     def _run(self, feeds: Feeds) -> Feeds:
         if self._is_rewritten:
             return super()._run(feeds)
         if self._session is None:
             # Of a library's nodes no bodies are left, so that nothing else can run them.
             self._session = self._open(()) if self.library is not None else open_session(self.bundle.model)
-        given = {} if self._rows is None else {**self._adapters.memory, ADAPTER_NAME: self._rows}
-        return run_session(self._session, feeds, given)
+        return run_session(self._session, feeds, self._given)
+
+    @property
+    def _given(self) -> Mapping[str, np.ndarray]:
+        if self._rows is None or self._is_rewritten:
+            return {}
+        return {**self._adapters.memory, ADAPTER_NAME: self._rows}
 
 
-class RowsApart:
-    """What PyTorch computes of each row of one case alone, with the row's own adapter.
-
-    Args:
-        adapters: those that rows have, as the base names their modules.
-        held, weights: see `TorchRunner`.
-    """
-
-    def __init__(
-        self,
-        base: BaseModel,
-        adapters: Mapping[str, AdapterSpec],
-        rows: Sequence[str | None],
-        case: Case,
-        inputs: Sequence[Port],
-        held: HeldWeights | None = None,
-        weights: SafetensorsWeights | None = None,
-    ) -> None:
-        self._base, self._adapters, self._rows, self._held, self._weights = base, adapters, rows, held, weights
-        self._case, self._inputs = case, inputs
-
-    def follow(self, dtypes: Sequence[Any]) -> list[Recorded]:
-        """The steps of the case in each of `dtypes`, along the likeliest tokens of the first, float64."""
-        found: dict[Any, list[list[Feeds]]] = {dtype: [[] for _ in self._rows] for dtype in dtypes}
-        for name in dict.fromkeys(self._rows):
-            adapter = self._adapters[name] if name is not None else next(iter(self._adapters.values()))
-            runners = {dtype: TorchRunner(self._base, adapter, dtype, self._weights, self._held) for dtype in dtypes}
-            for row in [row for row, own in enumerate(self._rows) if own == name]:
-                for dtype, outputs in self._steps(row, runners, plain=name is None).items():
-                    found[dtype][row] = outputs
-        return [Recorded(_joined(found[dtype])) for dtype in dtypes]
-
-    def _steps(self, row: int, runners: Mapping[Any, TorchRunner], plain: bool) -> dict[Any, list[Feeds]]:
-        case = replace(self._case, ids=self._case.ids[row : row + 1], mask=self._case.mask[row : row + 1])
-        steps: dict[Any, Step] = dict.fromkeys(runners, first_step(self._inputs, case))
-        found: dict[Any, list[Feeds]] = {dtype: [] for dtype in runners}
-        for remaining in reversed(range(case.calls)):
-            for dtype, runner in runners.items():
-                found[dtype].append(_plain(runner, steps[dtype].feeds) if plain else runner.run(steps[dtype].feeds))
-            logits = next(iter(found.values()))[-1].get("logits")
-            if remaining and logits is not None:
-                steps = {d: next_step(self._inputs, step, found[d][-1], logits) for d, step in steps.items()}
-        return found
-
-
-def _plain(runner: TorchRunner, feeds: Feeds) -> Feeds:
-    with runner.without_experts():
-        return runner.run(feeds)
-
-
-def _joined(rows: Sequence[Sequence[Feeds]]) -> list[Feeds]:
-    """Rows of outputs, [step], as one batch."""
-    return [
-        {name: np.concatenate([outputs[name] for outputs in step]) for name in step[0]}
-        for step in zip(*rows, strict=True)
-    ]
-
-
-class Recorded:
-    """Outputs that were computed before, step by step; for a `Judge`."""
-
-    def __init__(self, steps: Sequence[Feeds]) -> None:
-        self._steps = iter(steps)
-
-    def run(self, _feeds: Feeds, _choices: Feeds | None = None) -> Feeds:
-        return next(self._steps)
+def _defaults(model: ir.Model) -> SlotFill:
+    """What a graph's inputs of adapters are where a caller leaves them out."""
+    values = {str(v.name): v.const_value.numpy() for v in model.graph.inputs if v.const_value is not None}
+    indices = values.pop(ADAPTER_NAME)
+    return SlotFill(values, indices)
 
 
 def _numbers(array: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, ExpertProjection
-from teamlora_export.adapter.padding import Slot, as_adapter, place, placed, slots_for
+from teamlora_export.adapter.padding import Room, Slot, as_adapter, place, placed, slots_for
 from teamlora_export.graph import op
 
 
@@ -57,6 +57,38 @@ def test_an_adapter_in_a_slot_that_others_made_larger_computes_the_same(sizes, r
             # Sums in another order, divided by a normaliser that may be small.
             floor = max(abs(projection.normalizer_floor), 0.05)
             assert error <= 1e-12 / floor * max(np.abs(expected).max(), 1)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    given=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 7), st.booleans()), min_size=1, max_size=3),
+    late=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12), st.booleans()), min_size=2, max_size=2),
+    seed=st.integers(0, 999),
+)
+def test_the_room_that_a_later_adapter_needs_is_enough_for_it_and_stays_exact(given, late, seed):
+    """Two modules, of which the later adapter needs different rooms."""
+    rng = np.random.default_rng(seed)
+    known = [spec(*(make_projection(rng, k, c, shared and k > 1, 5, 6) for _ in late)) for k, c, shared in given]
+    new = spec(*(make_projection(rng, k, c, shared and k > 1, 5, 6) for k, c, shared in late))
+    least = slots_for(known)
+    slots = slots_for(known, Room.of((least[path], projection) for path, projection in new.projections.items()))
+    x, base = rng.normal(size=(2, 3, 5)), rng.normal(size=(2, 3, 6))
+    for path, projection in [pair for adapter in (*known, new) for pair in adapter.projections.items()]:
+        assert slots[path].misfit(projection) is None
+        expected = by_formula(projection, x, base)
+        error = np.abs(in_slot(projection, slots[path], x, base) - expected).max()
+        floor = max(abs(projection.normalizer_floor), 0.05)
+        assert error <= 1e-12 / floor * max(np.abs(expected).max(), 1)
+
+
+def test_a_rank_has_room_for_any_number_of_experts_that_divides_it(rng):
+    slot = slots_for([spec(make_projection(rng, 2, 1, False, 5, 6))], Room(rank=12, experts=4))["p0"]
+    assert (slot.num_experts, slot.expert_rank) == (4, 4), "three experts of 4 have no parts"
+    for k in (1, 2, 3, 4):
+        assert slot.misfit(make_projection(rng, k, 12 // k, False, 5, 6)) is None
+    assert slots_for([spec(make_projection(rng, 4, 2, False, 5, 6))], Room(rank=8))["p0"].expert_rank == 2
+    hydra = slots_for([spec(make_projection(rng, 3, 2, True, 5, 6))], Room(rank=8, experts=4))["p0"]
+    assert (hydra.shared_down, hydra.num_experts, hydra.expert_rank) == (True, 4, 8)
 
 
 def test_experts_whose_rank_is_too_large_are_cut_into_parts(rng):

@@ -303,7 +303,7 @@ print(model.generate([[9, 3], [9, 3]], 12, adapters=["team", "late"]))
 
 def test_triton_answers_each_request_by_its_adapter(make_shelf, answers, tmp_path):
     """In the tests' stand-in for the server."""
-    bundle = make_shelf(cache="in-place")
+    bundle = read_bundle(shutil.copytree(make_shelf(cache="in-place").folder, tmp_path / "bundle"))
     out = deploy_triton(bundle, tmp_path / "out", name="m", batch=4)
     assert "the name of the adapter that answers (hydra, lora, moe, small, team)" in (out / "README.md").read_text()
     server = Server(out / "models")
@@ -321,11 +321,24 @@ def test_triton_answers_each_request_by_its_adapter(make_shelf, answers, tmp_pat
     unknown = {"input_ids": np.array([[5]]), "adapter": np.array([[b"nobody"]], np.object_)}
     with pytest.raises(RequestError, match="INVALID_ARG: There is no adapter 'nobody'"):
         list(server.stream("m_text", unknown))
+
+    def listed() -> list[bytes]:
+        (answer,) = server.stream("m_text", {"list_adapters": np.array([[True]])})
+        assert list(answer) == ["adapters"]
+        return answer["adapters"][0].tolist()
+
+    assert listed() == [b"hydra", b"lora", b"moe", b"small", b"team"]
+    for name in ("hydra", "moe", "team"):
+        remove_adapter(bundle.folder, name)
+    publish_shelf(bundle, out)
+    assert listed() == [b"lora", b"small"]
     with serve(server) as (_, grpc):
         told = run(sys.executable, out / "client.py", "--url", grpc, "--adapter", "small", "--ids", *PROMPTS[1])
         assert told.stdout.split()[:COUNT] == [str(token) for token in until_stop(answers["small", tuple(PROMPTS[1])])]
         refused = run(sys.executable, out / "client.py", "--url", grpc, "--adapter", "nobody", "--ids", 5)
         assert refused.returncode == 2 and "There is no adapter 'nobody'" in refused.stderr
+        told = run(sys.executable, out / "client.py", "--url", grpc, "--list-adapters")
+        assert told.stdout.split() == ["lora", "small"], told.stderr
     # As its other fields, which the stand-in takes of other models alone.
     assert '"max_tokens": 16, "adapter": "hydra"}' in (out / "client.sh").read_text()
     assert run("sh", "-n", out / "client.sh").returncode == 0
@@ -350,6 +363,22 @@ def test_each_row_of_an_encoder_has_its_own_adapter(where, encoders):
     with pytest.raises(ModelError, match="There is no adapter 'nobody'"):
         model.encode(rows[:1], ["nobody"])
     assert model._session.adapters._users == [0, 0]
+
+
+def test_triton_serves_no_shelf_but_where_texts_are_batched_continuously_and_says_what_does(
+    encoders, make_shelf, tmp_path
+):
+    for bundle, options, words in (
+        (
+            encoders[0],
+            {},
+            r"back ends know none\. Export a bundle with a single --adapter for each, or serve it by `dep",
+        ),
+        (make_shelf(), {"text": False}, r"the model that batches continuously does\. .* needs the model's tokenizer"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            deploy_triton(bundle, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(scope="module")

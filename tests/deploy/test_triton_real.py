@@ -483,6 +483,30 @@ def test_a_native_library_runs_the_op_there(server, model):
     assert generate(server, name, input_ids=prompt, max_tokens=12)[1]["token_ids"] == model.generate([prompt], 12)[0]
 
 
+def names_on_shelf(server: Addresses) -> tuple[int, list[str]]:
+    status, answer = generate(server, "shelf", list_adapters=True)
+    return status, np.atleast_1d(answer["adapters"]).tolist()
+
+
+def test_its_clients_ask_for_the_adapters_that_there_are_and_for_one_of_them(server, deployed, shelf_answers):
+    names = ["hydra", "lora", "moe", "small", "team"]
+    assert names_on_shelf(server) == (200, names)
+
+    def client(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, deployed.parent / "shelf" / "client.py", "--url", server.grpc, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    told = client("--list-adapters")
+    assert told.stdout.split() == names, told.stderr
+    told = client("--adapter", "lora", "--tokens", COUNT, "--ids", *SHELF_PROMPTS[3])
+    assert told.stdout.split() == list(map(str, until_stop(shelf_answers["lora", tuple(SHELF_PROMPTS[3])])))
+    script = ["sh", deployed.parent / "shelf" / "client.sh"]
+    told = subprocess.run(script, env={**os.environ, "SERVER": server.http}, capture_output=True, text=True, timeout=60)
+    *_, listed, by_adapter = [line for line in told.stdout.splitlines() if line.strip()]
+    assert json.loads(listed)["adapters"] == names, told
+    assert json.loads(by_adapter)["finish_reason"]
+
+
 def test_eight_clients_each_get_their_adapters_tokens_and_an_unknown_name_is_an_error_of_its_own(server, shelf_answers):
     """Three slots in memory, five adapters, and some requests without one."""
     asked = [None if number % 9 == 8 else number % len(NAMES) for number in range(56)]
@@ -561,10 +585,11 @@ def test_a_shelf_changes_under_load_and_a_text_at_work_keeps_its_adapter(
     assert ask_shelf(server, 1, "team")[1]["token_ids"] == new
     assert ask_shelf(server, 3, "late")[1]["token_ids"] == until_stop(shelf_answers["lora", (5, 6, 7)])
     assert ask_shelf(server, 5, "moe")[0] == 400
+    assert names_on_shelf(server) == (200, ["hydra", "late", "lora", "small", "team"])
 
 
 def test_a_shelf_is_unloaded_and_loaded_again_and_a_damaged_adapter_fails_its_own_requests(
-    server, deployed, shelf_answers
+    server, deployed, shelf, shelf_answers
 ):
     """What was published is there; what is not whole keeps neither the model nor others from being used."""
     folder = deployed.parent / "shelf" / "models" / "shelf_text" / "1"
@@ -584,3 +609,7 @@ def test_a_shelf_is_unloaded_and_loaded_again_and_a_damaged_adapter_fails_its_ow
             assert (status, answer["token_ids"]) == (200, until_stop(shelf_answers["lora", (5, 6, 7)]))
         else:
             assert (status, "its SHA-256 differs" in answer["error"]) == (400, True), answer
+    for name in read_bundle(shelf.folder).manifest.shelf["adapters"]:
+        remove_adapter(shelf.folder, name)
+    assert publish_shelf(read_bundle(shelf.folder), deployed.parent / "shelf") == []
+    assert names_on_shelf(server) == (200, [])

@@ -162,6 +162,22 @@ def run_narrow(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
     return run_once(session, ["y"], plain)[0]
 
 
+def test_indices_that_are_not_as_many_as_rows_are_refused_but_beside_one_row_which_is_answered_for_each(rng):
+    """As standard operators broadcast; the kernels refuse both."""
+    adapters = mixed_families(rng, 1)[:2]
+    known = specs(adapters)
+    slots = slots_for(known)
+    model = adapters_model(list(slots.values()))
+    weights = slot_feeds(known, slots, ir.DataType.FLOAT)
+    x, base = (rng.normal(size=(1, 3, n)).astype(np.float32) for n in (7, 5))
+    found = run(model, {**weights, "x": x, "base": base, "adapter": np.int32([1, 0])})
+    for row, index in zip(found, (1, 0), strict=True):
+        assert np.allclose(row, run(model, {**weights, "x": x, "base": base, "adapter": np.int32([index])})[0])
+    x, base = np.repeat(x, 3, 0), np.repeat(base, 3, 0)
+    with pytest.raises(Exception, match="cannot broadcast"):
+        run(model, {**weights, "x": x, "base": base, "adapter": np.int32([1, 0])})
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_logits_far_below_zero_do_not_vanish_beside_an_expert_that_is_not_there(shared, rng):
     """Its logit is zero, and exp(-200) is zero in float32: without a guard the weights would be 0 / 0."""

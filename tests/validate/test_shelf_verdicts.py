@@ -64,7 +64,7 @@ def test_a_healthy_shelf_passes_with_every_adapter_and_in_batches_of_several(dty
     assert verdict.passed, [*verdict.departures, *(case for case in verdict.cases if not case.passed)]
     names = [case.name for case in verdict.cases]
     assert all(sum(name.startswith(f"{each}: ") for name in names) == 6 for each in only)
-    assert names[-1] == f"rows of {', '.join([only[0], 'none', *only[1:], only[0]])}"
+    assert names[-2:] == ["no adapter is given", f"rows of {', '.join([only[0], 'none', *only[1:], only[0]])}"]
     kept = read_bundle(bundle.folder).manifest
     assert kept.validation is None, "the others were not judged"
     assert {name for name, adapter in kept.shelf["adapters"].items() if adapter["validation"]} == set(only)
@@ -102,7 +102,7 @@ def test_layer_by_layer_every_adapter_is_judged_too(options, make_shelf, tmp_pat
     bundle = read_bundle(tmp_path / "bundle")
     verdict = judged(bundle, only=["small", "lora"], layer_by_layer=True, quality=False)
     assert verdict.passed, [*verdict.departures, *(case for case in verdict.cases if not case.passed)]
-    assert verdict.cases[-1].name == "rows of small, none, lora, small"
+    assert [case.name for case in verdict.cases[-2:]] == ["no adapter is given", "rows of small, none, lora, small"]
     assert {check.case.partition(":")[0] for check in verdict.local} == {"small", "lora"}
     assert {path.partition(":")[0] for path in verdict.expert_use} == {"small", "lora"}
 
@@ -178,6 +178,8 @@ def test_an_index_that_is_clipped_is_found_with_fewer_adapters_than_slots(shelf,
     monkeypatch.setattr("teamlora_export.validate.run._judge_export", lambda *_: judged_before(shelf))
     verdict = judged(edit_graph(shelf, clip_to_one), only=["team"])
     assert {departure.check for departure in verdict.departures} == {"rows"}
+    module = "model.layers.2.mlp.down_proj"
+    assert (verdict.departure.module, verdict.departure.node) == (module, f"{module}/MixedExpertProjection")
 
 
 def first_slot_by_default(model: onnx.ModelProto) -> None:
@@ -204,13 +206,15 @@ def test_defaults_that_are_not_the_base_alone_are_found(changes, shelf, monkeypa
     assert {departure.check for departure in verdict.departures} == {"graph"}
 
 
-def test_a_graph_that_is_wrong_where_adapters_are_left_out_is_found_by_running_it(shelf, monkeypatch):
+@pytest.mark.parametrize("layer_by_layer", [False, True])
+def test_a_graph_that_is_wrong_where_adapters_are_left_out_is_found_by_running_it(layer_by_layer, shelf, monkeypatch):
     monkeypatch.setattr("teamlora_export.validate.run._judge_export", lambda *_: judged_before(shelf))
     monkeypatch.setattr("teamlora_export.validate.shelf.default_departures", lambda _: iter(()))
     both = edit_graph(edit_graph(shelf, first_slot_by_default), weights_by_default)
-    verdict = judged(both, only=["team"])
+    verdict = judged(both, only=["team"], layer_by_layer=layer_by_layer)
     failed = [case.name for case in verdict.cases if not case.passed]
     assert failed == ["no adapter is given"]
+    assert "in row 1 with the base alone" in verdict.departure.reason
 
 
 def test_a_bundle_has_passed_when_all_on_its_shelf_has(shelf, shelf_adapters, monkeypatch):
@@ -307,7 +311,11 @@ def test_two_rows_that_are_exchanged_are_found(shelf, monkeypatch):
     monkeypatch.setattr(MixedRunner, "seat", exchanged)
     monkeypatch.setattr("teamlora_export.validate.run._judge_export", lambda *_: judged_before(shelf))
     verdict = judged(shelf, only=["team", "lora"])
-    assert [departure.check for departure in verdict.departures] == ["rows"]
+    assert {departure.check for departure in verdict.departures} == {"rows"}
+    first = verdict.departure
+    assert first.module == "model.layers.0.self_attn.q_proj"
+    assert first.node == "model.layers.0.self_attn.q_proj+k_proj+v_proj/MixedExpertProjection"
+    assert "in row 1 with team (rows of team, none, lora, team)" in first.reason
 
 
 def test_another_adapter_under_a_name_is_refused_before_anything_runs(shelf, shelf_adapters):

@@ -56,6 +56,7 @@ class TritonPythonModel:
                 device=f"cuda:{args['model_instance_device_id']}" if args["model_instance_kind"] == "GPU" else "cpu",
                 check_adapters=parameters["check_files"] == "true",
             )
+            self._adapters = session.adapters
             slots = open_slots(session, numbers["slots"], numbers["part"], numbers["capacity"] or None)
             # There is room for all that have a place.
             self._scheduler = Scheduler(slots, numbers["slots"] + numbers["waiting"]).__enter__()
@@ -99,6 +100,10 @@ class TritonPythonModel:
         client.end(failure)
 
     def _responses(self, given: Given, client: _Client) -> Iterator[Any]:
+        if self._adapters is not None and _first(given, "list_adapters", False):
+            names = np.array([[name.encode() for name in self._adapters.names]], np.object_)
+            yield pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor("adapters", names)])
+            return
         shown, stops = _Shown(given), [*given.get("stop", ()), *given.get("stop_words", ())]
         prompt = self._settings.require_ids(self._prompt(given))
         text = StoppedText(TextStream(self._tokenizer, prompt).add, [stop.decode() for stop in stops])

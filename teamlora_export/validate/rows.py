@@ -1,0 +1,152 @@
+"""What PyTorch computes of the rows of a batch, each alone with its own adapter; and where one that departs does so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from teamlora_export.adapter import AdapterSpec
+from teamlora_export.bundle import Port
+from teamlora_export.model.base import BaseModel
+from teamlora_export.model.checkpoint import SafetensorsWeights
+from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
+from teamlora_export.validate.local import local_judge
+from teamlora_export.validate.onnx_runner import OnnxRunner
+from teamlora_export.validate.sources import torch_dtype
+from teamlora_export.validate.taps import EXPERTS, module_of
+from teamlora_export.validate.torch_runner import HeldWeights, TorchRunner
+from teamlora_export.validate.verdict import Departure
+
+
+class RowsApart:
+    """What PyTorch computes of each row of one case alone, with the row's own adapter.
+
+    Args:
+        adapters: those that rows have, as the base names their modules.
+        held, weights: see `TorchRunner`.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapters: Mapping[str, AdapterSpec],
+        rows: Sequence[str | None],
+        case: Case,
+        inputs: Sequence[Port],
+        held: HeldWeights | None = None,
+        weights: SafetensorsWeights | None = None,
+    ) -> None:
+        self._base, self._adapters, self._rows, self._held, self._weights = base, adapters, rows, held, weights
+        self._case, self._inputs = case, inputs
+
+    def follow(self, dtypes: Sequence[Any]) -> list[Recorded]:
+        """The steps of the case in each of `dtypes`, along the likeliest tokens of the first, float64."""
+        found: dict[Any, list[list[Feeds]]] = {dtype: [[] for _ in self._rows] for dtype in dtypes}
+        for name in dict.fromkeys(self._rows):
+            runners = {dtype: self._runner(name, dtype) for dtype in dtypes}
+            for row in [row for row, own in enumerate(self._rows) if own == name]:
+                for dtype, outputs in self._steps(row, runners, plain=name is None).items():
+                    found[dtype][row] = outputs
+        return [Recorded(_joined(found[dtype])) for dtype in dtypes]
+
+    def locate(self, graph: OnnxRunner, step: Step) -> Iterator[Departure]:
+        """Of each row that departs in a step of the whole batch: the first module that does, each judged on what
+        `graph` had before it."""
+        manifest = graph.bundle.manifest
+        found, dtypes = graph.run_with_taps(step.feeds), (torch.float64, torch_dtype(manifest.dtype))
+        for name in dict.fromkeys(self._rows):
+            reference, pytorch = (self._runner(name, dtype) for dtype in dtypes)
+            ours, theirs = (runner if name is not None else _Plain(runner) for runner in (reference, pytorch))
+            for row in [row for row, own in enumerate(self._rows) if own == name]:
+                of_row = _row_of(found, row, step)
+                judge = local_judge(graph, reference, ours, theirs, of_row)
+                for check in judge.check_step(_row_of_step(step, row), self._case.name):
+                    for judgement in [judgement for judgement in check.judgements if not judgement.passed][:1]:
+                        reason = (
+                            f"{judgement.name} errs by {judgement.error.rms:.2e} in one column, allowed is "
+                            f"{judgement.allowed:.2e}, in row {row + 1} with {name or 'the base alone'} ({check.case})"
+                        )
+                        node = graph.producer_of(judgement.name)
+                        yield Departure("rows", module_of(judgement.name), node, reason)
+
+    def _runner(self, name: str | None, dtype: torch.dtype) -> TorchRunner:
+        adapter = self._adapters[name] if name is not None else next(iter(self._adapters.values()))
+        return TorchRunner(self._base, adapter, dtype, self._weights, self._held)
+
+    def _steps(self, row: int, runners: Mapping[Any, TorchRunner], plain: bool) -> dict[Any, list[Feeds]]:
+        case = replace(self._case, ids=self._case.ids[row : row + 1], mask=self._case.mask[row : row + 1])
+        steps: dict[Any, Step] = dict.fromkeys(runners, first_step(self._inputs, case))
+        found: dict[Any, list[Feeds]] = {dtype: [] for dtype in runners}
+        for remaining in reversed(range(case.calls)):
+            for dtype, runner in runners.items():
+                found[dtype].append(_plain(runner, steps[dtype].feeds) if plain else runner.run(steps[dtype].feeds))
+            logits = next(iter(found.values()))[-1].get("logits")
+            if remaining and logits is not None:
+                steps = {d: next_step(self._inputs, step, found[d][-1], logits) for d, step in steps.items()}
+        return found
+
+
+def _plain(runner: TorchRunner, feeds: Feeds) -> Feeds:
+    with runner.without_experts():
+        return runner.run(feeds)
+
+
+def _joined(rows: Sequence[Sequence[Feeds]]) -> list[Feeds]:
+    """Rows of outputs, [step], as one batch."""
+    return [
+        {name: np.concatenate([outputs[name] for outputs in step]) for name in step[0]}
+        for step in zip(*rows, strict=True)
+    ]
+
+
+class Recorded:
+    """Outputs that were computed before, step by step; for a `Judge`."""
+
+    def __init__(self, steps: Sequence[Feeds]) -> None:
+        self._steps = iter(steps)
+
+    def run(self, _feeds: Feeds, _choices: Feeds | None = None) -> Feeds:
+        return next(self._steps)
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """The base alone, followed: experts add nothing."""
+
+    runner: TorchRunner
+
+    def run_forced(self, feeds: Feeds, taps: Mapping[str, np.ndarray], jitter: bool = False) -> Feeds:
+        with self.runner.without_experts():
+            own = self.runner.run_forced(feeds, taps, jitter)
+        return {n: np.zeros_like(value) if n.endswith(f"/{EXPERTS}") else value for n, value in own.items()}
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """What a candidate showed in a run before; for a `LocalJudge`."""
+
+    values: Feeds
+
+    def run_with_taps(self, _feeds: Feeds, wide: bool = False) -> Feeds:
+        return self.values
+
+
+def _row_of_step(step: Step, row: int) -> Step:
+    case = replace(step.case, ids=step.case.ids[row : row + 1], mask=step.case.mask[row : row + 1])
+    return Step({name: array[row : row + 1] for name, array in step.feeds.items()}, step.mask[row : row + 1], case)
+
+
+def _row_of(values: Feeds, row: int, step: Step) -> _Shown:
+    """Values of a batch of several rows: those of one, also where all tokens stand in one axis; what is of no row
+    stays."""
+    rows, tokens = step.feeds["input_ids"].shape
+
+    def of(array: np.ndarray) -> np.ndarray:
+        each = {rows: 1, rows * tokens: tokens}.get(len(array) if array.ndim else 0)
+        return array if each is None else array[row * each : (row + 1) * each]
+
+    return _Shown({name: of(array) for name, array in values.items()})
