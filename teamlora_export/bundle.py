@@ -134,7 +134,7 @@ class BaseOrigin(TypedDict):
 
 
 class AdapterOrigin(TypedDict):
-    """The adapter: what finds it again, its SHA-256, and what describes it."""
+    """The adapter: what finds it again, its SHA-256, and what describes it. `base`: what it calls its base."""
 
     source: str
     sha256: Sha256
@@ -143,6 +143,7 @@ class AdapterOrigin(TypedDict):
     num_experts: int
     modules: int
     parameters: int
+    base: NotRequired[str | None]
 
 
 class OpForm(TypedDict):

@@ -57,7 +57,7 @@ from teamlora_export.origin import (
     describe_refit,
     narrowing,
     refuse_cancelled_routing,
-    require_base,
+    require_one_base,
     warn_of_normalizers,
 )
 from teamlora_export.progress import Reporter
@@ -140,8 +140,9 @@ def export_onnx(
         folders = list(map(Path, adapter_folder.values()))
         adapter = as_adapter(slots_for(shelved.values(), room), f"(one of {some_names(shelved)})")
     source = find_base(base_name)
-    for each in [adapter] if shelved is None else shelved.values():
-        require_base(each, source.origin, any_base, reporter)
+    given_adapters = [adapter] if shelved is None else list(shelved.values())
+    require_one_base(given_adapters, source.origin, any_base, reporter)
+    for each in given_adapters:
         refuse_cancelled_routing(each)
     if slot_targets:
         adapter = _with_more_slots(adapter, slot_targets, _open_base(source, task).signature)

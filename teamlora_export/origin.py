@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.bundle import AdapterOrigin, OpForm, Refit
@@ -25,29 +25,42 @@ _NO_NAMES = frozenset(
 )
 
 
-def require_base(adapter: AdapterSpec, base: str, any_base: bool, reporter: Reporter) -> None:
+def require_base(adapter: AdapterSpec, known: Sequence[str], any_base: bool, reporter: Reporter) -> None:
     """Refuse an adapter that was trained on a model of another name: sizes tell a base from most others, and not from
     one that was trained further.
 
     Args:
-        base: the folder of the base, or its name on the hub.
+        known: the folder of the base, or its name on the hub; and what it is called by adapters that it has.
         any_base: it is taken; what is not known or not the same is said.
 
     Raises:
-        ExportError: both have a name, and the names differ.
+        ExportError: the names are known, and differ.
     """
-    trained = adapter.config.base_model_name_or_path or ""
-    theirs, ours = model_name(trained), model_name(base)
-    if theirs is None or ours is None:
-        known = (
-            f"says that it was trained on {trained:.200}" if trained else "does not say which base it was trained on"
-        )
-        reporter.warn(f"{adapter.source}: {known}; it is taken to be {base or 'this one'}, by its modules' sizes.")
-    elif theirs != ours and not _leads_to(trained, base):
+    base, trained = known[0], adapter.config.base_model_name_or_path or ""
+    theirs, names = model_name(trained), {model_name(name) for name in known} - {None}
+    if theirs is None or not names:
+        told = f"says that it was trained on {trained:.200}" if trained else "does not say which base it was trained on"
+        reporter.warn(f"{adapter.source}: {told}; it is taken to be {base or 'this one'}, by its modules' sizes.")
+    elif theirs not in names and not _leads_to(trained, base):
         told = f"{adapter.source}: says that it was trained on {trained:.200}; the base here is {base:.200}."
         if not any_base:
             raise ExportError(f"{told} Give an adapter of this base; --any-base takes it, if only the name is another.")
         reporter.warn(told)
+
+
+def require_one_base(adapters: Iterable[AdapterSpec], base: str, any_base: bool, reporter: Reporter) -> None:
+    """Refuse adapters that were trained on different models. Where all name one, which is not what `base` is called
+    here, it is said: whoever gives both knows better.
+
+    Raises:
+        ExportError: see `require_base`.
+    """
+    adapters = list(adapters)
+    named = [trained for each in adapters if (trained := each.config.base_model_name_or_path) and model_name(trained)]
+    agree = len({model_name(trained) for trained in named}) == 1
+    for each in adapters:
+        if each.config.base_model_name_or_path or len(adapters) > 1:
+            require_base(each, [base], any_base or agree, reporter)
 
 
 def _leads_to(path: str, folder: str) -> bool:
@@ -82,6 +95,7 @@ def describe_adapter(adapter: AdapterSpec) -> AdapterOrigin:
         "num_experts": max(p.num_experts for p in adapter.projections.values()),
         "modules": len(adapter.projections),
         "parameters": adapter.num_parameters,
+        "base": adapter.config.base_model_name_or_path,
     }
 
 

@@ -36,7 +36,7 @@ from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.files import read_record
 from teamlora_export.inspect import inspect_path
-from teamlora_export.origin import model_name, require_base
+from teamlora_export.origin import model_name, require_base, require_one_base
 from teamlora_export.progress import Reporter
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 from teamlora_export.staging import entries, held_file
@@ -554,9 +554,9 @@ def test_an_adapter_that_names_another_base_is_refused_and_taken_when_that_is_as
     base = make_base("llama")
     folder = naming(write_family(tmp_path / "other", base, "lora", ["q_proj"], 4), "somebody/another-llama")
     words = rf"says that it was trained on somebody/another-llama; the base here is {base.source.origin}\. .*--any-base"
-    for given in (folder, {"other": folder}):
-        with pytest.raises(ExportError, match=words):
-            export_onnx(base.name, given, tmp_path / "out")
+    ours = naming(write_family(tmp_path / "ours", base, "lora", ["q_proj"], 4), base.name)
+    with pytest.raises(ExportError, match=words):
+        export_onnx(base.name, {"ours": ours, "other": folder}, tmp_path / "out")
     with pytest.raises(ExportError, match=r"says that it was trained on \\x00a; the"):
         add_adapter(bundle.folder, "other", naming(folder, "\0a"))
     naming(folder, "somebody/another-llama")
@@ -567,7 +567,9 @@ def test_an_adapter_that_names_another_base_is_refused_and_taken_when_that_is_as
     assert not (tmp_path / "out").exists() and names(bundle.folder) == list(SHELF)
     given = ["adapters", "add", str(bundle.folder), "other", "-a", str(folder), "--any-base"]
     assert CliRunner().invoke(app, given).exit_code == 0
-    assert "other" in names(bundle.folder)
+    # What it calls the base is known from now on.
+    add_adapter(bundle.folder, "again", folder)
+    assert {"other", "again"} < set(names(bundle.folder))
     add_adapter(bundle.folder, "same", naming(folder, base.name))
     capsys.readouterr()
     add_adapter(bundle.folder, "silent", naming(folder, None))
@@ -592,4 +594,20 @@ def test_a_base_has_one_name_wherever_it_lies(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("folder")
     monkeypatch.chdir(tmp_path)
     adapter = AdapterSpec("lora", AdapterConfig(8, 1.0, base_model_name_or_path="link"), {}, {}, "mine", "0" * 64)
-    require_base(adapter, str(tmp_path / "folder"), False, Reporter(quiet=True))
+    require_base(adapter, [str(tmp_path / "folder")], False, Reporter(quiet=True))
+
+
+def test_adapters_that_agree_on_another_name_of_the_base_are_taken_and_those_that_do_not_are_not(capsys):
+    """Whoever names both in one command knows better than a name."""
+
+    def of(base: str | None) -> AdapterSpec:
+        return AdapterSpec("lora", AdapterConfig(8, 1.0, base_model_name_or_path=base), {}, {}, "mine", "0" * 64)
+
+    for agreed in ([of("them/llama")], [of("them/llama"), of("/data/llama")]):
+        require_one_base(agreed, "/data/production", False, Reporter())
+        assert capsys.readouterr().err.count("says that it was trained on") == len(agreed)
+    require_one_base([of("them/production"), of("/data/production")], "/data/production", False, Reporter())
+    require_one_base([of(None)], "/data/production", False, Reporter())
+    assert not capsys.readouterr().err
+    with pytest.raises(ExportError, match="trained on them/llama; the base here is /data/production"):
+        require_one_base([of("them/production"), of("them/llama")], "/data/production", False, Reporter())
