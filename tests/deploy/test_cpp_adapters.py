@@ -416,19 +416,19 @@ def test_an_engine_and_a_shelf_that_do_not_belong_together_are_refused(model, ma
 
 
 def test_who_finds_no_slot_is_told_when_none_of_the_others_goes_on(model, cpp_programs):
-    """For a second; as long as they do, it waits for longer."""
+    """For two seconds; as long as they do, it waits for longer."""
     rows, order = expected(model), [0, 1, 3]
-    with tenants(cpp_programs / "tenants", model, 1) as program:
+    with tenants(cpp_programs / "tenants", model, 2) as program:
         for i in order:
             program.ask(NAMES[i], PROMPTS[i])
             assert program.hear() == "begun"
         program.ask(NAMES[4], PROMPTS[4])
         assert program.hear() == (
-            "Others' adapters are in too many of the 3 slots, and none of their requests has gone on for 1 seconds."
+            "Others' adapters are in too many of the 3 slots, and none of their requests has gone on for 2 seconds."
         )
         program.ask(NAMES[5], PROMPTS[5], "queue")
         for _ in range(5):
-            time.sleep(0.4)
+            time.sleep(0.5)
             program.say("step")
         program.say("go")
         assert [program.hear() for _ in range(5)] == [
