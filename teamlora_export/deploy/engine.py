@@ -6,7 +6,7 @@ from pathlib import Path
 
 from teamlora_export.bundle import ENGINES_NAME
 from teamlora_export.deploy.folder import Deployment
-from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, read_facts
+from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, is_made_of, read_facts
 from teamlora_export.engine.plugin import LIBRARY_NAME, check_version, plugin_of_engine
 from teamlora_export.errors import ExportError
 from teamlora_export.staging import require_space
@@ -20,17 +20,20 @@ def refuse_stray_plugin(engine: str | None, plugin: Path | None) -> None:
         raise ExportError(f"--plugin {plugin}: goes with an engine. Name it with --engine.")
 
 
-def add_engine(made: Deployment, name: str, plugin: Path | None, as_name: str | None = None) -> EngineFacts:
+def add_engine(
+    made: Deployment, name: str, plugin: Path | None, as_name: str | None = None, takes_slots: bool = False
+) -> EngineFacts:
     """Add an engine of the bundle, its facts, and the plugin that it was built with.
 
     Args:
         as_name: the engine's path in the model's folder. Default: as in the bundle.
+        takes_slots: the target's program binds adapters to an engine that takes them.
     """
     path = find_engine(made.bundle, name)
     facts = read_facts(path)
-    if dict(facts.model_sha256) != dict(made.bundle.manifest.sha256):
+    if not is_made_of(facts, made.bundle):
         raise ExportError(f"{path}: was built from another export than {made.bundle.folder}. Build it again.")
-    if facts.slots is not None:
+    if facts.slots is not None and not takes_slots:
         raise ExportError(
             f"{path}: takes adapters as inputs, which the deployed programs bind to no engine as yet. Build one of a "
             "bundle with a single --adapter."
