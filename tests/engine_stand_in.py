@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ import pytest
 import tensorrt_rtx as trt
 import torch
 
-from teamlora_export.bundle import ADAPTER_NAME, ENGINES_NAME, Bundle, Port
+from teamlora_export.bundle import ADAPTER_NAME, BATCH, ENGINES_NAME, SEQUENCE, Bundle, Port
 from teamlora_export.engine.facts import EngineFacts, write_engine
 from teamlora_export.engine.prepare import prepared_model, slot_inputs
 from teamlora_export.engine.profiles import ShapeProfile, capacity_of, make_profiles
@@ -29,6 +32,8 @@ TYPES = {
     "float": (np.float32, trt.DataType.FLOAT),
     "float16": (np.float16, trt.DataType.HALF),
 }
+# What is in its file.
+CONTENT = b"engine"
 Arrays = dict[str, np.ndarray]
 # What an engine does wrong: with what it is fed; in place.
 Fault = Callable[[Arrays], None]
@@ -50,15 +55,15 @@ def write_stand_in(bundle: Bundle, shapes: str, name: str = "tiny") -> tuple[Pat
         adapter_sha256=bundle.manifest.adapter["sha256"],
         refit_weights=None,
         stripped=False,
-        size=6,
-        sha256=hashlib.sha256(b"engine").hexdigest(),
+        size=len(CONTENT),
+        sha256=hashlib.sha256(CONTENT).hexdigest(),
         tool_version="0.1.0",
         slots=None if shelf is None else shelf["slots"],
         format_version=1 if shelf is None else 2,
     )
     path = bundle.folder / ENGINES_NAME / f"{name}.engine"
     path.parent.mkdir(exist_ok=True)
-    write_engine(b"engine", facts, path)
+    write_engine(CONTENT, facts, path)
     return path, facts
 
 
@@ -132,6 +137,170 @@ class StaleSlots:
             for slot, numbers in enumerate(held):
                 if np.isfinite(numbers).all() and numbers.any():
                     held[slot] = self._first.setdefault((name, slot), numbers.copy())
+
+
+class HostRuntime:
+    """`cuda.bindings.runtime` on the host's memory: what is begun in a stream happens when that is waited for.
+
+    Attributes:
+        held: by its address, memory that is there.
+    """
+
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaStreamNonBlocking = 1
+
+    def __init__(self, room: int = 1 << 30) -> None:
+        self.held: dict[int, np.ndarray] = {}
+        self.streams: dict[int, list[Callable[[], object]]] = {}
+        self._room, self._streams = room, 0
+        self._device = threading.local()
+
+    def cudaSetDevice(self, number: int) -> tuple[int]:
+        self._device.is_set = True
+        return (0 if number == 0 else 101,)
+
+    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
+        return 0, {2: b"out of memory", 101: b"invalid device ordinal"}[error]
+
+    def cudaMalloc(self, size: int) -> tuple[int, int | None]:
+        assert self._device.is_set
+        if sum(map(len, self.held.values())) + size > self._room:
+            return 2, None
+        # What was there before; aligned as CUDA's is.
+        memory = np.full(size + 256, 0xAB, np.uint8)
+        memory = memory[-memory.ctypes.data % 256 :][:size]
+        self.held[memory.ctypes.data] = memory
+        return 0, memory.ctypes.data
+
+    def cudaFree(self, address: int) -> tuple[int]:
+        if address:
+            del self.held[address]
+        return (0,)
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
+        assert flags == self.cudaStreamNonBlocking
+        self._streams += 1
+        self.streams[self._streams] = []
+        return 0, self._streams
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[int]:
+        assert not self.streams.pop(stream), "something was not waited for"
+        return (0,)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[int]:
+        begun, self.streams[stream] = self.streams[stream], []
+        for work in begun:
+            work()
+        return (0,)
+
+    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:
+        self.require(to if kind == 1 else source, size)
+        self.streams[stream].append(lambda: ctypes.memmove(to, source, size))
+        return (0,)
+
+    def cudaMemsetAsync(self, to: int, value: int, size: int, stream: int) -> tuple[int]:
+        self.require(to, size)
+        self.streams[stream].append(lambda: ctypes.memset(to, value, size))
+        return (0,)
+
+    def require(self, address: int, size: int) -> None:
+        """It is the GPU's memory."""
+        assert any(start <= address and address + size <= start + len(held) for start, held in self.held.items())
+
+
+class StandInContext:
+    def __init__(self, engine: EngineGraph, runtime: HostRuntime) -> None:
+        self._engine, self._cuda, self._profile = engine, runtime, -1
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        assert stream in self._cuda.streams
+        self._profile = index
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._shapes[name] = shape
+        return self._engine.profiles[self._profile].accepts({name: shape})
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        if name in self._engine.inputs:
+            return self._shapes.get(name, (-1,) * len(self._engine.inputs[name].shape))
+        if name.startswith("present."):
+            return self._shapes[name.replace("present.", "past_key_values.")]
+        sizes = dict(zip((BATCH, SEQUENCE), self._shapes["input_ids"], strict=True))
+        return tuple(sizes[size] if isinstance(size, str) else size for size in self._engine.outputs[name].shape)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0, f"{name} is not aligned"
+        self.addresses[name] = address
+        return True
+
+    def get_tensor_address(self, name: str) -> int:
+        return self.addresses.get(name, 0)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        arrays = {name: self._array(name) for name in self._engine.ports}
+        for name in self._engine.inputs:
+            if name.startswith("past_key_values."):
+                assert self.addresses[name] == self.addresses[name.replace("past_key_values.", "present.")]
+
+        def step() -> None:
+            found = self._engine.run(self._profile, {name: arrays[name] for name in self._engine.inputs})
+            for name, array in found.items():
+                np.copyto(arrays[name], array)
+
+        self._cuda.streams[stream].append(step)
+        return True
+
+    def _array(self, name: str) -> np.ndarray:
+        kind, shape = TYPES[self._engine.ports[name].dtype][0], self.get_tensor_shape(name)
+        self._cuda.require(self.addresses[name], int(np.prod(shape)) * np.dtype(kind).itemsize)
+        return at(self.addresses[name], shape, kind)
+
+
+class StandInEngine:
+    """TensorRT's `ICudaEngine`, as far as a session asks it."""
+
+    def __init__(self, engine: EngineGraph, runtime: HostRuntime) -> None:
+        self._engine, self._cuda, self._names = engine, runtime, list(engine.ports)
+        self.num_io_tensors, self.num_optimization_profiles = len(self._names), len(engine.profiles)
+        self.get_tensor_name = self._names.__getitem__
+        self.get_tensor_dtype = engine.get_tensor_dtype
+        self.contexts: list[StandInContext] = []
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return trt.TensorIOMode.INPUT if name in self._engine.inputs else trt.TensorIOMode.OUTPUT
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[trt.Dims]:
+        return [trt.Dims(shape) for shape in self._engine.profiles[index].inputs[name]]
+
+    def create_execution_context(self, strategy: Any) -> StandInContext:
+        self.contexts.append(StandInContext(self._engine, self._cuda))
+        return self.contexts[-1]
+
+
+def stand_in_for_packages(engine: EngineGraph, monkeypatch: pytest.MonkeyPatch) -> HostRuntime:
+    """Whoever opens an engine finds this one, and a GPU."""
+    runtime = HostRuntime()
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            assert isinstance(logger, trt.ILogger)
+
+        def deserialize_cuda_engine(self, data: bytes) -> StandInEngine:
+            assert data == CONTENT
+            return StandInEngine(engine, runtime)
+
+    # One that loads no plugin.
+    registry = SimpleNamespace(all_creators=[], load_library=lambda _: None)
+    module = SimpleNamespace(Runtime=Runtime, get_plugin_registry=lambda: registry)
+    for name in ("ILogger", "TensorIOMode", "ExecutionContextAllocationStrategy", "__version__"):
+        setattr(module, name, getattr(trt, name))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", module)
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(runtime=runtime))
+    return runtime
 
 
 class HostCuda:

@@ -21,6 +21,7 @@ from teamlora_export.bundle import (
 from teamlora_export.deploy.cpp import MODEL_FOLDER
 from teamlora_export.deploy.folder import DEPLOY_NAME, KUBERNETES_NAME, SHELF_FORMAT_VERSION, Description, shelf_of
 from teamlora_export.disk import sync, sync_names
+from teamlora_export.engine.facts import read_facts
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_bytes, read_record, sha256_of
 from teamlora_export.shelf import edited, holding, require_shelf
@@ -48,9 +49,8 @@ def publish_shelf(bundle: Bundle, out: Path) -> list[str]:
             "again: another shelf is another version, which the cluster rolls out."
         )
     path = _record_of(out)
-    _read_description(path, bundle, out)
     # Nobody else publishes or deploys there meanwhile, and nobody edits the bundle.
-    with holding(path.parent / MODEL_NAME), edited(bundle.folder) as edit:
+    with holding(path.parent / _served(_read_description(path, bundle, out))), edited(bundle.folder) as edit:
         described = _read_description(path, edit.bundle, out)
         shelf = shelf_of(edit.bundle.manifest)
         assert shelf is not None
@@ -72,19 +72,26 @@ def _read_description(path: Path, bundle: Bundle, out: Path) -> Description:
     """What describes the deployment `out`, which was made of `bundle`."""
     described = read_record(path, Description, "Deploy the bundle again.", out, newest=SHELF_FORMAT_VERSION)
     hashes = bundle.manifest.sha256
+    served = _served(described)
+    if served == MODEL_NAME:
+        data = described.files.get(DATA_NAME)
+    else:
+        data = read_facts(path.parent / served).model_sha256.get(DATA_NAME)
     if described.target == "genai":
         raise ExportError(
             f"{out}: has adapters in onnxruntime-genai's own form, which nothing is published to. Write it again with "
             "`deploy genai`."
         )
-    if (
-        described.shelf is None
-        or described.files.get(DATA_NAME) != hashes[DATA_NAME]
-        or described.graph_sha256 != hashes[MODEL_NAME]
-    ):
+    if described.shelf is None or data != hashes[DATA_NAME] or described.graph_sha256 != hashes[MODEL_NAME]:
         raise ExportError(f"{out}: was not made of {bundle.folder} as it was exported. Deploy the bundle again.")
     check_shelf(described.shelf["adapters"], described.files, path)
     return described
+
+
+def _served(described: Description) -> str:
+    """The file that is run: the graph, or an engine."""
+    engines = (name for name in described.files if name.endswith((".plan", ".engine")))
+    return next(engines, MODEL_NAME)
 
 
 def _bring(adapter: AdapterInFile, source: Path, folder: Path) -> None:
