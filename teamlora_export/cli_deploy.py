@@ -72,15 +72,18 @@ BatchingOption = Annotated[
 def deploy_python_command(
     output: OutputOption,
     bundle: BundleArgument = THIS_FOLDER,
+    engine: EngineOption = None,
+    plugin: PluginOption = None,
     library: NativeLibraryOption = None,
     logits: LogitsOption = "last",
     json: JsonOption = None,
 ) -> None:
-    """The model with one file of Python that runs it on onnxruntime and numpy."""
+    """The model with a program in Python that runs it on onnxruntime, or an engine on TensorRT, and numpy."""
     from teamlora_export.bundle import read_bundle
     from teamlora_export.deploy.python import deploy_python
 
-    _show(deploy_python(read_bundle(bundle), output, logits, native_library(library)), "python", json)
+    made = deploy_python(read_bundle(bundle), output, logits, native_library(library), engine, plugin)
+    _show(made, "python", json)
 
 
 @deploy_app.command("genai")

@@ -237,6 +237,9 @@ def _engine_rows(facts: EngineFacts) -> Iterable[tuple[str, str]]:
         plugin_us, inlined_us = (1e6 * facts.plugin_times[name] for name in ("plugin", "inlined"))
         yield "a step", f"{plugin_us:,.0f} us with the plugin, {inlined_us:,.0f} us with the op's body"
     yield "adapter", facts.adapter_sha256 if facts.slots is None else f"any of a shelf, {facts.slots} slots as inputs"
+    for name, judged in (facts.adapter_validations or {}).items():
+        state = "passed" if judged["validation"]["passed"] else "FAILED"
+        yield f"adapter {name}", f"{state}, as its file with the SHA-256 {judged['sha256'][:16]}..."
     yield "refit", f"{len(facts.refit_weights)} weights of the adapter" if facts.refit_weights else "no"
     yield "weights", "left out" if facts.stripped else "in the engine"
     yield "size", f"{facts.size / 1e6:,.1f} MB"

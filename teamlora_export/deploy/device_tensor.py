@@ -60,6 +60,10 @@ class DeviceTensor:
         found: np.ndarray = self._value.numpy()
         return found
 
+    def clear(self, entry: int) -> None:
+        """Zeros in its place."""
+        self[entry] = np.zeros(self.shape[1:], self.dtype)
+
     def __setitem__(self, entry: int, numbers: np.ndarray) -> None:
         if not 0 <= entry < self.shape[0] or numbers.shape != self.shape[1:] or numbers.dtype != self.dtype:
             raise ValueError(f"{numbers.dtype} {list(numbers.shape)} is no entry {entry} of {list(self.shape)}")

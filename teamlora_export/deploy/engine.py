@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from teamlora_export.bundle import ENGINES_NAME
+from teamlora_export.deploy.engine_session import ALIGNMENT
 from teamlora_export.deploy.folder import Deployment
-from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, read_facts
+from teamlora_export.deploy.slots_base import SPARE_PLACES
+from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, is_made_of, read_facts
 from teamlora_export.engine.plugin import LIBRARY_NAME, check_version, plugin_of_engine
 from teamlora_export.errors import ExportError
 from teamlora_export.staging import require_space
@@ -20,6 +23,41 @@ def refuse_stray_plugin(engine: str | None, plugin: Path | None) -> None:
         raise ExportError(f"--plugin {plugin}: goes with an engine. Name it with --engine.")
 
 
+def serving_packages(facts: EngineFacts) -> list[str]:
+    """What our programs in Python run an engine with, as pip is told."""
+    package = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx-cu13"}[facts.runtime]
+    return [f"{package}=={facts.runtime_version}", "cuda-bindings>=12.8"]
+
+
+def longest_text(facts: EngineFacts) -> int | None:
+    """Tokens of a text in our programs in Python, at most; None where there is no cache of a fixed length."""
+    return None if facts.capacity is None else facts.capacity - SPARE_PLACES
+
+
+def refuse_unserved(engine: str, facts: EngineFacts) -> None:
+    """Refuse an engine whose steps texts cannot share in our programs in Python."""
+    longest = longest_text(facts)
+    if longest is not None and longest < 2:
+        raise ExportError(
+            f"{engine}: its cache has {facts.capacity} places, which is too few. Build it with longer --shapes."
+        )
+    if facts.task == "text-generation" and facts.capacity is None:
+        raise ExportError(
+            f"{engine}: keeps a cache that grows, and texts share the steps of an engine where it is in place. Export "
+            "the model with --cache in-place, and build an engine of that."
+        )
+    caches = [
+        most[1:] for name, (_, _, most) in facts.profiles[0].inputs.items() if name.startswith("past_key_values.")
+    ]
+    if any(math.prod(shape) * (4 if facts.dtype == "fp32" else 2) % ALIGNMENT for shape in caches):
+        raise ExportError(
+            f"{engine}: rows of its cache do not begin at multiples of {ALIGNMENT} bytes, as TensorRT wants them to. "
+            "Build it with --shapes whose most tokens are a multiple of 16."
+        )
+    if max(profile.inputs["input_ids"][0][0] for profile in facts.profiles) > 1:
+        raise ExportError(f"{engine}: takes no single row. Build it with --shapes from 1x1 on.")
+
+
 def add_engine(
     made: Deployment, name: str, plugin: Path | None, as_name: str | None = None, takes_slots: bool = False
 ) -> EngineFacts:
@@ -31,7 +69,7 @@ def add_engine(
     """
     path = find_engine(made.bundle, name)
     facts = read_facts(path)
-    if dict(facts.model_sha256) != dict(made.bundle.manifest.sha256):
+    if not is_made_of(facts, made.bundle):
         raise ExportError(f"{path}: was built from another export than {made.bundle.folder}. Build it again.")
     if facts.slots is not None and not takes_slots:
         raise ExportError(

@@ -189,8 +189,9 @@ def deployment(
 def held_in(model: Path) -> Path:
     """The file in the model's folder of a deployment that those who change its shelf hold (`held_file`): none of them
     writes to it."""
-    engines = [] if (model / MODEL_NAME).exists() else sorted(model.glob(f"{ENGINES_NAME}/*.engine"))
-    return engines[0] if engines else model / MODEL_NAME
+    there = [path for path in (model / MODEL_NAME, model / "model.plan") if path.exists()]
+    there += sorted(model.glob(f"{ENGINES_NAME}/*.engine"))
+    return there[0] if there else model / MODEL_NAME
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from teamlora_export.deploy.adapter_slots import READERS
 from teamlora_export.deploy.folder import DEPLOY_NAME, KUBERNETES_NAME, Description, our_files
 from teamlora_export.deploy.render import render
 from teamlora_export.deploy.slots import MOST_PADDING
-from teamlora_export.deploy.triton import REPOSITORY, default_name, deploy_triton
+from teamlora_export.deploy.triton import REPOSITORY, default_name, deploy_triton, pip_arguments, serving_extras
+from teamlora_export.engine.facts import find_engine, read_facts
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
 from teamlora_export.shelf import slot_bytes
@@ -170,6 +171,8 @@ def deploy_kubernetes(
         )
         repository = read_repository(staging / TRITON / REPOSITORY)
         on_gpu = gpu or engine is not None
+        facts = read_facts(find_engine(bundle, engine)) if engine is not None else None
+        packages = serving_extras(facts, gpu) if repository.continuous else ["tokenizers"]
         server = image or (TEXT_IMAGE if repository.imports else SERVER_IMAGE)
         values = {
             "label": label,
@@ -183,7 +186,11 @@ def deploy_kubernetes(
             "image_name": re.sub(r"(:[^:/@]+)?(@.*)?$", "", server),
             "built": repository.imports,
             "library": library,
-            "plugin": next((path for path in repository.sums if "/plugins/" in path), None),
+            # Of Triton's own back end; ours loads it.
+            "plugin": None
+            if repository.continuous
+            else next((path for path in repository.sums if "/plugins/" in path), None),
+            "pip": pip_arguments(packages),
             "least": least,
             "most": most,
             "scaled": most > least,

@@ -27,16 +27,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or __package__:
+    from teamlora_export.deploy.engine_session import open_session
     from teamlora_export.deploy.sampling import GREEDY, Sampling
     from teamlora_export.deploy.scheduler import Answer, Failed, Scheduler
-    from teamlora_export.deploy.session import RESULTS, ModelError, Session
+    from teamlora_export.deploy.session import RESULTS, ModelError
     from teamlora_export.deploy.slots import MOST_SLOTS, Slots, open_slots
     from teamlora_export.deploy.words import StoppedText, TextStream, encode_text, open_tokenizer
 else:
     # Deployed: the files lie beside one another.
+    from engine_session import open_session
     from sampling import GREEDY, Sampling
     from scheduler import Answer, Failed, Scheduler
-    from session import RESULTS, ModelError, Session
+    from session import RESULTS, ModelError
     from slots import MOST_SLOTS, Slots, open_slots
     from words import StoppedText, TextStream, encode_text, open_tokenizer
 
@@ -57,7 +59,7 @@ class Model:
     def __init__(
         self, folder: Path, library: Path | None = None, check: bool = True, threads: int = 0, device: str = "cpu"
     ) -> None:
-        self._session = Session(folder, library, check, threads, device=device)
+        self._session = open_session(folder, library, check, threads, device=device)
         self.folder, self.settings = self._session.folder, self._session.settings
         self._tokenizer: Any = None
 
@@ -126,7 +128,8 @@ class Model:
         self.require_room(prompts, count)
         named = self.require_adapters(len(prompts), adapters)
         longest = max(map(len, prompts))
-        slots = open_slots(self._session, min(len(prompts), MOST_SLOTS), _PART, longest + count)
+        rows = min(len(prompts), self._session.rows or MOST_SLOTS, MOST_SLOTS)
+        slots = open_slots(self._session, rows, _PART, longest + count)
         # All of them in one turn.
         scheduler = Scheduler(slots, waiting=len(prompts), reading=len(prompts) * (longest + _PART))
         return scheduler, [

@@ -417,7 +417,7 @@ class Scheduler:
         try:
             return self._model.read(request.row, [ids])[0]
         except Exception as error:
-            self._retire(request, Failed(f"ONNX Runtime cannot run the model ({brief(error)})."))
+            self._retire(request, Failed(f"{self._model.runtime} cannot run the model ({brief(error)})."))
             return None
 
     def _take(self, request: _Request, logits: np.ndarray) -> None:

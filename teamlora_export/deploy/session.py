@@ -10,8 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,23 +18,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.adapter_slots import ADAPTER, NO_ADAPTER, Adapters, Memory, open_regular, rows_adapter
+    from teamlora_export.deploy.adapter_slots import ADAPTER, Adapters, Memory, open_regular
     from teamlora_export.deploy.cores import usable_cores
     from teamlora_export.deploy.device_tensor import DeviceTensor, DeviceTensors
     from teamlora_export.deploy.failure import ModelError
+    from teamlora_export.deploy.model_session import ModelSession, Place
 else:
     # Deployed: the files lie beside one another.
-    from adapter_slots import ADAPTER, NO_ADAPTER, Adapters, Memory, open_regular, rows_adapter
+    from adapter_slots import ADAPTER, Adapters, Memory, open_regular
     from cores import usable_cores
     from device_tensor import DeviceTensor, DeviceTensors
     from failure import ModelError
+    from model_session import ModelSession, Place
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 # By its bits, in memory that ONNX Runtime is told the type of: NumPy has no bfloat16.
-_SLOT_TYPES: dict[str, type] = {**NUMPY, "tensor(bfloat16)": np.uint16}
+SLOT_TYPES: dict[str, type] = {**NUMPY, "tensor(bfloat16)": np.uint16}
 _BFLOAT16 = 16
 RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
-_NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 # What describes a folder: which of its fields has the hashes, and the newest format that is known.
 _DESCRIPTIONS = {"deploy.json": ("files", 2), "manifest.json": ("sha256", 3)}
 # What is opened here or by a server, so that a list of hashes without one of them is not whole.
@@ -44,7 +45,7 @@ _OPENED = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 )
 # What adapters of a shelf are for.
-_MODEL = ("model.onnx", "model.onnx.data")
+_MODEL = ("model.onnx", "model.onnx.data", "model.plan")
 _LARGEST_TEXT = 512 << 20
 _MOST_THREADS = 1024
 _CUDA = "CUDAExecutionProvider"
@@ -57,7 +58,7 @@ _SPIN_MICROSECONDS = "20"
 CAPACITY = re.compile(r"capacity|window_([1-9]\d{0,8})")
 
 
-class Session:
+class Session(ModelSession):
     """The model, which holds no state of a request: many threads may run it at once.
 
     Args:
@@ -69,12 +70,11 @@ class Session:
         device: "cpu", or "cuda" or "cuda:1": a GPU, with onnxruntime-gpu. Has not yet run on one.
 
     Attributes:
-        device: its kind and its number.
         onnx: ONNX Runtime's own session.
-        inputs: by their names, as ONNX Runtime describes them; caches: those that are keys and values.
-        outputs: their names.
-        adapters: those that its rows can have; None where it has one of its own.
+        inputs: by their names, as ONNX Runtime describes them.
     """
+
+    runtime = "ONNX Runtime"
 
     def __init__(
         self,
@@ -134,6 +134,7 @@ class Session:
         self.outputs = [value.name for value in self.onnx.get_outputs()]
         self.caches = [value for name, value in self.inputs.items() if name.startswith("past_key_values.")]
         self._check_interface()
+        self._tensors: DeviceTensors | None = None
         self.adapters = self._open_adapters(
             check if check_adapters is None else check_adapters, on_device=self.device[0] != "cpu"
         )
@@ -146,49 +147,42 @@ class Session:
             return None
         slots = {name: value for name, value in defaults.items() if name != ADAPTER}
         for name, value in slots.items():
-            if value.type not in _SLOT_TYPES or not all(isinstance(size, int) for size in value.shape[1:]):
+            if value.type not in SLOT_TYPES or not all(isinstance(size, int) for size in value.shape[1:]):
                 raise ModelError(f"{self.folder}: its model's slots {name!r:.80} are not of a kind that is known here.")
 
-        def listed() -> Mapping[str, tuple[str, str]]:
-            now = read_settings(self.folder)
-            if any(now.hashes.get(name) != self.settings.hashes.get(name) for name in _MODEL):
-                raise ModelError(f"{self.folder}: holds another model by now, and adapters of that. Open it anew.")
-            return now.shelf or {}
-
-        inputs = {name: (tuple(value.shape[1:]), _SLOT_TYPES[value.type]) for name, value in slots.items()}
-        stamp = _stamp_of(_description(self.folder))
+        inputs = {name: (tuple(value.shape[1:]), SLOT_TYPES[value.type]) for name, value in slots.items()}
         if not on_device:
-            return Adapters(self.folder, inputs, self.settings.slots, listed, stamp, check)
-        try:
-            tensors = DeviceTensors(self.device, self._providers)
-            return Adapters(self.folder, inputs, self.settings.slots, listed, stamp, check, tensors)
-        except Exception as error:
-            needed = self.settings.slots * sum(
-                math.prod(shape) * np.dtype(kind).itemsize for shape, kind in inputs.values()
-            )
-            raise ModelError(
-                f"{self.folder}: no {needed >> 20} MiB of {self.device[0]} memory for {self.settings.slots} adapters "
-                f"({brief(error)}). Export it with fewer --slots."
-            ) from None
+            return open_adapters(self.folder, self.settings, inputs, check)
+        return open_adapters(self.folder, self.settings, inputs, check, self._on_device, self.device[0])
 
-    @property
-    def slot_memory(self) -> Memory:
-        """The inputs of the adapters' slots, where the model takes any."""
-        return {} if self.adapters is None else self.adapters.memory
+    def _on_device(self, shape: tuple[int, ...], kind: type) -> DeviceTensor:
+        if self._tensors is None:
+            self._tensors = DeviceTensors(self.device, self._providers)
+        return self._tensors(shape, kind)
+
+    def cache_memory(self, shape: tuple[int, ...], kind: type) -> DeviceTensor:
+        kind_of_device, number = self.device
+        named = {"cpu": "Cpu", "cuda": "Cuda"}[kind_of_device]
+        places = zip(self.onnx.get_inputs(), self.onnx.get_input_memory_infos(), strict=True)
+        for value, memory in places:
+            # What is bound once would be copied once.
+            if value.name.startswith("past_key_values.") and (memory.name, memory.device_id) != (named, number):
+                raise ModelError(
+                    f"{self.folder}: ONNX Runtime's provider for {kind_of_device} leaves {value.name} to the CPU. Use "
+                    "a newer one, or a model with a growing cache."
+                )
+        return self._on_device(shape, kind)
+
+    def bound(self, caches: Mapping[str, Place]) -> BoundCall:
+        return BoundCall(self, caches)
 
     def run(self, output: str, feeds: Mapping[str, np.ndarray], names: Sequence[str | None]) -> np.ndarray:
-        """One of the outputs, for rows with these adapters.
-
-        Raises:
-            ModelError: there are more of them than slots, others are at work in these, or one cannot be read; or ONNX
-                Runtime cannot run the model.
-        """
-        with self._rows_of(names) as rows:
+        with self.rows_of(names) as rows:
             try:
                 binding = self.onnx.io_binding()
                 for name, value in feeds.items():
                     binding.bind_cpu_input(name, value)
-                bind_inputs(binding, rows)
+                bind_inputs(binding, {**self.slot_memory, **rows})
                 binding.bind_output(output)
                 self.onnx.run_with_iobinding(binding)
                 found: np.ndarray = binding.get_outputs()[0].numpy()
@@ -196,32 +190,10 @@ class Session:
                 raise ModelError(f"{self.folder}: ONNX Runtime cannot run the model ({brief(error)}).") from None
         return found
 
-    @contextmanager
-    def _rows_of(self, names: Sequence[str | None]) -> Iterator[Memory]:
-        """What the model is given for rows with these adapters, which are in slots inside of the block."""
-        slots: dict[str, int] = {}
-        try:
-            for name in {name for name in names if name is not None}:
-                assert self.adapters is not None
-                slot = self.adapters.take(self.adapters.find(name))
-                if slot is None:
-                    raise ModelError(f"{self.folder}: has {self.adapters.slots} slots, and others are at work in them.")
-                slots[name] = slot
-            rows = [NO_ADAPTER if name is None else slots[name] for name in names]
-            yield {} if self.adapters is None else {**self.slot_memory, ADAPTER: rows_adapter(rows)}
-        finally:
-            for slot in slots.values():
-                assert self.adapters is not None
-                self.adapters.give(slot)
-
-    def taken(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """What the model has inputs for."""
-        return {name: value for name, value in feeds.items() if name in self.inputs}
-
     def _check_interface(self) -> None:
         """Refuse a model that is not one of ours before anything is asked of it."""
         for name, value in self.inputs.items():
-            if name not in _NUMBERS and value not in self.caches:
+            if name not in NUMBERS and value not in self.caches:
                 raise ModelError(f"{self.folder}: its model has an input {name!r:.80}, which is unknown here.")
         for cache in self.caches:
             if cache.type not in NUMPY:
@@ -233,6 +205,29 @@ class Session:
                 raise ModelError(f"{self.folder}: its model's cache {cache.name!r:.80} is not one that is known here.")
         if not any(name in self.outputs for name in (("logits",) if self.caches else RESULTS)):
             raise ModelError(f"{self.folder}: its model gives no {' or '.join(RESULTS)}.")
+
+
+class BoundCall:
+    """Calls of a model with caches at places of their own; see `ModelSession.bound`."""
+
+    def __init__(self, session: Session, caches: Mapping[str, Place]) -> None:
+        self._session = session
+        self.binding = session.onnx.io_binding()
+        self.binding.bind_output("logits")
+        for name, (address, shape, kind) in caches.items():
+            for bind, end in ((self.binding.bind_input, name), (self.binding.bind_output, present_of(name))):
+                bind(end, *session.device, kind, shape, address)
+        bind_inputs(self.binding, session.slot_memory)
+
+    def __call__(self, feeds: Mapping[str, np.ndarray], adapters: Memory) -> np.ndarray:
+        for name, value in feeds.items():
+            self.binding.bind_cpu_input(name, value)
+        bind_inputs(self.binding, adapters)
+        self._session.onnx.run_with_iobinding(self.binding)
+        # The first of the outputs, since it was bound first. Bound anew, it is not kept until the next call.
+        logits: np.ndarray = self.binding.get_outputs()[0].numpy()
+        self.binding.bind_output("logits")
+        return logits
 
 
 def bind_inputs(binding: Any, inputs: Memory) -> None:
@@ -323,6 +318,40 @@ class Settings:
         if longest == self.most:
             raise ModelError(f"{longest} tokens; the model takes {self.most}, its answer included.")
         return count if self.most is None else min(count, self.most - longest)
+
+
+def open_adapters(
+    folder: Path,
+    settings: Settings,
+    inputs: Mapping[str, tuple[tuple[int, ...], type]],
+    check: bool,
+    make: Callable[[tuple[int, ...], type], Any] = np.zeros,
+    where: str = "cpu",
+) -> Adapters:
+    """The shelf of the model in a folder.
+
+    Args:
+        settings: of the folder, as the model was opened. inputs, check, make: see `Adapters`. where: it makes them.
+
+    Raises:
+        ModelError: there is not so much memory.
+    """
+
+    def listed() -> Mapping[str, tuple[str, str]]:
+        now = read_settings(folder)
+        if any(now.hashes.get(name) != settings.hashes.get(name) for name in _MODEL):
+            raise ModelError(f"{folder}: holds another model by now, and adapters of that. Open it anew.")
+        return now.shelf or {}
+
+    stamp = _stamp_of(_description(folder))
+    try:
+        return Adapters(folder, inputs, settings.slots, listed, stamp, check, make)
+    except Exception as error:
+        needed = settings.slots * sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in inputs.values())
+        raise ModelError(
+            f"{folder}: no {needed >> 20} MiB of {where} memory for {settings.slots} adapters "
+            f"({brief(error)}). Export it with fewer --slots."
+        ) from None
 
 
 def read_settings(folder: Path) -> Settings:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or __package__:
+    from teamlora_export.deploy.failure import ModelError
+    from teamlora_export.deploy.model_session import ModelSession
     from teamlora_export.deploy.session import CAPACITY, Session
     from teamlora_export.deploy.slots_base import MOST_PADDING, MOST_SLOTS, Slots
     from teamlora_export.deploy.slots_growing import GrowingSlots
@@ -17,6 +19,8 @@ if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.slots_on_device import DeviceSlots
 else:
     # Deployed: the files lie beside one another.
+    from failure import ModelError
+    from model_session import ModelSession
     from session import CAPACITY, Session
     from slots_base import MOST_PADDING, MOST_SLOTS, Slots
     from slots_growing import GrowingSlots
@@ -26,12 +30,15 @@ else:
 __all__ = ["MOST_PADDING", "MOST_SLOTS", "DeviceSlots", "GrowingSlots", "InPlaceSlots", "Slots", "open_slots"]
 
 
-def open_slots(session: Session, slots: int = 8, part: int = 256, most: int | None = None) -> Slots:
+def open_slots(session: ModelSession, slots: int = 8, part: int = 256, most: int | None = None) -> Slots:
     """See `Slots`.
 
     Raises:
         ModelError: the model generates no text, `slots` or `part` are none, or there is not so much memory.
     """
-    if not session.caches or not CAPACITY.fullmatch(str(session.caches[0].shape[2])):
+    in_place = bool(session.caches) and CAPACITY.fullmatch(str(session.caches[0].shape[2]))
+    if in_place:
+        return (InPlaceSlots if session.device[0] == "cpu" else DeviceSlots)(session, slots, part, most)
+    if isinstance(session, Session):
         return GrowingSlots(session, slots, part, most)
-    return (InPlaceSlots if session.device[0] == "cpu" else DeviceSlots)(session, slots, part, most)
+    raise ModelError(f"{session.folder}: is an engine that keeps no cache in place, so that texts share no steps.")

@@ -12,15 +12,20 @@ import numpy as np
 
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import ADAPTER, NO_ADAPTER, Shelved, rows_adapter
-    from teamlora_export.deploy.session import ModelError, Session
+    from teamlora_export.deploy.failure import ModelError
+    from teamlora_export.deploy.model_session import ModelSession
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import ADAPTER, NO_ADAPTER, Shelved, rows_adapter
-    from session import ModelError, Session
+    from failure import ModelError
+    from model_session import ModelSession
 
 MOST_SLOTS = 1024
 # Tokens of padding in front of a text, at most.
 MOST_PADDING = 16
+# Places of a cache of a fixed length that no text fills: padding in front of it, and the next place of a row between
+# those that a step is for.
+SPARE_PLACES = MOST_PADDING + 1
 
 
 class Slots(ABC):
@@ -33,9 +38,10 @@ class Slots(ABC):
     Attributes:
         lengths: tokens that each row holds.
         padding: tokens that may be in front of a text in a call, at most.
+        runtime: what runs the model, as people call it.
     """
 
-    def __init__(self, session: Session, slots: int, part: int, most: int | None) -> None:
+    def __init__(self, session: ModelSession, slots: int, part: int, most: int | None) -> None:
         if not session.caches:
             raise ModelError(f"{session.folder}: does not generate text.")
         if not 1 <= slots <= MOST_SLOTS or part < 1:
@@ -48,6 +54,7 @@ class Slots(ABC):
         self.lengths = [0] * slots
         self.padding = MOST_PADDING if self.settings.padded else 0
         self._session = session
+        self.runtime = session.runtime
         # Where the model has each row's adapter, and those of texts that have no row yet.
         self._adapters = [NO_ADAPTER] * slots
         self._reserved: dict[Shelved, int] = {}

@@ -41,6 +41,7 @@ class GrowingSlots(Slots):
 
     def __init__(self, session: Session, slots: int, part: int, most: int | None) -> None:
         super().__init__(session, slots, part, most)
+        self._onnx = session.onnx
         self._batches: list[_Batch] = []
 
     def swap(self, one: int, other: int) -> None:
@@ -81,7 +82,7 @@ class GrowingSlots(Slots):
             "attention_mask": (np.arange(end) >= end - lengths[:, None]).astype(np.int64),
             "position_ids": positions(lengths, ids.shape[1]),
         }
-        binding = self._session.onnx.io_binding()
+        binding = self._onnx.io_binding()
         for name, value in self._session.taken(given).items():
             binding.bind_cpu_input(name, value)
         adapters = {**self._session.slot_memory, **self._adapters_of(batch.rows)}
@@ -90,7 +91,7 @@ class GrowingSlots(Slots):
         for name, past in batch.past.items():
             binding.bind_ortvalue_input(name, past)
             binding.bind_output(present_of(name), *self._session.device)
-        self._session.onnx.run_with_iobinding(binding)
+        self._onnx.run_with_iobinding(binding)
         logits, *present = binding.get_outputs()
         return logits.numpy(), dict(zip(batch.past, present, strict=True))
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.session import CAPACITY, NUMPY, Session, bind_inputs, present_of
+    from teamlora_export.deploy.model_session import CachePort, Call, ModelSession
+    from teamlora_export.deploy.session import CAPACITY, SLOT_TYPES
     from teamlora_export.deploy.slots_base import Slots, positions
 else:
     # Deployed: the files lie beside one another.
-    from session import CAPACITY, NUMPY, Session, bind_inputs, present_of
+    from model_session import CachePort, Call, ModelSession
+    from session import CAPACITY, SLOT_TYPES
     from slots_base import Slots, positions
 
 _LEAST_CAPACITY = 256
-_MOST_BINDINGS = 64
+_MOST_CALLS = 64
 
 
 class InPlaceSlots(Slots):
@@ -25,7 +27,7 @@ class InPlaceSlots(Slots):
     enough, or far too much.
     """
 
-    def __init__(self, session: Session, slots: int, part: int, most: int | None) -> None:
+    def __init__(self, session: ModelSession, slots: int, part: int, most: int | None) -> None:
         super().__init__(session, slots, part, most)
         # Places that were ever written for each row: by calls that failed, some more.
         self._written = [0] * slots
@@ -34,8 +36,10 @@ class InPlaceSlots(Slots):
         self.capacity = 0
         named = {cache.name: CAPACITY.fullmatch(str(cache.shape[2])) for cache in session.caches}
         self._windows = {name: int(found[1]) for name, found in named.items() if found and found[1]}
-        self._buffers = {cache.name: np.zeros(self._shape(cache, 0), NUMPY[cache.type]) for cache in session.caches}
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self._buffers: dict[str, np.ndarray] = {
+            cache.name: np.zeros(self._shape(cache, 0), SLOT_TYPES[cache.type]) for cache in session.caches
+        }
+        self._calls: dict[tuple[int, int], Call] = {}
 
     def swap(self, one: int, other: int) -> None:
         used = max(self._written[one], self._written[other])
@@ -76,16 +80,7 @@ class InPlaceSlots(Slots):
             "attention_mask": ((begins[:, None] <= places) & (places < ends[:, None])).astype(np.int64),
             "position_ids": positions(lengths, ids.shape[1]),
         }
-        binding = self._bound(rows.start, rows.stop)
-        for name, value in self._session.taken(given).items():
-            binding.bind_cpu_input(name, value)
-        adapters = self._adapters_of(rows)
-        bind_inputs(binding, adapters)
-        self._session.onnx.run_with_iobinding(binding)
-        # The first of the outputs, since it was bound first. Bound anew, it is not kept until the next call.
-        logits = binding.get_outputs()[0].numpy()
-        binding.bind_output("logits")
-        return logits
+        return self._bound(rows.start, rows.stop)(self._session.taken(given), self._adapters_of(rows))
 
     def _ends(self) -> list[int]:
         """One past the last place of each row's text."""
@@ -106,10 +101,10 @@ class InPlaceSlots(Slots):
     def _resize(self, capacity: int) -> None:
         # All of them before the first takes its place: there may not be enough memory.
         self._buffers = {cache.name: self._resized(cache, capacity) for cache in self._session.caches}
-        self._bindings.clear()
+        self._calls.clear()
         self.capacity, self._written = capacity, self._ends()
 
-    def _resized(self, cache: Any, capacity: int) -> np.ndarray:
+    def _resized(self, cache: CachePort, capacity: int) -> np.ndarray:
         old = self._buffers[cache.name]
         new = np.zeros(self._shape(cache, capacity), old.dtype)
         for row, end in enumerate(self._ends()):
@@ -118,28 +113,25 @@ class InPlaceSlots(Slots):
             new[row, :, :kept] = old[row, :, :kept]
         return new
 
-    def _shape(self, cache: Any, capacity: int) -> tuple[int, ...]:
+    def _shape(self, cache: CachePort, capacity: int) -> tuple[int, ...]:
         # In a layer that sees a window, what is longer than the window and a part is a ring: the model writes over what
         # is not seen any more.
         places = min(capacity, self._windows.get(cache.name, capacity) - 1 + self.part)
         return self.slots, cache.shape[1], places, cache.shape[3]
 
-    def _bound(self, start: int, stop: int) -> Any:
+    def _bound(self, start: int, stop: int) -> Call:
         """The rows of each buffer at both of its ends."""
-        if (start, stop) not in self._bindings:
-            if len(self._bindings) >= _MOST_BINDINGS:
-                self._bindings.clear()
-            binding = self._session.onnx.io_binding()
-            binding.bind_output("logits")
+        if (start, stop) not in self._calls:
+            if len(self._calls) >= _MOST_CALLS:
+                self._calls.clear()
+            places = {}
             for cache in self._session.caches:
                 first, shape = self._memory(cache.name)
-                type_, rows = NUMPY[cache.type], (stop - start, *shape[1:])
-                address = first + start * int(np.prod(shape[1:])) * np.dtype(type_).itemsize
-                for bind, end in ((binding.bind_input, cache.name), (binding.bind_output, present_of(cache.name))):
-                    bind(end, *self._session.device, type_, rows, address)
-            bind_inputs(binding, self._session.slot_memory)
-            self._bindings[start, stop] = binding
-        return self._bindings[start, stop]
+                kind = SLOT_TYPES[cache.type]
+                address = first + start * int(np.prod(shape[1:])) * np.dtype(kind).itemsize
+                places[cache.name] = (address, (stop - start, *shape[1:]), kind)
+            self._calls[start, stop] = self._session.bound(places)
+        return self._calls[start, stop]
 
     def _memory(self, name: str) -> tuple[int, Sequence[int]]:
         """The address and the shape of a buffer."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.session import NUMPY, ModelError, Session, brief
-    from teamlora_export.deploy.slots_base import MOST_PADDING, Slots
+    from teamlora_export.deploy.model_session import CachePort, Call, ModelSession
+    from teamlora_export.deploy.session import SLOT_TYPES, ModelError, brief
+    from teamlora_export.deploy.slots_base import SPARE_PLACES, Slots
     from teamlora_export.deploy.slots_in_place import InPlaceSlots
 else:
     # Deployed: the files lie beside one another.
-    from session import NUMPY, ModelError, Session, brief
-    from slots_base import MOST_PADDING, Slots
+    from model_session import CachePort, Call, ModelSession
+    from session import SLOT_TYPES, ModelError, brief
+    from slots_base import SPARE_PLACES, Slots
     from slots_in_place import InPlaceSlots
 
 # A GPU's fast kernels want rows of keys in such numbers.
@@ -27,26 +30,26 @@ class DeviceSlots(InPlaceSlots):
     fills with what is never read.
     """
 
-    def __init__(self, session: Session, slots: int, part: int, most: int | None) -> None:
-        import onnxruntime as ort
-
+    def __init__(self, session: ModelSession, slots: int, part: int, most: int | None) -> None:
         super().__init__(session, slots, part, most)
+        if session.rows is not None and slots > session.rows:
+            raise ModelError(f"{session.folder}: takes {session.rows} texts at a time, not {slots}.")
+        if session.capacity is not None:
+            room = session.capacity - SPARE_PLACES
+            if room < 1:
+                raise ModelError(f"{session.folder}: its cache has {session.capacity} places, which is too few.")
+            self.settings = replace(self.settings, most=min(self.settings.most or room, room))
         if self.settings.most is None:
             raise ModelError(f"{session.folder}: takes texts of any length. Say how long they are at most (capacity).")
-        _require_memory(session)
-        self.capacity = _aligned(self.settings.most + MOST_PADDING + 1)
+        self.capacity = session.capacity or _aligned(self.settings.most + SPARE_PLACES)
+        kinds = {cache.name: SLOT_TYPES[cache.type] for cache in session.caches}
         shapes = {cache.name: self._shape(cache, self.capacity) for cache in session.caches}
         try:
-            self._values = {
-                cache.name: ort.OrtValue.ortvalue_from_numpy(
-                    np.zeros(shapes[cache.name], NUMPY[cache.type]), *session.device
-                )
-                for cache in session.caches
-            }
+            self._values = {name: session.cache_memory(shapes[name], kind) for name, kind in kinds.items()}
+        except ModelError:
+            raise
         except Exception as error:
-            needed = sum(
-                int(np.prod(shapes[cache.name])) * np.dtype(NUMPY[cache.type]).itemsize for cache in session.caches
-            )
+            needed = sum(int(np.prod(shapes[name])) * np.dtype(kind).itemsize for name, kind in kinds.items())
             raise ModelError(
                 f"{session.folder}: no {needed >> 20} MiB of {session.device[0]} memory for {slots} texts of "
                 f"{self.settings.most} tokens ({brief(error)}). Take fewer slots or a smaller capacity."
@@ -67,9 +70,7 @@ class DeviceSlots(InPlaceSlots):
         place = self._places[row]
         if place in self._spoilt:
             for value in self._values.values():
-                numbers = value.numpy().copy()
-                numbers[place] = 0
-                value.update_inplace(numbers)
+                value.clear(place)
             self._spoilt.remove(place)
         self._begins[row] = 0
         Slots.clear(self, row)
@@ -94,41 +95,28 @@ class DeviceSlots(InPlaceSlots):
         self._begins[rows.start : rows.stop] = begins.tolist()
         return np.stack([found[place] for place in places])
 
-    def _shape(self, cache: Any, capacity: int) -> tuple[int, ...]:
+    def _shape(self, cache: CachePort, capacity: int) -> tuple[int, ...]:
         slots, heads, places, size = super()._shape(cache, capacity)
-        return slots, heads, _aligned(places), size
+        return slots, heads, places if self._session.capacity else _aligned(places), size
 
     def _adapters_of(self, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Of rows of the buffers."""
         return super()._adapters_of([self._places.index(place) for place in rows])
 
-    def _bound(self, start: int, stop: int) -> Any:
+    def _bound(self, start: int, stop: int) -> Call:
         adapters = self._session.adapters
         if adapters is not None and adapters.filled != self._filled:
             # Of a slot that ONNX Runtime reads elsewhere than on the device, it would have an old copy.
             self._filled = adapters.filled
-            self._bindings.clear()
+            self._calls.clear()
         return super()._bound(start, stop)
 
     def _memory(self, name: str) -> tuple[int, Sequence[int]]:
-        return self._values[name].data_ptr(), self._values[name].shape()
+        return self._values[name].address, self._values[name].shape
 
 
 def _aligned(places: int) -> int:
     return -(-places // _ALIGNED) * _ALIGNED
-
-
-def _require_memory(session: Session) -> None:
-    """Refuse a model that ONNX Runtime reads elsewhere than on the device: what is bound once would be copied once."""
-    kind, number = session.device
-    named = {"cpu": "Cpu", "cuda": "Cuda"}[kind]
-    places = zip(session.onnx.get_inputs(), session.onnx.get_input_memory_infos(), strict=True)
-    for value, memory in places:
-        if value.name.startswith("past_key_values.") and (memory.name, memory.device_id) != (named, number):
-            raise ModelError(
-                f"{session.folder}: ONNX Runtime's provider for {kind} leaves {value.name} to the CPU. Use a newer "
-                "one, or a model with a growing cache."
-            )
 
 
 def _neighbours(rows: Sequence[int]) -> list[range]:

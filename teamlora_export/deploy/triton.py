@@ -17,7 +17,14 @@ from typing import Any
 
 from teamlora_export.bundle import Bundle, Port, keeps_in_place
 from teamlora_export.deploy import triton_config
-from teamlora_export.deploy.engine import add_engine, refuse_stray_plugin
+from teamlora_export.deploy.engine import (
+    add_engine,
+    longest_text,
+    refuse_stray_plugin,
+    refuse_unserved,
+    serving_packages,
+)
+from teamlora_export.deploy.engine_session import ENGINE_NAME
 from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment
 from teamlora_export.deploy.python import OPENING, SCHEDULING
 from teamlora_export.deploy.render import render
@@ -56,7 +63,8 @@ def deploy_triton(
 
     Args:
         name: of the model. Default: `default_name`.
-        engine, plugin: see `deploy_cpp`; the engine must be TensorRT's, not TensorRT-RTX's.
+        engine, plugin: see `deploy_cpp`. Where texts are not batched continuously, the engine must be TensorRT's, not
+            TensorRT-RTX's.
         library: a native library with the op, as the server will find it. gpu: run the graph on a GPU.
         text: add the models that take words, where the bundle has a tokenizer. check_files: they compare hashes first.
         instances, batch, sequences: see `model_config`. Default of `batch`: 8 for text generation, 32 elsewhere, or
@@ -67,13 +75,15 @@ def deploy_triton(
         batching: of a text generator: "continuous", one model that takes words, writes `batch` texts at a time, and
             lets others wait until there are `sequences`; or "sequence", a step of the model with its cache as Triton's
             state, and a model that takes words around it. Default: continuous, with a cache in place, a shelf, or a
-            model that takes no padding; a cache that grows is copied whenever the texts that share a step change.
+            model that takes no padding; a cache that grows is copied whenever the texts that share a step change, and
+            an engine's is not batched so.
         threads: of ONNX Runtime on a CPU, for each instance; 0: every core that the machine has.
 
     Raises:
         ExportError: see `deployment` and `add_engine`; the engine does not run in Triton; a model in bfloat16 would
-            run on a CPU; an engine keeps its cache in place; the model cannot be batched so; the name is none; or
-            `library` is no path, or the one for a CPU where the graph is to run on a GPU.
+            run on a CPU; an engine's cache or adapters are not what Triton's own back end takes; the model cannot be
+            batched so; the name is none; or `library` is no path, or the one for a CPU where the graph is to run on a
+            GPU.
     """
     name = name or default_name(bundle)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
@@ -99,16 +109,22 @@ def deploy_triton(
             "instances": instances,
             "threads": threads,
         }
-        return _deploy_continuous(bundle, out, name, logits, batch or 8, sequences, capacity, options)
+        return _deploy_continuous(bundle, out, name, logits, engine, plugin, batch, sequences, capacity, options)
     capacity = choose_capacity(bundle, capacity)
     if engine is not None and capacity is not None:
         raise ExportError(
             f"{engine}: keeps its cache in place, in one buffer that it reads and writes, and Triton's TensorRT "
-            "back end has two for a state. Export the model with --cache growing, and build an engine of that."
+            "back end has two for a state. Leave out --batching sequence and --no-text, or export the model with "
+            "--cache growing, and build an engine of that."
+        )
+    if engine is not None and bundle.manifest.shelf is not None:
+        raise ExportError(
+            f"{engine}: takes adapters, which Triton's own TensorRT back end knows nothing of. Export the model with "
+            "--cache in-place, and build an engine of that; our own back end binds them."
         )
     generates = bundle.manifest.task == "text-generation"
     with deployment(bundle, out, "triton", f"{REPOSITORY}/{name}/1", engine is None, logits, capacity) as made:
-        facts = add_engine(made, engine, plugin, "model.plan") if engine is not None else None
+        facts = add_engine(made, engine, plugin, ENGINE_NAME) if engine is not None else None
         if facts is not None and facts.runtime != "tensorrt":
             raise ExportError(
                 f"{engine}: is an engine of TensorRT-RTX; Triton runs TensorRT's. Build one with --runtime."
@@ -140,7 +156,7 @@ def deploy_triton(
             # A version of an ensemble is an empty folder, which copies and archives lose.
             made.write(f"{REPOSITORY}/{ensemble.name}/1/README", "An ensemble has no file of its own.\n")
         options = {"library": library, "gpu": gpu, "check_files": check_files, "capacity": capacity}
-        _write_program(made, name, text, engine=facts, continuous=False, **options)
+        _write_program(made, name, text, engine=facts, continuous=False, packages=["tokenizers"], **options)
     return out
 
 
@@ -149,22 +165,51 @@ def _deploy_continuous(
     out: Path,
     name: str,
     logits: str,
-    slots: int,
+    engine: str | None,
+    plugin: Path | None,
+    batch: int | None,
     sequences: int,
     capacity: int | None,
     options: Mapping[str, Any],
 ) -> Path:
     if capacity is not None:
         choose_capacity(bundle, capacity)
-    waiting, adapters = max(1, sequences - slots), _adapters_of(bundle)
-    config = triton_config.continuous_config(
-        name, slots=slots, waiting=waiting, capacity=capacity, shelf=adapters is not None, **options
-    )
-    with deployment(bundle, out, "triton", f"{REPOSITORY}/{config.name}/1", logits=logits, shelf="slots") as made:
+    adapters, inside = _adapters_of(bundle), f"{REPOSITORY}/{name}{triton_config.TEXT}/1"
+    with deployment(bundle, out, "triton", inside, engine is None, logits, shelf="slots") as made:
+        facts = add_engine(made, engine, plugin, ENGINE_NAME, takes_slots=True) if engine is not None else None
+        if engine is not None and facts is not None:
+            refuse_unserved(engine, facts)
+            options = {**options, "gpu": True}
+        slots = _batch(facts, batch, 8)
+        waiting = max(1, sequences - slots)
+        config = triton_config.continuous_config(
+            name, slots=slots, waiting=waiting, capacity=capacity, shelf=adapters is not None, **options
+        )
         _write_python_model(made, config, "continuous.py", *SCHEDULING, "chat.py")
-        facts = {**options, "adapters": adapters, "engine": None, "capacity": capacity}
-        _write_program(made, name, True, continuous=True, slots=slots, sequences=slots + waiting, **facts)
+        longest = longest_text(facts) if facts is not None else None
+        shown = {**options, "adapters": adapters, "engine": facts, "longest": longest}
+        shown["capacity"] = min((size for size in (capacity, longest) if size), default=None)
+        shown["packages"] = serving_extras(facts, options["gpu"])
+        _write_program(made, name, True, continuous=True, slots=slots, sequences=slots + waiting, **shown)
     return out
+
+
+def serving_extras(facts: EngineFacts | None, gpu: bool) -> list[str]:
+    """What the model that batches continuously imports, and Triton's container has not, as pip is told.
+
+    Args:
+        facts: of the engine that it runs; None: it runs the graph.
+    """
+    if facts is not None:
+        runtime = serving_packages(facts)
+    else:
+        runtime = ["onnxruntime-gpu[cuda,cudnn]" if gpu else "onnxruntime"]
+    return [*runtime, "jinja2>=3.1.6", "tokenizers"]
+
+
+def pip_arguments(packages: Sequence[str]) -> str:
+    """As a shell is told."""
+    return " ".join(f'"{package}"' if re.search(r"[\[<>]", package) else package for package in packages)
 
 
 def _adapters_of(bundle: Bundle) -> list[str] | None:
@@ -184,8 +229,15 @@ def _batching(bundle: Bundle, wanted: str | None, engine: str | None, text: bool
         raise ExportError(f"--batching {wanted}: unknown. Use {' or '.join(BATCHING)}.")
     obstacles = (
         (bundle.manifest.task != "text-generation", f"{bundle.folder} does not generate text."),
-        (engine is not None, "is for ONNX Runtime. Leave --engine or it out."),
-        (bundle.manifest.dtype == "bf16", f"NumPy knows no bfloat16, in which {bundle.folder} is. Export it in fp16."),
+        (
+            engine is not None and not keeps_in_place(bundle.manifest.inputs),
+            "texts share the steps of an engine whose cache is in place. Export the model with --cache in-place, and "
+            "build an engine of that.",
+        ),
+        (
+            engine is None and bundle.manifest.dtype == "bf16",
+            f"NumPy knows no bfloat16, in which {bundle.folder} is. Export it in fp16.",
+        ),
         (not text, "takes words, so it needs the model's tokenizer.json, and no --no-text."),
     )
     obstacle = next((reason for holds, reason in obstacles if holds), None)
@@ -246,13 +298,18 @@ def _write_python_model(made: Deployment, config: object, source: str, *parts: s
         made.write(f"{folder}/{part}", Path(__file__).parent / part)
 
 
-def _write_program(made: Deployment, name: str, text: bool, **facts: object) -> None:
-    """What a person reads and runs: README and clients."""
+def _write_program(made: Deployment, name: str, text: bool, packages: Sequence[str], **facts: object) -> None:
+    """What a person reads and runs: README and clients.
+
+    Args:
+        packages: that models which take words import.
+    """
     manifest, tokens = made.bundle.manifest, made.bundle.manifest.tokens
     inputs = [port.name for port in manifest.inputs if not port.name.startswith("past_key_values.")]
     generates = manifest.task == "text-generation"
     values = {
         **facts,
+        "pip": pip_arguments(packages),
         "name": name,
         # The one with the model's files.
         "folder": made.model.parent.name,

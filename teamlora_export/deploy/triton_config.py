@@ -26,6 +26,8 @@ from teamlora_export.errors import ExportError
 _TYPES = {"int64": "TYPE_INT64", "float": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
 # The outputs that are asked for, the best one first.
 RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
+# Behind a model's name: the one that takes words.
+TEXT = "_text"
 # Warm-up data: a row of ones for the mask. Length of the warm-up's rows.
 WARMUP_TOKENS = 16
 WARMUP_FILE = "ones"
@@ -99,7 +101,7 @@ def generate_config(bundle: Bundle, name: str, check_files: bool, instances: int
         capacity: of a cache in place.
     """
     pb = protobuf()
-    config = pb.ModelConfig(name=f"{name}_text", backend="python", max_batch_size=0)
+    config = pb.ModelConfig(name=f"{name}{TEXT}", backend="python", max_batch_size=0)
     config.version_policy.latest.num_versions = 1
     config.model_transaction_policy.decoupled = True
     config.input.add(name="text_input", data_type=pb.TYPE_STRING, dims=[1])
@@ -139,7 +141,7 @@ def continuous_config(
     """
     pb = protobuf()
     # Not that it takes batches: the requests of Triton's OpenAI front end have an axis for them.
-    config = pb.ModelConfig(name=f"{name}_text", backend="python", max_batch_size=1)
+    config = pb.ModelConfig(name=f"{name}{TEXT}", backend="python", max_batch_size=1)
     config.version_policy.latest.num_versions = 1
     config.model_transaction_policy.decoupled = True
     for key, kind, size in (

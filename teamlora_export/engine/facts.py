@@ -12,7 +12,18 @@ from typing import Annotated, TypedDict
 
 import msgspec
 
-from teamlora_export.bundle import ENGINES_NAME, MANIFEST_NAME, Bundle, Dtype, Sha256, Task, Validation, read_bundle
+from teamlora_export.bundle import (
+    ADAPTERS_NAME,
+    ENGINES_NAME,
+    MANIFEST_NAME,
+    AdapterName,
+    Bundle,
+    Dtype,
+    Sha256,
+    Task,
+    Validation,
+    read_bundle,
+)
 from teamlora_export.engine.profiles import ShapeProfile, capacity_of
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
@@ -39,6 +50,13 @@ class PluginTimes(TypedDict):
     inlined: float
 
 
+class JudgedAdapter(TypedDict):
+    """The SHA-256 of an adapter's file when the engine was judged with it, and the figures."""
+
+    sha256: Sha256
+    validation: Validation
+
+
 @dataclass(frozen=True)
 class EngineFacts:
     """Facts of an engine.
@@ -56,7 +74,9 @@ class EngineFacts:
         slots: of adapters, which are inputs of it, as is the slot of each row; None where an adapter is in it.
         stripped: it holds no weights, and gets the bundle's when it is loaded.
         sha256: of the engine file.
-        validation: figures of the last `validate --engine`, None before the first.
+        validation: figures of the last `validate --engine`, None before the first; of one that takes adapters, of all
+            that were on the shelf.
+        adapter_validations: of one that takes adapters, each one's own, by name.
     """
 
     runtime: Annotated[str, msgspec.Meta(pattern="^(tensorrt|rtx)$")]
@@ -76,12 +96,27 @@ class EngineFacts:
     validation: Validation | None = None
     plugin_times: PluginTimes | None = None
     slots: int | None = None
+    adapter_validations: Mapping[AdapterName, JudgedAdapter] | None = None
     format_version: int = FORMAT_VERSION
 
     @property
     def capacity(self) -> int | None:
         """Tokens that its in-place cache holds; None where the cache grows, or there is none."""
         return capacity_of(self.profiles)
+
+
+def is_made_of(facts: EngineFacts, bundle: Bundle) -> bool:
+    """Whether an engine was made of `bundle` as it is; one that takes adapters is, whatever is on the shelf by now."""
+
+    def made_of(hashes: Mapping[str, Sha256]) -> dict[str, Sha256]:
+        return {
+            name: digest
+            for name, digest in hashes.items()
+            if facts.slots is None or not name.startswith(f"{ADAPTERS_NAME}/")
+        }
+
+    same_kind = (facts.slots is None) == (bundle.manifest.shelf is None)
+    return same_kind and made_of(facts.model_sha256) == made_of(bundle.manifest.sha256)
 
 
 def facts_path(engine: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from teamlora_export.bundle import Bundle
-from teamlora_export.engine.facts import EngineFacts
+from teamlora_export.engine.facts import EngineFacts, is_made_of
 from teamlora_export.engine.plugin import load_plugin, plugin_of_engine
 from teamlora_export.engine.prepare import prepared_model
 from teamlora_export.engine.runtime import Messages, TensorRT, open_runtime
@@ -70,7 +70,7 @@ def _give_weights(
     bundle: Bundle | None,
     reporter: Reporter,
 ) -> None:
-    if bundle is None or dict(bundle.manifest.sha256) != dict(facts.model_sha256):
+    if bundle is None or not is_made_of(facts, bundle):
         raise ExportError(f"{path}: holds no weights, and needs the bundle that it was built from.")
     refitter = runtime.trt.Refitter(engine, logger)
     parser = runtime.trt.OnnxParserRefitter(refitter, logger)

@@ -21,7 +21,7 @@ from teamlora_export.adapter import AdapterSpec
 from teamlora_export.adapter.padding import placed
 from teamlora_export.attach.products import has_codes
 from teamlora_export.bundle import Bundle, check_files
-from teamlora_export.engine.facts import EngineFacts, find_engine, read_facts, write_facts
+from teamlora_export.engine.facts import EngineFacts, find_engine, is_made_of, read_facts, write_facts
 from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, library_for
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.read import read_graph
@@ -31,15 +31,16 @@ from teamlora_export.model.checkpoint import SafetensorsWeights, open_safetensor
 from teamlora_export.progress import Reporter
 from teamlora_export.shelf import change_manifest, slots_of
 from teamlora_export.validate.attached import AttachedRunner, judge_attached
-from teamlora_export.validate.cases import Case, Step, make_cases
+from teamlora_export.validate.cases import Case, Feeds, Step, make_cases
 from teamlora_export.validate.engine_runner import EngineRunner, cases_within
+from teamlora_export.validate.engine_shelf import EngineShelf
 from teamlora_export.validate.judge import MULTIPLE, MULTIPLE_OF_CODES, Judge
 from teamlora_export.validate.layerwise import LayerwiseOnnxRunner
 from teamlora_export.validate.lm_eval_tasks import LmEval
 from teamlora_export.validate.local import LocalJudge, local_judge
 from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.quality import measure_quality, measures_quality
-from teamlora_export.validate.shelf import judge_mixed, keep_shelf, open_shelf_sources, slot_fill
+from teamlora_export.validate.shelf import joined, judge_mixed, keep_shelf, open_shelf_sources, slot_fill, with_adapters
 from teamlora_export.validate.sources import codes_of, fits, open_attached_sources, open_sources, torch_dtype
 from teamlora_export.validate.stored import as_held, judge_weights, recipes_of
 from teamlora_export.validate.summary import summary
@@ -82,6 +83,7 @@ def validate_bundle(
     """
     reporter = reporter or Reporter()
     manifest = bundle.manifest
+    engine: _Engine | None
     if tasks is not None:
         if manifest.task != "text-generation" or quality is False:
             raise ExportError("--lm-eval: scores text that is generated, with --quality. Leave one of them out.")
@@ -93,22 +95,22 @@ def validate_bundle(
     check_files(bundle)
     moved = adapter_folder if isinstance(adapter_folder, Mapping) else {}
     if manifest.shelf is not None:
-        if engine_name or (adapter_folder is not None and not moved):
+        if adapter_folder is not None and not moved:
             raise ExportError(
-                f"{bundle.folder}: has a shelf of adapters, of which no engines are built, and whose adapters have "
-                "names. Leave out --engine; give --adapter NAME=FOLDER."
+                f"{bundle.folder}: has a shelf of adapters, which have names. Give --adapter NAME=FOLDER."
             )
+        engine = _open_engine(bundle, engine_name, plugin, reporter) if engine_name else None
         of_base, shelved = open_shelf_sources(bundle, base_source, moved, only)
         if layer_by_layer is None:
             layer_by_layer = not fits(of_base, manifest.inputs)
         is_quantised = manifest.quantisation is not None
-        measured = measures_quality(bundle, is_quantised, not layer_by_layer, quality, thresholds, reporter)
+        measured = measures_quality(bundle, is_quantised, not (layer_by_layer or engine), quality, thresholds, reporter)
         cost = (thresholds or Thresholds(), tasks) if measured else None
-        return _judge_shelf(bundle, of_base, shelved, layer_by_layer, cost, native, reporter)
+        return _judge_shelf(bundle, of_base, shelved, layer_by_layer, engine, cost, native, reporter)
     if moved or only:
         raise ExportError(f"{bundle.folder}: has one adapter of its own, and no names. Give --adapter FOLDER alone.")
     assert not isinstance(adapter_folder, Mapping)
-    engine: _Engine | None = None
+    engine = None
     base: BaseModel | None
     if manifest.attached is not None:
         if engine_name or layer_by_layer:
@@ -176,10 +178,12 @@ def _judge_export(
         reference = TorchRunner(base, adapter, torch.float64, weights, held)
         pytorch = TorchRunner(base, adapter, torch_dtype(dtype), weights, held)
     multiple = MULTIPLE_OF_CODES if held else MULTIPLE
-    judge = Judge(dtype, reference, pytorch, engine.runner if engine else graph, manifest.inputs, multiple)
+    judge = Judge(dtype, reference, pytorch, engine or graph, manifest.inputs, multiple)
     cases = make_cases(base.config, base.task, brief=weights is not None, many=library is not None)
     for case in engine.choose(cases, reporter) if engine else cases:
         with reporter.step(f"Case: {case.name}"):
+            if engine is not None and shelved is not None:
+                engine.seat_alone(shelved)
             judge.add_case(case)
     expert_use = {path: _mean_share(share) for path, share in reference.expert_use().items()}
     graph.forget()
@@ -206,6 +210,7 @@ def _judge_shelf(
     base: BaseModel,
     adapters: Mapping[str, AdapterSpec],
     layer_by_layer: bool,
+    engine: _Engine | None,
     cost: tuple[Thresholds, LmEval | None] | None,
     native: OnnxRuntimeLibrary | None,
     reporter: Reporter,
@@ -220,7 +225,7 @@ def _judge_shelf(
     found = {}
     for name, adapter in held.items():
         reporter.say(f"Adapter {name}:")
-        found[name] = _judge_export(bundle, base, adapter, layer_by_layer, None, library, reporter, name)
+        found[name] = _judge_export(bundle, base, adapter, layer_by_layer, engine, library, reporter, name)
         if cost is None:
             continue
         with reporter.step("Reading held-out text, to see what quantisation cost"):
@@ -229,8 +234,10 @@ def _judge_shelf(
             measured = measure_quality(graph, base, adapters[name], *cost)
         found[name] = dataclasses.replace(found[name], quality=measured)
     weights = _open_streamed(base) if layer_by_layer else None
-    found[""] = judge_mixed(bundle, base, held, library, reporter, weights)
-    return keep_shelf({name: dataclasses.replace(verdict, library=digest) for name, verdict in found.items()}, bundle)
+    found[""] = judge_mixed(bundle, base, held, library, reporter, weights, engine)
+    if engine is None:
+        return keep_shelf({name: dataclasses.replace(v, library=digest) for name, v in found.items()}, bundle)
+    return _keep_facts(joined(found), with_adapters(engine.facts, found, bundle), engine.path)
 
 
 class _Inside:
@@ -305,11 +312,18 @@ def _from_outputs(judge: Judge, inside: _Inside, of_graph: bool) -> list[Departu
 
 def _keep(verdict: Verdict, bundle: Bundle, engine: _Engine | None) -> Verdict:
     """Write the verdict beside what was judged; where that cannot be, the verdict says so."""
+    if engine:
+        return _keep_facts(verdict, dataclasses.replace(engine.facts, validation=summary(verdict)), engine.path)
     try:
-        if engine:
-            write_facts(dataclasses.replace(engine.facts, validation=summary(verdict)), engine.path)
-        else:
-            change_manifest(bundle, lambda now: dataclasses.replace(now, validation=summary(verdict)))
+        change_manifest(bundle, lambda now: dataclasses.replace(now, validation=summary(verdict)))
+    except ExportError as error:
+        return dataclasses.replace(verdict, not_kept=str(error))
+    return verdict
+
+
+def _keep_facts(verdict: Verdict, facts: EngineFacts, engine: Path) -> Verdict:
+    try:
+        write_facts(facts, engine)
     except ExportError as error:
         return dataclasses.replace(verdict, not_kept=str(error))
     return verdict
@@ -317,15 +331,38 @@ def _keep(verdict: Verdict, bundle: Bundle, engine: _Engine | None) -> Verdict:
 
 @dataclass(frozen=True)
 class _Engine:
-    """An engine that is open."""
+    """An engine that is open.
+
+    Attributes:
+        shelf: of one that takes adapters.
+    """
 
     path: Path
     facts: EngineFacts
     runner: EngineRunner
+    shelf: EngineShelf | None
+
+    runs_defaults = False
 
     @property
     def label(self) -> str:
         return f"{'TensorRT-RTX' if self.facts.runtime == 'rtx' else 'TensorRT'} ({self.path.name})"
+
+    @property
+    def batch_sizes(self) -> tuple[int, int]:
+        least, _, most = self.facts.profiles[0].inputs["input_ids"]
+        return least[0], most[0]
+
+    def seat_alone(self, name: str) -> None:
+        assert self.shelf is not None
+        self.shelf.seat_alone(name)
+
+    def seat(self, rows: Sequence[str | None]) -> None:
+        assert self.shelf is not None
+        self.shelf.seat(rows)
+
+    def run(self, feeds: Feeds) -> Feeds:
+        return self.runner.run(feeds)
 
     def choose(self, cases: list[Case], reporter: Reporter) -> list[Case]:
         """The cases that the engine's profiles take.
@@ -336,7 +373,8 @@ class _Engine:
         chosen = cases_within(cases, self.facts.profiles)
         if not chosen:
             raise ExportError(f"{self.path}: its profiles take none of the cases. Build it with wider --shapes.")
-        skipped = [case.name for case in cases if case not in chosen]
+        kept = [id(case) for case in chosen]
+        skipped = [case.name for case in cases if id(case) not in kept]
         if skipped:
             reporter.warn(f"Outside of the engine's profiles, left out: {', '.join(skipped)}.")
         return chosen
@@ -346,9 +384,10 @@ def _open_engine(bundle: Bundle, name: str, plugin: Path | None, reporter: Repor
     """Opened before PyTorch loads anything: most that can be wrong is found here."""
     path = find_engine(bundle, name)
     facts = read_facts(path)
-    if dict(facts.model_sha256) != dict(bundle.manifest.sha256):
+    if not is_made_of(facts, bundle):
         raise ExportError(f"{path}: was not built from {bundle.folder} as it is now. Build it again.")
-    return _Engine(path, facts, EngineRunner(path, facts, bundle, plugin, reporter))
+    runner = EngineRunner(path, facts, bundle, plugin, reporter)
+    return _Engine(path, facts, runner, EngineShelf(bundle, runner, facts) if facts.slots is not None else None)
 
 
 def _open_sources(base: BaseModel, adapter: AdapterSpec, graph: OnnxRunner) -> BaseWeights:

@@ -12,9 +12,10 @@ they make room for one another, and the first come back once more.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +26,7 @@ from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
 from teamlora_export.bundle import ADAPTER_NAME, Bundle, Manifest, Validation
 from teamlora_export.deploy.adapter_slots import NO_ADAPTER, Adapters, read_slot
 from teamlora_export.deploy.failure import ModelError
+from teamlora_export.engine.facts import EngineFacts, JudgedAdapter
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.read import read_graph
 from teamlora_export.model.base import BaseModel
@@ -83,32 +85,46 @@ def judge_mixed(
     library: Path | None,
     reporter: Reporter,
     weights: SafetensorsWeights | None = None,
+    engine: MixedEngine | None = None,
 ) -> Verdict:
     """Batches whose rows have adapters of their own: each row as it is alone.
 
     Args:
         weights: of the base, which are read from there layer by layer; None: it is in memory as a whole.
+        engine: what is judged; None: the graph.
+
+    Raises:
+        ExportError: an adapter's file is damaged, or the engine takes no such batch.
     """
     manifest, slots = bundle.manifest, require_shelf(bundle)["slots"]
-    shelf = open_shelf(bundle, min(slots, max(len(adapters), _MOST_IN_A_BATCH)))
-    # Of few adapters in many slots, an index that is too low would not show.
-    shelf.take_last_first()
-    runner = MixedRunner(bundle, shelf, library, weights is not None)
-    held = codes_of(runner, base) if manifest.quantisation else None
+    graph: OnnxRunner
+    runner: MixedRunner | MixedEngine
+    if engine is None:
+        shelf = open_shelf(bundle, min(slots, max(len(adapters), _MOST_IN_A_BATCH)))
+        # Of few adapters in many slots, an index that is too low would not show.
+        shelf.take_last_first()
+        runner = graph = MixedRunner(bundle, shelf, library, weights is not None)
+    else:
+        runner, graph = engine, OnnxRunner(bundle, ())
+    held = codes_of(graph, base) if manifest.quantisation else None
     multiple = MULTIPLE_OF_CODES if held else MULTIPLE
     [sample] = make_cases(base.config, base.task, brief=True)
     pad, vocabulary = int(sample.ids[sample.mask == 0][0]), base.config.get_text_config().vocab_size
     results: list[CaseResult] = []
     departures = list(default_departures(bundle))
-    batches = list(mixed_batches(list(adapters), slots))
     # What adapters are where they are left out.
-    batches.insert(0, [])
+    batches: list[list[str | None]] = [[]] if runner.runs_defaults else []
+    batches += mixed_batches(list(adapters), slots, *runner.batch_sizes)
+    cases = []
     for number, given in enumerate(batches):
+        case = mixed_case(given or [None, None], vocabulary, pad, sample.steps, number)
+        # Without any, they are the same in every call.
+        cases.append(case if given else replace(case, name="no adapter is given", steps=0))
+    taken = [id(case) for case in runner.choose(cases, reporter)]
+    for given, case in zip(batches, cases, strict=True):
+        if id(case) not in taken:
+            continue
         rows = given or [None, None]
-        case = mixed_case(rows, vocabulary, pad, sample.steps, number)
-        if not given:
-            # They are the same in every call.
-            case = replace(case, name="no adapter is given", steps=0)
         with reporter.step(f"Batch: {case.name}"):
             runner.seat(given)
             apart = RowsApart(base, adapters, rows, case, manifest.inputs, held, weights)
@@ -118,9 +134,10 @@ def judge_mixed(
             results += judge.results()
         if (failure := judge.first_failure()) is not None:
             _, step, judgement = failure
-            departures += apart.locate(runner, step)
+            # An engine shows nothing of its inside.
+            departures += apart.locate(graph, step) if engine is None else ()
             reason = f"errs by {judgement.error.rms:.2e}, allowed is {judgement.allowed:.2e} ({case.name})"
-            node = runner.producer_of(judgement.name)
+            node = graph.producer_of(judgement.name)
             departures.append(Departure("rows", judgement.name, node, f"{judgement.name} {reason}"))
     return Verdict(manifest.dtype, tuple(results), tuple(departures), candidate=runner.label, multiple=multiple)
 
@@ -146,20 +163,7 @@ def keep_shelf(found: Mapping[str, Verdict], bundle: Bundle) -> Verdict:
     Args:
         found: by the adapter's name; under "" that of batches of several.
     """
-    first = next(iter(found.values()))
-    parts = [(f"{name}: " if name else "", verdict) for name, verdict in found.items()]
-    whole = dataclasses.replace(
-        first,
-        cases=tuple(dataclasses.replace(c, name=f"{of}{c.name}") for of, verdict in parts for c in verdict.cases),
-        departures=tuple(
-            dataclasses.replace(d, reason=f"{of}{d.reason}") for of, verdict in parts for d in verdict.departures
-        ),
-        local=tuple(dataclasses.replace(c, case=f"{of}{c.case}") for of, verdict in parts for c in verdict.local),
-        weights=sum(verdict.weights for verdict in found.values()),
-        expert_use={f"{of}{path}": shares for of, verdict in parts for path, shares in verdict.expert_use.items()},
-        quality=None,
-        qualities={name: verdict.quality for name, verdict in found.items() if verdict.quality is not None},
-    )
+    whole = joined(found)
 
     def with_verdicts(now: Manifest) -> Manifest:
         shelf = now.shelf
@@ -179,6 +183,45 @@ def keep_shelf(found: Mapping[str, Verdict], bundle: Bundle) -> Verdict:
     except ExportError as error:
         return dataclasses.replace(whole, not_kept=str(error))
     return whole
+
+
+def with_adapters(facts: EngineFacts, found: Mapping[str, Verdict], bundle: Bundle) -> EngineFacts:
+    """The facts of an engine that takes adapters, with the verdicts on it, `found` as `keep_shelf` takes them."""
+    shelf = require_shelf(bundle)["adapters"]
+    known = {
+        name: judged
+        for name, judged in (facts.adapter_validations or {}).items()
+        if name in shelf and shelf[name]["sha256"] == judged["sha256"]
+    }
+    judged: dict[str, JudgedAdapter] = {
+        name: {"sha256": shelf[name]["sha256"], "validation": summary(verdict)}
+        for name, verdict in found.items()
+        if name
+    }
+    before = facts.validation if known.keys() == shelf.keys() else None
+    return dataclasses.replace(
+        facts,
+        validation=_of_bundle(joined(found), before, are_all=judged.keys() == shelf.keys()),
+        adapter_validations={**known, **judged},
+    )
+
+
+def joined(found: Mapping[str, Verdict]) -> Verdict:
+    """All verdicts as one; `found` as `keep_shelf` takes them."""
+    first = next(iter(found.values()))
+    parts = [(f"{name}: " if name else "", verdict) for name, verdict in found.items()]
+    return dataclasses.replace(
+        first,
+        cases=tuple(dataclasses.replace(c, name=f"{of}{c.name}") for of, verdict in parts for c in verdict.cases),
+        departures=tuple(
+            dataclasses.replace(d, reason=f"{of}{d.reason}") for of, verdict in parts for d in verdict.departures
+        ),
+        local=tuple(dataclasses.replace(c, case=f"{of}{c.case}") for of, verdict in parts for c in verdict.local),
+        weights=sum(verdict.weights for verdict in found.values()),
+        expert_use={f"{of}{path}": shares for of, verdict in parts for path, shares in verdict.expert_use.items()},
+        quality=None,
+        qualities={name: verdict.quality for name, verdict in found.items() if verdict.quality is not None},
+    )
 
 
 def _of_bundle(whole: Verdict, before: Validation | None, are_all: bool) -> Validation | None:
@@ -209,8 +252,12 @@ def slot_fill(bundle: Bundle, name: str) -> SlotFill:
     return SlotFill(arrays, np.array([1], np.int32))
 
 
-def open_shelf(bundle: Bundle, slots: int) -> Adapters:
-    """The shelf of a bundle in memory, as the deployed programs have it."""
+def open_shelf(bundle: Bundle, slots: int, make: Callable[[tuple[int, ...], type], Any] = np.zeros) -> Adapters:
+    """The shelf of a bundle in memory, as the deployed programs have it.
+
+    Args:
+        make: see `Adapters`.
+    """
     inputs = {}
     for value in read_graph(bundle).graph.inputs:
         if value.const_value is not None and value.name != ADAPTER_NAME:
@@ -220,18 +267,48 @@ def open_shelf(bundle: Bundle, slots: int) -> Adapters:
             inputs[str(value.name)] = (tuple(int(size) for size in value.shape[1:]), kind)  # type: ignore[arg-type]
     adapters = require_shelf(bundle)["adapters"]
     listed = {name: (adapter["file"], adapter["sha256"]) for name, adapter in adapters.items()}
-    return Adapters(bundle.folder, inputs, slots, lambda: listed, lambda: 0)
+    return Adapters(bundle.folder, inputs, slots, lambda: listed, lambda: 0, make=make)
 
 
-def mixed_batches(names: Sequence[str], slots: int) -> Iterator[list[str | None]]:
-    """The adapter of each row of each batch: all of `names`, so many of them at a time as there are slots for."""
+def seated(adapters: Adapters, rows: Sequence[str | None]) -> np.ndarray:
+    """The slots of the rows' adapters, int32, which are there then, until others are seated.
+
+    Raises:
+        ExportError: an adapter's file is damaged.
+    """
+    taken: dict[str, int] = {}
+    try:
+        for name in dict.fromkeys(name for name in rows if name is not None):
+            slot = adapters.take(adapters.find(name))
+            assert slot is not None
+            taken[name] = slot
+    except ModelError as error:
+        raise ExportError(str(error)) from None
+    for slot in taken.values():
+        # For the batch after this one.
+        adapters.give(slot)
+    return np.array([NO_ADAPTER if name is None else taken[name] for name in rows], np.int32)
+
+
+def mixed_batches(
+    names: Sequence[str], slots: int, least: int = 1, most: int | None = None
+) -> Iterator[list[str | None]]:
+    """The adapter of each row of each batch: all of `names`, so many of them at a time as there are slots for.
+
+    Args:
+        least, most: rows of a batch.
+    """
     size = min(slots, _MOST_IN_A_BATCH)
     groups = [list(names[start : start + size]) for start in range(0, len(names), size)]
     if len(groups) > 1:
         # What is left of others in their slots would show.
         groups.append(groups[0])
     for group in groups:
-        yield [*group[:1], None, *group[1:], group[0]]
+        rows = [*group[:1], None, *group[1:], group[0]]
+        for start in range(0, len(rows), most or len(rows)):
+            part = rows[start : start + (most or len(rows))]
+            # What is too few begins again.
+            yield [*part, *((rows * least)[: max(0, least - len(part))])]
 
 
 def mixed_case(rows: Sequence[str | None], vocabulary: int, pad: int, steps: int, seed: int) -> Case:
@@ -245,6 +322,25 @@ def mixed_case(rows: Sequence[str | None], vocabulary: int, pad: int, steps: int
     ids[ids == pad] = (pad + 1) % vocabulary
     named = ", ".join(name or NO_ADAPTER_NAME for name in rows)
     return Case(f"rows of {named}", np.where(mask > 0, ids, pad), mask, steps)
+
+
+class MixedEngine(Protocol):
+    """What judges batches of an engine; see `MixedRunner` for each."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def runs_defaults(self) -> bool: ...
+
+    @property
+    def batch_sizes(self) -> tuple[int, int | None]: ...
+
+    def choose(self, cases: list[Case], reporter: Reporter) -> list[Case]: ...
+
+    def seat(self, rows: Sequence[str | None]) -> None: ...
+
+    def run(self, feeds: Feeds) -> Feeds: ...
 
 
 class MixedRunner(OnnxRunner):
@@ -262,6 +358,20 @@ class MixedRunner(OnnxRunner):
         # Nothing: the graph's own defaults.
         self._rows: np.ndarray | None = None
 
+    @property
+    def runs_defaults(self) -> bool:
+        """Whether it can be run with what adapters are where they are left out."""
+        return True
+
+    @property
+    def batch_sizes(self) -> tuple[int, int | None]:
+        """Rows of a batch, at least and at most; None: any number."""
+        return 1, None
+
+    def choose(self, cases: list[Case], _reporter: Reporter) -> list[Case]:
+        """Those that it takes."""
+        return cases
+
     def seat(self, rows: Sequence[str | None]) -> None:
         """From now on, the rows of a batch have these adapters; of no rows, adapters are left out.
 
@@ -272,18 +382,7 @@ class MixedRunner(OnnxRunner):
             self._rows = None
             self._take(_defaults(self.written))
             return
-        taken: dict[str, int] = {}
-        try:
-            for name in dict.fromkeys(name for name in rows if name is not None):
-                slot = self._adapters.take(self._adapters.find(name))
-                assert slot is not None
-                taken[name] = slot
-        except ModelError as error:
-            raise ExportError(str(error)) from None
-        for slot in taken.values():
-            # For the batch after this one.
-            self._adapters.give(slot)
-        self._rows = np.array([NO_ADAPTER if name is None else taken[name] for name in rows], np.int32)
+        self._rows = seated(self._adapters, rows)
         memory = {name: _numbers(array) for name, array in self._adapters.memory.items()}
         self._take(SlotFill(memory, self._rows))
 

@@ -198,7 +198,7 @@ def test_short_requests_hold_up_no_text_for_long(open_slots):
 def test_what_a_call_gave_is_not_kept_for_the_next(open_slots):
     model = open_slots(slots=2)
     model.read(0, [[5, 6]])
-    assert not model._bindings[0, 1].get_outputs()[0].has_value()
+    assert not model._calls[0, 1].binding.get_outputs()[0].has_value()
 
 
 def test_a_text_that_has_begun_takes_no_padding(open_slots):

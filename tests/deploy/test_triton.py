@@ -161,7 +161,7 @@ def test_how_texts_are_batched_follows_from_the_model_or_is_refused(make_bundle,
             ("does not generate text", make_bundle("bert"), {}),
             ("no bfloat16", make_bundle("llama", dtype="bf16"), {"gpu": True}),
             ("no --no-text", in_place, {"text": False}),
-            ("Leave --engine", in_place, {"engine": "fp16"}),
+            ("texts share the steps of an engine", growing, {"engine": "fp16"}),
             ("--batching continuously: unknown", in_place, {"batching": "continuously"}),
         )
     ):
@@ -203,7 +203,7 @@ def test_a_capacity_that_cannot_be_and_an_engine_with_a_cache_in_place_are_refus
     for message, bundle, options in (
         ("--capacity 8: .* keeps no cache in place", growing, {"capacity": 8}),
         ("--capacity 129: the model takes 128 tokens", in_place, {"capacity": 129}),
-        ("Triton's TensorRT back end", in_place, {"engine": "fp16-tensorrt"}),
+        ("Triton's TensorRT back end", in_place, {"engine": "fp16-tensorrt", "batching": "sequence"}),
     ):
         with pytest.raises(ExportError, match=message):
             deploy_triton(bundle, tmp_path / "out", **options)

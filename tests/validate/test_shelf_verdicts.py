@@ -323,7 +323,7 @@ def test_another_adapter_under_a_name_is_refused_before_anything_runs(shelf, she
         judged(shelf, adapter_folder={"small": shelf_adapters["lora"]})
     with pytest.raises(ExportError, match="has no adapter 'nobody'; it has hydra, lora, moe, small, team"):
         judged(shelf, only=["nobody"])
-    with pytest.raises(ExportError, match="of which no engines are built"):
+    with pytest.raises(ExportError, match="fp16: no engine of that name"):
         judged(shelf, engine_name="fp16")
     with pytest.raises(ExportError, match="is measured beside a base that is in memory as a whole"):
         judged(shelf, layer_by_layer=True, quality=True)

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from chat import Chat
+from engine_session import open_session
 from opened import COUNTING, Failures, is_given, open_beside, refusal, told_when_loaded
 from sampling import Sampling
 from scheduler import Answer, Late, Overloaded, Scheduler, Token
-from session import ModelError, Session
+from session import ModelError
 from slots import open_slots
 from words import StoppedText, TextStream, encode_prompt, encode_text
 
@@ -47,7 +48,7 @@ class TritonPythonModel:
         self._places = Semaphore(numbers["slots"] + numbers["waiting"])
         self._longest = float(parameters["time_limit"]) or float("inf")
         with told_when_loaded():
-            session = Session(
+            session = open_session(
                 folder,
                 Path(parameters["library"]) if "library" in parameters else None,
                 check=False,
