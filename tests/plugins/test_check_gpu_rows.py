@@ -38,16 +38,21 @@ def test_rows_are_judged_in_onnx_runtime(sessions):
 
 
 def test_what_is_wrong_is_found_out_and_named(sessions):
+    # Memory that sessions are bound to.
+    held = []
+
     def keeps_slots(batch, adapter):
         """As they were when the session was opened."""
-        held = {name: getattr(batch, name).clone() for name in ("down", "mix", "up")}
-        return sessions.of_slots(SimpleNamespace(**{**vars(batch), **held}), adapter)
+        held.append({name: getattr(batch, name).clone() for name in ("down", "mix", "up")})
+        return sessions.of_slots(SimpleNamespace(**{**vars(batch), **held[-1]}), adapter)
 
     def keeps_indices(batch, adapter):
-        return sessions.of_slots(batch, adapter.clone())
+        held.append(adapter.clone())
+        return sessions.of_slots(batch, held[-1])
 
     def exchanges_rows(batch, adapter):
-        return sessions.of_slots(batch, adapter.flip(0))
+        held.append(adapter.flip(0))
+        return sessions.of_slots(batch, held[-1])
 
     for opened, message in (
         (keeps_slots, r"3 rows of 1 tokens, a swap: wrong"),
