@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from method.cells import Place, code_version, default_folder, run_cell, whole_version
+from method.figures import require_output, write_figures
 from method.plan import BASE, EXPERTS, EXPORTED, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
+from method.report import tables
 
 from teamlora_export import interrupt
 from teamlora_export.deploy.cores import usable_cores
@@ -41,6 +43,8 @@ PARTS = ("scores", "steps", "inference", "exports")
 
 def main() -> None:
     given = _arguments()
+    if given.output is not None:
+        require_output(given.output)
     reporter = Reporter()
     settings = QUICK if given.quick else FULL
     changed = {name: value for name in _CHANGED if (value := getattr(given, name)) is not None}
@@ -63,7 +67,9 @@ def main() -> None:
     }
     found["machine"] = _machine()
     found["notes"] = _notes(found, place)
-    _tell(found, given.output)
+    print(tables(found), end="")
+    if given.output is not None:
+        write_figures(found, given.output)
     if failures:
         raise ExportError("; ".join(failures))
 
@@ -89,7 +95,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small grid, short trainings, few questions")
     parser.add_argument("--jobs", type=_count, default=usable_cores(), help="cells at a time (default: the cores)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2; with --quick 0")
+    parser.add_argument("--seeds", type=_seed, nargs="+", help="default: 0 1 2; with --quick 0")
     parser.add_argument(
         "--cells", nargs="+", default=[], help="names, with or without a seed, or patterns; scores alone"
     )
@@ -105,7 +111,7 @@ def _arguments() -> argparse.Namespace:
         kind = {"learning_rate": float, "dtype": str}.get(name, _count)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    given.seeds = given.seeds or ([0] if given.quick else [0, 1, 2])
+    given.seeds = list(dict.fromkeys(given.seeds or ([0] if given.quick else [0, 1, 2])))
     given.parts = given.parts or (["scores"] if given.cells else list(PARTS))
     given.turns = given.turns or (6 if given.quick else 9)
     return given
@@ -114,6 +120,12 @@ def _arguments() -> argparse.Namespace:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1.")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to {2**32 - 1}.")
     return int(text)
 
 
@@ -242,20 +254,6 @@ def _notes(found: dict[str, Any], place: Place) -> list[str]:
     if found["missing"]:
         notes.append(f"Not run yet: {', '.join(found['missing'])}.")
     return notes
-
-
-def _tell(found: dict[str, Any], output: Path | None) -> None:
-    from method.report import tables, write_plot
-
-    text = tables(found)
-    print(text, end="")
-    if output is None:
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    write_aside(output / "figures.json", json.dumps(found, indent=1) + "\n", result=False)
-    write_aside(output / "README.md", text, result=False)
-    if found["scores"] or found["steps"]:
-        write_plot(found, output / "plot.png")
 
 
 def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:

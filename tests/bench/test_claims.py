@@ -40,6 +40,7 @@ from method import cells as cells_module  # noqa: E402
 from method import inference  # noqa: E402
 from method.cells import Place, asked_examples, data_folder, run_cell  # noqa: E402
 from method.exports import score_exports  # noqa: E402
+from method.figures import require_output, write_figures  # noqa: E402
 from method.plan import BASE, FULL, Cell, Settings, count_parameters, full_grid, nearest_rank, options_of, quick_grid  # noqa: E402
 from method.report import PUBLISHED, difference, interval, tables, verdicts, write_plot  # noqa: E402
 from method.score import runner_generate, score, tokenizer_of, torch_generate  # noqa: E402
@@ -581,6 +582,34 @@ claims._work(None, None, 1)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "still at it\n")
     assert "Interrupted" in done.stderr
+
+
+def test_only_a_folder_that_a_run_wrote_is_replaced(tmp_path):
+    found = {"title": "A look", "notes": [], "scores": [], "steps": [], "inference": [], "exports": []}
+    out = tmp_path / "out"
+    for title in ("A look", "Another"):
+        write_figures({**found, "title": title}, out)
+        assert (out / "README.md").read_text().startswith(f"# {title}")
+        assert json.loads((out / "figures.json").read_text())["title"] == title
+    (out / "README.md").write_text("my own notes")
+    foreign = tmp_path / "clone"
+    foreign.mkdir()
+    (foreign / "README.md").write_text("my own notes")
+    for folder, told in ((out, "README.md: is not a file that"), (foreign, "no figures of this program are in it")):
+        with pytest.raises(ExportError, match=told):
+            require_output(folder)
+        with pytest.raises(ExportError, match=told):
+            write_figures(found, folder)
+        assert (folder / "README.md").read_text() == "my own notes"
+
+
+def test_a_seed_that_is_given_twice_counts_once(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--seeds", "3", "3", "0"])
+    assert command._arguments().seeds == [3, 0]
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--seeds", "-1"])
+    with pytest.raises(SystemExit):
+        command._arguments()
+    assert "expected a whole number from 0" in capsys.readouterr().err
 
 
 def claims(*arguments: object) -> subprocess.CompletedProcess[str]:
