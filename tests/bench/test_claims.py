@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ from method import cells as cells_module  # noqa: E402
 from method import inference  # noqa: E402
 from method.cells import Place, asked_examples, data_folder, run_cell  # noqa: E402
 from method.exports import score_exports  # noqa: E402
-from method.figures import require_output, write_figures  # noqa: E402
+from method.figures import read_scores, require_output, write_figures  # noqa: E402
 from method.plan import BASE, FULL, Cell, Settings, count_parameters, full_grid, nearest_rank, options_of, quick_grid  # noqa: E402
 from method.report import PUBLISHED, difference, interval, student, tables, verdicts, write_plot  # noqa: E402
 from method.score import runner_generate, score, tokenizer_of, torch_generate  # noqa: E402
@@ -215,15 +216,80 @@ def test_versions_are_of_the_code_that_results_depend_on():
     assert all(path.is_file() for path in cells_module._ALL)
 
 
-def test_kept_timings_are_of_the_same_code(place, monkeypatch):
+def test_another_tokenizer_or_weights_in_another_format_are_another_base(place, tmp_path):
+    keys = {place._key(TEAM)}
+    for name in ("tokenizer.json", "generation_config.json", "pytorch_model.bin", "merges.txt"):
+        folder = tmp_path / name
+        shutil.copytree(place.base, folder)
+        with (folder / name).open("a") as file:
+            file.write(" ")
+        keys.add(dataclasses.replace(place, base=folder)._key(TEAM))
+    assert len(keys) == 5
+
+
+def test_another_version_of_a_library_is_another_cell(place, monkeypatch):
+    before = place._key(TEAM)
+    monkeypatch.setattr(cells_module, "_libraries", lambda: {"torch": "0.1"})
+    assert place._key(TEAM) != before
+
+
+def test_kept_timings_are_of_the_same_settings_base_and_code(place, monkeypatch, tmp_path):
     given = argparse.Namespace(quick=False, parts=["steps"], cells=[], any_version=False)
-    assert command._timed(place, "steps", given, lambda: [1]) == [1]
+    (row,) = command._timed(place, "steps", given, lambda: [{"a": 1}])
+    assert row["a"] == 1 and row["machine"]["cores"] >= 1
     given.parts = []
-    assert command._timed(place, "steps", given, lambda: pytest.fail("measured")) == [1]
+
+    def kept(of: Place) -> list:
+        return command._timed(of, "steps", given, lambda: pytest.fail("measured"))
+
+    assert kept(place) == [row]
+    other = tmp_path / place.base.name
+    shutil.copytree(place.base, other)
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    assert kept(dataclasses.replace(place, base=other)) == []
+    assert kept(dataclasses.replace(place, settings=dataclasses.replace(TINY, rank=16))) == []
     monkeypatch.setattr(command, "whole_version", lambda: "otherone")
-    assert command._timed(place, "steps", given, lambda: pytest.fail("measured")) == []
+    assert kept(place) == []
     given.any_version = True
-    assert command._timed(place, "steps", given, lambda: pytest.fail("measured")) == [1]
+    assert kept(place) == [row]
+
+
+def test_cells_of_another_run_count_beside_this_ones_where_all_but_the_seed_is_the_same(
+    team, place, tmp_path, monkeypatch, capsys
+):
+    """Seed 0 is in the cache, seed 1 in the figures of other code: one verdict of both, and nothing is trained."""
+    theirs = {**team, "cell": "teamlora-k4-ffn-s1", "seed": 1, "code": "8aab571b"}
+    figures = {"settings": dataclasses.asdict(TINY), "code": "8aab571b", "scores": [theirs]}
+    path = tmp_path / "figures.json"
+
+    def write(**changed: object) -> Path:
+        path.write_text(json.dumps({**figures, **changed}))
+        return path
+
+    few = [w for n, v in dataclasses.asdict(TINY).items() if n != "data_seed" for w in (f"--{n.replace('_', '-')}", v)]
+    asked = ("--quick", "--base", place.base, "--cache", place.folder, "--cells", "teamlora-k4-ffn", *few)
+    monkeypatch.setattr(sys, "argv", ["claims.py", *map(str, asked), "--with", str(write())])
+    monkeypatch.setattr(command, "run_cell", lambda *_: pytest.fail("trained"))
+    command.main()
+    told = capsys.readouterr().out
+    assert "| TeamLoRA, k=4 | gate, up, down | 8 | 7,248 | 2 |" in told
+    assert (
+        "From figures.json of code 8aab571b, which does not say of which weights its base was: teamlora-k4-ffn-s1."
+        in told
+    )
+    assert "# A quick look at one family of adapters" in told
+    for changed, refused in (
+        ({"settings": {**figures["settings"], "steps": 3}}, r"was made with steps 3 \(here 2\)"),
+        ({"base_sha256": "0"}, "another base"),
+        ({"scores": [{**theirs, "rank": 4}]}, "has rank 4, alpha .* here it has 8"),
+        ({"scores": [{**theirs, "seed": 2}]}, "is not what its options say"),
+        ({"scores": [{**theirs, "right": {"topic": "01"}}]}, "was asked other questions"),
+        ({"scores": [theirs, theirs]}, "is there twice"),
+        ({"scores": [{"cell": "base"}]}, "missing required field"),
+    ):
+        with pytest.raises(ExportError, match=refused):
+            read_scores(write(**changed), place)
+    assert read_scores(write(base_sha256=cells_module.hash_of_base(place.base)), place)[0] == [theirs]
 
 
 def test_layout_and_comments_leave_the_code_what_it_is(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ NAMES = {"teamlora": "TeamLoRA", "moelora": "MoELoRA", "hydralora": "HydraLoRA",
 PUBLISHED = "published, PyTorch"
 # The published code has a packed form of teamlora beside its loop (`fast_forward`, lora.py at 8d8c102).
 _LAYERS = {"published": "one by one", "packed": "packed"}
+_TIMED = ("A training step", "Inference")
 _TARGETS = {"ffn": "gate, up, down", "all": "all projections"}
 
 Result = Mapping[str, Any]
@@ -43,8 +45,18 @@ def tables(found: Mapping[str, Any]) -> str:
     text = [f"# {found['title']}", "", "\n\n".join(found["notes"])]
     for rows, title, lines in parts:
         if rows and lines:
-            text += ["", f"## {title}", "", *lines]
+            text += ["", f"## {title}", "", *lines, *_timed_on(rows if title in _TIMED else ())]
     return "\n".join(text) + "\n"
+
+
+def _timed_on(rows: Rows) -> list[str]:
+    """On which machine timings were taken, which need not be that of the scores."""
+    machines = [json.dumps(row["machine"], sort_keys=True) for row in rows if "machine" in row]
+    told = []
+    for machine in map(json.loads, dict.fromkeys(machines)):
+        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        told.append(f"Timed on {machine['processor']}, {machine['cores']} cores, with {versions}.")
+    return ["", *told] if told else []
 
 
 def groups(scores: Rows) -> dict[str, list[Result]]:
