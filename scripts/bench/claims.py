@@ -23,7 +23,8 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -166,9 +167,8 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
     # Before the workers load a library that reads it.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     started, failures = time.monotonic(), []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as workers:
-        futures = {workers.submit(_work, cell, place, threads): cell for cell in waiting}
+    with ThreadPoolExecutor(jobs) as workers:
+        futures = {workers.submit(_alone, cell, place, threads): cell for cell in waiting}
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 cell, seconds = futures[future], time.monotonic() - started
@@ -183,8 +183,16 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
     return failures
 
 
+def _alone(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
+    """`_work` in a pool of its own: a process that is killed breaks its pool, and all that wait in it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
+        return worker.submit(_work, cell, place, threads).result()
+
+
 def _outcome(future: Future[dict[str, Any] | None]) -> str:
     error = future.exception()
+    if isinstance(error, BrokenProcessPool):
+        return "its process was killed (out of memory?); the same command goes on from its last checkpoint"
     if error is not None:
         return first_line(error)
     result = future.result()

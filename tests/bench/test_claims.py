@@ -8,8 +8,10 @@ import fcntl
 import io
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -627,6 +629,35 @@ def test_a_cell_that_fails_costs_no_other(place, monkeypatch):
         "teamlora-k4-ffn-half-s0: 12.3",
         "teamlora-k4-ffn-s0: 12.3",
     ]
+
+
+def _worked(cell: Cell, _place: Place, _threads: int) -> dict[str, float]:
+    if cell.family == "hydralora":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"mean": 12.34}
+
+
+def test_a_worker_that_is_killed_costs_no_other_cell(place, monkeypatch):
+    """Forked, so that nothing is loaded again."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(command.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(command, "_work", _worked)
+    elsewhere = dataclasses.replace(place, folder=place.folder / "elsewhere")
+    told = io.StringIO()
+    failures = command._run_cells(quick_grid([0]), elsewhere, 2, Reporter(Console(file=told, width=200)))
+    (failure,) = failures
+    assert failure.startswith("hydralora-k4-ffn-s0: its process was killed (out of memory?); the same command goes on")
+    assert told.getvalue().count(": 12.3") == len(quick_grid([0])) - 1
+
+
+def test_answers_are_greedy_whatever_the_base_asks_for(make_base):
+    """A penalty of words that the prompt has falls on every copied word, and the deployed programs know none."""
+    base = make_base("llama")
+    model = base.load(torch.float32)
+    prompts = [[1, 5, 6, 7, 5, 6, 7], [1, 9, 8]]
+    expected = torch_generate(model, base.folder)(prompts, 8)
+    model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=3)
+    assert torch_generate(model, base.folder)(prompts, 8) == expected
 
 
 def test_cells_are_chosen_by_their_names_and_not_by_parts_of_them():
