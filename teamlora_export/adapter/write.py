@@ -63,7 +63,7 @@ def _config_fields(adapter: AdapterSpec) -> dict[str, object]:
     # What plain LoRA does not have, PEFT does not know.
     of_experts = {"lora_nums": config.lora_nums, "blc_alpha": config.blc_alpha, "blc_weight": config.blc_weight}
     return {
-        # The authors' code has "LORA" in all families, which PEFT would read as plain LoRA, without the experts; of
+        # The code of TeamLoRA and HydraLoRA has "LORA", which PEFT would read as plain LoRA, without the experts; of
         # these names it knows none, and says so. Reading tells families by their tensors.
         "peft_type": adapter.family.upper(),
         "task_type": config.task_type,
