@@ -200,6 +200,14 @@ def write_together(files: Mapping[Path, Content]) -> None:
                 _note_written(path, path)
 
 
+def remove_whole(folder: Path) -> None:
+    """Remove a folder in one step: what is killed while its files go leaves none with a part of them in its place."""
+    gone = _staging_path(folder, _PARTIAL)
+    with suppress(OSError):
+        os.rename(folder, gone)
+        _rmtree(gone)
+
+
 @contextmanager
 def existing(folder: Path) -> Iterator[None]:
     """`folder` exists inside of the block; what had to be made for it goes away again where the block fails."""
@@ -376,6 +384,10 @@ def _finish(path: Path, place: Path, state: str) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def _rmtree(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_abandoned(path: Path) -> bool:

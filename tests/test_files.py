@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
+from teamlora_export.disk import FULL, saving
 from teamlora_export.errors import ExportError
 from teamlora_export.files import copy_file, link_or_copy, open_file, read_json, read_record, sha256_of
 
@@ -141,3 +146,19 @@ def test_another_name_of_a_linked_file_is_one_of_the_file_itself(tmp_path: Path)
     link_or_copy(link, target)
     assert not target.is_symlink()
     assert target.samefile(tmp_path / "blobs" / "hash")
+
+
+def test_a_full_disk_is_the_systems_error_where_safetensors_writes(tmp_path: Path) -> None:
+    """`disk.saving` can go when safetensors says `OSError` itself. A limit on files is what a test can fill."""
+    tensors, limits = {"a": np.zeros(100_000, np.float32)}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as found, saving(Path("there")):
+            save_file(tensors, tmp_path / "a.safetensors")
+        with pytest.raises(SafetensorError):
+            save_file(tensors, tmp_path / "a.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert found.value.errno in FULL and found.value.filename == "there"
+    with pytest.raises(ValueError, match="another"), saving(Path("there")):
+        raise ValueError("another")

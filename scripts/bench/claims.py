@@ -3,6 +3,7 @@
     scripts/bench/claims.py --quick                       one seed, a small grid: half an hour on two cores (estimated)
     scripts/bench/claims.py                               everything; hours
     scripts/bench/claims.py --cells teamlora-k4-ffn moelora-k4-ffn --seeds 3       two cells with another seed
+    scripts/bench/claims.py ... --with FIGURES.json       the same, with a verdict of those seeds and this one
     scripts/bench/claims.py --cells base '*-k4-ffn' lora-ffn                       one set of targets, three seeds
     scripts/bench/claims.py --parts steps inference       timings alone: on a machine with nothing else to do
 
@@ -21,14 +22,17 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from method.cells import Place, code_version, default_folder, run_cell, whole_version
-from method.plan import BASE, EXPERTS, EXPORTED, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
+from method.cells import Place, code_version, default_folder, hash_of_base, run_cell, short_hash, whole_version
+from method.figures import read_scores, require_output, write_figures
+from method.plan import BASE, EXPERTS, EXPORTED, FAMILIES, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
+from method.report import tables
 
 from teamlora_export import interrupt
 from teamlora_export.deploy.cores import usable_cores
@@ -41,31 +45,48 @@ PARTS = ("scores", "steps", "inference", "exports")
 
 def main() -> None:
     given = _arguments()
+    if given.output is not None:
+        require_output(given.output)
     reporter = Reporter()
     settings = QUICK if given.quick else FULL
     changed = {name: value for name in _CHANGED if (value := getattr(given, name)) is not None}
     place = Place(_base(given.base), dataclasses.replace(settings, **changed), given.cache, given.any_version)
     grid = (quick_grid if given.quick else full_grid)(given.seeds)
     cells = _chosen(grid, given.cells)
-    failures = _run_cells(cells, place, given.jobs, reporter) if "scores" in given.parts else []
+    others, told = read_scores(given.pooled, place) if given.pooled is not None else ([], "")
+    there = {result["cell"] for result in others}
+    own = [cell for cell in cells if cell.name not in there]
+    failures = _run_cells(own, place, given.jobs, reporter) if "scores" in given.parts else []
+    scores = [*others, *(_without(result, "answers") for cell in own if (result := place.find(cell)) is not None)]
     found = {
-        "title": ("A quick look at" if given.quick else "The measure of") + " four families of adapters",
+        "title": f"{'A quick look at' if given.quick else 'The measure of'} {_families(scores)} of adapters",
         "quick": given.quick,
         "command": shlex.join(["scripts/bench/claims.py", *sys.argv[1:]]),
         "settings": dataclasses.asdict(place.settings),
         "code": code_version(),
-        "seeds": given.seeds,
-        "missing": [cell.name for cell in cells if place.find(cell) is None],
-        "scores": [_without(result, "answers") for cell in cells if (result := place.find(cell)) is not None],
+        "base": place.base.name,
+        "base_sha256": hash_of_base(place.base),
+        "seeds": sorted({*given.seeds, *(result["seed"] for result in others)}),
+        "pooled": told,
+        "missing": [cell.name for cell in own if place.find(cell) is None],
+        "scores": scores,
         "steps": _timed(place, "steps", given, lambda: _steps(place, given, reporter)),
         "inference": _timed(place, "inference", given, lambda: _inference(place, given, reporter)),
         "exports": _exports(cells, place, given, reporter),
     }
     found["machine"] = _machine()
-    found["notes"] = _notes(found, place)
-    _tell(found, given.output)
+    found["notes"] = _notes(found, place, others)
+    print(tables(found), end="")
+    if given.output is not None:
+        write_figures(found, given.output)
     if failures:
         raise ExportError("; ".join(failures))
+
+
+def _families(scores: Sequence[Mapping[str, Any]]) -> str:
+    """How many there are in the tables; of timings alone, all."""
+    count = len({result["family"] for result in scores} - {BASE}) or len(FAMILIES)
+    return "one family" if count == 1 else f"{('two', 'three', 'four')[count - 2]} families"
 
 
 def _chosen(grid: Sequence[Cell], asked: Sequence[str]) -> list[Cell]:
@@ -89,7 +110,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small grid, short trainings, few questions")
     parser.add_argument("--jobs", type=_count, default=usable_cores(), help="cells at a time (default: the cores)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2; with --quick 0")
+    parser.add_argument("--seeds", type=_seed, nargs="+", help="default: 0 1 2; with --quick 0")
     parser.add_argument(
         "--cells", nargs="+", default=[], help="names, with or without a seed, or patterns; scores alone"
     )
@@ -99,13 +120,20 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--base", type=Path, help="a folder (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--cache", type=Path, default=default_folder(), help="where cells are kept")
+    parser.add_argument(
+        "--with",
+        dest="pooled",
+        type=Path,
+        metavar="FIGURES.json",
+        help="count the cells of another run, of the same settings and base, with those of this one",
+    )
     parser.add_argument("--any-version", action="store_true", help="take what other versions of the code have found")
     parser.add_argument("-o", "--output", type=Path, help="a folder for figures.json, README.md and plot.png")
     for name in _CHANGED:
         kind = {"learning_rate": float, "dtype": str}.get(name, _count)
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    given.seeds = given.seeds or ([0] if given.quick else [0, 1, 2])
+    given.seeds = list(dict.fromkeys(given.seeds or ([0] if given.quick else [0, 1, 2])))
     given.parts = given.parts or (["scores"] if given.cells else list(PARTS))
     given.turns = given.turns or (6 if given.quick else 9)
     return given
@@ -114,6 +142,12 @@ def _arguments() -> argparse.Namespace:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1.")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to {2**32 - 1}.")
     return int(text)
 
 
@@ -133,9 +167,8 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
     # Before the workers load a library that reads it.
     os.environ["OMP_NUM_THREADS"] = str(threads)
     started, failures = time.monotonic(), []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, max_tasks_per_child=1) as workers:
-        futures = {workers.submit(_work, cell, place, threads): cell for cell in waiting}
+    with ThreadPoolExecutor(jobs) as workers:
+        futures = {workers.submit(_alone, cell, place, threads): cell for cell in waiting}
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 cell, seconds = futures[future], time.monotonic() - started
@@ -150,8 +183,16 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
     return failures
 
 
+def _alone(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
+    """`_work` in a pool of its own: a process that is killed breaks its pool, and all that wait in it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
+        return worker.submit(_work, cell, place, threads).result()
+
+
 def _outcome(future: Future[dict[str, Any] | None]) -> str:
     error = future.exception()
+    if isinstance(error, BrokenProcessPool):
+        return "its process was killed (out of memory?); the same command goes on from its last checkpoint"
     if error is not None:
         return first_line(error)
     result = future.result()
@@ -168,10 +209,13 @@ def _work(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
 
 
 def _timed(place: Place, part: str, given: argparse.Namespace, measure: Callable[[], list[Any]]) -> list[Any]:
-    """Rows of a timing from now, or, where it is not asked for, those that were kept of the same code."""
-    name = f"{part}{'-quick' if given.quick else ''}-{place.base.name}"
+    """Rows of a timing from now, or, where it is not asked for, those that were kept of the same settings, base and
+    code; each says on which machine it was taken."""
+    of = short_hash({**dataclasses.asdict(place.settings), "base": hash_of_base(place.base)})
+    name = f"{part}{'-quick' if given.quick else ''}-{of}"
     if part in given.parts:
-        rows = measure()
+        machine = _machine()
+        rows = [{**row, "machine": machine} for row in measure()]
         place.folder.mkdir(parents=True, exist_ok=True)
         path = place.folder / f"{name}-{whole_version()}.json"
         write_aside(path, json.dumps(rows, indent=1) + "\n", result=False)
@@ -226,7 +270,7 @@ def _machine() -> dict[str, Any]:
     return dataclasses.asdict(this_machine())
 
 
-def _notes(found: dict[str, Any], place: Place) -> list[str]:
+def _notes(found: dict[str, Any], place: Place, others: Sequence[Mapping[str, Any]]) -> list[str]:
     settings, machine = place.settings, found["machine"]
     notes = [
         f"Made by `{found['command']}` on {machine['processor']}, {machine['cores']} cores; base {place.base.name}, "
@@ -237,25 +281,18 @@ def _notes(found: dict[str, Any], place: Place) -> list[str]:
     ]
     if found["quick"]:
         notes.append("**A quick run: one seed, short trainings, few questions. It shows costs; of scores only hints.**")
-    if older := [result["cell"] for result in found["scores"] if result["code"] != found["code"]]:
+    if found["pooled"]:
+        notes.append(found["pooled"])
+    of_others = {result["cell"] for result in others}
+    own = [result for result in found["scores"] if result["cell"] not in of_others]
+    if older := [f"{result['cell']} ({result['code']})" for result in own if result["code"] != found["code"]]:
         notes.append(f"From other versions of the code: {', '.join(older)}.")
+    versions = {", ".join(map(" ".join, r["versions"].items())) for r in found["scores"] if "versions" in r}
+    if len(versions) > 1:
+        notes.append(f"Trained with unlike versions: {'; '.join(sorted(versions))}.")
     if found["missing"]:
         notes.append(f"Not run yet: {', '.join(found['missing'])}.")
     return notes
-
-
-def _tell(found: dict[str, Any], output: Path | None) -> None:
-    from method.report import tables, write_plot
-
-    text = tables(found)
-    print(text, end="")
-    if output is None:
-        return
-    output.mkdir(parents=True, exist_ok=True)
-    write_aside(output / "figures.json", json.dumps(found, indent=1) + "\n", result=False)
-    write_aside(output / "README.md", text, result=False)
-    if found["scores"] or found["steps"]:
-        write_plot(found, output / "plot.png")
 
 
 def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:

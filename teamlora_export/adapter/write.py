@@ -14,6 +14,7 @@ from teamlora_export.adapter.config import CONFIG_NAME
 from teamlora_export.adapter.families import family_named
 from teamlora_export.adapter.spec import AdapterSpec
 from teamlora_export.adapter.tensors import SAFETENSORS_NAME
+from teamlora_export.disk import saving
 from teamlora_export.errors import ExportError
 
 _PREFIX = "base_model.model."
@@ -27,6 +28,7 @@ def write_adapter(adapter: AdapterSpec, folder: str | Path, dtype: np.dtype | ty
 
     Raises:
         ExportError: its family is only read.
+        OSError: it cannot be written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +37,8 @@ def write_adapter(adapter: AdapterSpec, folder: str | Path, dtype: np.dtype | ty
         for name, value in _named_tensors(adapter).items()
     }
     with tempfile.TemporaryDirectory(dir=folder) as staging:
-        save_file(tensors, Path(staging) / SAFETENSORS_NAME, metadata={"format": "pt"})
+        with saving(folder / SAFETENSORS_NAME):
+            save_file(tensors, Path(staging) / SAFETENSORS_NAME, metadata={"format": "pt"})
         (Path(staging) / CONFIG_NAME).write_text(json.dumps(_config_fields(adapter), indent=2) + "\n", encoding="utf-8")
         for name in (SAFETENSORS_NAME, CONFIG_NAME):
             (Path(staging) / name).chmod(0o644)
@@ -67,6 +70,8 @@ def _config_fields(adapter: AdapterSpec) -> dict[str, object]:
     # What plain LoRA does not have, PEFT does not know.
     of_experts = {"lora_nums": config.lora_nums, "blc_alpha": config.blc_alpha, "blc_weight": config.blc_weight}
     return {
+        # The code of TeamLoRA and HydraLoRA has "LORA", which PEFT would read as plain LoRA, without the experts; of
+        # these names it knows none, and says so. Reading tells families by their tensors.
         "peft_type": adapter.family.upper(),
         "task_type": config.task_type,
         "base_model_name_or_path": config.base_model_name_or_path,

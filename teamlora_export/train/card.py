@@ -17,7 +17,8 @@ from teamlora_export.adapter.config import CONFIG_NAME
 from teamlora_export.adapter.tensors import SAFETENSORS_NAME
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError, printable
-from teamlora_export.files import read_json, sha256_of
+from teamlora_export.files import read_json, read_record, sha256_of
+from teamlora_export.train.encode import Lengths
 from teamlora_export.train.evaluate import Measured
 from teamlora_export.train.options import TrainOptions
 
@@ -46,6 +47,8 @@ class TrainResult:
         balance_loss: over the held-out rows, else over some that are trained on; None of lora.
         expert_use: share of each expert by task, averaged over layers. layer_use: by layer, averaged over tokens.
         versions: of the libraries that computed. hashes: SHA-256 of the data and of the base's weights.
+        session: `checkpoint.Session.sha256`. used: options that were not given, as they were used.
+        rows_cut, rows_skipped: of both parts, those that were longer than `used["max_length"]`.
         log: all that was logged. is_first: this process wrote the files, of several.
     """
 
@@ -67,6 +70,10 @@ class TrainResult:
     layer_use: Mapping[str, Sequence[float]] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
+    session: str = ""
+    used: Mapping[str, Any] = field(default_factory=dict)
+    rows_cut: int = 0
+    rows_skipped: int = 0
     log: Sequence[Mapping[str, Any]] = ()
     is_first: bool = True
 
@@ -96,7 +103,7 @@ def summary(result: TrainResult) -> str:
     ]
     for task, loss in list(result.held_out.items())[:_MOST_ROWS]:
         before = result.held_out_before.get(task, math.nan)
-        lines.append(f"{task}: held-out loss {loss:.4f}, of the base {before:.4f}")
+        lines.append(f"{printable(task, 200, keep='')}: held-out loss {loss:.4f}, of the base {before:.4f}")
     if result.balance_loss is not None:
         lines.append(f"balance loss: {result.balance_loss:.4f}")
     if math.isfinite(result.seconds_per_step):
@@ -124,7 +131,9 @@ def record_fields(result: TrainResult, options: TrainOptions) -> dict[str, Any]:
     return {
         "family": result.family,
         "command": options.command(),
+        "session": result.session,
         "options": {**options.outcome(), "save_dtype": options.save_dtype},
+        "used": dict(result.used),
         "steps": result.steps,
         "best_step": result.best_step,
         "stopped_early": result.stopped_early,
@@ -132,6 +141,8 @@ def record_fields(result: TrainResult, options: TrainOptions) -> dict[str, Any]:
         "seconds_per_step": _number(result.seconds_per_step),
         "rows": result.rows,
         "held_out_rows": result.held_out_rows,
+        "rows_cut": result.rows_cut,
+        "rows_skipped": result.rows_skipped,
         "held_out_loss_before": dict(result.held_out_before),
         "held_out_loss": dict(result.held_out),
         "balance_loss": result.balance_loss,
@@ -141,6 +152,26 @@ def record_fields(result: TrainResult, options: TrainOptions) -> dict[str, Any]:
         "inputs": dict(result.hashes),
         "log": list(result.log),
     }
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `training.json` says of the training that wrote it. `session`: `checkpoint.Session.sha256`."""
+
+    steps: int
+    session: str = ""
+
+
+def trained_record(folder: Path) -> Record | None:
+    """What is known of the training that wrote `folder`; None where there is nothing.
+
+    Raises:
+        ExportError: it is damaged.
+    """
+    try:
+        return read_record(folder / RECORD_NAME, Record, "Remove it, and train again.", folder)
+    except FileNotFoundError:
+        return None
 
 
 def listed(folder: Path) -> set[str]:
@@ -183,6 +214,7 @@ def _card(result: TrainResult, options: TrainOptions) -> str:
         f"Trained for {result.steps:,} steps on {result.rows:,} rows"
         + (", ended by a held-out loss that rose" if result.stopped_early else "")
         + (f"; this is the adapter of step {result.best_step:,}." if result.held_out else "."),
+        *_lengths(result),
         f"A step took {result.seconds_per_step:.2f} s (median)." if math.isfinite(result.seconds_per_step) else "",
         "",
         "```",
@@ -200,6 +232,12 @@ def _card(result: TrainResult, options: TrainOptions) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _lengths(result: TrainResult) -> list[str]:
+    """Of rows whose files' hashes stand below, and that were not read as they are."""
+    told = Lengths(result.used.get("max_length", 0), result.rows_cut, result.rows_skipped).told()
+    return [told] if told else []
 
 
 def _losses(result: TrainResult) -> list[str]:

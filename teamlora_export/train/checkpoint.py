@@ -13,10 +13,10 @@ The base is in none of them. Tensors are safetensors, the rest is JSON: nothing 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from teamlora_export import interrupt
-from teamlora_export.disk import sync, sync_names
+from teamlora_export.disk import saving, sync, sync_names
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_json, read_record, sha256_of
-from teamlora_export.staging import existing, real_path, scratch_folder, settle, write_aside
+from teamlora_export.staging import existing, real_path, remove_whole, scratch_folder, settle, write_aside
 from teamlora_export.train.options import option_name
 
 SESSION_NAME = "session.json"
@@ -56,6 +56,12 @@ class Session:
     processes: int
     versions: dict[str, str]
     format_version: int = _FORMAT
+
+    @property
+    def sha256(self) -> str:
+        """Of all of it, but for the files' names."""
+        fields = {**asdict(self), "hashes": [*self.hashes.values()]}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass
@@ -101,8 +107,14 @@ class Checkpoint:
 
 
 def work_folder(output: Path) -> Path:
-    """Where the checkpoints of a training lie."""
+    """Where the checkpoints of a training lie.
+
+    Raises:
+        ExportError: nothing can lie beside `output`.
+    """
     place = real_path(output)
+    if not place.name:
+        raise ExportError(f"{output}: is the root of the file system. Choose another -o.")
     return place.with_name(f"{place.name}.training")
 
 
@@ -124,7 +136,9 @@ def alone(work: Path) -> Iterator[None]:
         ExportError: somebody does, or no training of ours was begun there.
     """
     _read_session(work)
-    descriptor = os.open(work / SESSION_NAME, os.O_RDONLY)
+    path = work / SESSION_NAME
+    # NFS gives such a lock only to those who may write.
+    descriptor = os.open(path, os.O_RDWR if os.access(path, os.W_OK) else os.O_RDONLY)
     try:
         # A file system that has no locks does without.
         with suppress(OSError):
@@ -135,6 +149,15 @@ def alone(work: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def was_begun(work: Path) -> bool:
+    """Whether there is anything in `work`; an empty folder is what a training leaves that is killed while it begins, or
+    when it has cleared up."""
+    if not work.exists():
+        return False
+    settle(work)
+    return not work.is_dir() or any(work.iterdir())
 
 
 @contextmanager
@@ -149,6 +172,23 @@ def left_as_useful(work: Path) -> Iterator[None]:
         elif work.is_dir() and (interrupt.arrived() or isinstance(error, interrupt.Interrupted)):
             interrupt.note_written(f"{last_checkpoint(work)}; --resume goes on from there")
         raise
+
+
+@contextmanager
+def goes_on(work: Path) -> Iterator[None]:
+    """What cannot be written inside of the block is told with the checkpoint from which the training goes on."""
+    try:
+        yield
+    except ExportError as error:
+        last = last_checkpoint(work)
+        raise ExportError(f"{error} {last.name} is whole: --resume goes on from it." if last else str(error)) from None
+
+
+def has_ended(work: Path, asked: Session, steps: int) -> bool:
+    """Whether what is in `work` was left by a training like `asked` that had ended after so many steps, and was killed
+    while it cleared up."""
+    found = _steps(work)
+    return _read_session(work).sha256 == asked.sha256 and (not found or max(found) == steps)
 
 
 def last_checkpoint(work: Path) -> Path | None:
@@ -202,7 +242,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     from safetensors.torch import load_file
 
-    advice = f"Remove {folder.name}, and the training goes on from an earlier one or begins anew."
+    advice = f"Remove {folder.name}, and the training begins anew."
     match = _CHECKPOINT.fullmatch(folder.name)
     assert match is not None
     try:
@@ -235,8 +275,9 @@ def write_checkpoint(
     from safetensors.torch import save_file
 
     place = work / f"checkpoint-{step}"
-    with scratch_folder(place) as staging:
-        save_file(dict(tensors), staging / _TENSORS_NAME)
+    with goes_on(work), scratch_folder(place) as staging:
+        with saving(place / _TENSORS_NAME):
+            save_file(dict(tensors), staging / _TENSORS_NAME)
         (staging / _STATE_NAME).write_text(json.dumps(asdict(state)) + "\n", encoding="utf-8")
         (staging / TRAINER_STATE_NAME).write_text(json.dumps(trainer) + "\n", encoding="utf-8")
         hashes = {name: sha256_of(staging / name) for name in _HASHED}
@@ -270,7 +311,7 @@ def _steps(work: Path) -> list[int]:
 def _remove_checkpoint(folder: Path) -> None:
     """What is in there and not of a checkpoint is somebody else's, and stays."""
     if folder.is_dir() and {path.name for path in folder.iterdir()} <= _NAMES:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_whole(folder)
 
 
 def _read_session(work: Path) -> Session:

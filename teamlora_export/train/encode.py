@@ -11,7 +11,9 @@ Free of torch.
 
 from __future__ import annotations
 
+import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +30,9 @@ from teamlora_export.train.data import Row
 from teamlora_export.train.options import TrainOptions
 
 _DEFAULT_LENGTH = 2048
-# What an answer is encoded behind, and no word begins or goes on with.
-_ANCHOR = "\n"
+# What an answer is encoded behind, and no word begins or goes on with; some tokenizers drop a line's end, or make one
+# token of it and what is before it.
+_ANCHORS = ("\n", "x:", "(")
 # An answer that a chat template writes as it is, and writes nothing like it itself.
 _SAMPLE = "Yes, 4711."
 
@@ -45,13 +48,22 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Lengths:
-    """What became of rows that were too long, for the report."""
+    """What became of rows that were not read as they are, for the report.
+
+    Attributes:
+        most: tokens of a row; cut, skipped: rows that had more.
+        ended: where answers are that hold a token that ends a text. spaced: those that the tokenizer begins with a
+            space that nobody wrote.
+    """
 
     most: int
     cut: int = 0
     skipped: int = 0
+    ended: tuple[str, ...] = ()
+    spaced: tuple[str, ...] = ()
 
     def told(self) -> str | None:
+        """Of rows that were too long."""
         words = []
         if self.cut:
             words.append(
@@ -60,6 +72,20 @@ class Lengths:
         if self.skipped:
             words.append("1 row was left out" if self.skipped == 1 else f"{self.skipped:,} rows were left out")
         return f"Longer than {self.most:,} tokens: {' and '.join(words)}." if words else None
+
+    def doubts(self) -> list[str]:
+        """Of answers that are learned as they are, and hardly meant so."""
+        found = []
+        if self.ended:
+            found.append(
+                f"Answers that hold a token that ends a text, where the model learns to end: {_some(self.ended)}."
+            )
+        if self.spaced:
+            found.append(
+                f"Answers that the tokenizer begins with a space that is not in them: {_some(self.spaced)}. Write them "
+                "with the space that follows a prompt."
+            )
+        return found
 
 
 class Encoder:
@@ -79,12 +105,12 @@ class Encoder:
         self.ends = bool(tokens.stops)
         self._stops, self._end = tokens.stops, tokens.stops[:1]
         self._start = tokens.start
+        self._vocabulary = tokens.vocabulary
         self._too_long = options.too_long
         with _explained():
             self._tokenizer = open_tokenizer(folder, None)
-            self._anchor = self._ids(_ANCHOR)
             # Some tokenizers put a space before each text, which within a text is one that nobody wrote.
-            self._prepends = self._ids(_ANCHOR + "a")[len(self._anchor) :] != self._ids("a")
+            self._prepends = next(self._behind("a"), self._ids("a")) != self._ids("a")
         if options.chat and not _has_template(folder):
             raise ExportError("--chat: the model has no chat template. Leave the option out.")
         self._chat = Chat(folder) if options.chat else None
@@ -98,13 +124,22 @@ class Encoder:
         numbers = {task: number for number, task in enumerate(tasks)}
         encoded: list[Encoded] = []
         findings: list[str] = []
+        unread: list[str] = []
+        ended: list[str] = []
+        self._spaced: list[str] = []
         cut = skipped = 0
         try:
             if self._chat is not None:
                 self._end = self._end_of_turn(self._chat)
             for row in rows:
                 with _explained(row.where):
-                    prompt, answer = self._prompt(row.prompt), self._answer(row.answer)
+                    prompt, answer = self._prompt(row.prompt), self._answer(row)
+                if reason := self._why_not(prompt, answer):
+                    unread.append(f"{row.where}: {reason}")
+                    continue
+                if set(self._stops).intersection(answer):
+                    ended.append(row.where)
+                answer += self._end
                 over = len(prompt) + len(answer) - self.most
                 if over > 0 and self._too_long == "skip":
                     skipped += 1
@@ -119,22 +154,43 @@ class Encoder:
         finally:
             if self._chat is not None:
                 self._chat.close()
+        raise_findings("Rows that the model cannot read", unread)
         raise_findings("Rows that are too long (raise --max-length, or give --too-long cut or skip)", findings)
         if not encoded:
             raise ExportError(f"No row has {self.most:,} tokens or fewer. Raise --max-length.")
-        return encoded, Lengths(self.most, cut, skipped)
+        return encoded, Lengths(self.most, cut, skipped, tuple(ended), tuple(self._spaced))
 
     def _prompt(self, text: str) -> list[int]:
         if self._chat is None:
             return encode_text(self._tokenizer, text)
         return encode_prompt(self._tokenizer, self._chat.text(json.dumps([{"role": "user", "content": text}])))
 
-    def _answer(self, text: str) -> list[int]:
-        ids = self._ids(text)
+    def _answer(self, row: Row) -> list[int]:
+        """Without its end."""
+        ids = self._ids(row.answer)
         if self._prepends:
-            behind, count = self._ids(_ANCHOR + text), len(self._anchor)
-            ids = behind[count:] if behind[:count] == self._anchor else ids
-        return [*ids, *self._end]
+            behind = next(self._behind(row.answer), None)
+            if behind is None and not row.answer[0].isspace():
+                self._spaced.append(row.where)
+            ids = ids if behind is None else behind
+        return ids
+
+    def _behind(self, text: str) -> Iterator[list[int]]:
+        """The tokens of a text that something is before, for each that stays what it is."""
+        for anchor in _ANCHORS:
+            before = self._ids(anchor)
+            ids = self._ids(anchor + text)
+            if before and ids[: len(before)] == before:
+                yield ids[len(before) :]
+
+    def _why_not(self, prompt: list[int], answer: list[int]) -> str | None:
+        """Why the model cannot learn from a row."""
+        for name, ids in (("prompt", prompt), ("answer", answer)):
+            if not ids:
+                return f"the tokenizer makes no token of its {name}"
+            if self._vocabulary is not None and max(ids) >= self._vocabulary:
+                return f"its {name} has token {max(ids)}, and the model has {self._vocabulary:,}, from 0"
+        return None
 
     def _ids(self, text: str) -> list[int]:
         return encode_text(self._tokenizer, text, specials=False)
@@ -156,6 +212,14 @@ class Encoder:
         return prompt[:start] + prompt[start + over :]
 
 
+def digest(rows: Sequence[Encoded], tasks: Sequence[str]) -> str:
+    """SHA-256 of what is learned from: the tokens, and which of them are answers of which task."""
+    found = hashlib.sha256(json.dumps(list(tasks)).encode())
+    for row in rows:
+        found.update(array("q", (len(row.ids), row.prompt_length, row.task, *row.ids)).tobytes())
+    return found.hexdigest()
+
+
 def collator(padding: int) -> Callable[[Sequence[Encoded]], dict[str, Any]]:
     """Makes a batch of rows: input_ids, attention_mask and labels (-100: not learned), int64 [rows, longest]."""
 
@@ -174,6 +238,10 @@ def collator(padding: int) -> Callable[[Sequence[Encoded]], dict[str, Any]]:
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     return collate
+
+
+def _some(where: Sequence[str]) -> str:
+    return f"{len(where):,}, the first in {where[0]}" if len(where) > 1 else where[0]
 
 
 def _has_template(folder: Path) -> bool:

@@ -22,8 +22,9 @@ IMPLEMENTATIONS = ("packed", "published")
 BASE_DTYPES = ("fp32", "bf16")
 SAVED_DTYPES = ("fp32", "fp16", "bf16")
 ALL_LINEAR = "all-linear"
-# Of the balance loss, for TeamLoRA. The other families were published without one.
+# Of the balance loss, for TeamLoRA. Of the other families' published code HydraLoRA's has one, off by default.
 _BALANCE_WEIGHT = 0.05
+_PATIENCE = 3
 # How a killed training goes on does not depend on these, nor what it trains.
 _FREE = ("output", "resume", "save_every", "log_every", "save_dtype")
 # Nor on where the files lie, whose contents are compared.
@@ -90,7 +91,7 @@ class TrainOptions:
     overconfidence_weight: float = 0.0
     validation: tuple[Path, ...] | float | None = None
     evaluate_every: int | None = None
-    patience: int = 3
+    patience: int = _PATIENCE
     save_every: int | None = None
     log_every: int | None = None
     seed: int = 0
@@ -228,6 +229,10 @@ class TrainOptions:
             found.append("--alpha 0: the scaling is 0, and the adapter changes nothing.")
         if self.learning_rate == 0:
             found.append("--learning-rate 0: nothing is learned.")
+        if self.validation is None and self.evaluate_every is not None:
+            found.append("--evaluate-every: nothing is held out (--validation): it is for checkpoints alone.")
+        if self.validation is None and self.patience not in (0, _PATIENCE):
+            found.append("--patience: nothing is held out (--validation), and nothing stops the training early.")
         # As transformers counts them.
         warmup = int(self.warmup) if self.warmup >= 1 else math.ceil(steps * self.warmup)
         if warmup >= steps:
@@ -245,7 +250,12 @@ class TrainOptions:
         words = ["teamlora-export", "train", self.base]
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, value in dataclasses.asdict(self).items():
-            if name in ("base", "resume") or value is None or (name in defaults and value == defaults[name]):
+            # `implementation` is no option of it, and the same function.
+            if (
+                name in ("base", "resume", "implementation")
+                or value is None
+                or (name in defaults and value == defaults[name])
+            ):
                 continue
             if name == "data" or (name == "validation" and isinstance(value, tuple)):
                 words += [word for path in value for word in (option_name(name), str(path))]

@@ -25,8 +25,9 @@ from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import refuse_foreign, staged
-from teamlora_export.train.card import RECORD_NAME, TrainResult, listed, use_by_layer, use_by_task, write_result
+from teamlora_export.train.card import TrainResult, listed, trained_record, use_by_layer, use_by_task, write_result
 from teamlora_export.train.data import Row, Rows, read_rows, shared_prompts, split_rows
+from teamlora_export.train.encode import Encoded, Encoder, Lengths, digest
 from teamlora_export.train.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from teamlora_export.model.base import BaseModel
     from teamlora_export.train.callbacks import Timed
     from teamlora_export.train.checkpoint import Session
-    from teamlora_export.train.encode import Encoded, Encoder
     from teamlora_export.train.trainer import AdapterTrainer
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "tokenizers")
@@ -43,6 +43,7 @@ _MEASURED_ROWS = 32
 # To see before the training whether each layer is called on each token.
 _TRIED_ROWS = 2
 _EVALUATIONS, _LOGS = 10, 50
+_PARTS = ("rows as tokens", "held-out rows as tokens")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class _Material:
     tasks: list[str]
     hashes: dict[str, str]
     encoder: Encoder
+    lengths: Lengths
 
 
 def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResult:
@@ -64,7 +66,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
             begun before was begun with other options.
     """
     options.check()
-    _refuse_mixed_precision()
+    _refuse_launchers_wishes()
     first = int(os.environ.get("RANK", "0")) == 0
     reporter = reporter or Reporter(quiet=not first)
     read = read_rows(options.data)
@@ -103,8 +105,6 @@ def _companions(base: BaseModel) -> Iterator[Path]:
 
 
 def _encode(options: TrainOptions, read: Rows, held_out: Rows | None, folder: Path, reporter: Reporter) -> _Material:
-    from teamlora_export.train.encode import Encoder
-
     rows, kept = read.rows, held_out.rows if held_out is not None else []
     if options.held_out_share:
         rows, kept = split_rows(read.rows, options.held_out_share, options.seed)
@@ -114,34 +114,44 @@ def _encode(options: TrainOptions, read: Rows, held_out: Rows | None, folder: Pa
     if not encoder.ends:
         reporter.warn("The model names no token that ends a text: answers are trained without an end.")
     tasks = sorted({row.task for row in (*rows, *kept)})
-    encoded = [_encode_part(part, encoder, tasks, reporter) for part in (rows, kept)]
+    parts = [_encode_part(part, encoder, tasks, reporter) for part in (rows, kept)]
+    encoded = [found for found, _ in parts]
+    cut, skipped = (sum(getattr(lengths, name) for _, lengths in parts) for name in ("cut", "skipped"))
     hashes = {**read.sha256, **(held_out.sha256 if held_out is not None else {})}
+    # What the model reads of them, which the tokenizer and its end tokens decide as well.
+    hashes |= {name: digest(part, tasks) for name, part in zip(_PARTS, encoded, strict=True) if part}
     held = f", {_count(encoded[1], 'row')} held out" if kept else ""
     reporter.say(f"{_count(encoded[0], 'row')} of {_count(tasks, 'task')}{held}")
-    return _Material(encoded[0], encoded[1], tasks, hashes, encoder)
+    lengths = dataclasses.replace(parts[0][1], cut=cut, skipped=skipped)
+    return _Material(encoded[0], encoded[1], tasks, hashes, encoder, lengths)
 
 
-def _refuse_mixed_precision() -> None:
+def _refuse_launchers_wishes() -> None:
     """`accelerate launch` hands on its own, which would change every product, and be told nowhere."""
-    kind = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if kind not in ("", "no"):
-        raise ExportError(
-            f"ACCELERATE_MIXED_PRECISION is {kind:.20}: not supported. Launch with --mixed_precision no; --dtype bf16 "
-            "has the base in 16 bits."
-        )
+    for name, option, instead in (
+        ("ACCELERATE_MIXED_PRECISION", "--mixed_precision", " --dtype bf16 has the base in 16 bits."),
+        ("ACCELERATE_DYNAMO_BACKEND", "--dynamo_backend", ""),
+    ):
+        kind = os.environ.get(name, "no").lower()
+        if kind not in ("", "no"):
+            raise ExportError(f"{name} is {kind:.20}: not supported. Launch with {option} no.{instead}")
 
 
 def _count(things: Sequence[Any], name: str) -> str:
     return f"{len(things):,} {name}{'s' if len(things) != 1 else ''}"
 
 
-def _encode_part(rows: Sequence[Row], encoder: Encoder, tasks: Sequence[str], reporter: Reporter) -> list[Encoded]:
+def _encode_part(
+    rows: Sequence[Row], encoder: Encoder, tasks: Sequence[str], reporter: Reporter
+) -> tuple[list[Encoded], Lengths]:
     if not rows:
-        return []
+        return [], Lengths(encoder.most)
     encoded, lengths = encoder.encode(rows, tasks)
     if told := lengths.told():
         reporter.warn(told)
-    return encoded
+    for doubt in lengths.doubts():
+        reporter.warn(doubt)
+    return encoded, lengths
 
 
 def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter: Reporter) -> TrainResult:
@@ -178,7 +188,7 @@ def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter
         result = _result(trainer, timed, material, session)
         warn_of_normalizers(found, reporter)
         if result.is_first:
-            with staged(options.output, listed, inputs) as staging:
+            with checkpoint.goes_on(work), staged(options.output, listed, inputs) as staging:
                 write_result(staging, found, result, asked)
             checkpoint.finish(work)
         trainer.accelerator.wait_for_everyone()
@@ -249,10 +259,15 @@ def _begin(
 
     place = work.with_name(work.name.removesuffix(".training"))
     refuse_foreign(place, listed, inputs)
-    found = None
-    if work.exists():
+    found, was_begun, record = None, checkpoint.was_begun(work), trained_record(place)
+    if was_begun:
         alone.enter_context(checkpoint.alone(work))
         found = checkpoint.last_checkpoint(work)
+        wrote = record is not None and record.session == session.sha256
+        if record is not None and wrote and checkpoint.has_ended(work, session, record.steps):
+            checkpoint.finish(work)
+            reporter.say(f"The training of {options.output} had ended; what it left beside it is cleared up.")
+            found, was_begun = None, False
     if found is not None and not options.resume:
         raise ExportError(
             f"{work}: a training of {options.output} was left unfinished. Go on with --resume, or remove that folder."
@@ -262,7 +277,7 @@ def _begin(
             reporter.warn(f"Begun with {', '.join(changed)}: it goes on, though not to the bit.")
         reporter.say(f"Going on from {found.name}.")
         return found
-    if options.resume and not work.exists() and (place / RECORD_NAME).exists():
+    if options.resume and not was_begun and record is not None:
         raise ExportError(f"{options.output}: its training has ended. Leave --resume out to train it anew.")
     if options.resume:
         reporter.say(f"No training of {options.output} was left unfinished: it begins.")
@@ -386,9 +401,23 @@ def _result(trainer: AdapterTrainer, timed: Timed, material: _Material, session:
         layer_use=use_by_layer(found, list(trainer.layers)),
         versions=session.versions,
         hashes=session.hashes,
+        session=session.sha256,
+        used=_used(trainer.options, material),
+        rows_cut=material.lengths.cut,
+        rows_skipped=material.lengths.skipped,
         log=log,
         is_first=trainer.is_world_process_zero(),
     )
+
+
+def _used(options: TrainOptions, material: _Material) -> dict[str, Any]:
+    return {
+        "alpha": options.used_alpha,
+        "balance_weight": options.used_balance_weight,
+        "experts": options.num_experts,
+        "targets": list(options.targets) if isinstance(options.targets, tuple) else options.targets,
+        "max_length": material.lengths.most,
+    }
 
 
 def _refuse_not_finite(adapter: AdapterSpec, options: TrainOptions) -> None:

@@ -19,6 +19,8 @@ from teamlora_export.adapter import AdapterConfig, align_with_base, read_adapter
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import open_base
 from teamlora_export.model.initialize import new_adapter
+from teamlora_export.train import TrainOptions
+from teamlora_export.train.model import start_adapter
 
 PREFIX = "base_model.model."
 IN, OUT = 12, 20
@@ -376,6 +378,19 @@ def test_an_adapter_of_another_model_is_refused(tmp_path, make_base, make_adapte
     adapter = read_adapter(tmp_path)
     with pytest.raises(ExportError, match="Was it trained on another model"):
         align_with_base(adapter, make_base("llama").signature)
+
+
+@pytest.mark.parametrize("family", ["teamlora", "hydralora", "moelora", "lora"])
+def test_a_family_is_known_by_its_tensors_whatever_the_configuration_calls_it(family, tmp_path, make_base):
+    """Ours is called by its name, so that PEFT refuses what it does not know; the authors' is LORA."""
+    options = TrainOptions(base="", data=(), output=tmp_path, family=family, targets=("q_proj",))
+    write_adapter(start_adapter(make_base("llama").signature, options), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    assert fields["peft_type"] == family.upper()
+    for name in (family.upper(), "LORA"):
+        path.write_text(json.dumps({**fields, "peft_type": name}))
+        assert read_adapter(tmp_path).family == family
 
 
 def test_targets_without_weights_are_found(tmp_path, make_base):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from teamlora_export.deploy.words import encode_text, open_tokenizer
 from teamlora_export.errors import ExportError
 from teamlora_export.train.data import Row, read_rows, shared_prompts, split_rows
-from teamlora_export.train.encode import Encoder, collator
-from teamlora_export.train.options import TrainOptions, parse_targets, parse_validation
+from teamlora_export.train.encode import Encoder, collator, digest
+from teamlora_export.train.options import TrainOptions, option_name, parse_targets, parse_validation
 
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 _METASPACE = {"type": "Metaspace", "replacement": "▁", "split": False}
+_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 GOOD = '{"prompt": "a", "answer": "b"}'
 
 
@@ -141,6 +144,51 @@ def test_the_answer_and_the_end_of_the_text_are_learned_and_nothing_else(folder)
     assert batch["labels"][1, short:].eq(-100).all() and batch["labels"].dtype == torch.int64
 
 
+def test_rows_that_the_model_cannot_read_are_refused_by_line(folder, tmp_path):
+    """Tokens that were added to the tokenizer and not to the model; and words that leave no token."""
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<added>"])
+    fields = json.loads(tokenizer.to_str())
+    fields["normalizer"] = {"type": "Replace", "pattern": {"String": "é"}, "content": ""}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    rows = [Row("a", "b", "t", "line 1"), Row("<added> a", "b", "t", "line 2"), Row("a", "é", "t", "line 3")]
+    with pytest.raises(ExportError) as found:
+        Encoder(tmp_path, options()).encode(rows, ["t"])
+    told = str(found.value)
+    assert "Rows that the model cannot read: 2 problems" in told and "line 1" not in told
+    assert "line 2: its prompt has token 384, and the model has 384, from 0" in told
+    assert "line 3: the tokenizer makes no token of its answer" in told
+    # Without a token that begins a text.
+    fields["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    with pytest.raises(ExportError, match="line 4: the tokenizer makes no token of its prompt"):
+        Encoder(tmp_path, options()).encode([Row("é", "b", "t", "line 4")], ["t"])
+
+
+def test_an_end_of_the_text_within_an_answer_is_told(folder):
+    rows = [Row("a", answer, "t", f"line {i}") for i, answer in enumerate(("b", "b</s>", "b</s> c"), 1)]
+    encoded, lengths = Encoder(folder, options()).encode(rows, ["t"])
+    (told,) = lengths.doubts()
+    assert told.endswith("where the model learns to end: 2, the first in line 2.")
+    assert encoded[1].ids[-2:] == (2, 2) and lengths.told() is None
+
+
+def test_what_is_learned_from_is_known_by_its_tokens(folder):
+    rows = [Row("a", "b", "t", ""), Row("ab", "c", "u", "")]
+    encoded, _ = Encoder(folder, options()).encode(rows, ["t", "u"])
+    first = encoded[0]
+    others = [
+        encoded[::-1],
+        encoded[:1],
+        [dataclasses.replace(first, task=1), encoded[1]],
+        [dataclasses.replace(first, prompt_length=1), encoded[1]],
+        [dataclasses.replace(first, ids=(*first.ids[:-1], 0)), encoded[1]],
+    ]
+    known = {digest(encoded, ["t", "u"]), digest(encoded, ["t", "v"]), *(digest(other, ["t", "u"]) for other in others)}
+    assert len(known) == 7 and digest(list(encoded), ["t", "u"]) in known
+
+
 # Of Llama 2, of later conversions from SentencePiece, and of a tokenizer that puts nothing before a text.
 PREPENDING = {
     "normalizer": {"normalizer": [{"type": "Prepend", "prepend": "▁"}, _REPLACE], "pre_tokenizer": None},
@@ -165,6 +213,54 @@ def test_an_answer_has_no_space_that_is_not_written(kind, answer, folder, tmp_pa
     encoded, _ = Encoder(tmp_path, options()).encode([Row("quo:", answer, "t", "")], ["t"])
     tokenizer = open_tokenizer(tmp_path, None)
     assert list(encoded[0].ids) == [*encode_text(tokenizer, f"quo:{answer}"), 2]
+
+
+# GPT-2's kind with a space before each text, and a merge of that with a line's end; and one that drops lines' ends.
+SPACED = {
+    "bytes": (
+        {"normalizer": None, "pre_tokenizer": {**_BYTES, "add_prefix_space": True}, "decoder": _BYTES},
+        (["Ġ", "Ċ"], ["Ġ", "a"]),
+    ),
+    "stripped": (
+        {
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": [
+                    {"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "},
+                    {"type": "Strip", "strip_left": True, "strip_right": True},
+                ],
+            },
+            "pre_tokenizer": {**_METASPACE, "prepend_scheme": "always", "split": True},
+            "decoder": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True},
+        },
+        (["▁", "a"],),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SPACED)
+def test_an_answer_without_a_space_has_none_where_a_line_end_tells_nothing(kind, folder, tmp_path):
+    parts, merges = SPACED[kind]
+    tokens = ["<pad>", "<s>", "</s>", *"Ġ▁Ċax:(", *map("".join, merges)]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": list(merges), "unk_token": None}
+    nothing = {"truncation": None, "padding": None, "post_processor": None, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", **nothing, **parts, "model": model}))
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    rows = [Row("x:", "a", "t", "line 1"), Row("x:", " a", "t", "line 2")]
+    encoded, lengths = Encoder(tmp_path, options()).encode(rows, ["t"])
+    said = [[tokens[i] for i in row.ids[row.prompt_length : -1]] for row in encoded]
+    assert said[0] == ["a"] and not lengths.doubts()
+    assert said[1] == (["Ġa"] if kind == "bytes" else ["▁a"])
+
+
+def test_a_space_that_a_tokenizer_cannot_be_kept_from_is_told(folder, monkeypatch):
+    encoder = Encoder(folder, options())
+    encoder._prepends = True
+    monkeypatch.setattr(encoder, "_behind", lambda text: iter(()))
+    rows = [Row("a", "b", "t", "line 1"), Row("a", " b", "t", "line 2")]
+    (told,) = encoder.encode(rows, ["t"])[1].doubts()
+    assert "begins with a space that is not in them: line 1." in told
 
 
 def test_rows_that_are_too_long_are_an_error_or_cut_or_left_out_and_counted(folder):
@@ -240,6 +336,11 @@ def test_what_is_hardly_meant_is_told():
     assert options().doubts(2) == options(warmup=1.0).doubts(2) == options(warmup=0.0).doubts(1) == []
     for fields, told in (({"alpha": 0.0}, "--alpha 0"), ({"learning_rate": 0.0}, "--learning-rate 0")):
         assert [told in doubt for doubt in options(**fields).doubts(100)] == [True]
+    for fields in ({"evaluate_every": 3}, {"patience": 1}):
+        (told,) = options(**fields).doubts(100)
+        assert told.startswith(option_name(*fields)) and "nothing is held out" in told
+        assert options(**fields, validation=0.1).doubts(100) == []
+    assert options(patience=0).doubts(100) == []
     assert options(warmup=100.0).doubts(2) == ["--warmup 100: 100 of 2 steps: --learning-rate is never reached."]
     assert options().doubts(1) == ["--warmup 0.05: 1 of 1 steps: --learning-rate is never reached."]
 

@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import ARCHITECTURES, MIXTURES, OTHERS, ROTATIONS
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from teamlora_export import interrupt
+from teamlora_export import interrupt, staging
 from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
@@ -36,6 +38,7 @@ from teamlora_export.train import TrainOptions, TrainResult, checkpoint, count_p
 from teamlora_export.train import model as model_module
 from teamlora_export.train import run as run_module
 from teamlora_export.train import trainer as trainer_module
+from teamlora_export.train.card import summary
 from teamlora_export.train.data import read_rows, split_rows
 from teamlora_export.train.encode import Encoder
 from teamlora_export.train.options import FAMILY_NAMES
@@ -251,6 +254,113 @@ def test_a_training_goes_on_with_the_same_options_and_files_only(options, data, 
     assert train(dataclasses.replace(again, data=(moved,), log_every=3), QUIET).steps == 18
 
 
+def test_a_training_that_was_killed_while_it_cleared_up_has_ended(options, whole, monkeypatch):
+    """With all of its checkpoint, with a part of it, with none; and a folder that is still, or already, empty."""
+    work, kept = options.output.with_name("adapter.training"), options.output.with_name("kept")
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "finish", lambda _: None)
+        train(options, QUIET)
+    work.rename(kept)
+
+    def part() -> None:
+        """As of a process that is killed when the first file of the checkpoint has gone."""
+
+        def killed(path: Path) -> None:
+            (path / "sha256.json").unlink()
+            raise Crash
+
+        with monkeypatch.context() as patched:
+            patched.setattr(staging, "_rmtree", killed)
+            with pytest.raises(Crash):
+                checkpoint.finish(work)
+
+    again = dataclasses.replace(options, resume=True)
+    for stop in (lambda: None, part, lambda: shutil.rmtree(work / "checkpoint-18")):
+        shutil.copytree(kept, work)
+        stop()
+        assert work.is_dir() and any(work.iterdir())
+        with pytest.raises(ExportError, match="its training has ended"):
+            train(again, QUIET)
+        assert not work.exists()
+        assert_same(options.output, whole.folder)
+    work.mkdir()
+    with pytest.raises(ExportError, match="its training has ended"):
+        train(again, QUIET)
+    assert train(dataclasses.replace(options, steps=1), QUIET).steps == 1 and not work.exists()
+
+
+def test_a_training_goes_on_with_the_same_tokens_only(make_base, data, tmp_path, monkeypatch):
+    """Another end of a text, and a file that moves from one part to the other: the same files, other rows."""
+    base = tmp_path / "base"
+    shutil.copytree(make_base("llama").folder, base)
+    parts = [shutil.copy(data / f"{name}.jsonl", tmp_path / f"{name}.jsonl") for name in ("copy", "turn")]
+    third = tmp_path / "third.jsonl"
+    third.write_text('{"prompt": "third", "answer": " row", "task": "copy"}\n')
+    options = asked(str(base), data, tmp_path / "adapter")
+    options = dataclasses.replace(options, data=tuple(map(Path, parts)), validation=(third,), resume=True)
+    crash(options, monkeypatch, 6)
+    moved = dataclasses.replace(options, data=options.data[:1], validation=(*options.data[1:], third))
+    with pytest.raises(ExportError, match="other contents of rows as tokens, held-out rows as tokens"):
+        train(moved, QUIET)
+    (base / "generation_config.json").write_text('{"eos_token_id": 5}')
+    with pytest.raises(ExportError, match="other contents of rows as tokens, held-out rows as tokens"):
+        train(options, QUIET)
+
+
+def test_a_full_disk_is_told_with_the_checkpoint_that_is_whole(options, whole, monkeypatch):
+    save, calls = safetensors.torch.save_file, iter(range(10))
+
+    def full(*arguments: Any, **_: Any) -> None:
+        if next(calls) == 1:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.torch, "save_file", full)
+        told = r"checkpoint-8\S*: No space left on device; .*checkpoint-4 is whole: --resume goes on from it\."
+        with pytest.raises(ExportError, match=told):
+            train(options, QUIET)
+    with monkeypatch.context() as patched:
+        patched.setattr("teamlora_export.adapter.write.save_file", full)
+        calls = iter([1])
+        with pytest.raises(ExportError, match=r"No space left on device; .*checkpoint-18 is whole: --resume goes on"):
+            train(dataclasses.replace(options, resume=True), QUIET)
+    train(dataclasses.replace(options, resume=True), QUIET)
+    assert_same(options.output, whole.folder)
+
+
+def test_the_root_of_the_file_system_is_no_output(options):
+    with pytest.raises(ExportError, match=r"/: is the root of the file system"):
+        train(dataclasses.replace(options, output=Path("/")), QUIET)
+
+
+def test_rows_that_were_left_out_or_cut_are_in_the_record_and_on_the_card(options, data, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    long = json.dumps({"prompt": "abc " * 100, "answer": " d", "task": "a\nb"})
+    path.write_text((data / "copy.jsonl").read_text() + f"{long}\n" * 2)
+    asked_for = dataclasses.replace(
+        options, data=(path,), validation=None, steps=1, max_length=100, implementation="published"
+    )
+    for way, told, figures in (
+        ("skip", "Longer than 100 tokens: 2 rows were left out.", (0, 2)),
+        ("cut", "Longer than 100 tokens: 2 prompts lost their beginning.", (2, 0)),
+    ):
+        train(dataclasses.replace(asked_for, too_long=way), QUIET)
+        record = json.loads((options.output / "training.json").read_text())
+        assert (record["rows_cut"], record["rows_skipped"]) == figures
+        assert told in (options.output / "README.md").read_text()
+    used = {"alpha": 4.0, "balance_weight": 0.05, "experts": 2, "targets": ["down_proj", "q_proj"], "max_length": 100}
+    assert {**record["used"], "targets": sorted(record["used"]["targets"])} == used
+    assert "--implementation" not in record["command"]
+
+
+def test_a_task_is_one_line_of_the_summary(whole):
+    forged = dataclasses.replace(whole, held_out={"one\ntwo: held-out loss 0.0": 1.0}, held_out_before={})
+    assert len(summary(forged).splitlines()) == len(
+        summary(dataclasses.replace(whole, held_out={"one": 1.0})).splitlines()
+    )
+
+
 def changed_tensors(path: Path, change: Callable[[dict[str, np.ndarray]], object]) -> None:
     tensors = load_file(path)
     change(tensors)
@@ -431,14 +541,15 @@ def test_a_training_that_can_learn_nothing_is_warned_of(options, monkeypatch):
     told: list[str] = []
     monkeypatch.setattr(Reporter, "warn", lambda self, text: told.append(text))
     train(dataclasses.replace(options, steps=2, learning_rate=0.0, warmup=2.0, validation=None), QUIET)
-    assert [text.split()[0] for text in told] == ["--learning-rate", "--warmup"]
+    assert [text.split()[0] for text in told] == ["--learning-rate", "--evaluate-every:", "--warmup"]
 
 
-def test_mixed_precision_that_a_launcher_asks_for_is_refused(options, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    with pytest.raises(ExportError, match="ACCELERATE_MIXED_PRECISION is bf16: not supported"):
-        train(options, QUIET)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+def test_what_a_launcher_asks_for_beside_processes_is_refused(options, monkeypatch):
+    for name, value in (("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_DYNAMO_BACKEND", "eager")):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ExportError, match=f"{name} is {value}: not supported"):
+            train(options, QUIET)
+        monkeypatch.setenv(name, "no")
     assert train(dataclasses.replace(options, steps=1, validation=None), QUIET).steps == 1
 
 

@@ -1,7 +1,7 @@
 """Trains and scores one cell of the grid, and keeps what was found.
 
-A cell's result is a JSON file in the user's cache, under a key of all of its options, of the base's weights and of the
-code that it came from. A training that was killed goes on from its last checkpoint.
+A cell's result is a JSON file in the user's cache, under a key of all of its options, of the base's files, of the
+libraries that compute and of the code that it came from. A training that was killed goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ from teamlora_export.files import sha256_of
 from teamlora_export.staging import write_aside
 
 RESULT_NAME = "result.json"
+_BASE_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "merges.txt", "vocab.txt")
 _BENCH = Path(__file__).parents[1]
 _PACKAGE = Path(teamlora_export.__file__).parent
 _TASKS = (_BENCH / "write_tasks.py", *(_BENCH / "tasks").glob("*.py"))
@@ -80,10 +82,11 @@ class Place:
         return next((folder for folder in found if folder.is_dir()), None)
 
     def _key(self, cell: Cell) -> str:
-        asked = {**dataclasses.asdict(cell), **dataclasses.asdict(self.settings), "base": _hash_of_base(self.base)}
+        asked = {**dataclasses.asdict(cell), **dataclasses.asdict(self.settings), "base": hash_of_base(self.base)}
         if cell.family == BASE:
             asked = {name: asked[name] for name in ("test", "data_seed", "dtype", "base")}
-        return f"{_short_hash(asked)}-{code_version()}"
+        asked["libraries"] = _libraries()
+        return f"{short_hash(asked)}-{code_version()}"
 
     def _others(self, cell: Cell) -> list[Path]:
         """Of the same options, the newest first."""
@@ -192,7 +195,7 @@ def data_folder(place: Place) -> Path:
     """The files of `write_tasks` for these settings, written once."""
     settings = place.settings
     code = _hash_of_code(_TASKS)
-    folder = place.folder / "data" / f"{_short_hash({**settings.counts, 'seed': settings.data_seed})}-{code}"
+    folder = place.folder / "data" / f"{short_hash({**settings.counts, 'seed': settings.data_seed})}-{code}"
     if not folder.is_dir():
         staging = folder.with_name(f"{folder.name}.{os.getpid()}")
         write_tasks(staging, {part: settings.counts[part] for part in PARTS}, settings.data_seed)
@@ -228,12 +231,19 @@ def _hash_of_code(paths: tuple[Path, ...]) -> str:
 
 
 @cache
-def _hash_of_base(folder: Path) -> str:
-    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    return _short_hash({path.name: sha256_of(path) for path in files})
+def hash_of_base(folder: Path) -> str:
+    """Of every file that decides what the model makes of a prompt: configuration, weights and tokenizer."""
+    files = sorted(path for pattern in _BASE_FILES for path in folder.glob(pattern) if path.is_file())
+    return short_hash({path.name: sha256_of(path) for path in files})
 
 
-def _short_hash(fields: Mapping[str, Any]) -> str:
+@cache
+def _libraries() -> dict[str, str]:
+    """What computes, beside our own code."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate", "tokenizers")}
+
+
+def short_hash(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from tasks import GUESSED
 
 from method.plan import BASE, EXPERTS
 
@@ -15,14 +20,14 @@ from method.plan import BASE, EXPERTS
 PAPER_SCORES = {"teamlora": 60.29, "moelora": 59.69, "hydralora": 59.06, "lora": 58.81}
 PAPER_TIMES = {2: 0.87, 4: 0.70, 8: 0.63}
 PAPER_INFERENCE = 1 / 1.4
+_READING = " where 40 % faster is 1/1.4, and 0.60 where it is 40 % less time"
 NAMES = {"teamlora": "TeamLoRA", "moelora": "MoELoRA", "hydralora": "HydraLoRA", "lora": "LoRA", BASE: "the base"}
 # What `inference.py` calls the authors' layers.
 PUBLISHED = "published, PyTorch"
 # The published code has a packed form of teamlora beside its loop (`fast_forward`, lora.py at 8d8c102).
 _LAYERS = {"published": "one by one", "packed": "packed"}
+_TIMED = ("A training step", "Inference")
 _TARGETS = {"ffn": "gate, up, down", "all": "all projections"}
-# Student's t at 97.5 %, by degrees of freedom; more than these are taken for as many as the last.
-_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
 
 Result = Mapping[str, Any]
 Rows = Sequence[Result]
@@ -40,8 +45,18 @@ def tables(found: Mapping[str, Any]) -> str:
     text = [f"# {found['title']}", "", "\n\n".join(found["notes"])]
     for rows, title, lines in parts:
         if rows and lines:
-            text += ["", f"## {title}", "", *lines]
+            text += ["", f"## {title}", "", *lines, *_timed_on(rows if title in _TIMED else ())]
     return "\n".join(text) + "\n"
+
+
+def _timed_on(rows: Rows) -> list[str]:
+    """On which machine timings were taken, which need not be that of the scores."""
+    machines = [json.dumps(row["machine"], sort_keys=True) for row in rows if "machine" in row]
+    told = []
+    for machine in map(json.loads, dict.fromkeys(machines)):
+        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        told.append(f"Timed on {machine['processor']}, {machine['cores']} cores, with {versions}.")
+    return ["", *told] if told else []
 
 
 def groups(scores: Rows) -> dict[str, list[Result]]:
@@ -90,31 +105,58 @@ def _task_table(scores: Rows) -> list[str]:
         shares = [f"{statistics.mean(result['by_task'][task] for result in results):.0f}" for task in tasks]
         targets = "-" if results[0]["family"] == BASE else _TARGETS[results[0]["targets"]]
         lines.append(f"| {_title(results[0])} | {targets} | {' | '.join(shares)} |")
+    guessed = [f"{100 * GUESSED.get(task, 0):.0f}" for task in tasks]
+    lines.append(f"| guessing | - | {' | '.join(guessed)} |")
+    lines += ["", f"Guessing among the answers that a task has gives {guessing(tasks):.1f} on average."]
+    if any(result["family"] == BASE for result in scores):
+        lines[-1] += (
+            " The base was taught neither the answers' form nor to end where they end, and an answer that goes on is "
+            "wrong: what an adapter gains over it is of both, and no measure of what it learned of a task."
+        )
     return lines
+
+
+def guessing(tasks: Sequence[str]) -> float:
+    """The average score of someone who knows the answers of each task and draws one, percent."""
+    return 100 * statistics.mean(GUESSED.get(task, 0.0) for task in tasks)
 
 
 def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
     """A line for each claim of the paper that was looked at."""
-    by_group = groups(found["scores"])
+    by_group, gaps = groups(found["scores"]), list[Gap]()
     for targets in _TARGETS:
         ours = by_group.get(f"teamlora-k4-{targets}")
         for family in ("moelora", "hydralora", "lora"):
             theirs = by_group.get(f"{family}-{targets}" if family == "lora" else f"{family}-k4-{targets}")
             if ours and theirs:
+                gaps.append(difference(ours, theirs))
                 paper = PAPER_SCORES["teamlora"] - PAPER_SCORES[family]
                 where = f"{NAMES[family]} of equal size on {_TARGETS[targets]}"
-                yield f"- TeamLoRA, k=4, over {where}: {_told(difference(ours, theirs), paper)}"
+                yield f"- TeamLoRA, k=4, over {where}: {_told(gaps[-1], paper)}"
         half = by_group.get(f"teamlora-k4-{targets}-half")
         moe = by_group.get(f"moelora-k4-{targets}")
         if half and moe:
-            gap = difference(half, moe)
+            gaps.append(gap := difference(half, moe))
             where = f"a MoELoRA on {_TARGETS[targets]}"
             yield f"- TeamLoRA, k=4, with half the parameters over {where}: {gap}. {_tells(gap)}"
         scores = {k: by_group.get(f"teamlora-k{k}-{targets}", []) for k in EXPERTS}
         if all(scores.values()):
             yield f"- TeamLoRA by number of experts on {_TARGETS[targets]}: {_told_of_experts(scores)}"
+    if margins := [gap.margin for gap in gaps if gap.margin is not None]:
+        yield _least_told(margins)
     yield from _step_verdicts(found["steps"])
     yield from _inference_verdicts(found["inference"])
+
+
+def _least_told(margins: Sequence[float]) -> str:
+    """How small a difference has no verdict, whatever is true."""
+    of = [PAPER_SCORES["teamlora"] - score for family, score in PAPER_SCORES.items() if family != "teamlora"]
+    least, most = f"{min(margins):.1f}", f"{max(margins):.1f}"
+    return (
+        f"- Differences of less than {least if least == most else f'{least} to {most}'} points cannot be told here; "
+        f"the paper's are {min(of):.1f} to {max(of):.1f}. An error half as large takes four times the questions and "
+        "the seeds."
+    )
 
 
 def _told_of_experts(scores: Mapping[int, Rows]) -> str:
@@ -164,7 +206,7 @@ def _inference_verdicts(rows: Rows) -> Iterator[str]:
         claimed = PAPER_INFERENCE if way == PUBLISHED else None
         yield (
             f"- Inference with TeamLoRA over MoELoRA's, {quantity}, {way}, k=4 on {_TARGETS['ffn']}: "
-            f"{_told_of_time(found, claimed)}"
+            f"{_told_of_time(found, claimed, _READING)}"
         )
 
 
@@ -191,11 +233,15 @@ def interval(ratios: Sequence[float]) -> Interval:
     return Interval(statistics.median(ordered), (ordered[k - 1], ordered[n - k]) if k else None)
 
 
-def _told_of_time(found: Interval, paper: float | None) -> str:
-    """Of a time over MoELoRA's, and whether the paper's says the same."""
+def _told_of_time(found: Interval, paper: float | None, reading: str = "") -> str:
+    """Of a time over MoELoRA's, and whether the paper's says the same.
+
+    Args:
+        reading: of the paper's words, where they are no figure.
+    """
     if paper is None:
         return f"{found}."
-    told = f"{found}; the paper {paper:.2f}."
+    told = f"{found}; the paper {paper:.2f}{reading}."
     if found.bounds is None or found.bounds[0] <= 1 <= found.bounds[1]:
         return f"{told} Cannot tell which takes less."
     if found.bounds[0] > 1:
@@ -210,18 +256,33 @@ class Gap:
     """A difference of average scores, in points.
 
     Attributes:
-        error: standard error, of questions and of trainings. seeds: that both have.
+        of_questions, of_trainings: the two parts of its variance. questions_freedom: degrees of freedom of the first.
+        seeds: that both have.
     """
 
     points: float
-    error: float
+    of_questions: float
+    questions_freedom: int
+    of_trainings: float
     seeds: int
 
     @property
+    def error(self) -> float:
+        """Its standard error."""
+        return math.sqrt(self.of_questions + self.of_trainings)
+
+    @property
     def margin(self) -> float | None:
-        """Half the width of its interval of 95 %, by Student's t of the seeds; None of fewer than two."""
-        freedom = min(self.seeds - 1, max(_STUDENT))
-        return _STUDENT[freedom] * self.error if freedom >= 1 else None
+        """Half the width of its interval of 95 %, by Student's t; None of fewer than two seeds.
+
+        Welch and Satterthwaite's degrees of freedom of a sum of two variances: hundreds of questions tell theirs well,
+        a few trainings tell theirs badly, and what counts is which of them is the larger.
+        """
+        if self.seeds < 2:
+            return None
+        parts = ((self.of_questions, self.questions_freedom), (self.of_trainings, self.seeds - 1))
+        spread = sum(variance**2 / freedom for variance, freedom in parts)
+        return student(self.error**4 / spread) * self.error if spread else 0.0
 
     @property
     def tells(self) -> bool:
@@ -233,6 +294,23 @@ class Gap:
         return f"{self.points:+.1f} points (± {self.margin:.1f} at 95 %, {self.seeds} seeds)"
 
 
+@cache
+def student(freedom: float) -> float:
+    """What Student's t exceeds in either direction in 5 % of all cases; `freedom` from 1, not a whole number either."""
+    # With t = sqrt(freedom) tan(angle), its density is a power of a cosine.
+    norm = 2 * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
+
+    def inside(bound: float) -> float:
+        angles = np.linspace(0.0, math.atan(bound / math.sqrt(freedom)), 2001)
+        return norm * float(np.trapezoid(np.cos(angles) ** (freedom - 1), angles))
+
+    low, high = 0.0, 13.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return high
+
+
 def difference(ours: Rows, theirs: Rows) -> Gap:
     """Of the average scores over the seeds that both have.
 
@@ -241,17 +319,18 @@ def difference(ours: Rows, theirs: Rows) -> Gap:
     with one seed nothing is known of it.
     """
     ours, theirs = _of_common_seeds(ours, theirs)
-    gaps, variances = [], []
-    for task in ours[0]["right"]:
-        pairs = zip(_means(ours, task), _means(theirs, task), strict=True)
-        gap = [a - b for a, b in pairs]
-        gaps.append(statistics.mean(gap))
-        variances.append(statistics.variance(gap) / len(gap) if len(gap) > 1 else 0.0)
-    points, variance = 100 * statistics.mean(gaps), 100**2 * sum(variances) / len(variances) ** 2
-    by_seed = [_mean(our) - _mean(their) for our, their in zip(ours, theirs, strict=True)]
-    if len(by_seed) > 1:
-        variance += statistics.variance(by_seed) / len(by_seed)
-    return Gap(points, math.sqrt(variance), len(by_seed))
+    # [seeds, questions] of each task, in points.
+    gaps = [100.0 * (_right(ours, task) - _right(theirs, task)) for task in ours[0]["right"]]
+    by_question = [gap.mean(axis=0) for gap in gaps]
+    by_seed = np.mean([gap.mean(axis=1) for gap in gaps], axis=0)
+    of_questions = sum(gap.var(ddof=1) / len(gap) if len(gap) > 1 else 0.0 for gap in by_question) / len(gaps) ** 2
+    return Gap(
+        points=float(by_seed.mean()),
+        of_questions=float(of_questions),
+        questions_freedom=max(1, sum(len(gap) - 1 for gap in by_question)),
+        of_trainings=float(by_seed.var(ddof=1)) / len(by_seed) if len(by_seed) > 1 else 0.0,
+        seeds=len(by_seed),
+    )
 
 
 def _of_common_seeds(ours: Rows, theirs: Rows) -> tuple[Rows, Rows]:
@@ -263,15 +342,10 @@ def _of_common_seeds(ours: Rows, theirs: Rows) -> tuple[Rows, Rows]:
     return [of_ours[seed] for seed in common], [of_theirs[seed] for seed in common]
 
 
-def _mean(result: Result) -> float:
-    """Percent, over the tasks."""
-    return 100 * statistics.mean(statistics.mean(map(int, bits)) for bits in result["right"].values())
-
-
-def _means(results: Rows, task: str) -> list[float]:
-    return [
-        statistics.mean(map(int, bits)) for bits in zip(*(result["right"][task] for result in results), strict=True)
-    ]
+def _right(results: Rows, task: str) -> np.ndarray:
+    """Whether each answer is right: [results, questions], float64."""
+    bits = [np.frombuffer(result["right"][task].encode(), np.uint8) == ord("1") for result in results]
+    return np.array(bits, np.float64)
 
 
 def _tells(gap: Gap) -> str:
@@ -288,7 +362,7 @@ def _told(gap: Gap, paper: float) -> str:
 
 
 def _cannot_tell(gap: Gap) -> str:
-    return "Cannot tell: one seed." if gap.margin is None else "Cannot tell: too small."
+    return "Cannot tell: one seed." if gap.margin is None else "Cannot tell: within the error."
 
 
 def _ratio(ratio: Mapping[str, float]) -> str:
@@ -369,7 +443,11 @@ def write_plot(found: Mapping[str, Any], path: Path) -> None:
             label = f"{_title(results[0])} ({results[0]['targets']})" if results[0]["family"] != BASE else "the base"
             spread = statistics.stdev(means) if len(means) > 1 else 0.0
             axes.errorbar(statistics.mean(means), label, xerr=spread, fmt="o", color="#0969da", capsize=3)
-        axes.set_xlabel("average score, percent" + (" (bars: spread over seeds)" if len(found["seeds"]) > 1 else ""))
+        axes.axvline(guessing(list(found["scores"][0]["by_task"])), color="#57606a", linewidth=1, linestyle=":")
+        axes.set_xlabel(
+            "average score, percent; dotted: guessing"
+            + (" (bars: spread over seeds)" if len(found["seeds"]) > 1 else "")
+        )
     if found["steps"]:
         axes = next(places)
         for row in reversed(found["steps"]):

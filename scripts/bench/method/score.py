@@ -66,9 +66,15 @@ def tokenizer_of(folder: Path) -> Any:
 
 
 def torch_generate(model: Any, folder: Path) -> Generate:
-    """By `transformers`, padded on the left; `folder` has the base's configuration and tokenizer."""
-    import torch
+    """By `transformers`, padded on the left; `folder` has the base's configuration and tokenizer.
 
+    Greedily, as the deployed programs do: what else the base's generation_config.json asks for, such as a penalty of
+    words that the prompt has, `model` forgets.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig()
     tokens = read_tokens(folder, "text-generation")
 
     def generate(prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:

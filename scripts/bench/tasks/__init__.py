@@ -1,18 +1,18 @@
 """Eleven kinds of tasks for measuring adapters, in the spirit of CME: made by seeded programs, answered in few tokens.
 
-| kind | answer | guessed right |
-|---|---|---|
-| sentiment | positive or negative | 1/2 |
-| topic | sports, science, business or cooking | 1/4 |
-| inference | yes, no or maybe | 1/3 |
-| paraphrase | same or different | 1/2 |
-| extraction | a JSON object | |
-| questions | a word of the text | 1/3 |
-| arithmetic | a number | |
-| ordering | four words in alphabetical order | 1/24 |
-| oddity | the word of four that does not belong | 1/4 |
-| code | an expression in Python | |
-| brackets | what closes the open ones | |
+| kind | answer |
+|---|---|
+| sentiment | positive or negative |
+| topic | sports, science, business or cooking |
+| inference | yes, no or maybe |
+| paraphrase | same or different |
+| extraction | a JSON object |
+| questions | a word of the text, one of three |
+| arithmetic | a number |
+| ordering | four words in alphabetical order |
+| oddity | the word of four that does not belong |
+| code | an expression in Python |
+| brackets | what closes the open ones |
 
 The parts, `train`, `validation` and `test`, share no template: the frames of sentences and the words that fill them are
 of one part alone, and so are the operands of arithmetic and the sequences of brackets. What is left in common is what a
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from tasks import formal, pairs, reading, reasoning, sentences
 from tasks.words import PARTS, Part
 
-__all__ = ["PARTS", "TASKS", "Example", "Part", "make_examples"]
+__all__ = ["GUESSED", "PARTS", "TASKS", "Example", "Part", "make_examples"]
 
 # Part, random numbers, and the number of the example, by which labels take turns -> prompt, answer.
 Maker = Callable[[Part, random.Random, int], tuple[str, str]]
@@ -45,6 +45,16 @@ TASKS: Mapping[str, Maker] = {
     "oddity": reasoning.oddity,
     "code": formal.code,
     "brackets": formal.brackets,
+}
+# How often who knows what answers a task has, and draws one of them, is right; of the others nearly never.
+GUESSED: Mapping[str, float] = {
+    "sentiment": 1 / 2,
+    "topic": 1 / 4,
+    "inference": 1 / 3,
+    "paraphrase": 1 / 2,
+    "questions": 1 / 3,
+    "ordering": 1 / 24,
+    "oddity": 1 / 4,
 }
 _TRIES = 200
 
