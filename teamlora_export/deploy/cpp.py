@@ -11,7 +11,6 @@ from teamlora_export.deploy.genai import add_genai_files
 from teamlora_export.deploy.genai_tokenizer import why_unreadable
 from teamlora_export.deploy.library import add_library
 from teamlora_export.deploy.render import render
-from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.errors import ExportError
 
 SOURCES = TEMPLATES / "cpp"
@@ -44,9 +43,7 @@ def deploy_cpp(
     if engine is None:
         require_cpu_dtype(bundle, "cpp")
     with deployment(bundle, out, "cpp", MODEL_FOLDER, engine is None, logits, shelf="slots") as made:
-        facts = add_engine(made, engine, plugin, takes_slots=True) if engine is not None else None
-        if facts is not None:
-            _require_slots(facts, bundle, engine)
+        facts = add_engine(made, engine, plugin) if engine is not None else None
         # The program's tokenizer is onnxruntime-genai's, which reads text generators' alone.
         words = bundle.manifest.task == "text-generation" and why_unreadable(bundle) is None
         if words:
@@ -57,13 +54,3 @@ def deploy_cpp(
                 made.write(path.relative_to(SOURCES).as_posix(), path)
         made.write("README.md", render("cpp.README.md.j2", bundle, engine=facts, words=words, library=native))
     return out
-
-
-def _require_slots(facts: EngineFacts, bundle: Bundle, engine: str | None) -> None:
-    """Refuse an engine with slots in another number than the bundle's shelf has: the program would not open it."""
-    slots = None if bundle.manifest.shelf is None else bundle.manifest.shelf["slots"]
-    if facts.slots != slots:
-        raise ExportError(
-            f"{engine}: is an engine with {facts.slots or 'no'} slots of adapters, and {bundle.folder} has "
-            f"{slots or 'none'}. Build it again."
-        )

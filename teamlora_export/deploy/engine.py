@@ -58,23 +58,22 @@ def refuse_unserved(engine: str, facts: EngineFacts) -> None:
         raise ExportError(f"{engine}: takes no single row. Build it with --shapes from 1x1 on.")
 
 
-def add_engine(
-    made: Deployment, name: str, plugin: Path | None, as_name: str | None = None, takes_slots: bool = False
-) -> EngineFacts:
+def add_engine(made: Deployment, name: str, plugin: Path | None, as_name: str | None = None) -> EngineFacts:
     """Add an engine of the bundle, its facts, and the plugin that it was built with.
 
     Args:
         as_name: the engine's path in the model's folder. Default: as in the bundle.
-        takes_slots: the target's program binds adapters to an engine that takes them.
     """
     path = find_engine(made.bundle, name)
     facts = read_facts(path)
     if not is_made_of(facts, made.bundle):
         raise ExportError(f"{path}: was built from another export than {made.bundle.folder}. Build it again.")
-    if facts.slots is not None and not takes_slots:
+    # The programs would not open it.
+    slots = None if made.bundle.manifest.shelf is None else made.bundle.manifest.shelf["slots"]
+    if facts.slots != slots:
         raise ExportError(
-            f"{path}: takes adapters as inputs, which the deployed programs bind to no engine as yet. Build one of a "
-            "bundle with a single --adapter."
+            f"{path}: is an engine with {facts.slots or 'no'} slots of adapters, and {made.bundle.folder} has "
+            f"{slots or 'none'}. Build it again."
         )
     if facts.stripped:
         raise ExportError(f"{path}: holds no weights. Build it without --strip-weights.")

@@ -58,7 +58,7 @@ def deploy_python(
     if engine is None:
         require_cpu_dtype(bundle, "python")
     with deployment(bundle, out, "python", graph=engine is None, logits=logits, shelf="slots") as made:
-        facts = add_engine(made, engine, plugin, ENGINE_NAME, takes_slots=True) if engine is not None else None
+        facts = add_engine(made, engine, plugin, ENGINE_NAME) if engine is not None else None
         if engine is not None and facts is not None:
             refuse_unserved(engine, facts)
         for name in PROGRAM:

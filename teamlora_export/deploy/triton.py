@@ -176,7 +176,7 @@ def _deploy_continuous(
         choose_capacity(bundle, capacity)
     adapters, inside = _adapters_of(bundle), f"{REPOSITORY}/{name}{triton_config.TEXT}/1"
     with deployment(bundle, out, "triton", inside, engine is None, logits, shelf="slots") as made:
-        facts = add_engine(made, engine, plugin, ENGINE_NAME, takes_slots=True) if engine is not None else None
+        facts = add_engine(made, engine, plugin, ENGINE_NAME) if engine is not None else None
         if engine is not None and facts is not None:
             refuse_unserved(engine, facts)
             options = {**options, "gpu": True}

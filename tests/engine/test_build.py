@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import onnx
 import pytest
@@ -20,7 +19,6 @@ from conftest import list_again
 
 from teamlora_export.bundle import Bundle, read_bundle
 from teamlora_export.deploy.cpp import deploy_cpp
-from teamlora_export.deploy.engine import add_engine
 from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.engine.facts import EngineFacts, facts_path, find_engine, read_facts, write_engine
@@ -300,7 +298,7 @@ def as_facts(bundle: Bundle, engine: Path) -> EngineFacts:
 
 def test_adapters_of_a_shelf_are_inputs_of_the_engine(make_shelf, tmp_path):
     """Slots of one size and an index for each row, of which nothing is in the engine: no rebuild and no refit for a
-    swap. Its body is what TensorRT-RTX takes, and the program in C++ binds them."""
+    swap. Its body is what TensorRT-RTX takes, and our programs bind them."""
     bundle = make_shelf()
     path, facts = build_engine(bundle, dataclasses.replace(RTX, shapes="1x1,2x16,4x64"), tmp_path / "tiny.engine")
     assert (facts.slots, facts.format_version) == (3, 2)
@@ -317,8 +315,6 @@ def test_adapters_of_a_shelf_are_inputs_of_the_engine(make_shelf, tmp_path):
     ):
         with pytest.raises(ExportError, match=words):
             build_engine(bundle, dataclasses.replace(RTX, **options), tmp_path / "other.engine")
-    with pytest.raises(ExportError, match="takes adapters as inputs, which the deployed programs bind to no engine"):
-        add_engine(SimpleNamespace(bundle=bundle), str(path), None)  # type: ignore[arg-type]
     out = deploy_cpp(bundle, tmp_path / "out", engine=str(path))
     described = json.loads((out / "model" / "deploy.json").read_text())
     shelf = bundle.manifest.shelf["adapters"]
