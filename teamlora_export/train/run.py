@@ -16,7 +16,6 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +25,9 @@ from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import refuse_foreign, staged
 from teamlora_export.train.card import TrainResult, listed, trained_record, use_by_layer, use_by_task, write_result
-from teamlora_export.train.data import Row, Rows, read_rows, shared_prompts, split_rows
-from teamlora_export.train.encode import Encoded, Encoder, Lengths, digest
+from teamlora_export.train.data import read_rows
+from teamlora_export.train.encode import Encoded
+from teamlora_export.train.material import Material, read_material
 from teamlora_export.train.options import TrainOptions
 
 if TYPE_CHECKING:
@@ -43,19 +43,6 @@ _MEASURED_ROWS = 32
 # To see before the training whether each layer is called on each token.
 _TRIED_ROWS = 2
 _EVALUATIONS, _LOGS = 10, 50
-_PARTS = ("rows as tokens", "held-out rows as tokens")
-
-
-@dataclass(frozen=True)
-class _Material:
-    """The rows of a training, encoded."""
-
-    rows: list[Encoded]
-    held_out: list[Encoded]
-    tasks: list[str]
-    hashes: dict[str, str]
-    encoder: Encoder
-    lengths: Lengths
 
 
 def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResult:
@@ -76,7 +63,7 @@ def train(options: TrainOptions, reporter: Reporter | None = None) -> TrainResul
 
     base = open_base(options.base, "text-generation")
     with _companions(base) as folder:
-        material = _encode(options, read, held_out, folder, reporter)
+        material = read_material(options, read, held_out, folder, reporter)
     return _train(options, base, material, reporter)
 
 
@@ -104,28 +91,6 @@ def _companions(base: BaseModel) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _encode(options: TrainOptions, read: Rows, held_out: Rows | None, folder: Path, reporter: Reporter) -> _Material:
-    rows, kept = read.rows, held_out.rows if held_out is not None else []
-    if options.held_out_share:
-        rows, kept = split_rows(read.rows, options.held_out_share, options.seed)
-    if both := shared_prompts(rows, kept):
-        reporter.warn(f"{both:,} of {len(kept):,} held-out rows have a prompt that is trained on.")
-    encoder = Encoder(folder, options)
-    if not encoder.ends:
-        reporter.warn("The model names no token that ends a text: answers are trained without an end.")
-    tasks = sorted({row.task for row in (*rows, *kept)})
-    parts = [_encode_part(part, encoder, tasks, reporter) for part in (rows, kept)]
-    encoded = [found for found, _ in parts]
-    cut, skipped = (sum(getattr(lengths, name) for _, lengths in parts) for name in ("cut", "skipped"))
-    hashes = {**read.sha256, **(held_out.sha256 if held_out is not None else {})}
-    # What the model reads of them, which the tokenizer and its end tokens decide as well.
-    hashes |= {name: digest(part, tasks) for name, part in zip(_PARTS, encoded, strict=True) if part}
-    held = f", {_count(encoded[1], 'row')} held out" if kept else ""
-    reporter.say(f"{_count(encoded[0], 'row')} of {_count(tasks, 'task')}{held}")
-    lengths = dataclasses.replace(parts[0][1], cut=cut, skipped=skipped)
-    return _Material(encoded[0], encoded[1], tasks, hashes, encoder, lengths)
-
-
 def _refuse_launchers_wishes() -> None:
     """`accelerate launch` hands on its own, which would change every product, and be told nowhere."""
     for name, option, instead in (
@@ -137,24 +102,7 @@ def _refuse_launchers_wishes() -> None:
             raise ExportError(f"{name} is {kind:.20}: not supported. Launch with {option} no.{instead}")
 
 
-def _count(things: Sequence[Any], name: str) -> str:
-    return f"{len(things):,} {name}{'s' if len(things) != 1 else ''}"
-
-
-def _encode_part(
-    rows: Sequence[Row], encoder: Encoder, tasks: Sequence[str], reporter: Reporter
-) -> tuple[list[Encoded], Lengths]:
-    if not rows:
-        return [], Lengths(encoder.most)
-    encoded, lengths = encoder.encode(rows, tasks)
-    if told := lengths.told():
-        reporter.warn(told)
-    for doubt in lengths.doubts():
-        reporter.warn(doubt)
-    return encoded, lengths
-
-
-def _train(options: TrainOptions, base: BaseModel, material: _Material, reporter: Reporter) -> TrainResult:
+def _train(options: TrainOptions, base: BaseModel, material: Material, reporter: Reporter) -> TrainResult:
     import torch
 
     from teamlora_export.model.checkpoint import missing_text
@@ -308,7 +256,7 @@ def _run(
     model: Any,
     arguments: Any,
     layers: Any,
-    material: _Material,
+    material: Material,
     options: TrainOptions,
     work: Path,
     resumed: Path | None,
@@ -378,7 +326,7 @@ def _loop(trainer: AdapterTrainer, resumed: Path | None) -> None:
         trainer.train(resume_from_checkpoint=str(resumed))
 
 
-def _result(trainer: AdapterTrainer, timed: Timed, material: _Material, session: Session) -> TrainResult:
+def _result(trainer: AdapterTrainer, timed: Timed, material: Material, session: Session) -> TrainResult:
     log = trainer.state.log_history
     steps, held_out = trainer.state.global_step, bool(material.held_out)
     found = trainer.measure(material.held_out or _some_of_each(material.rows))
@@ -410,7 +358,7 @@ def _result(trainer: AdapterTrainer, timed: Timed, material: _Material, session:
     )
 
 
-def _used(options: TrainOptions, material: _Material) -> dict[str, Any]:
+def _used(options: TrainOptions, material: Material) -> dict[str, Any]:
     return {
         "alpha": options.used_alpha,
         "balance_weight": options.used_balance_weight,
