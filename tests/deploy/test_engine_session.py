@@ -56,7 +56,11 @@ def until_stop(tokens: list[int]) -> list[int]:
     return tokens[: tokens.index(2)] if 2 in tokens else tokens
 
 
-@pytest.mark.parametrize("fault", [None, off_by_one(3), exchange_rows, StaleSlots()], ids=str)
+@pytest.mark.parametrize(
+    "fault",
+    [None, off_by_one(3), exchange_rows, StaleSlots()],
+    ids=["whole", "off by one", "exchanged", "stale"],
+)
 def test_each_prompt_of_a_batch_is_answered_by_its_own_adapter(fault, engine_of, make_shelf, shelf_answers, tmp_path):
     """Seven prompts in four rows, whose five adapters make room for one another in three slots."""
     bundle, gpu = engine_of(make_shelf(cache="in-place"), fault)
