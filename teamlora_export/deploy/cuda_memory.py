@@ -87,7 +87,7 @@ class Stream:
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self.handle = cuda.open_stream()
-        weakref.finalize(self, _quietly, cuda, "cudaStreamDestroy", self.handle)
+        _end_with(self, cuda, "cudaStreamDestroy", self.handle)
 
     def wait(self) -> None:
         """Until all that was begun is over."""
@@ -102,7 +102,7 @@ class CudaTensor:
         self.shape, self.dtype = shape, dtype
         self._cuda, self._size = cuda, math.prod(shape) * dtype.itemsize
         self.address: int = cuda.call("cudaMalloc", max(self._size, 1))
-        weakref.finalize(self, _quietly, cuda, "cudaFree", self.address)
+        _end_with(self, cuda, "cudaFree", self.address)
         self._fill(self.address, self._size)
 
     def numpy(self) -> np.ndarray:
@@ -132,6 +132,11 @@ class CudaTensor:
         stream = Stream(self._cuda)
         self._cuda.call("cudaMemsetAsync", address, 0, size, stream.handle)
         stream.wait()
+
+
+def _end_with(holder: object, cuda: Cuda, name: str, given: Any) -> None:
+    # Not at the end of the process, which takes all of it back: threads may be at work with it until then.
+    weakref.finalize(holder, _quietly, cuda, name, given).atexit = False
 
 
 def _quietly(cuda: Cuda, name: str, given: Any) -> None:

@@ -66,8 +66,6 @@ def add_engine(made: Deployment, name: str, plugin: Path | None, as_name: str | 
     """
     path = find_engine(made.bundle, name)
     facts = read_facts(path)
-    if not is_made_of(facts, made.bundle):
-        raise ExportError(f"{path}: was built from another export than {made.bundle.folder}. Build it again.")
     # The programs would not open it.
     slots = None if made.bundle.manifest.shelf is None else made.bundle.manifest.shelf["slots"]
     if facts.slots != slots:
@@ -75,6 +73,8 @@ def add_engine(made: Deployment, name: str, plugin: Path | None, as_name: str | 
             f"{path}: is an engine with {facts.slots or 'no'} slots of adapters, and {made.bundle.folder} has "
             f"{slots or 'none'}. Build it again."
         )
+    if not is_made_of(facts, made.bundle):
+        raise ExportError(f"{path}: was built from another export than {made.bundle.folder}. Build it again.")
     if facts.stripped:
         raise ExportError(f"{path}: holds no weights. Build it without --strip-weights.")
     # An engine has a dtype of its own, and after `trt refit` another adapter.

@@ -9,9 +9,11 @@ and brings back logits of the last token of each row.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -21,7 +23,7 @@ import numpy as np
 
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import ADAPTER, Adapters, Memory
-    from teamlora_export.deploy.cuda_memory import Cuda, CudaTensor, Stream
+    from teamlora_export.deploy.cuda_memory import Cuda, CudaError, CudaTensor, Stream
     from teamlora_export.deploy.failure import ModelError
     from teamlora_export.deploy.model_session import Call, ModelSession, Place
     from teamlora_export.deploy.session import (
@@ -38,7 +40,7 @@ if TYPE_CHECKING or __package__:
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import ADAPTER, Adapters, Memory
-    from cuda_memory import Cuda, CudaTensor, Stream
+    from cuda_memory import Cuda, CudaError, CudaTensor, Stream
     from failure import ModelError
     from model_session import Call, ModelSession, Place
     from session import (
@@ -56,6 +58,8 @@ else:
 ENGINE_NAME, FACTS_NAME, PLUGIN_NAME = "model.plan", "model.json", "plugins/libteamlora_tensorrt.so"
 # What TensorRT's registry calls the plugin.
 _OP = "MixedExpertProjection"
+# SHA-256 of the plugin that this process has.
+_LOADED: set[str] = set()
 # By an engine's runtime: its module, its package, and what people call it.
 _RUNTIMES = {
     "tensorrt": ("tensorrt", "tensorrt", "TensorRT"),
@@ -70,6 +74,8 @@ _TYPES: dict[str, tuple[str, type]] = {
     "INT64": ("tensor(int64)", np.int64),
 }
 _PAST = "past_key_values."
+# Of a call: the first is what the others follow from.
+_MOST_ERRORS = 16
 # Of what TensorRT is given an address of, which may be any row of a cache.
 ALIGNMENT = 256
 # The least, the best and the largest shape of each input.
@@ -261,7 +267,8 @@ class EngineSession(ModelSession):
         if self._takes_adapters:
             index = np.asarray(adapters[ADAPTER])
             given[ADAPTER] = np.repeat(index, rows) if len(index) == 1 else index
-        with self._lock:
+        with self._lock, self._settled():
+            self._errors.clear()
             context = self._context_for(rows, tokens)
             # They must be there until the copies are over.
             arrays = {name: self._fitting(context, name, array) for name, array in given.items()}
@@ -277,6 +284,17 @@ class EngineSession(ModelSession):
             found = self._down(context.results[output].address, shapes[output], self._types[output], last)
             self._stream.wait()
         return _widened(found)
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Whatever was begun inside is over behind it, also where something fails midway: others write to what it
+        would write to."""
+        try:
+            yield
+        except BaseException:
+            with suppress(CudaError):
+                self._stream.wait()
+            raise
 
     def _bind_caches(self, context: _Context, caches: Mapping[str, Place]) -> None:
         """Both ends of each; those of the call before are there already, and there are hundreds."""
@@ -342,7 +360,7 @@ class EngineSession(ModelSession):
             raise ModelError(f"{self.runtime} refuses {name} of {list(shape)}{self._reason()}.")
 
     def _reason(self) -> str:
-        """What TensorRT has logged since this was asked last."""
+        """What TensorRT has logged of this call."""
         said = f" ({self._errors[0]:.300})" if self._errors else ""
         self._errors.clear()
         return said
@@ -384,10 +402,19 @@ def _open_package(folder: Path, facts: Mapping[str, Any]) -> tuple[Any, str]:
 
 
 def _load_plugin(trt: Any, library: Path) -> None:
+    """A process has one build of it: TensorRT takes no second of a name, and an engine runs with the one that it was
+    built with."""
     registry = trt.get_plugin_registry()
+    try:
+        sha256 = hashlib.sha256(library.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ModelError(f"{library}: cannot be read ({error.strerror}). Copy the folder again.") from None
+    if _LOADED and sha256 not in _LOADED:
+        raise ModelError(f"{library}: this process has another build of the plugin. Open this model in another.")
     there = any(creator.name == _OP for creator in registry.all_creators)
     if not there and registry.load_library(str(library.resolve())) is None:
         raise ModelError(f"{library}: TensorRT {trt.__version__} refuses to load the plugin.")
+    _LOADED.add(sha256)
 
 
 def _logger_class(trt: Any) -> type:
@@ -397,7 +424,8 @@ def _logger_class(trt: Any) -> type:
             self._errors = errors
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+            is_error = severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR)
+            if is_error and len(self._errors) < _MOST_ERRORS:
                 self._errors.append(message)
 
     return Logger

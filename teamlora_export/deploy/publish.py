@@ -66,6 +66,10 @@ def publish_shelf(bundle: Bundle, out: Path) -> list[str]:
             _bring(adapter, bundle.folder, path.parent)
         kept = {name: sha for name, sha in described.files.items() if not name.startswith(f"{ADAPTERS_NAME}/")}
         files = kept | {adapter["file"]: adapter["sha256"] for adapter in shelf["adapters"].values()}
+        assert described.shelf is not None
+        if DATA_NAME not in described.files:
+            # An engine has as many slots as it was built with.
+            shelf = {**shelf, "slots": described.shelf["slots"]}
         changed = dataclasses.replace(described, shelf=shelf, files=dict(sorted(files.items())))
         write_aside(path, json.dumps(dataclasses.asdict(changed), indent=2) + "\n")
         # What an earlier one left that was killed, too.

@@ -41,7 +41,8 @@ NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 _DESCRIPTIONS = {"deploy.json": ("files", 2), "manifest.json": ("sha256", 3)}
 # What is opened here or by a server, so that a list of hashes without one of them is not whole.
 _OPENED = (
-    *("model.onnx", "model.onnx.data", "adapter.onnx.data", "model.plan"),
+    *("model.onnx", "model.onnx.data", "adapter.onnx.data"),
+    *("model.plan", "model.json", "plugins/libteamlora_tensorrt.so"),
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
 )
 # What adapters of a shelf are for.

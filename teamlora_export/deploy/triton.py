@@ -28,6 +28,7 @@ from teamlora_export.deploy.engine_session import ENGINE_NAME
 from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment
 from teamlora_export.deploy.python import OPENING, SCHEDULING
 from teamlora_export.deploy.render import render
+from teamlora_export.deploy.slots_base import MOST_SLOTS
 from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.engine.onnxruntime_library import LIBRARY_NAME
 from teamlora_export.engine.profiles import choose_capacity
@@ -270,7 +271,7 @@ def _batch(facts: EngineFacts | None, wanted: int | None, default: int) -> int:
     most = min(profile.inputs["input_ids"][2][0] for profile in facts.profiles)
     if wanted is not None and wanted > most:
         raise ExportError(f"--batch {wanted}: the engine takes {most} at most. Build it with other --shapes.")
-    return wanted or most
+    return wanted or min(most, MOST_SLOTS)
 
 
 def _cache_bytes(ports: Sequence[Port]) -> int:

@@ -115,8 +115,9 @@ def is_made_of(facts: EngineFacts, bundle: Bundle) -> bool:
             if facts.slots is None or not name.startswith(f"{ADAPTERS_NAME}/")
         }
 
-    same_kind = (facts.slots is None) == (bundle.manifest.shelf is None)
-    return same_kind and made_of(facts.model_sha256) == made_of(bundle.manifest.sha256)
+    shelf = bundle.manifest.shelf
+    slots = None if shelf is None else shelf["slots"]
+    return facts.slots == slots and made_of(facts.model_sha256) == made_of(bundle.manifest.sha256)
 
 
 def facts_path(engine: Path) -> Path:

@@ -152,7 +152,9 @@ def cases_within(cases: Sequence[Case], profiles: Sequence[ShapeProfile]) -> lis
 
 
 def _to_numpy(output: Any) -> np.ndarray:
+    """A copy: what polygraphy gives is a buffer that its next call resizes and writes to (0.53.6 does), which PyTorch
+    refuses where an array has ever looked at it."""
     if isinstance(output, torch.Tensor):
-        output = output.cpu()
-        return (output.float() if output.dtype == torch.bfloat16 else output).numpy()
-    return np.asarray(output)
+        copied = output.to("cpu", torch.float32 if output.dtype == torch.bfloat16 else output.dtype, copy=True)
+        return copied.numpy()
+    return np.array(output)

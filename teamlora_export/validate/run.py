@@ -40,7 +40,15 @@ from teamlora_export.validate.lm_eval_tasks import LmEval
 from teamlora_export.validate.local import LocalJudge, local_judge
 from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.quality import measure_quality, measures_quality
-from teamlora_export.validate.shelf import joined, judge_mixed, keep_shelf, open_shelf_sources, slot_fill, with_adapters
+from teamlora_export.validate.shelf import (
+    batches_of,
+    joined,
+    judge_mixed,
+    keep_shelf,
+    open_shelf_sources,
+    slot_fill,
+    with_adapters,
+)
 from teamlora_export.validate.sources import codes_of, fits, open_attached_sources, open_sources, torch_dtype
 from teamlora_export.validate.stored import as_held, judge_weights, recipes_of
 from teamlora_export.validate.summary import summary
@@ -222,6 +230,8 @@ def _judge_shelf(
     """
     held = {name: as_held(adapter, bundle.manifest) for name, adapter in adapters.items()}
     library, digest = (native.path, native.sha256) if native is not None else (None, None)
+    # Before any is judged: an engine that takes none is refused.
+    mixed = None if engine is None else (engine, batches_of(bundle, base, list(held), engine, reporter))
     found = {}
     for name, adapter in held.items():
         reporter.say(f"Adapter {name}:")
@@ -234,7 +244,7 @@ def _judge_shelf(
             measured = measure_quality(graph, base, adapters[name], *cost)
         found[name] = dataclasses.replace(found[name], quality=measured)
     weights = _open_streamed(base) if layer_by_layer else None
-    found[""] = judge_mixed(bundle, base, held, library, reporter, weights, engine)
+    found[""] = judge_mixed(bundle, base, held, library, reporter, weights, mixed)
     if engine is None:
         return keep_shelf({name: dataclasses.replace(v, library=digest) for name, v in found.items()}, bundle)
     return _keep_facts(joined(found), with_adapters(engine.facts, found, bundle), engine.path)

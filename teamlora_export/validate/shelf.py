@@ -45,6 +45,8 @@ from teamlora_export.validate.verdict import CaseResult, Departure, Verdict
 
 # Beside those without an adapter, and the second of the first one's.
 _MOST_IN_A_BATCH = 6
+# The adapter of each row, none where adapters are left out; and what is asked.
+MixedBatch = tuple[list[str | None], Case]
 
 
 def open_shelf_sources(
@@ -85,16 +87,16 @@ def judge_mixed(
     library: Path | None,
     reporter: Reporter,
     weights: SafetensorsWeights | None = None,
-    engine: MixedEngine | None = None,
+    engine: tuple[MixedEngine, Sequence[MixedBatch]] | None = None,
 ) -> Verdict:
     """Batches whose rows have adapters of their own: each row as it is alone.
 
     Args:
         weights: of the base, which are read from there layer by layer; None: it is in memory as a whole.
-        engine: what is judged; None: the graph.
+        engine: what is judged, and the batches that it takes; None: the graph.
 
     Raises:
-        ExportError: an adapter's file is damaged, or the engine takes no such batch.
+        ExportError: an adapter's file is damaged.
     """
     manifest, slots = bundle.manifest, require_shelf(bundle)["slots"]
     graph: OnnxRunner
@@ -104,26 +106,14 @@ def judge_mixed(
         # Of few adapters in many slots, an index that is too low would not show.
         shelf.take_last_first()
         runner = graph = MixedRunner(bundle, shelf, library, weights is not None)
+        batches: Sequence[MixedBatch] = batches_of(bundle, base, list(adapters), runner, reporter)
     else:
-        runner, graph = engine, OnnxRunner(bundle, ())
+        (runner, batches), graph = engine, OnnxRunner(bundle, ())
     held = codes_of(graph, base) if manifest.quantisation else None
     multiple = MULTIPLE_OF_CODES if held else MULTIPLE
-    [sample] = make_cases(base.config, base.task, brief=True)
-    pad, vocabulary = int(sample.ids[sample.mask == 0][0]), base.config.get_text_config().vocab_size
     results: list[CaseResult] = []
     departures = list(default_departures(bundle))
-    # What adapters are where they are left out.
-    batches: list[list[str | None]] = [[]] if runner.runs_defaults else []
-    batches += mixed_batches(list(adapters), slots, *runner.batch_sizes)
-    cases = []
-    for number, given in enumerate(batches):
-        case = mixed_case(given or [None, None], vocabulary, pad, sample.steps, number)
-        # Without any, they are the same in every call.
-        cases.append(case if given else replace(case, name="no adapter is given", steps=0))
-    taken = [id(case) for case in runner.choose(cases, reporter)]
-    for given, case in zip(batches, cases, strict=True):
-        if id(case) not in taken:
-            continue
+    for given, case in batches:
         rows = given or [None, None]
         with reporter.step(f"Batch: {case.name}"):
             runner.seat(given)
@@ -140,6 +130,28 @@ def judge_mixed(
             node = graph.producer_of(judgement.name)
             departures.append(Departure("rows", judgement.name, node, f"{judgement.name} {reason}"))
     return Verdict(manifest.dtype, tuple(results), tuple(departures), candidate=runner.label, multiple=multiple)
+
+
+def batches_of(
+    bundle: Bundle, base: BaseModel, names: Sequence[str], runner: MixedRunner | MixedEngine, reporter: Reporter
+) -> list[MixedBatch]:
+    """The batches that a runner of a bundle takes, of several of the adapters `names`.
+
+    Raises:
+        ExportError: an engine takes none.
+    """
+    [sample] = make_cases(base.config, base.task, brief=True)
+    pad, vocabulary = int(sample.ids[sample.mask == 0][0]), base.config.get_text_config().vocab_size
+    # What adapters are where they are left out.
+    batches: list[list[str | None]] = [[]] if runner.runs_defaults else []
+    batches += mixed_batches(list(names), require_shelf(bundle)["slots"], *runner.batch_sizes)
+    cases = []
+    for number, given in enumerate(batches):
+        case = mixed_case(given or [None, None], vocabulary, pad, sample.steps, number)
+        # Without any, they are the same in every call.
+        cases.append(case if given else replace(case, name="no adapter is given", steps=0))
+    taken = [id(case) for case in runner.choose(cases, reporter)]
+    return [(given, case) for given, case in zip(batches, cases, strict=True) if id(case) in taken]
 
 
 def default_departures(bundle: Bundle) -> Iterator[Departure]:

@@ -15,6 +15,7 @@ from engine_stand_in import (
     Fault,
     HostRuntime,
     StaleSlots,
+    StandInContext,
     exchange_rows,
     off_by_one,
     stand_in_for_packages,
@@ -75,6 +76,35 @@ def test_each_prompt_of_a_batch_is_answered_by_its_own_adapter(fault, engine_of,
     del model
     assert not gpu.held, "memory is given back"
     assert not gpu.streams
+
+
+def test_what_a_step_that_failed_has_begun_is_over_before_anything_else(engine_of, make_shelf, tmp_path, monkeypatch):
+    bundle, gpu = engine_of(make_shelf(cache="in-place"))
+    model = Model(deploy_python(bundle, tmp_path / "out", engine="tiny"))
+    execute, failing = StandInContext.execute_async_v3, [True] * 9
+
+    def fails(context: StandInContext, stream: int) -> bool:
+        return execute(context, stream) and not failing.pop()
+
+    monkeypatch.setattr(StandInContext, "execute_async_v3", fails)
+    with pytest.raises(ModelError, match="TensorRT-RTX refuses a step"):
+        model.generate([PROMPTS[0]], 2)
+    assert not any(gpu.streams.values())
+    failing[:] = [False] * 9
+    assert model.generate([PROMPTS[0]], 2)
+
+
+def test_adapters_are_published_to_an_engine_with_as_many_slots_as_it_has(engine_of, make_shelf, tmp_path):
+    bundle, _ = engine_of(make_shelf(cache="in-place"))
+    out = deploy_python(bundle, tmp_path / "out", engine="tiny")
+    fields = json.loads((bundle.folder / "manifest.json").read_text())
+    fields["shelf"]["slots"] = 5
+    (bundle.folder / "manifest.json").write_text(json.dumps(fields))
+    publish_shelf(read_bundle(bundle.folder), out)
+    assert json.loads((out / "deploy.json").read_text())["shelf"]["slots"] == 3
+    assert Model(out).adapters
+    with pytest.raises(ExportError, match=r"is an engine with 3 slots of adapters, and .* has 5\. Build it again"):
+        deploy_python(read_bundle(bundle.folder), tmp_path / "again", engine="tiny")
 
 
 def test_a_shelf_changes_while_an_engine_serves_it(engine_of, make_shelf, shelf_adapters, shelf_answers, tmp_path):
@@ -181,6 +211,12 @@ def test_what_keeps_an_engine_from_being_opened_is_a_sentence(engine_of, make_sh
             Server(out / "models")
     facts = json.loads((folder / "model.json").read_text())
     (folder / "model.json").write_text(json.dumps({**facts, "plugin": {"op": "teamlora::MixedExpertProjection"}}))
+    with pytest.raises(ModelError, match=r"libteamlora_tensorrt\.so: cannot be read"):
+        Model(folder, check=False)
+    (folder / "plugins").mkdir()
+    (folder / "plugins" / "libteamlora_tensorrt.so").write_bytes(b"no library")
+    with pytest.raises(ModelError, match=r"its list of hashes lacks plugins/libteamlora_tensorrt\.so"):
+        Model(folder)
     with pytest.raises(ModelError, match=r"libteamlora_tensorrt\.so: TensorRT .* refuses to load the plugin"):
         Model(folder, check=False)
     (folder / "model.json").write_text(json.dumps({**facts, "runtime_version": "1.6"}))

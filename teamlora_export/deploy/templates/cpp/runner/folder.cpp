@@ -23,8 +23,13 @@ constexpr std::size_t kHashDigits = 64;
 constexpr std::size_t kNamedDigits = 16;
 constexpr std::uintmax_t kLargestJson = 64u << 20;
 // What is opened in a model's folder: a list of hashes without one of them is not whole.
-constexpr const char* kOpened[] = {"model.onnx",     "model.onnx.data",       "adapter.onnx.data",
-                                   "tokenizer.json", "tokenizer_config.json", "genai_config.json"};
+constexpr const char* kOpened[] = {"model.onnx",
+                                   "model.onnx.data",
+                                   "adapter.onnx.data",
+                                   "tokenizer.json",
+                                   "tokenizer_config.json",
+                                   "genai_config.json",
+                                   "plugins/libteamlora_tensorrt.so"};
 
 bool is_file(const fs::path& path) {
     std::error_code error;

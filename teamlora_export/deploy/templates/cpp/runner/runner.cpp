@@ -198,10 +198,11 @@ std::vector<Tokens> Runner::generate_batch(const std::vector<Tokens>& prompts, s
     std::vector<Tokens> answers(batch);
     std::vector<bool> going(batch, true);
     const std::unique_ptr<Decoder> decoder = backend_->start(batch, width + count, slots);
-    const bool holds = std::any_of(slots.begin(), slots.end(), [](std::int32_t slot) { return slot != kNoAdapter; });
+    // Also of a request that holds no slot: what holds one may wait for its place.
+    Adapters* const adapters = backend_->adapters();
     for (std::size_t step = 0; step < count; ++step) {
         const std::vector<float>& logits = read(*decoder, ids, mask, positions, batch);
-        if (holds) backend_->adapters()->went_on();
+        if (adapters != nullptr) adapters->went_on();
         const std::size_t vocabulary = logits.size() / batch;
         ids.resize(batch);
         for (std::size_t row = 0; row < batch; ++row) {
