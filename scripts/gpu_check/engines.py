@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gpu_check.processes import command
 from gpu_check.steps import LeftOut, Steps
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -21,8 +22,13 @@ _NEEDED = ("typer", "onnx", "onnx_ir", "transformers", "msgspec")
 _SHAPES = "1x1,1x64,1x256"
 # What a module's last line begins with where it cannot be run here.
 LEFT_OUT = "left out: "
-# At most, of a command: an engine that is built beside the plugin's compilation takes longest.
-_COMMAND_SECONDS = 240.0
+# At most, of a command: what takes longest is compilation. Of one that judges the op alone, whose library is there.
+_COMMAND_SECONDS, _JUDGE_SECONDS = 240.0, 90.0
+# Of this folder, each with a runtime's own package -> its library, and what runs it.
+_ROWS = {
+    "tensorrt": ("the plugin for TensorRT", "adapters in TensorRT"),
+    "onnxruntime": ("the op for ONNX Runtime's CUDA provider", "adapters in ONNX Runtime's CUDA provider"),
+}
 # Name of an engine -> its options.
 _ENGINES = {"plugin": (), "inlined": ("--no-plugin",), "unadapted": ("--no-plugin",)}
 # Of the bundle, whose graph they are judged by; the other is of the same graph without its experts.
@@ -30,12 +36,14 @@ _ADAPTED = ("plugin", "inlined")
 
 
 def op_steps(capability: str | None, steps: Steps) -> Iterator[tuple[str, Callable[[], str]]]:
-    """The op alone in the two runtimes, of several adapters. `capability`: of the GPU; None in a dry run."""
+    """The op alone in the two runtimes, of several adapters, each behind its library. `capability`: of the GPU; None in
+    a dry run."""
     if capability is None:
         return
     commands = _Commands(Path(), "tensorrt", steps, capability)
-    yield "adapters in TensorRT", lambda: commands.judge_rows("tensorrt")
-    yield "adapters in ONNX Runtime's CUDA provider", lambda: commands.judge_rows("onnxruntime")
+    for module, (library, judged) in _ROWS.items():
+        yield library, lambda module=module: commands.build_library(module)
+        yield judged, lambda module=module: commands.judge_rows(module)
 
 
 def engine_steps(
@@ -61,15 +69,23 @@ class _Commands:
         # Of the GPU, if known: nothing is compiled for others.
         self._capability = [] if capability is None else [capability]
         self._bundle, self._unadapted = folder / "bundle", folder / "unadapted"
+        # Runtime -> that of the op.
+        self._libraries: dict[str, str] = {}
 
     def make_bundle(self) -> str:
         self._require_packages(*_NEEDED)
         self._python("gpu_check.small_model", self._bundle, self._unadapted)
         return ""
 
-    def judge_rows(self, module: str) -> str:
+    def build_library(self, module: str) -> str:
         self._require_packages(*_NEEDED, module)
-        return self._said(f"gpu_check.{module}_rows", *self._capability)
+        self._libraries[module] = self._said(f"gpu_check.{module}_rows", "build", *self._capability)
+        return ""
+
+    def judge_rows(self, module: str) -> str:
+        if module not in self._libraries:
+            raise LeftOut("there is no library")
+        return self._said(f"gpu_check.{module}_rows", "judge", self._libraries[module], seconds=_JUDGE_SECONDS)
 
     def build(self, name: str) -> str:
         module = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx"}[self._runtime]
@@ -117,9 +133,9 @@ class _Commands:
         self._require_packages("onnxruntime")
         return self._said("gpu_check.onnxruntime_cuda", self._bundle, *self._capability)
 
-    def _said(self, module: str, *words: object) -> str:
+    def _said(self, module: str, *words: object, seconds: float = _COMMAND_SECONDS) -> str:
         """The last line of a module of ours."""
-        said = self._python(module, *words).splitlines()[-1]
+        said = self._python(module, *words, seconds=seconds).splitlines()[-1]
         if said.startswith(LEFT_OUT):
             raise LeftOut(said.removeprefix(LEFT_OUT))
         return said
@@ -143,19 +159,13 @@ class _Commands:
     def _tool(self, *words: object) -> str:
         return self._python("teamlora_export", *words)
 
-    def _python(self, module: str, *words: object) -> str:
-        return self._run(sys.executable, "-m", module, *words)
+    def _python(self, module: str, *words: object, seconds: float = _COMMAND_SECONDS) -> str:
+        return self._run(sys.executable, "-m", module, *words, seconds=seconds)
 
-    def _run(self, *words: object, stdin: str = "") -> str:
-        done = subprocess.run(
-            [str(word) for word in words],
-            input=stdin,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=min(_COMMAND_SECONDS, max(self._steps.left(), 1)),
-            env=_environment(),
-        )
+    def _run(self, *words: object, stdin: str = "", seconds: float = _COMMAND_SECONDS) -> str:
+        """What a command says on its standard output. `seconds`: at most, on a GPU."""
+        limit = self._steps.limit(seconds if self._capability else math.inf)
+        done = command([str(word) for word in words], limit, stdin, _environment())
         if done.returncode != 0:
             lines = (done.stdout + done.stderr).strip().splitlines()
             what = " ".join(map(str, words[:4]))

@@ -3,8 +3,9 @@
     environment -> build -> device -> sweep -> adapters in a graph -> the op in TensorRT and ONNX Runtime -> times of
     one type -> a batch of adapters -> compute-sanitizer -> constants of the plan -> engines -> times of other types
 
-A step on the GPU has a process of its own, so that a crash or a kernel that never ends is that step's alone. All
-figures are written after each. Ends with 0 where all is right, 1 where a step failed, 2 where something is missing.
+A step on the GPU has a process of its own, so that a crash or a kernel that never ends is that step's alone. What a
+step's own limit cuts off has failed; what the time for all cuts off is left out. Each figure is written at once. Ends
+with 0 where all is right, 1 where a step failed, 2 where something is missing.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from gpu_check.build import Programs, build
 from gpu_check.engines import engine_steps, op_steps
 from gpu_check.kernels import DTYPES, Kernels, Tuning
 from gpu_check.machine import Description, Emulated, Gpu, Machine
+from gpu_check.processes import Stopped, apart, command, stopped_by_signals
 from gpu_check.sanitize import TOOLS, find_sanitizer, sanitize
 from gpu_check.shapes import LLAMA_2_7B, LLAMA_3_8B, SMOLLM2, TOKENS, Projection
-from gpu_check.steps import Failed, LeftOut, Steps, apart
+from gpu_check.steps import Failed, LeftOut, Limit, Steps
 from gpu_check.thresholds import Trial, try_constants
 from gpu_check.timing import Compiler, Stopwatch, Timing, copy_speed, time_all
 from teamlora_export.engine.toolchain import CudaToolkit, find_cuda
@@ -41,11 +43,14 @@ _MOST_COMPILED = 4
 _LEAST_CAPABILITY = (8, 0)
 # What the first of them finds most, and what is left for the end.
 _FIRST_TOOLS = TOOLS[:2]
-# At most, of a step: what takes longer hangs, or others tell more by then.
-_ASK_SECONDS, _SWEEP_SECONDS, _ADAPTERS_SECONDS, _SANITIZER_SECONDS = 60.0, 90.0, 60.0, 40.0
+# At most, of a step: what takes longer hangs.
+_ASK_SECONDS, _SWEEP_SECONDS, _ADAPTERS_SECONDS = 60.0, 90.0, 60.0
+# At most, of a figure, of which a step has many: torch.compile takes longest.
+_FIGURE_SECONDS = 120.0
+# What takes longer is left to others, which tell more by then.
+_SANITIZER_SECONDS = 40.0
 # Left by the times for what follows them.
 _RESERVE_SECONDS = 75.0
-_NO_LIMIT = math.inf
 # Beyond the end, for a step that looks at the time itself, between two figures.
 _MORE_SECONDS = 30.0
 
@@ -60,8 +65,20 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the sweep's random shapes")
     given = parser.parse_args(arguments)
     try:
+        with stopped_by_signals():
+            return _check(given)
+    except Stopped as reason:
+        return 128 + reason.signal
+
+
+def _check(given: argparse.Namespace) -> int:
+    try:
+        report.require_place(given.json)
         torch, toolkit = _find()
         description = _ask(torch, given.dry_run)
+    except OSError as error:
+        print(f"check_gpu: nothing can be written to {given.json}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except LeftOut as reason:
         print(f"check_gpu: {reason}", file=sys.stderr)
         return 2
@@ -70,14 +87,14 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     with tempfile.TemporaryDirectory(prefix="check_gpu-") as folder:
         check = Check(torch, toolkit, Path(folder), given.dry_run, given.seed, description)
-        steps = Steps(given.minutes, ended=lambda: check.write(given.json))
+        steps = Steps(given.minutes, save=lambda: check.write(given.json))
         check.run(steps, given.dtypes, engines=not given.no_engines)
     print(report.table(check.timings, check.trials))
     check.write(given.json)
     left_out = [outcome.name for outcome in steps.outcomes if outcome.state == "left out"]
     verdict = "FAILED" if steps.failed() else "All right"
     steps.say(f"{verdict}{', but for what was left out: ' if left_out else ''}{', '.join(left_out)}")
-    steps.say(f"figures are in {given.json}")
+    steps.say(f"figures are in {given.json}" if check.unwritten is None else f"no figures: {check.unwritten}")
     return 1 if steps.failed() else 0
 
 
@@ -114,7 +131,7 @@ def _ask(torch: Any, dry_run: bool) -> Description:
         tell((Emulated(torch) if dry_run else Gpu(torch)).describe())
         return ""
 
-    apart(ask, found.append, _ASK_SECONDS)
+    apart(ask, found.append, Limit(_ASK_SECONDS, is_own=True))
     return found[0]
 
 
@@ -139,6 +156,8 @@ class Check:
         # Of a step's own process: tells what it finds to the one that began it.
         self._tell: Callable[[Any], None] | None = None
         self.description = description
+        # Why the figures are not written, where they cannot be.
+        self.unwritten: str | None = None
         self.speed: float | None = None
         self.tuning: Tuning | None = None
         self.timings: list[Timing] = []
@@ -175,11 +194,17 @@ class Check:
             self._run("times of other types", lambda: self._time(dtypes[1:]), takes=20)
 
     def write(self, path: Path) -> None:
-        """All that was found so far, as JSON."""
+        """All that was found so far, as JSON. What cannot be written is told once, and takes no step with it."""
         fields = report.as_fields(
             self._steps, self.description, self.speed, self.tuning, self.timings, self.trials, self.batches
         )
-        path.write_text(report.to_json(fields), encoding="utf-8")
+        before, self.unwritten = self.unwritten, None
+        try:
+            report.write(path, fields)
+        except OSError as error:
+            self.unwritten = f"{path}: {error.strerror or error}"
+            if before is None:
+                self._steps.say(f"figures cannot be written: {self.unwritten}")
 
     def _run(self, name: str, step: Callable[[], str], seconds: float | None = None, takes: float = 0.0) -> bool:
         """A step in a process of its own, of `seconds` at most; whether it passed."""
@@ -188,15 +213,28 @@ class Check:
             self._tell = tell
             return step()
 
+        def keep(found: tuple[str, Any]) -> None:
+            self._keep(*found)
+            self._steps.save()
+
         def begin() -> str:
-            limit = self._limit(_NO_LIMIT) + _MORE_SECONDS if seconds is None else self._limit(seconds)
-            return apart(in_process, lambda found: self._keep(*found), limit)
+            timings, batches = len(self.timings), len(self.batches)
+            try:
+                return apart(in_process, keep, self._limit(seconds))
+            except LeftOut:
+                # What it found until its time was over counts.
+                _require_right([*self.timings[timings:], *self.batches[batches:]])
+                raise
 
         return self._steps.run(name, begin, takes)
 
-    def _limit(self, seconds: float) -> float:
-        """Of a step that takes `seconds` at most on a GPU: an emulated one takes what there is."""
-        return min(_NO_LIMIT if self._dry_run else seconds, max(self._steps.left(), 1))
+    def _limit(self, seconds: float | None) -> Limit:
+        """Of a step that hangs after `seconds` on a GPU, or, None, that looks at the time itself and hangs where it
+        finds nothing: an emulated one takes what there is."""
+        own, each = (math.inf, math.inf) if self._dry_run else (seconds or math.inf, _FIGURE_SECONDS)
+        if seconds is None:
+            return self._steps.limit(each=each, more=_MORE_SECONDS)
+        return self._steps.limit(own)
 
     def _keep(self, name: str, found: Any) -> None:
         """A figure, as or among `self.name`, also in the process that began this step's."""
@@ -223,19 +261,9 @@ class Check:
 
     def _sweep(self) -> str:
         assert self._programs is not None
-        command = [str(self._programs.sweep), "--seed", str(self._seed)]
-        command += ["--small"] if self._dry_run else ["--cases", "300"]
-        try:
-            done = subprocess.run(
-                command,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=self._limit(_SWEEP_SECONDS),
-            )
-        except subprocess.TimeoutExpired as reason:
-            # Without it nothing is proved.
-            raise RuntimeError(f"not done after {reason.timeout:.0f} s") from None
+        words = [str(self._programs.sweep), "--seed", str(self._seed)]
+        words += ["--small"] if self._dry_run else ["--cases", "300"]
+        done = command(words, self._limit(_SWEEP_SECONDS))
         lines = (done.stdout + done.stderr).strip().splitlines() or [f"it ended with code {done.returncode}"]
         if done.returncode != 0:
             raise RuntimeError("\n  ".join(lines))
@@ -246,7 +274,8 @@ class Check:
         sanitizer = find_sanitizer(self._toolkit.cuda_root)
         if sanitizer is None:
             raise LeftOut("there is no compute-sanitizer; set COMPUTE_SANITIZER")
-        return sanitize(sanitizer, tool, self._programs.sweep, min(_SANITIZER_SECONDS, self._steps.left()))
+        limit = Limit(min(_SANITIZER_SECONDS, self._steps.left()), is_own=False)
+        return sanitize(sanitizer, tool, self._programs.sweep, limit)
 
     def _time(self, dtypes: Sequence[str]) -> str:
         assert self._programs is not None
@@ -270,9 +299,7 @@ class Check:
                 break
         if compiler.problem is not None:
             left_out += f"; torch.compile: {compiler.problem}"
-        wrong = [timing for timing in self.timings[first:] if not timing.correct]
-        if wrong:
-            raise RuntimeError(f"{len(wrong)} results are wrong, of them {report.line(wrong[0])}")
+        _require_right(self.timings[first:])
         return f"{len(self.timings) - first} rows{left_out}"
 
     def _swap(self, dtype: str) -> str:
@@ -300,9 +327,7 @@ class Check:
             for count in rows:
                 self._keep("batches", time_batch(*common, projection, dtype, count, slots))
                 self._steps.say(str(self.batches[-1]))
-        wrong = [batch for batch in self.batches if not batch.correct]
-        if wrong:
-            raise RuntimeError(f"{len(wrong)} results are wrong, of them {wrong[0]}")
+        _require_right(self.batches)
         return f"{len(self.batches)} rows"
 
     def _try(self, dtype: str) -> str:
@@ -317,6 +342,13 @@ class Check:
                 break
         changes = {trial.name: trial.recommended for trial in self.trials if trial.recommended != trial.now}
         return f"change {changes}" if changes else "all stay"
+
+
+def _require_right(found: Sequence[Timing | BatchTiming]) -> None:
+    wrong = [one for one in found if not one.correct]
+    if wrong:
+        named = report.line(wrong[0]) if isinstance(wrong[0], Timing) else str(wrong[0])
+        raise RuntimeError(f"{len(wrong)} results are wrong, of them {named}")
 
 
 def _driver() -> str:

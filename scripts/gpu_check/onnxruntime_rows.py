@@ -1,5 +1,5 @@
-"""`python -m gpu_check.onnxruntime_rows CAPABILITY`: the op of ONNX Runtime's CUDA provider, for rows with adapters of
-their own. See `rows.judge`."""
+"""The op of ONNX Runtime's CUDA provider, for rows with adapters of their own; see `rows.judge`.
+`python -m gpu_check.onnxruntime_rows build CAPABILITY`, then `... judge LIBRARY`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,23 @@ _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 _TYPES = {"mix": np.float32, "adapter": np.int32}
 
 
-def main(capability: str) -> None:
-    """Prints one line; ends with 1 where something is wrong."""
-    import torch
-
+def build(capability: str) -> None:
+    """Prints where the op's library is, in one line."""
     if _CUDA not in ort.get_available_providers():
         print(f"{LEFT_OUT}this onnxruntime has no {_CUDA}")
         return
     if find_include() is None:
         print(f"{LEFT_OUT}no headers of ONNX Runtime; set ONNXRUNTIME_INCLUDE_DIR")
         return
+    print(build_cuda_library((capability,)).path)
+
+
+def judge(library: str) -> None:
+    """Prints one line; ends with 1 where something is wrong."""
+    import torch
+
     machine = Gpu(torch)
-    sessions = Sessions(machine, build_cuda_library((capability,)).path, _CUDA)
+    sessions = Sessions(machine, Path(library), _CUDA)
     print(f"ONNX Runtime {ort.__version__}: {rows.judge(torch, machine, sessions.of_slots, sessions.of_one)}")
 
 
@@ -80,4 +85,4 @@ class Sessions:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    {"build": build, "judge": judge}[sys.argv[1]](sys.argv[2])

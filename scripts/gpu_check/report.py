@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from gpu_check.adapters import BatchTiming
@@ -63,5 +65,34 @@ def as_fields(
     }
 
 
-def to_json(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, indent=2) + "\n"
+def write(path: Path, fields: dict[str, Any]) -> None:
+    """As JSON. What was there is there until all is written.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = json.dumps(fields, indent=2) + "\n"
+    if path.exists() and not path.is_file():
+        # As /dev/null.
+        path.write_text(text, encoding="utf-8")
+        return
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def require_place(path: Path) -> None:
+    """For `write`. What is there stays.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    if path.is_dir():
+        raise IsADirectoryError("it is a folder")
+    if not path.exists() or path.is_file():
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.touch()
+        aside.unlink()

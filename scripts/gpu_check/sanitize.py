@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
-from gpu_check.steps import LeftOut
+from gpu_check.processes import command
+from gpu_check.steps import LeftOut, Limit
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 _PLACES = ("bin/compute-sanitizer", "compute-sanitizer/compute-sanitizer", "extras/compute-sanitizer/compute-sanitizer")
@@ -22,19 +22,19 @@ def find_sanitizer(cuda_root: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
-def sanitize(sanitizer: Path, tool: str, sweep: Path, seconds: float) -> str:
+def sanitize(sanitizer: Path, tool: str, sweep: Path, limit: Limit) -> str:
     """What `tool` says of the small sweep, in its last line.
 
     Raises:
         LeftOut: it does not work on this machine (in some sandboxes it has no access to the device).
+        LeftOut, Failed: it reaches `limit`.
         RuntimeError: it finds something, or the sweep fails.
-        subprocess.TimeoutExpired: it takes longer than `seconds`.
     """
-    command = [str(sanitizer), "--tool", tool, "--error-exitcode", str(_FAILED), str(sweep), "--small"]
+    words = [str(sanitizer), "--tool", tool, "--error-exitcode", str(_FAILED), str(sweep), "--small"]
     if tool == "initcheck":
         # Poison would count as initialised.
-        command.append("--no-poison")
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)
+        words.append("--no-poison")
+    done = command(words, limit)
     lines = (done.stdout + done.stderr).strip().splitlines()
     refusal = next((line for line in lines if any(words in line for words in _REFUSALS)), None)
     if refusal is not None:

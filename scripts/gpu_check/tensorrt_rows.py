@@ -1,33 +1,39 @@
-"""`python -m gpu_check.tensorrt_rows CAPABILITY`: the plugin in engines of one node that TensorRT builds here, for rows
-with adapters of their own. See `rows.judge`."""
+"""The plugin in engines of one node that TensorRT builds here, for rows with adapters of their own; see `rows.judge`.
+`python -m gpu_check.tensorrt_rows build CAPABILITY`, then `... judge LIBRARY`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from gpu_check import rows
 from gpu_check.adapters import Batch
 from gpu_check.engines import LEFT_OUT
 from gpu_check.machine import Gpu, Machine
-from teamlora_export.engine.plugin import build_plugin, load_plugin
+from teamlora_export.engine.plugin import build_plugin, load_plugin, read_plugin
 from teamlora_export.engine.runtime import Messages, open_runtime
 from teamlora_export.engine.toolchain import find_tensorrt_include
 
 
-def main(capability: str) -> None:
-    """Prints one line; ends with 1 where something is wrong."""
-    import torch
-
+def build(capability: str) -> None:
+    """Prints where the plugin is, in one line."""
     if find_tensorrt_include() is None:
         print(f"{LEFT_OUT}no headers of this TensorRT; set TENSORRT_INCLUDE_DIR")
         return
+    print(build_plugin((capability,)).path)
+
+
+def judge(library: str) -> None:
+    """Prints one line; ends with 1 where something is wrong."""
+    import torch
+
     # PyTorch first: the context of CUDA is then its own.
     machine = Gpu(torch)
     torch.zeros(1, device=machine.device)
     runtime = open_runtime("tensorrt")
-    load_plugin(build_plugin((capability,)), runtime)
+    load_plugin(read_plugin(Path(library)), runtime)
     engines = Engines(torch, machine, runtime.trt, runtime.logger)
     print(f"TensorRT {runtime.version}: {rows.judge(torch, machine, engines.of_slots, engines.of_one)}")
 
@@ -94,4 +100,4 @@ class Engines:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    {"build": build, "judge": judge}[sys.argv[1]](sys.argv[2])

@@ -27,7 +27,7 @@ from gpu_check.machine import Emulated, Gpu
 from gpu_check.operation import by_pytorch, difference, make_call, ours, two_products
 from gpu_check.sanitize import TOOLS, find_sanitizer, sanitize
 from gpu_check.shapes import LLAMA_2_7B, PROJECTIONS
-from gpu_check.steps import LeftOut, Steps, apart
+from gpu_check.steps import Failed, LeftOut, Limit, Steps
 from gpu_check.thresholds import Trial, try_constants
 from gpu_check.timing import Compiler, Stopwatch, Timing
 from kernel_table import BEGIN, BEGIN_ADAPTERS, END, README, kernel_adapters_table, kernel_table
@@ -36,6 +36,7 @@ from teamlora_export.engine.toolchain import find_cuda
 
 ROOT = Path(__file__).parents[2]
 SIZES = Sizes("fp16", 3, 64, 4, 4, (32, 16))
+TEN_SECONDS = Limit(10, is_own=True)
 ROW = Timing("7B down", "fp16", 8, floor=2.0, ours=3.0, eager=30.0, products=6.0, compiled=None, difference=0.4)
 
 
@@ -143,9 +144,9 @@ def test_a_sweep_that_fails_is_shown(check, tmp_path):
     executable(tmp_path / "sweep", "echo FAILED: tokens 3; echo 5 cases, 1 failures; exit 1")
     with pytest.raises(RuntimeError, match="FAILED: tokens 3\n  5 cases, 1 failures"):
         check._sweep()
-    executable(tmp_path / "sweep", "exec sleep 5")
+    executable(tmp_path / "sweep", "exec sleep 60")
     check._steps = Steps(0)
-    with pytest.raises(RuntimeError, match="not done after 1 s"):
+    with pytest.raises(LeftOut, match="not done after 1 s"):
         check._sweep()
 
 
@@ -164,51 +165,19 @@ def test_a_sanitizer_is_found_or_left_out(check, tmp_path, monkeypatch):
 def test_what_a_sanitizer_finds_fails_its_step(tmp_path):
     tool = executable(tmp_path / "tool", 'echo "$@" >&2; [ "$2" != racecheck ] || { echo hazard; exit 86; }')
     with pytest.raises(RuntimeError, match="racecheck ends with code 86:\n  hazard"):
-        sanitize(tool, "racecheck", tmp_path / "sweep", 10)
-    assert sanitize(tool, "memcheck", tmp_path / "sweep", 10).endswith("sweep --small")
-    assert sanitize(tool, "initcheck", tmp_path / "sweep", 10).endswith("--small --no-poison")
-    slow = executable(tmp_path / "slow", "exec sleep 5")
-    steps = Steps(8)
-    assert not steps.run("slow", lambda: sanitize(slow, "memcheck", tmp_path / "sweep", 0.1))
-    assert (steps.outcomes[0].state, steps.failed()) == ("left out", False)
+        sanitize(tool, "racecheck", tmp_path / "sweep", TEN_SECONDS)
+    assert sanitize(tool, "memcheck", tmp_path / "sweep", TEN_SECONDS).endswith("sweep --small")
+    assert sanitize(tool, "initcheck", tmp_path / "sweep", TEN_SECONDS).endswith("--small --no-poison")
+    slow = executable(tmp_path / "slow", "exec sleep 60")
+    with pytest.raises(LeftOut, match="not done after 0 s"):
+        sanitize(slow, "memcheck", tmp_path / "sweep", Limit(0.1, is_own=False))
 
 
 def test_a_sanitizer_that_has_no_access_to_the_device_is_left_out(tmp_path):
     """As in some sandboxes."""
     tool = executable(tmp_path / "tool", 'echo "========= Error: Device not supported. Please refer to .."; exit 1')
     with pytest.raises(LeftOut, match=r"compute-sanitizer does not work here: .* Device not supported"):
-        sanitize(tool, "memcheck", tmp_path / "sweep", 10)
-
-
-def test_a_step_on_the_gpu_that_crashes_or_hangs_ends_alone_and_keeps_what_it_found():
-    steps, found = Steps(8), []
-
-    def crashes(tell):
-        tell("a figure")
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def leaves_one_behind(tell):
-        """Which holds the pipe open."""
-        subprocess.Popen(["sleep", "60"], close_fds=False)
-        os._exit(3)
-
-    def left_out(tell):
-        raise LeftOut("no such thing")
-
-    assert not steps.run("crash", lambda: apart(crashes, found.append, 10))
-    assert not steps.run("exit", lambda: apart(lambda _: os._exit(3), found.append, 10))
-    assert not steps.run("hang", lambda: apart(lambda _: time.sleep(60), found.append, 0.2))
-    assert not steps.run("left out", lambda: apart(left_out, found.append, 10))
-    assert not steps.run("error", lambda: apart(lambda _: str(1 // 0), found.append, 10))
-    assert steps.run("fine", lambda: apart(lambda tell: tell(2) or "done", found.append, 10))
-    assert found == ["a figure", 2]
-    states = [outcome.state for outcome in steps.outcomes]
-    assert states == ["failed", "failed", "failed", "left out", "failed", "passed"]
-    texts = [outcome.text for outcome in steps.outcomes]
-    assert texts[:2] == ["its process ended with SIGKILL", "its process ended with code 3"]
-    assert texts[2].startswith("not done after 0 s, and ended")
-    assert texts[3] == "no such thing"
-    assert texts[4].startswith("ZeroDivisionError") and "Traceback" in texts[4]
+        sanitize(tool, "memcheck", tmp_path / "sweep", TEN_SECONDS)
 
 
 def test_figures_are_written_after_each_step(monkeypatch, tmp_path):
@@ -218,6 +187,74 @@ def test_figures_are_written_after_each_step(monkeypatch, tmp_path):
     monkeypatch.setattr(check_gpu, "build", lambda *_: seen.append(json.loads(path.read_text())["steps"]) or 1 // 0)
     assert check_gpu.main(["--dry-run", "--no-engines", "--json", str(path)]) == 1
     assert [step["name"] for step in seen[0]] == ["environment"]
+
+
+def test_each_figure_is_written_at_once(check, tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    check._steps = Steps(8, save=lambda: check.write(path))
+
+    def rows(*_: object):
+        """Of the step's own process."""
+        yield ROW
+        end = time.monotonic() + 10
+        while not path.exists() or len(json.loads(path.read_text())["timings"]) == 0:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(check_gpu, "time_all", rows)
+    assert not check._run("times", lambda: check._time(["fp16"]))
+    assert check._steps.outcomes[0].text == "its process ended with SIGKILL"
+
+
+def test_figures_that_cannot_be_written_leave_those_before_and_end_no_step(check, tmp_path, monkeypatch, capsys):
+    assert check_gpu.main(["--dry-run", "--json", str(tmp_path / "none" / "a.json")]) == 2
+    assert "nothing can be written to" in capsys.readouterr().err
+    assert check_gpu.main(["--dry-run", "--json", str(tmp_path)]) == 2
+    assert "it is a folder" in capsys.readouterr().err
+    path = tmp_path / "a.json"
+    check._steps = Steps(8, save=lambda: check.write(path))
+    assert check._steps.run("first", lambda: "")
+
+    def fills(path, text, **_: object):
+        path.write_bytes(text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", fills)
+        assert check._steps.run("second", lambda: "")
+        assert check._steps.run("third", lambda: "")
+    assert [one["name"] for one in json.loads(path.read_text())["steps"]] == ["first"]
+    assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
+    assert capsys.readouterr().out.count("No space left on device") == 1, "told once"
+    assert check.unwritten is not None
+    assert check._steps.run("fourth", lambda: "")
+    assert len(json.loads(path.read_text())["steps"]) == 4 and check.unwritten is None
+
+
+def test_times_that_the_clock_cuts_off_fail_only_where_a_row_is_wrong(check, monkeypatch):
+    limits = [0.3, 2, 0.3]
+    monkeypatch.setattr(check, "_limit", lambda _: Limit(limits.pop(), is_own=False))
+
+    def find(row):
+        check._keep("timings", row)
+        time.sleep(60)
+
+    check._run("right", lambda: find(ROW))
+    check._run("wrong", lambda: find(replace(ROW, difference=math.nan)))
+    check._run("right again", lambda: find(ROW))
+    assert [outcome.state for outcome in check._steps.outcomes] == ["left out", "failed", "left out"]
+    assert "1 results are wrong, of them 7B down" in check._steps.outcomes[1].text
+
+
+def test_only_a_step_of_a_gpu_has_a_limit_of_its_own(check):
+    assert not check._limit(60).is_own
+    assert check._limit(None).each == math.inf
+    check._dry_run = False
+    assert check._limit(60) == Limit(60, is_own=True)
+    assert (check._limit(None).is_own, check._limit(None).each) == (False, 120)
+    check._steps = Steps(0.5)
+    assert not check._limit(60).is_own, "less is left than it may take"
 
 
 def test_steps_without_time_are_left_out_and_errors_of_any_kind_fail_one_step_alone(capsys):
@@ -496,6 +533,34 @@ def test_what_engines_need_is_named_where_it_is_missing(commands, monkeypatch, t
             step()
     with pytest.raises(RuntimeError, match="ends with code 3\n  why"):
         empty._run(sys.executable, "-c", "import sys; print('why'); sys.exit(3)")
+
+
+def test_a_command_that_hangs_fails_and_one_without_time_is_left_out(tmp_path):
+    of_a_gpu = engines._Commands(tmp_path, "tensorrt", Steps(8), "90")
+    with pytest.raises(Failed, match="something waits for ever"):
+        of_a_gpu._run("sleep", "60", seconds=0.1)
+    with pytest.raises(LeftOut, match="no more time"):
+        engines._Commands(tmp_path, "tensorrt", Steps(0), "90")._run("sleep", "60")
+    assert of_a_gpu._run("cat", stdin="5 17 42") == "5 17 42"
+
+
+def test_the_op_is_judged_once_its_library_is_built(monkeypatch):
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda _: object())
+    ran = []
+    monkeypatch.setattr(
+        engines._Commands, "_run", lambda _, *words, **limits: ran.append((words[2:], limits)) or "x.so"
+    )
+    steps = dict(engines.op_steps("90", Steps(8)))
+    plugin, judged, *_ = steps.values()
+    with pytest.raises(LeftOut, match="there is no library"):
+        judged()
+    plugin()
+    judged()
+    assert [words for words, _ in ran] == [
+        ("gpu_check.tensorrt_rows", "build", "90"),
+        ("gpu_check.tensorrt_rows", "judge", "x.so"),
+    ]
+    assert ran[1][1]["seconds"] < ran[0][1]["seconds"]
 
 
 def test_a_project_that_cmake_does_not_take_is_left_out(commands, monkeypatch):

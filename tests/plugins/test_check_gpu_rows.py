@@ -191,3 +191,15 @@ def test_tensorrt_s_own_interface_takes_what_is_asked_of_it_before_a_gpu_is_need
         trt.Runtime: ("deserialize_cuda_engine",),
     }
     assert [name for kind, names in used.items() for name in names if not hasattr(kind, name)] == []
+
+
+def test_a_library_is_built_or_left_out(monkeypatch, capsys):
+    onnxruntime_rows.build("90")
+    assert capsys.readouterr().out.startswith("left out: this onnxruntime has no CUDAExecutionProvider")
+    monkeypatch.setattr(tensorrt_rows, "build_plugin", lambda chosen: SimpleNamespace(path="_".join(chosen)))
+    monkeypatch.setattr(tensorrt_rows, "find_tensorrt_include", lambda: "here")
+    tensorrt_rows.build("90")
+    assert capsys.readouterr().out == "90\n"
+    monkeypatch.setattr(tensorrt_rows, "find_tensorrt_include", lambda: None)
+    tensorrt_rows.build("90")
+    assert capsys.readouterr().out.startswith("left out: no headers of this TensorRT")

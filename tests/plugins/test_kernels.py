@@ -20,7 +20,7 @@ from gpu_check.kernels import Kernels, Sizes, Tuning
 from gpu_check.thresholds import BORDERS, TRIED
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plugins.planted_faults import missed
+from plugins.planted_faults import missed, tells_a_fault
 
 from teamlora_export.graph import op
 
@@ -365,3 +365,24 @@ FAULTS = {
 
 def test_planted_faults_are_caught(tmp_path, programs):
     assert not missed(FAULTS, "one-adapter", programs, tmp_path)
+
+
+def test_only_what_a_fault_itself_does_counts_as_caught():
+    assert not tells_a_fault("passes", ["true"], 10)
+    assert tells_a_fault("finds it", ["false"], 10)
+    assert tells_a_fault("crashes", ["sh", "-c", "kill -SEGV $$"], 10)
+    for what, body, message in (
+        ("no memory", "kill -KILL $$", r"no memory: -9"),
+        ("a left out path", "exit 3", r"a left out path: 3"),
+        ("a loop", "exec sleep 60", r"a loop: the sweep is not done after 0\.2 s"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            tells_a_fault(what, ["sh", "-c", body], 0.2 if what == "a loop" else 10)
+
+
+def test_a_sweep_that_fails_without_a_fault_is_told(tmp_path, monkeypatch):
+    """As were its build wrong: all faults would seem to be caught."""
+    monkeypatch.setattr("plugins.planted_faults._is_caught", lambda *_: True)
+    monkeypatch.setattr("plugins.planted_faults._compile", lambda *_: None)
+    with pytest.raises(AssertionError, match="the sweep fails without a fault"):
+        missed(FAULTS, "one-adapter", tmp_path, tmp_path)
