@@ -283,6 +283,14 @@ def test_a_training_that_was_killed_while_it_cleared_up_has_ended(options, whole
             train(again, QUIET)
         assert not work.exists()
         assert_same(options.output, whole.folder)
+    # What is there is of another type of numbers: its checkpoint is all that there is of what is asked now.
+    in_bf16 = dataclasses.replace(again, save_dtype="bf16")
+    shutil.copytree(kept, work)
+    with pytest.raises(ExportError, match="left unfinished"):
+        train(dataclasses.replace(in_bf16, resume=False), QUIET)
+    assert (work / "checkpoint-18").is_dir()
+    train(in_bf16, QUIET)
+    assert json.loads((options.output / "training.json").read_text())["options"]["save_dtype"] == "bf16"
     work.mkdir()
     with pytest.raises(ExportError, match="its training has ended"):
         train(again, QUIET)
