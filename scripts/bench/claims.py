@@ -29,7 +29,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from method.cells import Place, code_version, default_folder, hash_of_base, run_cell, short_hash, whole_version
+from method.cells import (
+    Place,
+    code_version,
+    default_folder,
+    hash_of_base,
+    hash_of_questions,
+    hash_of_rows,
+    run_cell,
+    short_hash,
+    whole_version,
+)
 from method.figures import read_scores, require_output, write_figures
 from method.plan import BASE, EXPERTS, EXPORTED, FAMILIES, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
 from method.report import tables
@@ -66,6 +76,8 @@ def main() -> None:
         "code": code_version(),
         "base": place.base.name,
         "base_sha256": hash_of_base(place.base),
+        "questions_sha256": hash_of_questions(place.settings),
+        "rows_sha256": hash_of_rows(place),
         "seeds": sorted({*given.seeds, *(result["seed"] for result in others)}),
         "pooled": told,
         "missing": [cell.name for cell in own if place.find(cell) is None],
@@ -125,7 +137,8 @@ def _arguments() -> argparse.Namespace:
         dest="pooled",
         type=Path,
         metavar="FIGURES.json",
-        help="count the cells of another run, of the same settings and base, with those of this one",
+        help="count the cells of another run, of the same settings, base, questions and rows, with those of this one; "
+        "what this code has found of a cell itself comes first",
     )
     parser.add_argument("--any-version", action="store_true", help="take what other versions of the code have found")
     parser.add_argument("-o", "--output", type=Path, help="a folder for figures.json, README.md and plot.png")
@@ -287,6 +300,8 @@ def _notes(found: dict[str, Any], place: Place, others: Sequence[Mapping[str, An
     own = [result for result in found["scores"] if result["cell"] not in of_others]
     if older := [f"{result['cell']} ({result['code']})" for result in own if result["code"] != found["code"]]:
         notes.append(f"From other versions of the code: {', '.join(older)}.")
+    if unsaid := [result["cell"] for result in own if "questions_sha256" not in result]:
+        notes.append(f"Which questions were asked, and which rows trained on, is not known of {', '.join(unsaid)}.")
     versions = {", ".join(map(" ".join, r["versions"].items())) for r in found["scores"] if "versions" in r}
     if len(versions) > 1:
         notes.append(f"Trained with unlike versions: {'; '.join(sorted(versions))}.")

@@ -211,7 +211,11 @@ def _begin(
     if was_begun:
         alone.enter_context(checkpoint.alone(work))
         found = checkpoint.last_checkpoint(work)
-        if record is not None and record.is_of(session.sha256, options) and checkpoint.has_ended(work, session, record.steps):
+        if (
+            record is not None
+            and record.is_of(session.sha256, options)
+            and checkpoint.has_ended(work, session, record.steps)
+        ):
             checkpoint.finish(work)
             reporter.say(f"The training of {options.output} had ended; what it left beside it is cleared up.")
             found, was_begun = None, False

@@ -204,6 +204,12 @@ def test_other_code_or_other_options_are_other_cells(team, place, monkeypatch):
     assert place.find(TEAM) is None
     assert dataclasses.replace(place, any_version=True).find(TEAM)["right"] == team["right"]
     assert dataclasses.replace(longer, any_version=True).find(TEAM) is None
+    # Nor are results of other questions or rows found, whatever the version.
+    for name in ("hash_of_questions", "hash_of_rows"):
+        with monkeypatch.context() as patched:
+            patched.setattr(cells_module, name, lambda _: "otherone")
+            assert dataclasses.replace(place, any_version=True).find(TEAM) is None
+            assert dataclasses.replace(place, any_version=True).adapter(TEAM) is None
 
 
 def test_versions_are_of_the_code_that_results_depend_on():
@@ -286,12 +292,42 @@ def test_cells_of_another_run_count_beside_this_ones_where_all_but_the_seed_is_t
         ({"scores": [{**theirs, "rank": 4}]}, "has rank 4, alpha .* here it has 8"),
         ({"scores": [{**theirs, "seed": 2}]}, "is not what its options say"),
         ({"scores": [{**theirs, "right": {"topic": "01"}}]}, "was asked other questions"),
+        ({"scores": [{**theirs, "right": {**team["right"], "topic": "2?"}}]}, "neither right nor wrong"),
+        ({"scores": [{**theirs, "questions_sha256": "0"}]}, r"-s1 was asked other questions\."),
+        ({"scores": [{**theirs, "rows_sha256": "0"}]}, r"-s1 was trained on other rows\."),
+        ({"questions_sha256": "0", "rows_sha256": "0"}, "made with other questions; other rows to train on"),
+        ({"scores": [{**theirs, "cell": "teamlora-k0-ffn-s1", "experts": 0}]}, "no cell of this grid"),
+        ({"scores": [{**theirs, "cell": "teamlora-k4-mlp-s1", "targets": "mlp"}]}, "no cell of this grid"),
+        ({"scores": [{**theirs, "versions": [1]}]}, "Expected `object`"),
+        ({"scores": []}, "has no scores"),
         ({"scores": [theirs, theirs]}, "is there twice"),
         ({"scores": [{"cell": "base"}]}, "missing required field"),
     ):
         with pytest.raises(ExportError, match=refused):
             read_scores(write(**changed), place)
-    assert read_scores(write(base_sha256=cells_module.hash_of_base(place.base)), place)[0] == [theirs]
+    hashes = {
+        "base_sha256": cells_module.hash_of_base(place.base),
+        "questions_sha256": theirs["questions_sha256"],
+        "rows_sha256": theirs["rows_sha256"],
+    }
+    known = "From figures.json of code 8aab571b: teamlora-k4-ffn-s1."
+    # What tables read is taken from the answers.
+    assert read_scores(write(**hashes, scores=[{**theirs, "mean": math.nan, "by_task": {}}]), place) == (
+        [theirs],
+        known,
+    )
+    unsaid = {name: value for name, value in theirs.items() if not name.endswith("_sha256")}
+    assert (
+        "not say which questions were asked, which rows were trained on: "
+        in read_scores(write(**hashes, scores=[unsaid]), place)[1]
+    )
+    # Of what this code has found itself, that comes first.
+    turned = {task: right.translate({48: 49, 49: 48}) for task, right in team["right"].items()}
+    scores, told = read_scores(
+        write(**hashes, scores=[{**theirs, "cell": team["cell"], "seed": 0, "right": turned}]), place
+    )
+    assert scores[0]["right"] == team["right"] and scores[0]["code"] == team["code"]
+    assert told == "Of figures.json left out, for results of this code: teamlora-k4-ffn-s0."
 
 
 def test_layout_and_comments_leave_the_code_what_it_is(tmp_path):
@@ -415,6 +451,7 @@ def _result(family: str, right: str, seed: int = 0, share: float = 1.0) -> dict:
     return {
         "cell": cell.name,
         **dataclasses.asdict(cell),
+        "code": "8aab571b",
         "rank": 8,
         "parameters": 100,
         "mean": np.mean(list(by_task.values())),
@@ -550,6 +587,11 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
     assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.25 (1.20 - 1.30) |" in text
     assert "| c | ONNX Runtime, int4 | 5 MB | 40.0 | 90.0 % |" in text
     assert "| the base | - | - | 0 | 1 | 8.3 | - |" in text
+    # A comparison of two versions of the code says so in its own line.
+    assert "Of unlike code" not in text
+    mixed = [{**score, "code": "0c0de"} if score["family"] == "moelora" else score for score in scores]
+    (line,) = (line for line in verdicts({**found, "scores": mixed}) if "with half the parameters over" in line)
+    assert line.endswith(" Of unlike code: TeamLoRA, k=4, half the parameters: 8aab571b; MoELoRA, k=4: 0c0de.")
     # What luck gives, beside what the base has without being taught the form of an answer.
     guessed = tables({**found, "scores": [{**scores[1], "by_task": {"topic": 90, "code": 10, "oddity": 3}}]})
     assert "| guessing | - | 25 | 0 | 25 |\n\nGuessing among the answers that a task has gives 16.7" in guessed

@@ -132,16 +132,19 @@ def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
                 gaps.append(difference(ours, theirs))
                 paper = PAPER_SCORES["teamlora"] - PAPER_SCORES[family]
                 where = f"{NAMES[family]} of equal size on {_TARGETS[targets]}"
-                yield f"- TeamLoRA, k=4, over {where}: {_told(gaps[-1], paper)}"
+                codes = _unlike_codes(*_of_common_seeds(ours, theirs))
+                yield f"- TeamLoRA, k=4, over {where}: {_told(gaps[-1], paper)}{codes}"
         half = by_group.get(f"teamlora-k4-{targets}-half")
         moe = by_group.get(f"moelora-k4-{targets}")
         if half and moe:
             gaps.append(gap := difference(half, moe))
             where = f"a MoELoRA on {_TARGETS[targets]}"
-            yield f"- TeamLoRA, k=4, with half the parameters over {where}: {gap}. {_tells(gap)}"
+            codes = _unlike_codes(*_of_common_seeds(half, moe))
+            yield f"- TeamLoRA, k=4, with half the parameters over {where}: {gap}. {_tells(gap)}{codes}"
         scores = {k: by_group.get(f"teamlora-k{k}-{targets}", []) for k in EXPERTS}
         if all(scores.values()):
-            yield f"- TeamLoRA by number of experts on {_TARGETS[targets]}: {_told_of_experts(scores)}"
+            codes = _unlike_codes(*scores.values())
+            yield f"- TeamLoRA by number of experts on {_TARGETS[targets]}: {_told_of_experts(scores)}{codes}"
     if margins := [gap.margin for gap in gaps if gap.margin is not None]:
         yield _least_told(margins)
     yield from _step_verdicts(found["steps"])
@@ -157,6 +160,15 @@ def _least_told(margins: Sequence[float]) -> str:
         f"the paper's are {min(of):.1f} to {max(of):.1f}. An error half as large takes four times the questions and "
         "the seeds."
     )
+
+
+def _unlike_codes(*sides: Rows) -> str:
+    """Of which code each side of a comparison is, where that is not one and the same."""
+    codes = [list(dict.fromkeys(result["code"] for result in results)) for results in sides]
+    if len({code for of_side in codes for code in of_side}) == 1:
+        return ""
+    told = (f"{_title(results[0])}: {', '.join(of_side)}" for results, of_side in zip(sides, codes, strict=True))
+    return f" Of unlike code: {'; '.join(told)}."
 
 
 def _told_of_experts(scores: Mapping[int, Rows]) -> str:
