@@ -31,11 +31,13 @@ from method.plan import BASE, Cell, Settings, options_of
 from method.score import Scores, score, tokenizer_of, torch_generate
 from teamlora_export.cache import cache_folder
 from teamlora_export.dtypes import DTYPES
+from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
 from teamlora_export.staging import write_aside
 
 RESULT_NAME = "result.json"
 _BASE_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "merges.txt", "vocab.txt")
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
 _BENCH = Path(__file__).parents[1]
 _PACKAGE = Path(teamlora_export.__file__).parent
 _TASKS = (_BENCH / "write_tasks.py", *(_BENCH / "tasks").glob("*.py"))
@@ -281,8 +283,14 @@ def _hash_of_code(paths: tuple[Path, ...]) -> str:
 
 @cache
 def hash_of_base(folder: Path) -> str:
-    """Of every file that decides what the model makes of a prompt: configuration, weights and tokenizer."""
+    """Of every file that decides what the model makes of a prompt: configuration, weights and tokenizer.
+
+    Raises:
+        ExportError: it is no folder with weights. A hub name is none: all of them would be the same base.
+    """
     files = sorted(path for pattern in _BASE_FILES for path in folder.glob(pattern) if path.is_file())
+    if not any(path.suffix in _WEIGHTS for path in files):
+        raise ExportError(f"--base {folder}: is no folder with a model's weights. Give one; a hub name is not taken.")
     return short_hash({path.name: sha256_of(path) for path in files})
 
 
