@@ -232,8 +232,7 @@ def _begin(
         raise ExportError(f"{options.output}: its training has ended. Leave --resume out to train it anew.")
     if options.resume:
         reporter.say(f"No training of {options.output} was left unfinished: it begins.")
-    checkpoint.begin(work, session)
-    alone.enter_context(checkpoint.alone(work))
+    alone.enter_context(checkpoint.begin(work, session, again=was_begun))
     return None
 
 
