@@ -23,10 +23,11 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatchcase
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from method.cells import (
@@ -50,6 +51,8 @@ from teamlora_export.errors import ExportError, first_line
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import write_aside
 
+# In which an interruption that ended a worker has come to this process as well.
+_INTERRUPTION_SECONDS = 1.0
 PARTS = ("scores", "steps", "inference", "exports")
 
 
@@ -179,9 +182,9 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
     threads = max(1, usable_cores() // jobs)
     # Before the workers load a library that reads it.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    started, failures = time.monotonic(), []
+    started, failures, stopped = time.monotonic(), list[str](), Event()
     with ThreadPoolExecutor(jobs) as workers:
-        futures = {workers.submit(_alone, cell, place, threads): cell for cell in waiting}
+        futures = {workers.submit(_alone, cell, place, threads, stopped): cell for cell in waiting}
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 cell, seconds = futures[future], time.monotonic() - started
@@ -191,21 +194,36 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
                     failures.append(f"{cell.name}: {told}")
         except KeyboardInterrupt:
             # Those at work leave checkpoints; the others do not begin.
+            stopped.set()
             workers.shutdown(cancel_futures=True)
             raise
     return failures
 
 
-def _alone(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
-    """`_work` in a pool of its own: a process that is killed breaks its pool, and all that wait in it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
-        return worker.submit(_work, cell, place, threads).result()
+def _alone(cell: Cell, place: Place, threads: int, stopped: Event) -> dict[str, Any] | None:
+    """`_work` in a pool of its own: a process that is killed breaks its pool, and all that wait in it.
+
+    Args:
+        stopped: set when the command is interrupted: nothing begins.
+    """
+    if stopped.is_set():
+        raise CancelledError
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
+            return worker.submit(_work, cell, place, threads).result()
+    except BrokenProcessPool:
+        # Of an interruption that came to all processes the worker's end may be known before it: the next cell, which
+        # this thread takes then, would not have had it.
+        stopped.wait(_INTERRUPTION_SECONDS)
+        raise
 
 
 def _outcome(future: Future[dict[str, Any] | None]) -> str:
     error = future.exception()
     if isinstance(error, BrokenProcessPool):
-        return "its process was killed (out of memory?); the same command goes on from its last checkpoint"
+        return (
+            "its process was ended (out of memory, or by a signal?); the same command goes on from its last checkpoint"
+        )
     if error is not None:
         return first_line(error)
     result = future.result()

@@ -14,8 +14,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -715,12 +716,42 @@ def test_a_worker_that_is_killed_costs_no_other_cell(place, monkeypatch):
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(command.multiprocessing, "get_context", lambda _: context)
     monkeypatch.setattr(command, "_work", _worked)
+    monkeypatch.setattr(command, "_INTERRUPTION_SECONDS", 0)
     elsewhere = dataclasses.replace(place, folder=place.folder / "elsewhere")
     told = io.StringIO()
     failures = command._run_cells(quick_grid([0]), elsewhere, 2, Reporter(Console(file=told, width=200)))
     (failure,) = failures
-    assert failure.startswith("hydralora-k4-ffn-s0: its process was killed (out of memory?); the same command goes on")
+    assert failure.startswith(
+        "hydralora-k4-ffn-s0: its process was ended (out of memory, or by a signal?); the same command goes on"
+    )
     assert told.getvalue().count(": 12.3") == len(quick_grid([0])) - 1
+
+
+def _interrupted(cell: Cell, place: Place, _threads: int) -> None:
+    """As of Ctrl-C, which a worker may answer before the command does."""
+    (place.folder / cell.name).touch()
+    os.kill(os.getppid(), signal.SIGINT)
+    os._exit(2)
+
+
+def test_nothing_begins_after_an_interruption(place, monkeypatch):
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(command.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(command, "_work", _interrupted)
+    elsewhere = dataclasses.replace(place, folder=place.folder / "interrupted")
+    elsewhere.folder.mkdir()
+    grid = quick_grid([0])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            command._run_cells(grid, elsewhere, 1, Reporter(quiet=True))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [path.name for path in elsewhere.folder.iterdir()] == [grid[0].name]
+    stopped = threading.Event()
+    stopped.set()
+    with pytest.raises(CancelledError):
+        command._alone(grid[1], elsewhere, 1, stopped)
 
 
 def test_answers_are_greedy_whatever_the_base_asks_for(make_base):
@@ -797,7 +828,16 @@ def test_only_a_folder_that_a_run_wrote_is_replaced(tmp_path):
     foreign = tmp_path / "clone"
     foreign.mkdir()
     (foreign / "README.md").write_text("my own notes")
-    for folder, told in ((out, "README.md: is not a file that"), (foreign, "no figures of this program are in it")):
+    before = tmp_path / "before"
+    write_figures(found, before)
+    figures = json.loads((before / "figures.json").read_text())
+    (before / "figures.json").write_text(json.dumps({**figures, "written_by": ""}))
+    (before / "README.md").write_text("my own notes")
+    for folder, told in (
+        (before, "an earlier version of it may have. .* Or remove that folder"),
+        (out, "README.md: is not a file that"),
+        (foreign, "no figures of this program are in it"),
+    ):
         with pytest.raises(ExportError, match=told):
             require_output(folder)
         with pytest.raises(ExportError, match=told):

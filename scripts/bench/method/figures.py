@@ -201,7 +201,10 @@ def listed(folder: Path) -> set[str]:
         raise ExportError(f"{folder}: is not empty, and no figures of this program are in it. {advice}") from None
     hashes = figures.get("sha256")
     if figures.get(_SIGNATURE) != _SIGNED or not isinstance(hashes, dict):
-        raise ExportError(f"{folder / FIGURES_NAME}: is not what this program writes. {advice}")
+        raise ExportError(
+            f"{folder / FIGURES_NAME}: is not what this program writes; an earlier version of it may have. {advice} Or "
+            "remove that folder."
+        )
     ours = (_CARD_NAME, _PLOT_NAME)
     whole = {
         name for name in ours if (folder / name).is_file() and sha256_of(folder / name, folder) == hashes.get(name)
