@@ -195,7 +195,11 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
         except KeyboardInterrupt:
             # Those at work leave checkpoints; the others do not begin.
             stopped.set()
-            workers.shutdown(cancel_futures=True)
+            workers.shutdown(wait=False, cancel_futures=True)
+            # Those that a signal to this process alone did not come to; one more does no harm to the others.
+            time.sleep(_INTERRUPTION_SECONDS)
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
     return failures
 

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -734,11 +735,20 @@ def _interrupted(cell: Cell, place: Place, _threads: int) -> None:
     os._exit(2)
 
 
-def test_nothing_begins_after_an_interruption(place, monkeypatch):
+def _at_work(cell: Cell, place: Place, _threads: int) -> None:
+    """As of a signal to the command alone."""
+    (place.folder / cell.name).touch()
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("work", [_interrupted, _at_work])
+def test_nothing_begins_or_goes_on_after_an_interruption(work, place, monkeypatch):
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(command.multiprocessing, "get_context", lambda _: context)
-    monkeypatch.setattr(command, "_work", _interrupted)
-    elsewhere = dataclasses.replace(place, folder=place.folder / "interrupted")
+    monkeypatch.setattr(command, "_work", work)
+    monkeypatch.setattr(command, "_INTERRUPTION_SECONDS", 0.2)
+    elsewhere = dataclasses.replace(place, folder=place.folder / work.__name__)
     elsewhere.folder.mkdir()
     grid = quick_grid([0])
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
