@@ -87,7 +87,7 @@ def scratch_folder(place: Path) -> Iterator[Path]:
     staging = _staging_path(place, _PARTIAL)
     with _explained(place), existing(place.parent), ExitStack() as locks:
         try:
-            with _locked(place.parent):
+            with locked(place.parent):
                 _sweep(place.parent)
                 staging.mkdir()
                 locks.enter_context(_lock(staging))
@@ -133,7 +133,7 @@ def _alone(place: Path, held: Held | None) -> Iterator[None]:
                 except OSError:
                     # As on a file system without locks.
                     pass
-            with _locked(place.parent):
+            with locked(place.parent):
                 if not has_changed():
                     yield
                     return
@@ -162,7 +162,7 @@ def write_aside(path: Path, content: Content, *, result: bool = True) -> None:
     staging = _staging_path(path, _PARTIAL)
     with _explained(path), existing(path.parent), ExitStack() as files:
         try:
-            with _locked(path.parent):
+            with locked(path.parent):
                 _sweep(path.parent)
                 file = files.enter_context(staging.open("xb"))
                 _wait_for_lock(file.fileno())
@@ -191,7 +191,7 @@ def write_together(files: Mapping[Path, Content]) -> None:
         for path, content in files.items():
             (staging / path.name).write_bytes(_bytes(content))
         sync(staging)
-        with _locked(first.parent), interrupt.held():
+        with locked(first.parent), interrupt.held():
             ready = staging.with_name(staging.name.replace(_PARTIAL, _READY))
             os.rename(staging, ready)
             _move_out(ready)
@@ -226,7 +226,7 @@ def settle(folder: Path) -> None:
     """Finish or remove what killed runs left in `folder`, so that what is read there is whole."""
     try:
         if any(map(_STAGED.match, os.listdir(folder))):
-            with _locked(folder):
+            with locked(folder):
                 _sweep(folder)
     except OSError:
         # Nothing there, or nothing that may be changed: the reader says what is missing.
@@ -264,7 +264,7 @@ def refuse_foreign(place: Path, listed: Listing, inputs: Sequence[Path] = ()) ->
     with ExitStack() as locks:
         # Nobody exchanges the folder while it is read. A parent that is not there has nothing to lock.
         with suppress(OSError):
-            locks.enter_context(_locked(place.parent))
+            locks.enter_context(locked(place.parent))
         _refuse_foreign(place, listed, inputs)
 
 
@@ -420,7 +420,7 @@ def _staging_path(place: Path, state: str) -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Alone with the names in `folder` inside of the block."""
     # What is being written is its writer's alone.
     with nullcontext() if _STAGED.match(folder.name) else _lock(folder):

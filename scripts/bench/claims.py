@@ -23,13 +23,24 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatchcase
 from pathlib import Path
+from threading import Event
 from typing import Any
 
-from method.cells import Place, code_version, default_folder, hash_of_base, run_cell, short_hash, whole_version
+from method.cells import (
+    Place,
+    code_version,
+    default_folder,
+    hash_of_base,
+    hash_of_questions,
+    hash_of_rows,
+    run_cell,
+    short_hash,
+    whole_version,
+)
 from method.figures import read_scores, require_output, write_figures
 from method.plan import BASE, EXPERTS, EXPORTED, FAMILIES, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
 from method.report import tables
@@ -40,6 +51,8 @@ from teamlora_export.errors import ExportError, first_line
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import write_aside
 
+# In which an interruption that ended a worker has come to this process as well.
+_INTERRUPTION_SECONDS = 1.0
 PARTS = ("scores", "steps", "inference", "exports")
 
 
@@ -66,6 +79,8 @@ def main() -> None:
         "code": code_version(),
         "base": place.base.name,
         "base_sha256": hash_of_base(place.base),
+        "questions_sha256": hash_of_questions(place.settings),
+        "rows_sha256": hash_of_rows(place),
         "seeds": sorted({*given.seeds, *(result["seed"] for result in others)}),
         "pooled": told,
         "missing": [cell.name for cell in own if place.find(cell) is None],
@@ -125,7 +140,8 @@ def _arguments() -> argparse.Namespace:
         dest="pooled",
         type=Path,
         metavar="FIGURES.json",
-        help="count the cells of another run, of the same settings and base, with those of this one",
+        help="count the cells of another run, of the same settings, base, questions and rows, with those of this one; "
+        "what this code has found of a cell itself comes first",
     )
     parser.add_argument("--any-version", action="store_true", help="take what other versions of the code have found")
     parser.add_argument("-o", "--output", type=Path, help="a folder for figures.json, README.md and plot.png")
@@ -166,9 +182,9 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
     threads = max(1, usable_cores() // jobs)
     # Before the workers load a library that reads it.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    started, failures = time.monotonic(), []
+    started, failures, stopped = time.monotonic(), list[str](), Event()
     with ThreadPoolExecutor(jobs) as workers:
-        futures = {workers.submit(_alone, cell, place, threads): cell for cell in waiting}
+        futures = {workers.submit(_alone, cell, place, threads, stopped): cell for cell in waiting}
         try:
             for number, future in enumerate(as_completed(futures), 1):
                 cell, seconds = futures[future], time.monotonic() - started
@@ -178,21 +194,40 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
                     failures.append(f"{cell.name}: {told}")
         except KeyboardInterrupt:
             # Those at work leave checkpoints; the others do not begin.
-            workers.shutdown(cancel_futures=True)
+            stopped.set()
+            workers.shutdown(wait=False, cancel_futures=True)
+            # Those that a signal to this process alone did not come to; one more does no harm to the others.
+            time.sleep(_INTERRUPTION_SECONDS)
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
     return failures
 
 
-def _alone(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
-    """`_work` in a pool of its own: a process that is killed breaks its pool, and all that wait in it."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
-        return worker.submit(_work, cell, place, threads).result()
+def _alone(cell: Cell, place: Place, threads: int, stopped: Event) -> dict[str, Any] | None:
+    """`_work` in a pool of its own: a process that is killed breaks its pool, and all that wait in it.
+
+    Args:
+        stopped: set when the command is interrupted: nothing begins.
+    """
+    if stopped.is_set():
+        raise CancelledError
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
+            return worker.submit(_work, cell, place, threads).result()
+    except BrokenProcessPool:
+        # Of an interruption that came to all processes the worker's end may be known before it: the next cell, which
+        # this thread takes then, would not have had it.
+        stopped.wait(_INTERRUPTION_SECONDS)
+        raise
 
 
 def _outcome(future: Future[dict[str, Any] | None]) -> str:
     error = future.exception()
     if isinstance(error, BrokenProcessPool):
-        return "its process was killed (out of memory?); the same command goes on from its last checkpoint"
+        return (
+            "its process was ended (out of memory, or by a signal?); the same command goes on from its last checkpoint"
+        )
     if error is not None:
         return first_line(error)
     result = future.result()
@@ -287,6 +322,8 @@ def _notes(found: dict[str, Any], place: Place, others: Sequence[Mapping[str, An
     own = [result for result in found["scores"] if result["cell"] not in of_others]
     if older := [f"{result['cell']} ({result['code']})" for result in own if result["code"] != found["code"]]:
         notes.append(f"From other versions of the code: {', '.join(older)}.")
+    if unsaid := [result["cell"] for result in own if "questions_sha256" not in result]:
+        notes.append(f"Which questions were asked, and which rows trained on, is not known of {', '.join(unsaid)}.")
     versions = {", ".join(map(" ".join, r["versions"].items())) for r in found["scores"] if "versions" in r}
     if len(versions) > 1:
         notes.append(f"Trained with unlike versions: {'; '.join(sorted(versions))}.")

@@ -160,6 +160,11 @@ class Record:
 
     steps: int
     session: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def is_of(self, session: str, options: TrainOptions) -> bool:
+        """Whether what was written is to the bit what a training of `session` and `options` writes."""
+        return self.session == session and self.options.get("save_dtype") == options.save_dtype
 
 
 def trained_record(folder: Path) -> Record | None:

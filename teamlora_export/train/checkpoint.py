@@ -18,7 +18,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from teamlora_export import interrupt
 from teamlora_export.disk import saving, sync, sync_names
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_json, read_record, sha256_of
-from teamlora_export.staging import existing, real_path, remove_whole, scratch_folder, settle, write_aside
+from teamlora_export.staging import existing, locked, real_path, remove_whole, scratch_folder, settle, write_aside
+from teamlora_export.train.material import PARTS
 from teamlora_export.train.options import option_name
 
 SESSION_NAME = "session.json"
@@ -118,14 +119,23 @@ def work_folder(output: Path) -> Path:
     return place.with_name(f"{place.name}.training")
 
 
-def begin(work: Path, session: Session) -> None:
-    """Write down what a training begins with.
+@contextmanager
+def begin(work: Path, session: Session, *, again: bool = False) -> Iterator[None]:
+    """Write down what a training begins with; from then on it is `alone`, until the block ends.
+
+    Args:
+        again: another has begun there before, and this one is alone already.
 
     Raises:
-        ExportError: it cannot be written.
+        ExportError: it cannot be written, or another has begun by now.
     """
-    with existing(work):
-        write_aside(work / SESSION_NAME, json.dumps(asdict(session), indent=2) + "\n", result=False)
+    with ExitStack() as held:
+        with existing(work), locked(work.parent):
+            if not again and (work / SESSION_NAME).exists():
+                raise ExportError(_at_work(work))
+            write_aside(work / SESSION_NAME, json.dumps(asdict(session), indent=2) + "\n", result=False)
+            held.enter_context(alone(work))
+        yield
 
 
 @contextmanager
@@ -145,10 +155,14 @@ def alone(work: Path) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ExportError(f"{work}: another training is at work there. Wait, or choose another -o.") from None
+                raise ExportError(_at_work(work)) from None
         yield
     finally:
         os.close(descriptor)
+
+
+def _at_work(work: Path) -> str:
+    return f"{work}: another training is at work there. Wait, or choose another -o."
 
 
 def was_begun(work: Path) -> bool:
@@ -206,7 +220,7 @@ def refuse_other(work: Path, asked: Session) -> list[str]:
     """Refuse to go on with other options or files than the training in `work` was begun with.
 
     Returns:
-        Libraries that are others: it goes on, but not to the bit.
+        What is another version, of ours or of a library: it goes on, but not to the bit.
 
     Raises:
         ExportError: there are some; each is named.
@@ -217,9 +231,12 @@ def refuse_other(work: Path, asked: Session) -> list[str]:
         before, now = begun.options.get(name), asked.options[name]
         if before != now:
             found.append(f"{option_name(name)} {_shown(before)} (now {_shown(now)})")
-    if [*begun.hashes.values()] != [*asked.hashes.values()]:
+    # A version before had hashes of the files alone.
+    of_files_alone = PARTS[0] not in begun.hashes
+    hashes = {name: of for name, of in asked.hashes.items() if not (of_files_alone and name in PARTS)}
+    if [*begun.hashes.values()] != [*hashes.values()]:
         known = set(begun.hashes.values())
-        changed = [name for name, sha256 in asked.hashes.items() if sha256 not in known]
+        changed = [name for name, sha256 in hashes.items() if sha256 not in known]
         found.append(f"other contents of {', '.join(changed)}" if changed else "other files, or in another order")
     if begun.processes != asked.processes:
         found.append(f"{begun.processes} processes (now {asked.processes})")
@@ -230,7 +247,12 @@ def refuse_other(work: Path, asked: Session) -> list[str]:
         )
     versions = asked.versions.items()
     return [
-        f"{name} {begun.versions.get(name)} (now {now})" for name, now in versions if begun.versions.get(name) != now
+        *(["an earlier version, which kept no hash of its rows as tokens"] if of_files_alone else []),
+        *(
+            f"{name} {begun.versions.get(name)} (now {now})"
+            for name, now in versions
+            if begun.versions.get(name) != now
+        ),
     ]
 
 

@@ -12,7 +12,8 @@ from teamlora_export.train.data import Row, Rows, shared_prompts, split_rows
 from teamlora_export.train.encode import Encoded, Encoder, Lengths, digest
 from teamlora_export.train.options import TrainOptions
 
-_PARTS = ("rows as tokens", "held-out rows as tokens")
+# As `Material.hashes` has them, beside files.
+PARTS = ("rows as tokens", "held-out rows as tokens")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def read_material(
     cut, skipped = (sum(getattr(lengths, name) for _, lengths in parts) for name in ("cut", "skipped"))
     hashes = {**read.sha256, **(held_out.sha256 if held_out is not None else {})}
     # What the model reads of them, which the tokenizer and its end tokens decide as well.
-    hashes |= {name: digest(part, tasks) for name, part in zip(_PARTS, encoded, strict=True) if part}
+    hashes |= {name: digest(part, tasks) for name, part in zip(PARTS, encoded, strict=True) if part}
     held = f", {_count(encoded[1], 'row')} held out" if kept else ""
     reporter.say(f"{_count(encoded[0], 'row')} of {_count(tasks, 'task')}{held}")
     lengths = dataclasses.replace(parts[0][1], cut=cut, skipped=skipped)

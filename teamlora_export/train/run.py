@@ -211,8 +211,11 @@ def _begin(
     if was_begun:
         alone.enter_context(checkpoint.alone(work))
         found = checkpoint.last_checkpoint(work)
-        wrote = record is not None and record.session == session.sha256
-        if record is not None and wrote and checkpoint.has_ended(work, session, record.steps):
+        if (
+            record is not None
+            and record.is_of(session.sha256, options)
+            and checkpoint.has_ended(work, session, record.steps)
+        ):
             checkpoint.finish(work)
             reporter.say(f"The training of {options.output} had ended; what it left beside it is cleared up.")
             found, was_begun = None, False
@@ -229,8 +232,7 @@ def _begin(
         raise ExportError(f"{options.output}: its training has ended. Leave --resume out to train it anew.")
     if options.resume:
         reporter.say(f"No training of {options.output} was left unfinished: it begins.")
-    checkpoint.begin(work, session)
-    alone.enter_context(checkpoint.alone(work))
+    alone.enter_context(checkpoint.begin(work, session, again=was_begun))
     return None
 
 

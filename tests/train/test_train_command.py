@@ -249,6 +249,25 @@ def test_a_training_goes_on_with_the_same_options_and_files_only(options, data, 
             train(changed, QUIET)
     with checkpoint.alone(work), pytest.raises(ExportError, match="another training is at work"):
         train(again, QUIET)
+    # Two that saw nothing there begin at the same moment: one does.
+    session = checkpoint.Session({}, {}, 1, {})
+    with checkpoint.begin(tmp_path / "both.training", session):
+        for begin in (
+            checkpoint.begin(tmp_path / "both.training", session),
+            checkpoint.alone(tmp_path / "both.training"),
+        ):
+            with pytest.raises(ExportError, match="another training is at work"), begin:
+                pass
+    # As a version before has begun it: without hashes of the rows as tokens.
+    begun = json.loads((work / "session.json").read_text())
+    begun["hashes"] = {name: of for name, of in begun["hashes"].items() if "rows as tokens" not in name}
+    (work / "session.json").write_text(json.dumps(begun))
+    asked_for = checkpoint.Session(begun["options"], begun["hashes"], 1, begun["versions"])
+    with_tokens = {**begun["hashes"], "rows as tokens": "0", "held-out rows as tokens": "1"}
+    (told,) = checkpoint.refuse_other(work, dataclasses.replace(asked_for, hashes=with_tokens))
+    assert told.startswith("an earlier version, which kept no hash")
+    with pytest.raises(ExportError, match="other contents of copy"):
+        checkpoint.refuse_other(work, dataclasses.replace(asked_for, hashes={**with_tokens, "copy": "2"}))
     moved = tmp_path / "moved"
     shutil.copytree(data, moved)
     assert train(dataclasses.replace(again, data=(moved,), log_every=3), QUIET).steps == 18
@@ -283,6 +302,14 @@ def test_a_training_that_was_killed_while_it_cleared_up_has_ended(options, whole
             train(again, QUIET)
         assert not work.exists()
         assert_same(options.output, whole.folder)
+    # What is there is of another type of numbers: its checkpoint is all that there is of what is asked now.
+    in_bf16 = dataclasses.replace(again, save_dtype="bf16")
+    shutil.copytree(kept, work)
+    with pytest.raises(ExportError, match="left unfinished"):
+        train(dataclasses.replace(in_bf16, resume=False), QUIET)
+    assert (work / "checkpoint-18").is_dir()
+    train(in_bf16, QUIET)
+    assert json.loads((options.output / "training.json").read_text())["options"]["save_dtype"] == "bf16"
     work.mkdir()
     with pytest.raises(ExportError, match="its training has ended"):
         train(again, QUIET)

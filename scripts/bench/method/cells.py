@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,11 +31,13 @@ from method.plan import BASE, Cell, Settings, options_of
 from method.score import Scores, score, tokenizer_of, torch_generate
 from teamlora_export.cache import cache_folder
 from teamlora_export.dtypes import DTYPES
+from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
 from teamlora_export.staging import write_aside
 
 RESULT_NAME = "result.json"
 _BASE_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "merges.txt", "vocab.txt")
+_WEIGHTS = (".safetensors", ".bin", ".gguf")
 _BENCH = Path(__file__).parents[1]
 _PACKAGE = Path(teamlora_export.__file__).parent
 _TASKS = (_BENCH / "write_tasks.py", *(_BENCH / "tasks").glob("*.py"))
@@ -57,7 +60,7 @@ class Place:
     """Where cells are kept, and what they are of.
 
     Attributes:
-        any_version: results of other versions of the code count as well.
+        any_version: results of other versions of the code count as well, where they are of the same questions and rows.
     """
 
     base: Path
@@ -70,16 +73,25 @@ class Place:
 
     def find(self, cell: Cell) -> dict[str, Any] | None:
         """The result of a cell, or None."""
-        for folder in [self.of(cell), *(self._others(cell) if self.any_version else ())]:
-            with suppress(FileNotFoundError):
-                return json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
-        return None
+        return next((result for _, result in self._found(cell)), None)
+
+    def find_own(self, cell: Cell) -> dict[str, Any] | None:
+        """Likewise, of this code alone."""
+        return dataclasses.replace(self, any_version=False).find(cell)
 
     def adapter(self, cell: Cell) -> Path | None:
         """The trained adapter of a cell, or None."""
-        folders = [self.of(cell), *(self._others(cell) if self.any_version else ())]
-        found = (folder / "adapter" for folder in folders if (folder / RESULT_NAME).is_file())
+        found = (folder / "adapter" for folder, _ in self._found(cell))
         return next((folder for folder in found if folder.is_dir()), None)
+
+    def _found(self, cell: Cell) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Results, each with its folder: that of this code first."""
+        own = self.of(cell)
+        for folder in [own, *(self._others(cell) if self.any_version else ())]:
+            with suppress(FileNotFoundError):
+                result = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+                if folder == own or not unlike(result, self):
+                    yield folder, result
 
     def _key(self, cell: Cell) -> str:
         asked = {**dataclasses.asdict(cell), **dataclasses.asdict(self.settings), "base": hash_of_base(self.base)}
@@ -119,6 +131,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any] | None:
             **dataclasses.asdict(cell),
             "settings": dataclasses.asdict(place.settings),
             "code": code_version(),
+            **known_by(cell, place),
             **_run(cell, place, folder),
         }
         write_aside(folder / RESULT_NAME, json.dumps(result, indent=1) + "\n", result=False)
@@ -207,6 +220,44 @@ def data_folder(place: Place) -> Path:
     return folder
 
 
+def known_by(cell: Cell, place: Place) -> dict[str, str]:
+    """By which a result knows what it is of: hashes of the questions and, where it trained, of the rows."""
+    asked = {"questions_sha256": hash_of_questions(place.settings)}
+    return asked if cell.family == BASE else {**asked, "rows_sha256": hash_of_rows(place)}
+
+
+def unlike(result: Mapping[str, Any], place: Place) -> list[str]:
+    """In what a result is not of the questions and rows of `place`. What it does not say of itself is taken to be the
+    same, where the questions are as many."""
+    found = []
+    counts = {task: len(right) for task, right in result["right"].items()}
+    if counts != _counts_of_questions(place.settings) or result.get("questions_sha256") not in (
+        None,
+        hash_of_questions(place.settings),
+    ):
+        found.append("was asked other questions")
+    if (rows := result.get("rows_sha256")) is not None and rows != hash_of_rows(place):
+        found.append("was trained on other rows")
+    return found
+
+
+@cache
+def hash_of_questions(settings: Settings) -> str:
+    return _sha256([dataclasses.asdict(example) for example in asked_examples(settings)])
+
+
+@cache
+def hash_of_rows(place: Place) -> str:
+    """Of the files that are trained on and held out."""
+    folder = data_folder(place)
+    return _sha256({name: sha256_of(folder / name) for name in ("train.jsonl", "validation.jsonl")})
+
+
+@cache
+def _counts_of_questions(settings: Settings) -> Mapping[str, int]:
+    return Counter(example.task for example in asked_examples(settings))
+
+
 @cache
 def code_version() -> str:
     """Of the code that decides about a score, but for comments, docstrings and layout."""
@@ -232,8 +283,14 @@ def _hash_of_code(paths: tuple[Path, ...]) -> str:
 
 @cache
 def hash_of_base(folder: Path) -> str:
-    """Of every file that decides what the model makes of a prompt: configuration, weights and tokenizer."""
+    """Of every file that decides what the model makes of a prompt: configuration, weights and tokenizer.
+
+    Raises:
+        ExportError: it is no folder with weights. A hub name is none: all of them would be the same base.
+    """
     files = sorted(path for pattern in _BASE_FILES for path in folder.glob(pattern) if path.is_file())
+    if not any(path.suffix in _WEIGHTS for path in files):
+        raise ExportError(f"--base {folder}: is no folder with a model's weights. Give one; a hub name is not taken.")
     return short_hash({path.name: sha256_of(path) for path in files})
 
 
@@ -244,7 +301,11 @@ def _libraries() -> dict[str, str]:
 
 
 def short_hash(fields: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:10]
+    return _sha256(fields)[:10]
+
+
+def _sha256(fields: Any) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

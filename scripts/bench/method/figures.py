@@ -1,23 +1,24 @@
 """The folder that `claims.py -o` writes, figures.json, README.md and plot.png; and the figures of another run.
 
 Cells that another run trained count beside those of this one (`claims.py --with`) where they are the same but for the
-seed: the same settings and questions, and the rank, alpha and number of parameters that this code gives them on this
-base.
+seed: the same settings, questions and rows, and the rank, alpha and number of parameters that this code gives them on
+this base. Figures that do not say by hashes of which base, questions and rows they are count with a note.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from method.cells import Place, asked_examples, data_folder, hash_of_base
-from method.plan import BASE, Cell, Settings, count_parameters, options_of
+from method.cells import Place, data_folder, hash_of_base, hash_of_questions, hash_of_rows, unlike
+from method.plan import BASE, Cell, Settings, count_parameters, full_grid, options_of
 from method.report import tables, write_plot
+from method.score import Scores
 from teamlora_export.bench.plot import require_matplotlib
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_json, sha256_of
@@ -67,12 +68,17 @@ class _Trained:
     share: float
     seed: int
     code: str
-    mean: float
     right: dict[str, str]
-    by_task: dict[str, float]
     rank: int = 0
     alpha: float = 0.0
     parameters: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    questions_sha256: str | None = None
+    rows_sha256: str | None = None
+
+    @property
+    def of(self) -> Cell:
+        return Cell(self.family, self.experts, self.targets, self.share, self.seed)
 
 
 @dataclass(frozen=True)
@@ -81,13 +87,18 @@ class _Others:
     code: str
     scores: list[_Trained]
     base_sha256: str | None = None
+    questions_sha256: str | None = None
+    rows_sha256: str | None = None
 
 
 def read_scores(path: Path, place: Place) -> tuple[list[dict[str, Any]], str]:
     """The results in another run's figures.json; and a sentence of where they come from.
 
+    What this code has found of a cell itself takes the place of the other's.
+
     Raises:
-        ExportError: it is no such file, or of other settings, questions or another base; each that differs is named.
+        ExportError: it is no such file, or of other settings, questions, rows or another base; each that differs is
+            named.
     """
     advice = "Give a figures.json that this program wrote."
     try:
@@ -97,36 +108,75 @@ def read_scores(path: Path, place: Place) -> tuple[list[dict[str, Any]], str]:
         raise ExportError(f"--with {path}: there is no such file. {advice}") from None
     except msgspec.ValidationError as error:
         raise ExportError(f"--with {path}: {error}. {advice}") from None
+    if not found.scores:
+        raise ExportError(f"--with {path}: has no scores. {advice}")
     differing = [
         f"{name} {value} (here {now})"
         for name, value in asdict(found.settings).items()
         if value != (now := getattr(place.settings, name))
     ]
-    if found.base_sha256 not in (None, hash_of_base(place.base)):
-        differing.append("another base")
+    for there, here, what in (
+        (found.base_sha256, hash_of_base(place.base), "another base"),
+        (found.questions_sha256, hash_of_questions(place.settings), "other questions"),
+        (found.rows_sha256, hash_of_rows(place), "other rows to train on"),
+    ):
+        if there not in (None, here):
+            differing.append(what)
     if differing:
         raise ExportError(f"--with {path}: was made with {'; '.join(differing)}. Scores of both cannot be compared.")
-    questions: dict[str, int] = {}
-    for example in asked_examples(place.settings):
-        questions[example.task] = questions.get(example.task, 0) + 1
     names = set()
     for result in found.scores:
-        _refuse_other(path, result, questions, place)
+        _refuse_other(path, result, place)
         if result.cell in names:
             raise ExportError(f"--with {path}: {result.cell} is there twice.")
         names.add(result.cell)
-    doubt = "" if found.base_sha256 else ", which does not say of which weights its base was"
-    cells = (result.cell + (f" ({result.code})" if result.code != found.code else "") for result in found.scores)
-    return fields["scores"], f"From {path.name} of code {found.code}{doubt}: {', '.join(cells)}."
+    own = [place.find_own(result.of) for result in found.scores]
+    scores = [
+        {key: value for key, value in mine.items() if key != "answers"}
+        if mine is not None
+        else {**theirs, **_means(theirs)}
+        for mine, theirs in zip(own, fields["scores"], strict=True)
+    ]
+    return scores, _told_of(path, found, {mine["cell"] for mine in own if mine is not None})
 
 
-def _refuse_other(path: Path, result: _Trained, questions: Mapping[str, int], place: Place) -> None:
-    cell = Cell(result.family, result.experts, result.targets, result.share, result.seed)
+def _told_of(path: Path, found: _Others, replaced: Collection[str]) -> str:
+    counted = [result for result in found.scores if result.cell not in replaced]
+    doubts = [
+        *(["of which weights its base was"] if found.base_sha256 is None else []),
+        *(["which questions were asked"] if any(result.questions_sha256 is None for result in counted) else []),
+        *(
+            ["which rows were trained on"]
+            if any(result.rows_sha256 is None and result.family != BASE for result in counted)
+            else []
+        ),
+    ]
+    doubt = f", which does not say {', '.join(doubts)}" if doubts else ""
+    told = []
+    if counted:
+        cells = (result.cell + (f" ({result.code})" if result.code != found.code else "") for result in counted)
+        told.append(f"From {path.name} of code {found.code}{doubt}: {', '.join(cells)}.")
+    if replaced:
+        told.append(f"Of {path.name} left out, for results of this code: {', '.join(sorted(replaced))}.")
+    return " ".join(told)
+
+
+def _means(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What tables read, by the answers alone."""
+    scores = Scores({task: [bit == "1" for bit in right] for task, right in result["right"].items()}, {})
+    return {"mean": scores.mean, "by_task": scores.by_task}
+
+
+def _refuse_other(path: Path, result: _Trained, place: Place) -> None:
+    cell = result.of
     if cell.name != result.cell:
         raise ExportError(f"--with {path}: {result.cell} is not what its options say, {cell.name}.")
-    counts = {task: len(right) for task, right in result.right.items()}
-    if counts != questions or any(set(right) - {"0", "1"} for right in result.right.values()):
-        raise ExportError(f"--with {path}: {result.cell} was asked other questions.")
+    if cell not in full_grid([cell.seed]):
+        raise ExportError(f"--with {path}: {result.cell} is no cell of this grid.")
+    if any(set(right) - {"0", "1"} for right in result.right.values()):
+        raise ExportError(f"--with {path}: {result.cell} has answers that are neither right nor wrong.")
+    if told := unlike(asdict(result), place):
+        raise ExportError(f"--with {path}: {result.cell} {' and '.join(told)}. Scores of both cannot be compared.")
     if cell.family == BASE:
         return
     options = options_of(cell, place.settings, place.base, data_folder(place), Path("unused"))
@@ -151,7 +201,10 @@ def listed(folder: Path) -> set[str]:
         raise ExportError(f"{folder}: is not empty, and no figures of this program are in it. {advice}") from None
     hashes = figures.get("sha256")
     if figures.get(_SIGNATURE) != _SIGNED or not isinstance(hashes, dict):
-        raise ExportError(f"{folder / FIGURES_NAME}: is not what this program writes. {advice}")
+        raise ExportError(
+            f"{folder / FIGURES_NAME}: is not what this program writes; an earlier version of it may have. {advice} Or "
+            "remove that folder."
+        )
     ours = (_CARD_NAME, _PLOT_NAME)
     whole = {
         name for name in ours if (folder / name).is_file() and sha256_of(folder / name, folder) == hashes.get(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -124,24 +124,28 @@ def guessing(tasks: Sequence[str]) -> float:
 def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
     """A line for each claim of the paper that was looked at."""
     by_group, gaps = groups(found["scores"]), list[Gap]()
+    luck = luck_of(by_group.values())
     for targets in _TARGETS:
         ours = by_group.get(f"teamlora-k4-{targets}")
         for family in ("moelora", "hydralora", "lora"):
             theirs = by_group.get(f"{family}-{targets}" if family == "lora" else f"{family}-k4-{targets}")
             if ours and theirs:
-                gaps.append(difference(ours, theirs))
+                gaps.append(difference(ours, theirs, luck))
                 paper = PAPER_SCORES["teamlora"] - PAPER_SCORES[family]
                 where = f"{NAMES[family]} of equal size on {_TARGETS[targets]}"
-                yield f"- TeamLoRA, k=4, over {where}: {_told(gaps[-1], paper)}"
+                codes = _unlike_codes(*_of_common_seeds(ours, theirs))
+                yield f"- TeamLoRA, k=4, over {where}: {_told(gaps[-1], paper)}{codes}"
         half = by_group.get(f"teamlora-k4-{targets}-half")
         moe = by_group.get(f"moelora-k4-{targets}")
         if half and moe:
-            gaps.append(gap := difference(half, moe))
+            gaps.append(gap := difference(half, moe, luck))
             where = f"a MoELoRA on {_TARGETS[targets]}"
-            yield f"- TeamLoRA, k=4, with half the parameters over {where}: {gap}. {_tells(gap)}"
+            codes = _unlike_codes(*_of_common_seeds(half, moe))
+            yield f"- TeamLoRA, k=4, with half the parameters over {where}: {gap}. {_tells(gap)}{codes}"
         scores = {k: by_group.get(f"teamlora-k{k}-{targets}", []) for k in EXPERTS}
         if all(scores.values()):
-            yield f"- TeamLoRA by number of experts on {_TARGETS[targets]}: {_told_of_experts(scores)}"
+            codes = _unlike_codes(*scores.values())
+            yield f"- TeamLoRA by number of experts on {_TARGETS[targets]}: {_told_of_experts(scores, luck)}{codes}"
     if margins := [gap.margin for gap in gaps if gap.margin is not None]:
         yield _least_told(margins)
     yield from _step_verdicts(found["steps"])
@@ -159,9 +163,18 @@ def _least_told(margins: Sequence[float]) -> str:
     )
 
 
-def _told_of_experts(scores: Mapping[int, Rows]) -> str:
+def _unlike_codes(*sides: Rows) -> str:
+    """Of which code each side of a comparison is, where that is not one and the same."""
+    codes = [list(dict.fromkeys(result["code"] for result in results)) for results in sides]
+    if len({code for of_side in codes for code in of_side}) == 1:
+        return ""
+    told = (f"{_title(results[0])}: {', '.join(of_side)}" for results, of_side in zip(sides, codes, strict=True))
+    return f" Of unlike code: {'; '.join(told)}."
+
+
+def _told_of_experts(scores: Mapping[int, Rows], luck: Luck) -> str:
     means = {k: statistics.mean(result["mean"] for result in results) for k, results in scores.items()}
-    gaps = [difference(scores[4], results) for k, results in scores.items() if k != 4]
+    gaps = [difference(scores[4], results, luck) for k, results in scores.items() if k != 4]
     if all(gap.tells and gap.points > 0 for gap in gaps):
         verdict = "Agrees."
     elif any(gap.tells and gap.points < 0 for gap in gaps):
@@ -252,11 +265,32 @@ def _told_of_time(found: Interval, paper: float | None, reading: str = "") -> st
 
 
 @dataclass(frozen=True)
+class Luck:
+    """Of a training: the variance of its average score over seeds, and the degrees of freedom that tell it."""
+
+    variance: float
+    freedom: int
+
+
+def luck_of(sides: Iterable[Rows]) -> Luck:
+    """Pooled over all groups of a run: each alone has two or three trainings, which agree by luck too often, and would
+    be sure of it."""
+    means = [
+        [float(np.mean([_right([result], task).mean() for task in result["right"]])) for result in results]
+        for results in sides
+    ]
+    freedom = sum(len(group) - 1 for group in means)
+    squares = sum(len(group) * statistics.pvariance(group) for group in means)
+    return Luck(100.0**2 * squares / freedom if freedom else 0.0, freedom)
+
+
+@dataclass(frozen=True)
 class Gap:
     """A difference of average scores, in points.
 
     Attributes:
-        of_questions, of_trainings: the two parts of its variance. questions_freedom: degrees of freedom of the first.
+        of_questions, of_trainings: the two parts of its variance. questions_freedom, trainings_freedom: their degrees
+            of freedom.
         seeds: that both have.
     """
 
@@ -264,6 +298,7 @@ class Gap:
     of_questions: float
     questions_freedom: int
     of_trainings: float
+    trainings_freedom: int
     seeds: int
 
     @property
@@ -273,14 +308,15 @@ class Gap:
 
     @property
     def margin(self) -> float | None:
-        """Half the width of its interval of 95 %, by Student's t; None of fewer than two seeds.
+        """Half the width of its interval of 95 %, by Student's t; None of fewer than two seeds, or where no task has
+        two questions.
 
         Welch and Satterthwaite's degrees of freedom of a sum of two variances: hundreds of questions tell theirs well,
         a few trainings tell theirs badly, and what counts is which of them is the larger.
         """
-        if self.seeds < 2:
+        if self.seeds < 2 or not self.questions_freedom:
             return None
-        parts = ((self.of_questions, self.questions_freedom), (self.of_trainings, self.seeds - 1))
+        parts = ((self.of_questions, self.questions_freedom), (self.of_trainings, self.trainings_freedom))
         spread = sum(variance**2 / freedom for variance, freedom in parts)
         return student(self.error**4 / spread) * self.error if spread else 0.0
 
@@ -289,6 +325,8 @@ class Gap:
         return self.margin is not None and abs(self.points) > self.margin
 
     def __str__(self) -> str:
+        if not self.questions_freedom:
+            return f"{self.points:+.1f} points (of one question a task)"
         if self.margin is None:
             return f"{self.points:+.1f} points (standard error of the questions alone {self.error:.1f})"
         return f"{self.points:+.1f} points (± {self.margin:.1f} at 95 %, {self.seeds} seeds)"
@@ -311,13 +349,17 @@ def student(freedom: float) -> float:
     return high
 
 
-def difference(ours: Rows, theirs: Rows) -> Gap:
+def difference(ours: Rows, theirs: Rows, luck: Luck | None = None) -> Gap:
     """Of the average scores over the seeds that both have.
 
     Two variances are added. Of the questions: those of the same number are the same, so that differences are taken by
-    question (averaged over seeds). Of the trainings: a seed's is one of many, so that differences are taken by seed;
-    with one seed nothing is known of it.
+    question (averaged over seeds). Of the trainings: a seed's is one of many, and each side's mean is of so many of
+    them; with one seed nothing is told.
+
+    Args:
+        luck: of all groups of the run; None: of these two.
     """
+    luck = luck or luck_of([ours, theirs])
     ours, theirs = _of_common_seeds(ours, theirs)
     # [seeds, questions] of each task, in points.
     gaps = [100.0 * (_right(ours, task) - _right(theirs, task)) for task in ours[0]["right"]]
@@ -327,8 +369,9 @@ def difference(ours: Rows, theirs: Rows) -> Gap:
     return Gap(
         points=float(by_seed.mean()),
         of_questions=float(of_questions),
-        questions_freedom=max(1, sum(len(gap) - 1 for gap in by_question)),
-        of_trainings=float(by_seed.var(ddof=1)) / len(by_seed) if len(by_seed) > 1 else 0.0,
+        questions_freedom=sum(len(gap) - 1 for gap in by_question),
+        of_trainings=2 * luck.variance / len(by_seed) if len(by_seed) > 1 else 0.0,
+        trainings_freedom=luck.freedom,
         seeds=len(by_seed),
     )
 
@@ -362,7 +405,9 @@ def _told(gap: Gap, paper: float) -> str:
 
 
 def _cannot_tell(gap: Gap) -> str:
-    return "Cannot tell: one seed." if gap.margin is None else "Cannot tell: within the error."
+    if gap.margin is not None:
+        return "Cannot tell: within the error."
+    return f"Cannot tell: {'one seed' if gap.seeds < 2 else 'one question a task'}."
 
 
 def _ratio(ratio: Mapping[str, float]) -> str:
