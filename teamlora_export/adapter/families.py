@@ -27,6 +27,7 @@ import numpy as np
 
 from teamlora_export.adapter.config import AdapterConfig
 from teamlora_export.adapter.spec import ExpertProjection
+from teamlora_export.adapter.tensors import common_dtype
 
 Shape = tuple[int, int]
 Leaves = Mapping[str, np.ndarray]
@@ -164,7 +165,7 @@ def _build_moelora(path: str, leaves: Leaves, sizes: ModuleSizes, config: Adapte
     downs = [leaves[f"lora_A{i}.weight"] for i in range(sizes.num_experts)]
     return ExpertProjection(
         path=path,
-        down=np.concatenate(downs, axis=0),
+        down=np.concatenate(downs, axis=0, dtype=common_dtype(downs)),
         router=leaves["lora_route.weight"],
         interaction=_no_interaction(sizes),
         ups=_ups(leaves, sizes),

@@ -22,6 +22,7 @@ import numpy as np
 
 from teamlora_export.adapter.config import AdapterConfig
 from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
+from teamlora_export.adapter.tensors import common_dtype
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def place(projection: ExpertProjection, slot: Slot) -> ExpertProjection:
     k, c = projection.num_experts, slot.expert_rank
     parts = slot.parts(projection)
     down = np.zeros((slot.down_rank, slot.in_features), projection.down.dtype)
-    ups = [np.zeros((slot.out_features, c), projection.ups[0].dtype) for _ in range(slot.num_experts)]
+    ups = _no_ups(slot, projection)
     for expert, up in enumerate(projection.ups):
         first = 0 if projection.shared_down else expert * projection.expert_rank
         for part in range(parts):
@@ -179,7 +180,7 @@ def place(projection: ExpertProjection, slot: Slot) -> ExpertProjection:
 
 def _place_shared(projection: ExpertProjection, slot: Slot) -> ExpertProjection:
     """Every expert reads all rows of A, and what it does not share it multiplies by zero."""
-    ups = [np.zeros((slot.out_features, slot.expert_rank), projection.ups[0].dtype) for _ in range(slot.num_experts)]
+    ups = _no_ups(slot, projection)
     for expert, up in enumerate(projection.ups):
         first = 0 if projection.shared_down else expert * projection.expert_rank
         ups[expert][:, first : first + projection.expert_rank] = up
@@ -245,6 +246,12 @@ def _nothing(path: str, slot: Slot) -> ExpertProjection:
         routing_sum=1.0,
         shared_down=slot.shared_down,
     )
+
+
+def _no_ups(slot: Slot, projection: ExpertProjection) -> list[np.ndarray]:
+    """Zeros for each of a slot's experts, of a dtype that holds all of a projection's."""
+    dtype = common_dtype(projection.ups)
+    return [np.zeros((slot.out_features, slot.expert_rank), dtype) for _ in range(slot.num_experts)]
 
 
 def _rows(array: np.ndarray, count: int) -> np.ndarray:

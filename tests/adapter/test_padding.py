@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from formula import FAMILIES, by_formula, make_projection, random_projection
@@ -112,6 +114,17 @@ def test_in_a_slot_of_its_own_shape_an_adapter_keeps_its_weights(family, rng):
     slot = slots_for([spec(projection)])["p0"]
     ours, own = op.fold(place(projection, slot)), op.fold(projection)
     assert all((getattr(ours, name) == getattr(own, name)).all() for name in ("down", "mix", "up"))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("first", [np.float16, ml_dtypes.bfloat16])
+def test_experts_of_unlike_types_lose_nothing_in_a_slot(shared, first, rng):
+    """A checkpoint that was cast in part."""
+    projection = make_projection(rng, 3, 2, shared, 7, 6)
+    types = (first, np.float32, np.float16)
+    projection = replace(projection, ups=tuple(up.astype(t) for up, t in zip(projection.ups, types, strict=True)))
+    slot = slots_for([spec(projection)])["p0"]
+    assert (op.fold(place(projection, slot)).up == op.fold(projection).up).all()
 
 
 def test_a_module_that_an_adapter_does_not_change_has_no_experts(rng):
