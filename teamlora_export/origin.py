@@ -30,7 +30,7 @@ def require_base(adapter: AdapterSpec, known: Sequence[str], any_base: bool, rep
     one that was trained further.
 
     Args:
-        known: the folder of the base, or its name on the hub; and what it is called by adapters that it has.
+        known: the folder of the base, or its name on the hub; and what else it is called.
         any_base: it is taken; what is not known or not the same is said.
 
     Raises:
@@ -48,19 +48,28 @@ def require_base(adapter: AdapterSpec, known: Sequence[str], any_base: bool, rep
         reporter.warn(told)
 
 
-def require_one_base(adapters: Iterable[AdapterSpec], base: str, any_base: bool, reporter: Reporter) -> None:
+def require_one_base(adapters: Iterable[AdapterSpec], base: str, any_base: bool, reporter: Reporter) -> list[str]:
     """Refuse adapters that were trained on different models. Where all name one, which is not what `base` is called
     here, it is said: whoever gives both knows better.
 
+    Returns:
+        what the base is called beside `base`: the name on which all agree, or nothing.
+
     Raises:
-        ExportError: see `require_base`.
+        ExportError: see `require_base`; or they name different ones, and what `base` is called says nothing.
     """
     adapters = list(adapters)
-    named = [trained for each in adapters if (trained := each.config.base_model_name_or_path) and model_name(trained)]
-    agree = len({model_name(trained) for trained in named}) == 1
+    named = {name: each for each in adapters if (name := model_name(each.config.base_model_name_or_path or ""))}
+    if len(named) > 1 and model_name(base) is None and not any_base:
+        told = ", ".join(f"{each.source} on {each.config.base_model_name_or_path:.200}" for each in named.values())
+        raise ExportError(
+            f"The adapters say that they were trained on different bases: {told:.1000}. Give adapters of one base; "
+            "--any-base takes them, if only the names differ."
+        )
     for each in adapters:
         if each.config.base_model_name_or_path or len(adapters) > 1:
-            require_base(each, [base], any_base or agree, reporter)
+            require_base(each, [base], any_base or len(named) == 1, reporter)
+    return [str(each.config.base_model_name_or_path) for each in named.values()] if len(named) == 1 else []
 
 
 def _leads_to(path: str, folder: str) -> bool:

@@ -277,9 +277,9 @@ def _put(folder: Path, name: str, source: Path, reporter: Reporter, any_base: bo
     _require_place(bundle, name, replaces)
     manifest = bundle.manifest
     adapter = read_adapter(source)
-    on_shelf = require_shelf(bundle)["adapters"].values()
-    called = [base for each in on_shelf if (base := each["origin"].get("base"))]
-    require_base(adapter, [str(manifest.base["source"]), *called], any_base, reporter)
+    names = manifest.base.get("names")
+    # An earlier manifest may lack the name by which its adapters know the base.
+    require_base(adapter, [manifest.base["source"], *(names or ())], any_base or names is None, reporter)
     refuse_cancelled_routing(adapter)
     fitting = fit_adapter(adapter, manifest.refit, str(manifest.base["source"]))
     warn_of_normalizers(adapter, reporter)

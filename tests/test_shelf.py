@@ -204,6 +204,27 @@ def test_room_that_is_asked_for_at_the_export_takes_later_adapters_that_are_larg
     assert found[0] == shelf_answers["team", (5, 6, 7)] != found[1] != found[2]
 
 
+def test_adapters_that_were_trained_with_the_head_and_on_the_body_share_an_export(
+    make_base, make_shelf, shelf_adapters, tmp_path
+):
+    body = shutil.copytree(shelf_adapters["small"], tmp_path / "body")
+    tensors = load_file(body / "adapter_model.safetensors")
+    renamed = {name.replace("model.model.layers", "model.layers"): array for name, array in tensors.items()}
+    assert not renamed.keys() & tensors.keys()
+    save_file(renamed, body / "adapter_model.safetensors")
+    given = {"team": shelf_adapters["team"], "small": body}
+    made = export_onnx(make_base("llama").name, given, tmp_path / "out")
+    assert made.manifest.refit == make_shelf().manifest.refit
+    ours, theirs = (
+        load_file(bundle.folder / bundle.manifest.shelf["adapters"]["small"]["file"]) for bundle in (made, make_shelf())
+    )
+    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+    # Which of them does not fit is said.
+    write_adapter(random_adapter(make_base("gpt2"), _ALL["gpt2"].targets), tmp_path / "strange")
+    with pytest.raises(ExportError, match=rf"The adapter {tmp_path}/strange does not fit the base"):
+        export_onnx(make_base("llama").name, {"team": given["team"], "odd": tmp_path / "strange"}, tmp_path / "no")
+
+
 def test_a_bundle_with_one_adapter_of_its_own_has_no_shelf(make_bundle, shelf_adapters):
     with pytest.raises(ExportError, match="has one adapter of its own, and no shelf"):
         add_adapter(make_bundle("llama").folder, "new", shelf_adapters["lora"])
@@ -567,13 +588,35 @@ def test_an_adapter_that_names_another_base_is_refused_and_taken_when_that_is_as
     assert not (tmp_path / "out").exists() and names(bundle.folder) == list(SHELF)
     given = ["adapters", "add", str(bundle.folder), "other", "-a", str(folder), "--any-base"]
     assert CliRunner().invoke(app, given).exit_code == 0
-    # What it calls the base is known from now on.
-    add_adapter(bundle.folder, "again", folder)
-    assert {"other", "again"} < set(names(bundle.folder))
+    # It was taken, and its base is no name of this one.
+    with pytest.raises(ExportError, match=words):
+        add_adapter(bundle.folder, "again", folder)
+    assert "other" in names(bundle.folder) and "again" not in names(bundle.folder)
     add_adapter(bundle.folder, "same", naming(folder, base.name))
     capsys.readouterr()
     add_adapter(bundle.folder, "silent", naming(folder, None))
     assert "does not say which base it was trained on" in capsys.readouterr().err
+
+
+def test_the_name_on_which_an_export_agrees_is_the_bases_also_when_nothing_on_the_shelf_says_it(
+    make_base, shelf_adapters, tmp_path, capsys
+):
+    given = naming(shutil.copytree(shelf_adapters["team"], tmp_path / "team"), "them/known")
+    out = export_onnx(make_base("llama").name, {"team": given}, tmp_path / "out").folder
+    assert read_bundle(out).manifest.base["names"] == ["them/known"]
+    remove_adapter(out, "team")
+    capsys.readouterr()
+    add_adapter(out, "team", given)
+    assert not capsys.readouterr().err
+    with pytest.raises(ExportError, match="trained on them/other"):
+        replace_adapter(out, "team", naming(given, "them/other"))
+    # The release before did not keep it.
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["base"]["names"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    replace_adapter(out, "team", given)
+    assert "says that it was trained on them/other" in capsys.readouterr().err
+    assert "names" not in read_bundle(out).manifest.base
 
 
 def test_a_base_has_one_name_wherever_it_lies(tmp_path, monkeypatch):
@@ -604,10 +647,18 @@ def test_adapters_that_agree_on_another_name_of_the_base_are_taken_and_those_tha
         return AdapterSpec("lora", AdapterConfig(8, 1.0, base_model_name_or_path=base), {}, {}, "mine", "0" * 64)
 
     for agreed in ([of("them/llama")], [of("them/llama"), of("/data/llama")]):
-        require_one_base(agreed, "/data/production", False, Reporter())
+        assert require_one_base(agreed, "/data/production", False, Reporter()) == [
+            agreed[-1].config.base_model_name_or_path
+        ]
         assert capsys.readouterr().err.count("says that it was trained on") == len(agreed)
     require_one_base([of("them/production"), of("/data/production")], "/data/production", False, Reporter())
     require_one_base([of(None)], "/data/production", False, Reporter())
     assert not capsys.readouterr().err
     with pytest.raises(ExportError, match="trained on them/llama; the base here is /data/production"):
         require_one_base([of("them/production"), of("them/llama")], "/data/production", False, Reporter())
+    # A folder that is called as any other says nothing, and they contradict each other.
+    two = [of("them/llama"), of("them/qwen")]
+    with pytest.raises(ExportError, match="trained on different bases: mine on them/llama, mine on them/qwen"):
+        require_one_base(two, "/data/model", False, Reporter())
+    assert require_one_base(two, "/data/model", True, Reporter()) == []
+    assert require_one_base([of("them/llama"), of(None)], "/data/model", False, Reporter()) == ["them/llama"]
