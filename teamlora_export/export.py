@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from teamlora_export import __version__
 from teamlora_export.adapter import AdapterSpec, BaseSignature, align_with_base, read_adapter
-from teamlora_export.adapter.padding import Room, Slot, as_adapter, slots_for, slots_like
+from teamlora_export.adapter.padding import MOST_ROOM, Room, Slot, as_adapter, slots_for, slots_like
 from teamlora_export.bundle import (
     DATA_NAME,
     ENGINES_NAME,
@@ -58,6 +58,7 @@ from teamlora_export.origin import (
     narrowing,
     refuse_cancelled_routing,
     require_one_base,
+    warn_of_kernels,
     warn_of_normalizers,
 )
 from teamlora_export.progress import Reporter
@@ -67,8 +68,8 @@ from teamlora_export.tokens import read_tokens
 
 OP_FORMS = ("function", "standard")
 CACHE_FORMS = ("growing", "in-place")
-# Of the options of a shelf; a rank or a count of experts beyond them is a slip.
-MOST_OF_SLOTS = {"--slots": MOST_SLOTS, "--slot-rank": 4096, "--slot-experts": 1024}
+# Of the options of a shelf.
+MOST_OF_SLOTS = {"--slots": MOST_SLOTS, "--slot-rank": MOST_ROOM.rank, "--slot-experts": MOST_ROOM.experts}
 # Bits of a code.
 WEIGHT_FORMS = {"int4": 4, "int8": 8}
 
@@ -157,6 +158,7 @@ def export_onnx(
         model = traced.model
         for each in (shelved or {"": adapter}).values():
             warn_of_normalizers(each, reporter)
+        warn_of_kernels(adapter, reporter)
         _warn_of_unused(model, adapter, reporter)
         if quantise is not None and not quantise(model).modified:
             raise ExportError(f"--weights {weights_form}: {source.name} has no linear weights of its own to quantise.")

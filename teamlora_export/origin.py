@@ -161,6 +161,21 @@ def refuse_cancelled_routing(adapter: AdapterSpec) -> None:
     )
 
 
+def warn_of_kernels(adapter: AdapterSpec, reporter: Reporter) -> None:
+    """Say what the CUDA kernels do not take of a graph that is traced with `adapter`."""
+    beyond = [
+        f"{path} ({p.num_experts} experts of rank {p.expert_rank})"
+        for path, p in adapter.projections.items()
+        if p.num_experts > op.MOST_EXPERTS_ON_GPU or p.num_experts * p.expert_rank > op.MOST_RANK_ON_GPU
+    ]
+    if beyond:
+        reporter.warn(
+            f"{len(beyond)} modules are larger than the CUDA kernels take, which is {op.MOST_EXPERTS_ON_GPU} experts "
+            f"and a rank of {op.MOST_RANK_ON_GPU} of all together; the first is {beyond[0]}. Neither the TensorRT "
+            "plugin nor the op for ONNX Runtime's CUDA provider runs this bundle."
+        )
+
+
 def warn_of_normalizers(adapter: AdapterSpec, reporter: Reporter) -> None:
     unsafe = list(adapter.unsafe_normalizers().items())
     for path, floor in unsafe[:MOST_WARNINGS]:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from teamlora_export.adapter import AdapterSpec, BaseSignature, LinearShape, align_with_base, read_adapter
-from teamlora_export.adapter.padding import Room, Slot, placed
+from teamlora_export.adapter.padding import MOST_ROOM, Room, Slot, placed
 from teamlora_export.bundle import (
     ADAPTERS_NAME,
     SHELVED_NAME,
@@ -155,6 +155,18 @@ def slot_megabytes(manifest: Manifest) -> str:
     return f"{slot_bytes(manifest.refit, manifest.op.get('adapter_dtype', manifest.dtype)) / 1e6:,.2f} MB"
 
 
+def slot_sizes(refit: Refit) -> str:
+    """The room that a slot has in each module, in words; kinds of modules are named where they differ."""
+    kinds: dict[str, set[str]] = {}
+    for path, slot in slots_of(refit).items():
+        experts = "1 expert" if slot.num_experts == 1 else f"{slot.num_experts} experts"
+        text = f"{experts} of rank {slot.expert_rank}" + " that share A" * slot.shared_down
+        kinds.setdefault(text, set()).add(path.rpartition(".")[2])
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return ", ".join(f"{text} ({', '.join(sorted(names))})" for text, names in kinds.items())
+
+
 def fit_adapter(adapter: AdapterSpec, refit: Refit, base: str) -> AdapterSpec:
     """`adapter` under the base's names, in the form of the slots.
 
@@ -181,9 +193,10 @@ def fit_adapter(adapter: AdapterSpec, refit: Refit, base: str) -> AdapterSpec:
         f"{path}: {reason}" for path, p in aligned.projections.items() if (reason := slots[path].misfit(p)) is not None
     ]
     room = Room.of((slots[path], p) for path, p in aligned.projections.items())
+    within = room.rank <= MOST_ROOM.rank and room.experts <= MOST_ROOM.experts
+    how = f"--slot-rank {room.rank} --slot-experts {room.experts}" if within else "it among its adapters"
     raise_findings(
-        f"The adapter {adapter.source} does not fit the bundle's slots, which an export with --slot-rank {room.rank} "
-        f"--slot-experts {room.experts} makes large enough",
+        f"The adapter {adapter.source} does not fit the bundle's slots, which an export with {how} makes large enough",
         findings,
     )
     return placed(aligned, slots)

@@ -35,10 +35,11 @@ from teamlora_export.deploy.session import ModelError
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.files import read_record
+from teamlora_export.graph import op
 from teamlora_export.inspect import inspect_path
 from teamlora_export.origin import model_name, require_base, require_one_base
 from teamlora_export.progress import Reporter
-from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
+from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter, slot_sizes
 from teamlora_export.staging import entries, held_file
 
 
@@ -131,6 +132,7 @@ print(sorted({"torch", "transformers", "onnxruntime", "pickle_torch"} & set(sys.
 
 def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle, make_base, tmp_path):
     base, before = make_base("llama"), (bundle.folder / "manifest.json").read_bytes()
+    write_family(tmp_path / "endless", base, "lora", ["q_proj"], 5000)
     write_family(tmp_path / "experts", base, "teamlora", ["q_proj"], 16, 8)
     write_family(tmp_path / "rank", base, "teamlora", ["q_proj"], 32, 4)
     write_adapter(random_adapter(make_base("gpt2"), _ALL["gpt2"].targets), tmp_path / "gpt2")
@@ -168,6 +170,7 @@ def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle
             "experts",
             r"--slot-rank 16 --slot-experts 8 makes.*[^$]*q_proj: has 8 experts, the bundle's slots have room for 4",
         ),
+        ("endless", r"slots, which an export with it among its adapters makes large enough"),
         ("rank", r"q_proj: has 4 experts of rank 8, the bundle's slots have room for 4 of rank 2"),
         ("gpt2", r"changes 16 modules that have no slots in this bundle .*\(c_attn, c_fc, c_.*--slot-targets c_attn,c"),
         ("biased", r"replaces weights of the base \(model.embed_tokens.weight\)"),
@@ -236,7 +239,7 @@ from pathlib import Path
 from teamlora_export.bundle import check_files, read_bundle
 from teamlora_export.origin import model_name, require_base
 from teamlora_export.progress import Reporter
-from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
+from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter, slot_sizes
 from teamlora_export.staging import entries, held_file
 
 source, root, lora, small = map(Path, sys.argv[1:])
@@ -555,9 +558,30 @@ def test_an_older_program_is_told_that_it_is_older(make_shelf, monkeypatch):
         Model(make_shelf().folder)
 
 
+@pytest.mark.parametrize(("limit", "most", "words"), [("EXPERTS", 3, "is 3 experts and"), ("RANK", 7, "rank of 7 of")])
+def test_what_the_cuda_kernels_do_not_take_is_told_at_the_export(
+    limit, most, words, make_base, shelf_adapters, tmp_path, capsys, monkeypatch
+):
+    given = {"team": shelf_adapters["team"]}
+    export_onnx(make_base("llama").name, given, tmp_path / "out")
+    assert "CUDA" not in capsys.readouterr().err
+    monkeypatch.setattr(op, f"MOST_{limit}_ON_GPU", most)
+    export_onnx(make_base("llama").name, given, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert words in said and re.search(r"28 modules are larger .*the first is .*_proj \(4 experts of rank 2\)", said)
+
+
 def test_inspect_tells_what_is_on_the_shelf(make_shelf):
     rows = dict(inspect_path(make_shelf().folder).rows)
-    assert rows["slots"] == "3 of 0.08 MB each, of 4 experts of r=8 at most"
+    assert rows["slots"] == "3 of 0.08 MB each, with room for 4 experts of rank 2"
+    sizes = {
+        "a.q_proj": (4, 4, 8, 4, 2),
+        "b.q_proj": (4, 4, 8, 4, 2),
+        "a.up": (4, 4, 3, 2, 3),
+        "a.down": (4, 4, 5, 1, 5),
+    }
+    text = slot_sizes({"weights": {}, "projections": sizes, "overrides": {}, "body_prefix": ""})
+    assert text == "4 experts of rank 2 (q_proj), 2 experts of rank 3 that share A (up), 1 expert of rank 5 (down)"
     assert rows["adapter hydra"].startswith("hydralora, r=2, k=3, 12 modules")
     assert rows["adapter hydra"].endswith("not validated")
 

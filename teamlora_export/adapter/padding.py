@@ -30,20 +30,21 @@ class Room:
     """What slots have room for beside the adapters that they are made for.
 
     Attributes:
-        rank: r of a TeamLoRA adapter, or of LoRA: of all experts of a module together. HydraLoRA, whose experts all
-            read the whole of A, takes r for each of them, unless all adapters are of its kind. 0: none.
-        experts: k. 0: none.
+        rank: the largest r of TeamLoRA or LoRA: of all experts of a module together. Where r is of each expert
+            (MoELoRA; HydraLoRA and CoMoL, unless all adapters share A so), k times that is enough. 0: none.
+        experts: the largest k. 0: none.
     """
 
     rank: int = 0
     experts: int = 0
 
     def expert_rank(self, num_experts: int, shared: bool) -> int:
-        """Of each of a slot's experts, for adapters of this rank and any number of experts that divides it."""
+        """Of each of a slot's experts, for adapters of up to this rank, whatever number of experts divides theirs."""
         if shared or not self.rank:
             return self.rank
-        divisors = [k for k in range(1, num_experts + 1) if self.rank % k == 0]
-        return max(_rank_of_parts(k, self.rank // k, num_experts) for k in divisors)
+        # The largest multiple of k that is no larger than this rank needs the most.
+        counts = range(1, min(num_experts, self.rank) + 1)
+        return max(_rank_of_parts(k, self.rank // k, num_experts) for k in counts)
 
     @staticmethod
     def of(pairs: Iterable[tuple[Slot, ExpertProjection]]) -> Room:
@@ -51,6 +52,10 @@ class Room:
         pairs = list(pairs)
         k = max(max(slot.num_experts, p.num_experts) for slot, p in pairs)
         return Room(max(_rank_in(slot, p, k) for slot, p in pairs), k)
+
+
+# A rank or a number of experts that is asked for beyond them is a slip.
+MOST_ROOM = Room(4096, 1024)
 
 
 @dataclass(frozen=True)
@@ -112,15 +117,15 @@ def slots_for(adapters: Iterable[AdapterSpec], room: Room | None = None) -> dict
 
 
 def slots_like(slots: Mapping[str, Slot], features: Mapping[str, tuple[int, int]]) -> dict[str, Slot]:
-    """Slots for further modules, by their path, with as many experts and as large a rank as any of `slots`.
+    """Slots for further modules, by their path, with as many experts and as large a rank of each as any of `slots`.
 
     Args:
         features: of each module, in and out.
     """
     shared = all(slot.shared_down for slot in slots.values())
     k = max(slot.num_experts for slot in slots.values())
-    ranks = [slot.expert_rank for slot in slots.values() if slot.shared_down == shared]
-    return {path: Slot(*sizes, k, max(ranks), shared) for path, sizes in features.items()}
+    rank = max(slot.expert_rank for slot in slots.values())
+    return {path: Slot(*sizes, k, rank, shared) for path, sizes in features.items()}
 
 
 def placed(adapter: AdapterSpec, slots: Mapping[str, Slot]) -> AdapterSpec:
@@ -139,7 +144,7 @@ def as_adapter(slots: Mapping[str, Slot], source: str = "") -> AdapterSpec:
         source: what it is called where it does not fit.
     """
     projections = {path: _nothing(path, slot) for path, slot in slots.items()}
-    rank = max((slot.num_experts * slot.expert_rank for slot in slots.values()), default=1)
+    rank = max((slot.down_rank for slot in slots.values()), default=1)
     return AdapterSpec("slots", AdapterConfig(rank, 1.0), projections, {}, source, "0" * 64)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, ExpertProjection
-from teamlora_export.adapter.padding import Room, Slot, as_adapter, place, placed, slots_for
+from teamlora_export.adapter.padding import Room, Slot, as_adapter, place, placed, slots_for, slots_like
 from teamlora_export.graph import op
 
 
@@ -91,6 +91,27 @@ def test_a_rank_has_room_for_any_number_of_experts_that_divides_it(rng):
     assert slots_for([spec(make_projection(rng, 4, 2, False, 5, 6))], Room(rank=8))["p0"].expert_rank == 2
     hydra = slots_for([spec(make_projection(rng, 3, 2, True, 5, 6))], Room(rank=8, experts=4))["p0"]
     assert (hydra.shared_down, hydra.num_experts, hydra.expert_rank) == (True, 4, 8)
+
+
+@pytest.mark.parametrize(("rank", "experts"), [(16, 4), (64, 8), (7, 3), (2, 5)])
+def test_a_rank_has_room_for_every_smaller_one(rank, experts, rng):
+    """Fifteen in three experts have no parts, and sixteen in four need four of each alone."""
+    lora = spec(make_projection(rng, 1, 1, False, 5, 6))
+    slot = slots_for([lora], Room(rank, experts))["p0"]
+    for k in range(1, experts + 1):
+        for r in range(k, rank + 1, k):
+            assert slot.misfit(make_projection(rng, k, r // k, False, 5, 6)) is None
+    # Where r is of each expert, k times as much is enough.
+    slot = slots_for([lora], Room(rank * experts, experts))["p0"]
+    for k, shared in ((experts, False), (experts, True), (2, True), (3, False)):
+        assert slot.misfit(make_projection(rng, k, rank, shared, 5, 6)) is None
+
+
+def test_a_slot_like_others_takes_what_each_of_them_takes(rng):
+    own, shared = Slot(5, 6, 4, 2, shared_down=False), Slot(5, 6, 3, 16, shared_down=True)
+    (slot,) = slots_like({"own": own, "shared": shared}, {"new": (5, 6)}).values()
+    for k, c, reads_all in ((4, 2, False), (3, 16, True)):
+        assert slot.misfit(make_projection(rng, k, c, reads_all, 5, 6)) is None
 
 
 def test_experts_whose_rank_is_too_large_are_cut_into_parts(rng):
