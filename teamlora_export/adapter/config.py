@@ -37,6 +37,8 @@ class AdapterConfig:
         use_rslora: scaling is alpha / sqrt(r) (PEFT's LoRA only).
         modules_to_save: suffixes of modules that were trained whole.
         core_router: the router reads A x, not x (CoMoL only).
+        layers_to_transform: of the modules that suffixes name, those of these layers alone; none: of all.
+        layers_pattern: what the list of layers is called, as regular expressions; none: whatever has a number behind.
     """
 
     r: int
@@ -56,10 +58,16 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
     core_router: bool = False
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
 
     def targets(self, path: str) -> bool:
         """Whether `target_modules` names the module at `path`, by PEFT's rules."""
-        return self._matches(self.target_modules, path) and not self._matches(self.exclude_modules, path)
+        return (
+            self._matches(self.target_modules, path)
+            and not self._matches(self.exclude_modules, path)
+            and self._is_in_layers(path)
+        )
 
     def rank(self, path: str) -> int:
         """Rank of the module at `path` (`rank_pattern` first, then r)."""
@@ -77,6 +85,13 @@ class AdapterConfig:
         if isinstance(targets, str):
             return targets == "all-linear" or (bool(targets) and self._matcher.fullmatch(targets, path))
         return any(path == target or path.endswith(f".{target}") for target in targets)
+
+    def _is_in_layers(self, path: str) -> bool:
+        """By PEFT's rule, which leaves a module that is named in full where it is."""
+        if not self.layers_to_transform or isinstance(self.target_modules, str) or path in self.target_modules:
+            return True
+        numbers = (self._matcher.layer_of(pattern, path) for pattern in self.layers_pattern or (r"[^.]*",))
+        return next((number for number in numbers if number is not None), None) in map(str, self.layers_to_transform)
 
     def _by_pattern(self, patterns: Mapping[str, float] | None, path: str, default: float) -> float:
         for pattern, value in (patterns or {}).items():
@@ -146,6 +161,18 @@ def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
             findings.append(f"{name} is {value!r:.80}, which is not a regular expression: {reason}")
         return reason is None
 
+    def layers(name: str) -> tuple[int, ...]:
+        value = fields.get(name)
+        numbers = value if isinstance(value, list) else [] if value is None else [value]
+        if all(_is_number(number, int, 0, _LARGEST) for number in numbers):
+            return tuple(map(int, numbers))
+        findings.append(f"{name} is {value!r:.80}, expected the number of a layer or a list of them")
+        return ()
+
+    def patterns(name: str) -> tuple[str, ...]:
+        value = fields.get(name)
+        return tuple(each for each in ((value,) if isinstance(value, str) else names(name)) if is_pattern(name, each))
+
     def per_module(name: str, kind: type) -> dict[str, Any] | None:
         value = fields.get(name) or {}
         if not isinstance(value, dict) or not all(_is_number(v, kind, 0, _LARGEST) and v for v in value.values()):
@@ -178,6 +205,8 @@ def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
         rank_pattern=per_module("rank_pattern", int),
         alpha_pattern=per_module("alpha_pattern", float),
         core_router=flag("core_router"),
+        layers_to_transform=layers("layers_to_transform"),
+        layers_pattern=patterns("layers_pattern"),
     )
     raise_findings(where, findings)
     return config

@@ -66,6 +66,8 @@ def _config_fields(adapter: AdapterSpec) -> dict[str, object]:
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
         "core_router": config.core_router,
+        "layers_to_transform": list(config.layers_to_transform),
+        "layers_pattern": list(config.layers_pattern),
     }
     # What plain LoRA does not have, PEFT does not know.
     of_experts = {"lora_nums": config.lora_nums, "blc_alpha": config.blc_alpha, "blc_weight": config.blc_weight}

@@ -208,6 +208,8 @@ def test_what_is_written_is_read_back_equal(tmp_path, make_base):
         rank_pattern={"down_proj": 4},
         alpha_pattern={"layers.2.self_attn.q_proj": 3.0},
         core_router=True,
+        layers_to_transform=(0, 2, 3),
+        layers_pattern=("h", "layers"),
     )
     left_out = [field.name for field in fields(config) if getattr(config, field.name) == field.default]
     assert not left_out, "a field that is as it is by default may be lost unseen"
@@ -278,6 +280,9 @@ def test_all_findings_are_listed_at_once(tmp_path, rng):
         ({"lora_nums": 4, "use_dora": True}, "use_dora"),
         ({"lora_nums": 4, "target_modules": ["v_proj"]}, "target_modules does not name it"),
         ({}, "lora_nums is missing"),
+        ({"lora_nums": 4, "layers_to_transform": [1, 2]}, "target_modules does not name it"),
+        ({"lora_nums": 4, "layers_to_transform": [0, "1"]}, "layers_to_transform is"),
+        ({"lora_nums": 4, "layers_to_transform": 0, "layers_pattern": ["h", "("]}, "not a regular expression"),
         ({"lora_nums": 4, "r": float("inf")}, "r is inf"),
         ({"lora_nums": 4, "lora_alpha": 10**400}, "lora_alpha is 1000"),
         ({"lora_nums": 10**8, "r": 10**8}, "lora_nums is 100000000"),
@@ -397,9 +402,33 @@ def test_targets_without_weights_are_found(tmp_path, make_base):
     base = make_base("llama").signature
     full = new_adapter(base, AdapterConfig(8, 16.0, 4, ("q_proj",)), 0)
     projections = {path: p for path, p in full.projections.items() if ".2." not in path}
+    of_layers = replace(full.config, layers_to_transform=(0, 1, 3))
+    write_adapter(type(full)(full.family, of_layers, projections, {}, "", ""), tmp_path)
+    assert align_with_base(read_adapter(tmp_path), base).projections.keys() == projections.keys()
     write_adapter(type(full)(full.family, full.config, projections, {}, "", ""), tmp_path)
     with pytest.raises(ExportError, match=r"layers\.2\.self_attn\.q_proj: target_modules names it"):
         align_with_base(read_adapter(tmp_path), base)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "named"),
+    [
+        (0, None, ["layers.0", "h.0"]),
+        ([1, 2], None, ["layers.1", "layers.2", "h.1", "h.2"]),
+        ([1, 2], "layers", ["layers.1", "layers.2"]),
+        ([1], ["none", "h|x"], ["h.1"]),
+        ([1], ["none"], []),
+        ([], None, [f"{kind}.{i}" for kind in ("layers", "h") for i in range(3)]),
+    ],
+)
+def test_layers_to_transform_chooses_layers_by_pefts_rule(layers, pattern, named, tmp_path, rng):
+    chosen = {"layers_to_transform": layers, "layers_pattern": pattern, "target_modules": ["q_proj", "score"]}
+    found = read_adapter(write(tmp_path, teamlora(rng, f"{PREFIX}score"), lora_nums=4, **chosen)).config
+    paths = [f"{prefix}{kind}.{i}" for prefix in ("", "model.") for kind in ("layers", "h") for i in range(3)]
+    known = [path for path in paths if found.targets(f"{path}.q_proj")]
+    assert known == [prefix + path for prefix in ("", "model.") for path in named]
+    # Outside of layers is no layer; what is named in full is meant.
+    assert found.targets("score") and found.targets("model.score") == (not layers and layers != 0)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
