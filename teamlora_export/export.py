@@ -27,6 +27,7 @@ from teamlora_export.bundle import (
     MODEL_NAME,
     MOST_SLOTS,
     SHELF_FORMAT_VERSION,
+    BaseOrigin,
     Bundle,
     Manifest,
     Quantisation,
@@ -194,12 +195,7 @@ def export_onnx(
                     adapters[name] = shelve(folder, name, content, sha256, each)
             manifest = Manifest(
                 tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
-                base={
-                    "source": source.origin,
-                    "model_type": traced.model_type,
-                    "sha256": finish_hashing(),
-                    **({} if shelved is None else {"names": base_names}),
-                },
+                base=_describe_base(source, traced, finish_hashing(), None if shelved is None else base_names),
                 adapter=describe_adapter(adapter if shelved is None else dataclasses.replace(adapter, source="")),
                 op=describe_op(nodes, op_form, adapter_dtype, version),
                 task=traced.task,
@@ -302,6 +298,15 @@ def _quantiser(weights_form: str | None, head_form: str | None, zero_points: boo
     )
     assert weights is not None
     return QuantizeBase(weights, head)
+
+
+def _describe_base(
+    source: BaseSource, traced: TracedGraph, sha256: dict[str, str], names: list[str] | None
+) -> BaseOrigin:
+    described: BaseOrigin = {"source": source.origin, "model_type": traced.model_type, "sha256": sha256}
+    if names is not None:
+        described["names"] = names
+    return described
 
 
 def _describe_quantisation(quantise: QuantizeBase) -> Quantisation:

@@ -91,7 +91,8 @@ class AdapterConfig:
         if not self.layers_to_transform or isinstance(self.target_modules, str) or path in self.target_modules:
             return True
         numbers = (self._matcher.layer_of(pattern, path) for pattern in self.layers_pattern or (r"[^.]*",))
-        return next((number for number in numbers if number is not None), None) in map(str, self.layers_to_transform)
+        found = next((number for number in numbers if number is not None), "")
+        return found in map(str, self.layers_to_transform)
 
     def _by_pattern(self, patterns: Mapping[str, float] | None, path: str, default: float) -> float:
         for pattern, value in (patterns or {}).items():
@@ -155,8 +156,8 @@ def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
             return names(name)
         return value if is_pattern(name, value) else ()
 
-    def is_pattern(name: str, value: str) -> bool:
-        reason = why_no_pattern(value)
+    def is_pattern(name: str, value: str, is_part: bool = False) -> bool:
+        reason = why_no_pattern(value) or (why_no_pattern(f"({value})") if is_part else None)
         if reason:
             findings.append(f"{name} is {value!r:.80}, which is not a regular expression: {reason}")
         return reason is None
@@ -171,14 +172,18 @@ def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
 
     def patterns(name: str) -> tuple[str, ...]:
         value = fields.get(name)
-        return tuple(each for each in ((value,) if isinstance(value, str) else names(name)) if is_pattern(name, each))
+        return tuple(
+            each
+            for each in ((value,) if isinstance(value, str) else names(name))
+            if is_pattern(name, each, is_part=True)
+        )
 
     def per_module(name: str, kind: type) -> dict[str, Any] | None:
         value = fields.get(name) or {}
         if not isinstance(value, dict) or not all(_is_number(v, kind, 0, _LARGEST) and v for v in value.values()):
             findings.append(f"{name} is {value!r:.80}, expected {_NUMBERS[kind]} above 0 for each module name")
             return None
-        refused = [key for key in value if not is_pattern(name, key)]
+        refused = [key for key in value if not is_pattern(name, key, is_part=True)]
         return value if value and not refused else None
 
     bias = fields.get("bias") or "none"

@@ -283,6 +283,8 @@ def test_all_findings_are_listed_at_once(tmp_path, rng):
         ({"lora_nums": 4, "layers_to_transform": [1, 2]}, "target_modules does not name it"),
         ({"lora_nums": 4, "layers_to_transform": [0, "1"]}, "layers_to_transform is"),
         ({"lora_nums": 4, "layers_to_transform": 0, "layers_pattern": ["h", "("]}, "not a regular expression"),
+        ({"lora_nums": 4, "layers_to_transform": 0, "layers_pattern": "(?x) h #"}, "not a regular expression"),
+        ({"lora_nums": 4, "rank_pattern": {"(?x) h #": 8}}, "not a regular expression"),
         ({"lora_nums": 4, "r": float("inf")}, "r is inf"),
         ({"lora_nums": 4, "lora_alpha": 10**400}, "lora_alpha is 1000"),
         ({"lora_nums": 10**8, "r": 10**8}, "lora_nums is 100000000"),
