@@ -18,7 +18,9 @@ _MOST_EXPERTS = 1024
 _NUMBERS = {int: "an integer", float: "a number"}
 _BIAS_MODES = ("none", "all", "lora_only")
 # What CoMoL's code calls itself, and what it calls the fields of the others.
-_COMOL, _COMOL_NAMES = "MoCoreLORA", {"r": "lora_rank", "lora_nums": "num_experts"}
+_COMOL, COMOL_NAMES = "MoCoreLORA", {"r": "lora_rank", "lora_nums": "num_experts"}
+# What those call themselves whose r is called so.
+_KNOWN = ("LORA", "TEAMLORA", "HYDRALORA", "MOELORA", _COMOL)
 # Options of PEFT that change what a LoRA layer computes and that the op does not express.
 _UNSUPPORTED_OPTIONS = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "alora_invocation_tokens")
 
@@ -36,7 +38,7 @@ class AdapterConfig:
         fan_in_fan_out: the base stores its weights as [in, out] (`Conv1D`).
         use_rslora: scaling is alpha / sqrt(r) (PEFT's LoRA only).
         modules_to_save: suffixes of modules that were trained whole.
-        core_router: the router reads A x, not x (CoMoL only).
+        core_router: the router reads A x, not x (CoMoL only); None where the file does not say.
         layers_to_transform: of the modules that suffixes name, those of these layers alone; none: of all.
         layers_pattern: what the list of layers is called, as regular expressions; none: whatever has a number behind.
     """
@@ -57,7 +59,7 @@ class AdapterConfig:
     task_type: str | None = None
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
-    core_router: bool = False
+    core_router: bool | None = None
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
 
@@ -119,14 +121,19 @@ def read_config(folder: Path) -> AdapterConfig:
 
 def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
     findings: list[str] = []
-    if fields.get("peft_type") == _COMOL:
-        fields = {**{ours: fields[theirs] for ours, theirs in _COMOL_NAMES.items() if theirs in fields}, **fields}
+    kind = fields.get("peft_type")
+    called = COMOL_NAMES if kind == _COMOL else {}
+    fields = fields | {ours: fields.get(theirs) for ours, theirs in called.items() if fields.get(ours) is None}
+    if fields.get("r") is None and isinstance(kind, str) and kind not in _KNOWN:
+        findings.append(f"peft_type is {kind!r:.80}, which is not known here, nor what it calls r")
 
     def number(name: str, default: float | None, kind: type, least: float, most: float = _LARGEST) -> Any:
         value: Any = fields.get(name, default)
         if _is_number(value, kind, least, most):
             return kind(value)
-        findings.append(f"{name} is {value!r:.80}, expected {_NUMBERS[kind]} from {least:g} to {most:g}")
+        findings.append(
+            f"{called.get(name, name)} is {value!r:.80}, expected {_NUMBERS[kind]} from {least:g} to {most:g}"
+        )
         return default
 
     def text(name: str) -> str | None:
@@ -209,7 +216,7 @@ def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
         task_type=text("task_type"),
         rank_pattern=per_module("rank_pattern", int),
         alpha_pattern=per_module("alpha_pattern", float),
-        core_router=flag("core_router"),
+        core_router=flag("core_router") if fields.get("core_router") is not None else None,
         layers_to_transform=layers("layers_to_transform"),
         layers_pattern=patterns("layers_pattern"),
     )

@@ -31,11 +31,11 @@ def write_adapter(adapter: AdapterSpec, folder: str | Path, dtype: np.dtype | ty
         OSError: it cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         _PREFIX + name: np.ascontiguousarray(value if dtype is None else value.astype(dtype))
         for name, value in _named_tensors(adapter).items()
     }
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as staging:
         with saving(folder / SAFETENSORS_NAME):
             save_file(tensors, Path(staging) / SAFETENSORS_NAME, metadata={"format": "pt"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
@@ -172,9 +173,25 @@ def test_comols_cores_are_experts_between_a_shared_a_and_b(rank, core_router, tm
     assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
     with pytest.raises(ExportError, match="comol are read only"):
         write_adapter(adapter, tmp_path / "again")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_rank": rank - 1}))
-    with pytest.raises(ExportError, match=rf"lora_Cores.0 is \[{rank}, {rank}\], expected \[{rank - 1}, {rank - 1}\]"):
-        read_adapter(tmp_path)
+    assert not (tmp_path / "again").exists()
+    contradicts = (
+        rf": lora_router reads {'A x' if core_router else 'x'}, and core_router is {not core_router!s}".lower()
+    )
+    for changed, words in (
+        ({"lora_rank": rank - 1}, rf"lora_cores.0 is \[{rank}, {rank}\], .* are lora_rank and num_experts right"),
+        ({"num_experts": None}, "1 problem.*num_experts is missing"),
+        ({"lora_rank": None}, "1 problem.*lora_rank is none, expected an integer"),
+        ({"peft_type": "MoCoreLORASh"}, "peft_type is 'mocorelorash', which is not known here"),
+        ({"use_rslora": True}, "use_rslora is set, and the published layer of comol has no such"),
+        *([({"core_router": not core_router}, contradicts)] if rank != IN else []),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changed}))
+        with pytest.raises(ExportError) as refused:
+            read_adapter(tmp_path)
+        assert re.search(words, " ".join(str(refused.value).lower().split()))
+    # Theirs counts where ours is there and says nothing.
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": None, "lora_nums": None}))
+    assert read_adapter(tmp_path).config == adapter.config
 
 
 def test_biases_are_taken_over_where_the_config_trains_them(tmp_path, rng):
@@ -201,7 +218,6 @@ def test_what_is_written_is_read_back_equal(tmp_path, make_base):
         blc_alpha=0.1,
         blc_weight=0.2,
         lora_dropout=0.3,
-        use_rslora=True,
         modules_to_save=("norm",),
         base_model_name_or_path="a base",
         task_type="CAUSAL_LM",
@@ -212,7 +228,8 @@ def test_what_is_written_is_read_back_equal(tmp_path, make_base):
         layers_pattern=("h", "layers"),
     )
     left_out = [field.name for field in fields(config) if getattr(config, field.name) == field.default]
-    assert not left_out, "a field that is as it is by default may be lost unseen"
+    # Plain LoRA alone has that one.
+    assert left_out == ["use_rslora"], "a field that is as it is by default may be lost unseen"
     overrides = {"model.norm.weight": np.arange(32, dtype=np.float16)}
     adapter = replace(new_adapter(make_base("qwen2").signature, config, 0, spread=0.1), overrides=overrides)
     write_adapter(adapter, tmp_path)
@@ -242,6 +259,10 @@ BROKEN = {
     "a NaN": (
         lambda t: t[f"{PREFIX}layers.0.q_proj.lora_A.weight"].__setitem__((0, 0), np.nan),
         r"1 values that are NaN",
+    ),
+    "two spellings of one key": (
+        lambda t: t.update({f"{PREFIX}layers.0.q_proj.lora_B2.default.weight": np.zeros((OUT, 2), np.float32)}),
+        r"lora_B2\.\S*weight: is there twice",
     ),
     "an unknown key": (lambda t: t.update({"head.scale": np.zeros(3, np.float32)}), r"head\.scale"),
     "integers": (
