@@ -19,10 +19,17 @@ MOST_WARNINGS = 5
 _CACHED = re.compile(r"models--(?:[^-]+(?:-[^-]+)*--)?(.+)")
 # What a training writes beneath the name of what it trains.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
-# Folders that are called so say nothing of what is in them.
+# What the hub's cache calls the folder of a revision: its commit.
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Folders that are called so, or final-model and the like, say nothing of what is in them.
 _NO_NAMES = frozenset(
-    ["base", "checkpoint", "final", "gguf", "hf", "latest", "merged", "model", "models", "out", "output", "weights"]
+    [
+        *("base", "checkpoint", "checkpoints", "ckpt", "final", "gguf", "hf", "latest", "merged", "model", "models"),
+        *("out", "output", "outputs", "pretrained", "snapshot", "snapshots", "weights"),
+    ]
 )
+# What is in them is named after its user.
+_HOMES = frozenset(["home", "users"])
 
 
 def require_base(adapter: AdapterSpec, known: Sequence[str], any_base: bool, reporter: Reporter) -> None:
@@ -87,12 +94,16 @@ def model_name(reference: str) -> str | None:
     for part in parts:
         if cached := _CACHED.fullmatch(part):
             return cached[1]
+    if len(parts) > 1 and parts[-2] == "snapshots":
+        del parts[-2:]
     if not parts:
         return None
     if _CHECKPOINT.fullmatch(parts[-1]):
-        return "/".join(parts[-2:]) if len(parts) > 1 else None
+        says_something = model_name("/".join(parts[:-1])) and not (len(parts) > 2 and parts[-3] in _HOMES)
+        return "/".join(parts[-2:]) if says_something else None
     name = parts[-1].partition("@")[0]
-    return None if name in _NO_NAMES else name or None
+    says_nothing = _COMMIT.fullmatch(name) or set(re.split("[-_]", name)) <= _NO_NAMES
+    return None if says_nothing else name or None
 
 
 def describe_adapter(adapter: AdapterSpec) -> AdapterOrigin:

@@ -122,9 +122,7 @@ def require_name(name: str) -> str:
         ExportError: it cannot.
     """
     if name.lower() == NO_ADAPTER_NAME:
-        raise ExportError(
-            f"{name}: cannot name an adapter, since it says that there is none. Give NAME=FOLDER another."
-        )
+        raise ExportError(f"{name}: cannot name an adapter, since it says that there is none. Choose another name.")
     if not _NAME.fullmatch(name):
         raise ExportError(
             f"{name!r:.80}: cannot name an adapter. Use up to 64 letters, digits, dots, dashes and underscores, the "
@@ -285,7 +283,8 @@ def shelve(folder: Path, name: str, content: bytes, sha256: str, adapter: Adapte
 
 
 def _put(folder: Path, name: str, source: Path, reporter: Reporter, any_base: bool, replaces: bool) -> Bundle:
-    require_name(name)
+    if not replaces:
+        require_name(name)
     bundle = read_bundle(folder)
     _require_place(bundle, name, replaces)
     manifest = bundle.manifest

@@ -294,6 +294,15 @@ for name, edit in EDITS.items():
 """
 
 
+def test_an_adapter_of_an_older_shelf_whose_name_is_refused_by_now_is_replaced(bundle, shelf_adapters):
+    manifest = json.loads((bundle.folder / "manifest.json").read_text())
+    adapters = manifest["shelf"]["adapters"]
+    adapters["none"] = adapters.pop("lora")
+    (bundle.folder / "manifest.json").write_text(json.dumps(manifest))
+    replace_adapter(bundle.folder, "none", shelf_adapters["small"])
+    assert read_bundle(bundle.folder).manifest.shelf["adapters"]["none"]["origin"]["r"] == 2
+
+
 def test_an_edit_that_is_killed_at_any_moment_leaves_the_old_shelf_or_the_new(bundle, shelf_adapters, tmp_path):
     root = tmp_path / "killed-runs"
     root.mkdir()
@@ -652,9 +661,14 @@ def test_a_base_has_one_name_wherever_it_lies(tmp_path, monkeypatch):
         "C:\\models\\SmolLM2-135M-Instruct",
         "/root/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2-135M-Instruct/snapshots/12fd25f77366fa6b",
         "HuggingFaceTB/SmolLM2-135M-Instruct@main",
+        "/srv/SmolLM2-135M-Instruct/snapshots/0123abcd",
     )
     assert {model_name(name) for name in same} == {"smollm2-135m-instruct"}
-    assert [model_name(name) for name in ("", ".", "../", "/", "checkpoint-500", "/models/base")] == [None] * 6
+    for nothing in (
+        *("", ".", "../", "/", "checkpoint-500", "/models/base", "base_model", "/srv/hf-model", "ckpt", "./pretrained"),
+        *("/home/u/checkpoint-100", "out/checkpoint-100", "final_model", "/srv/" + 20 * "a7", "snapshots/0123abcd"),
+    ):
+        assert model_name(nothing) is None
     assert model_name("out/tuned/checkpoint-500") == "tuned/checkpoint-500"
     # A link has two names, and is one folder.
     (tmp_path / "folder").mkdir()
