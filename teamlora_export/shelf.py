@@ -22,8 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from teamlora_export.adapter import AdapterSpec, BaseSignature, LinearShape, align_with_base, read_adapter
-from teamlora_export.adapter.padding import MOST_ROOM, Room, Slot, placed
+from teamlora_export.adapter import (
+    AdapterSpec,
+    BaseSignature,
+    ExpertProjection,
+    LinearShape,
+    align_with_base,
+    read_adapter,
+)
+from teamlora_export.adapter.padding import MOST_ROOM, Slot, placed, room_for
 from teamlora_export.bundle import (
     ADAPTERS_NAME,
     SHELVED_NAME,
@@ -185,18 +192,22 @@ def fit_adapter(adapter: AdapterSpec, refit: Refit, base: str) -> AdapterSpec:
         body_prefix=refit["body_prefix"],
     )
     refuse_overrides(adapter)
-    _refuse_strange_modules(adapter, slots, base, refit["body_prefix"])
-    aligned = align_with_base(adapter, signature)
+    strange = _strange_modules(adapter, slots, refit["body_prefix"])
+    others = {path: p for path, p in adapter.projections.items() if path not in strange}
+    aligned = align_with_base(dataclasses.replace(adapter, projections=others), signature)
     findings = [
         f"{path}: {reason}" for path, p in aligned.projections.items() if (reason := slots[path].misfit(p)) is not None
     ]
-    room = Room.of((slots[path], p) for path, p in aligned.projections.items())
-    within = room.rank <= MOST_ROOM.rank and room.experts <= MOST_ROOM.experts
-    how = f"--slot-rank {room.rank} --slot-experts {room.experts}" if within else "it among its adapters"
-    raise_findings(
-        f"The adapter {adapter.source} does not fit the bundle's slots, which an export with {how} makes large enough",
-        findings,
-    )
+    if strange:
+        kinds = ", ".join(_kinds(strange))
+        findings.append(f"{next(iter(strange))}: has no slot; of these there are {len(strange)} ({kinds:.200})")
+    if findings:
+        whole = dataclasses.replace(aligned, projections={**aligned.projections, **strange})
+        raise_findings(
+            f"The adapter {adapter.source} does not fit the slots of this bundle of {base}. An export with it among "
+            f"the adapters{_larger_slots(whole, slots)} makes room for it",
+            findings,
+        )
     return placed(aligned, slots)
 
 
@@ -214,17 +225,24 @@ def refuse_overrides(adapter: AdapterSpec) -> None:
         )
 
 
-def _refuse_strange_modules(adapter: AdapterSpec, slots: Mapping[str, Slot], base: str, prefix: str) -> None:
-    """A module that the base may well have, but that no adapter of the export changed, has no place in the graph."""
+def _strange_modules(adapter: AdapterSpec, slots: Mapping[str, Slot], prefix: str) -> dict[str, ExpertProjection]:
+    """Modules that the base may well have, but that have no place in the graph: no adapter of the export changed
+    them."""
     known = {slot.removeprefix(f"{prefix}.") for slot in slots}
-    strange = [path for path in adapter.projections if not any(path.endswith(name) for name in known)]
-    if strange:
-        targets = sorted({path.rpartition(".")[2] for path in strange})
-        raise ExportError(
-            f"{adapter.source}: changes {len(strange)} modules that have no slots in this bundle of {base} "
-            f"({', '.join(targets)[:200]}; the first is {strange[0]}). Export again with an adapter that changes them, "
-            f"or with --slot-targets {','.join(targets)[:200]}"
-        )
+    return {path: p for path, p in adapter.projections.items() if not any(path.endswith(name) for name in known)}
+
+
+def _kinds(paths: Iterable[str]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in paths})
+
+
+def _larger_slots(adapter: AdapterSpec, slots: Mapping[str, Slot]) -> str:
+    """The options that make slots as they are, and large enough for `adapter`; nothing where they cannot."""
+    room = room_for(adapter, slots)
+    if room.rank > MOST_ROOM.rank or room.experts > MOST_ROOM.experts:
+        return ""
+    targets = ",".join(_kinds([*slots, *adapter.projections]))
+    return f", or with --slot-rank {room.rank} --slot-experts {room.experts} --slot-targets {targets}"
 
 
 def slot_file(

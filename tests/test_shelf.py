@@ -133,6 +133,14 @@ print(sorted({"torch", "transformers", "onnxruntime", "pickle_torch"} & set(sys.
 def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle, make_base, tmp_path):
     base, before = make_base("llama"), (bundle.folder / "manifest.json").read_bytes()
     write_family(tmp_path / "endless", base, "lora", ["q_proj"], 5000)
+    head = write_family(tmp_path / "head", base, "teamlora", ["q_proj"], 16, 8)
+    tensors = load_file(head / "adapter_model.safetensors")
+    first = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors |= {name.replace(first, "base_model.model.lm_head"): a for name, a in tensors.items() if first in name}
+    save_file(tensors, head / "adapter_model.safetensors")
+    config = json.loads((head / "adapter_config.json").read_text()) | {"target_modules": ["q_proj", "lm_head"]}
+    (head / "adapter_config.json").write_text(json.dumps(config))
+    all_kinds = ",".join(sorted(SHELF["team"][1]))
     write_family(tmp_path / "experts", base, "teamlora", ["q_proj"], 16, 8)
     write_family(tmp_path / "rank", base, "teamlora", ["q_proj"], 32, 4)
     write_adapter(random_adapter(make_base("gpt2"), _ALL["gpt2"].targets), tmp_path / "gpt2")
@@ -168,11 +176,21 @@ def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle
         ("huge", r"q_proj.* has numbers that are none, or none in float32"),
         (
             "experts",
-            r"--slot-rank 16 --slot-experts 8 makes.*[^$]*q_proj: has 8 experts, the bundle's slots have room for 4",
+            rf"--slot-rank 16 --slot-experts 8 --slot-targets {all_kinds} makes room for it: .*[^$]*"
+            "q_proj: has 8 experts, the bundle's slots have room for 4",
         ),
-        ("endless", r"slots, which an export with it among its adapters makes large enough"),
+        ("endless", r"An export with it among the adapters makes room for it: "),
         ("rank", r"q_proj: has 4 experts of rank 8, the bundle's slots have room for 4 of rank 2"),
-        ("gpt2", r"changes 16 modules that have no slots in this bundle .*\(c_attn, c_fc, c_.*--slot-targets c_attn,c"),
+        (
+            "gpt2",
+            r"--slot-targets c_attn,c_fc,c_proj,down_proj,g.*: 1 problem\n.*c_attn: has no slot; of these there are 16",
+        ),
+        # All at once, so that one export is enough.
+        (
+            "head",
+            rf"--slot-rank 16 --slot-experts 8 --slot-targets {all_kinds.replace('o_proj', 'lm_head,o_proj')} makes "
+            r"room for it: 5 problems\n.*q_proj: has 8 experts[^$]*- lm_head: has no slot; of these there are 1 \(",
+        ),
         ("biased", r"replaces weights of the base \(model.embed_tokens.weight\)"),
         ("wide", r"q_proj: the adapter maps 40 to 32 features, the base 32 to 32"),
         ("none", r"no such folder"),

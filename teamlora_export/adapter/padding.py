@@ -128,6 +128,19 @@ def slots_like(slots: Mapping[str, Slot], features: Mapping[str, tuple[int, int]
     return {path: Slot(*sizes, k, rank, shared) for path, sizes in features.items()}
 
 
+def room_for(adapter: AdapterSpec, slots: Mapping[str, Slot]) -> Room:
+    """With what an export makes slots as large as `slots`, and large enough for `adapter`: where it has modules that
+    have none, for such as `slots_like` makes.
+
+    Args:
+        adapter: its paths are those of `slots`.
+    """
+    new = {path: (p.in_features, p.out_features) for path, p in adapter.projections.items() if path not in slots}
+    known = {**slots, **slots_like(slots, new)}
+    present = [(slot, _nothing(path, slot)) for path, slot in slots.items()]
+    return Room.of([*present, *((known[path], projection) for path, projection in adapter.projections.items())])
+
+
 def placed(adapter: AdapterSpec, slots: Mapping[str, Slot]) -> AdapterSpec:
     """`adapter`, whose every module fits its slot, in the shape of all `slots`."""
     projections = {

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, ExpertProjection
-from teamlora_export.adapter.padding import Room, Slot, as_adapter, place, placed, slots_for, slots_like
+from teamlora_export.adapter.padding import Room, Slot, as_adapter, place, placed, room_for, slots_for, slots_like
 from teamlora_export.graph import op
 
 
@@ -73,7 +73,12 @@ def test_the_room_that_a_later_adapter_needs_is_enough_for_it_and_stays_exact(gi
     known = [spec(*(make_projection(rng, k, c, shared and k > 1, 5, 6) for _ in late)) for k, c, shared in given]
     new = spec(*(make_projection(rng, k, c, shared and k > 1, 5, 6) for k, c, shared in late))
     least = slots_for(known)
-    slots = slots_for(known, Room.of((least[path], projection) for path, projection in new.projections.items()))
+    slots = slots_for(known, room_for(new, least))
+    if not any(slot.shared_down for slot in least.values()):
+        # The options alone, beside whatever the export has, keep room for what fits now.
+        other = spec(*(make_projection(rng, 2, 1, False, 5, 6) for _ in late))
+        alone = slots_for([other], room_for(new, least))
+        assert not any(alone[path].misfit(p) for each in (*known, new) for path, p in each.projections.items())
     x, base = rng.normal(size=(2, 3, 5)), rng.normal(size=(2, 3, 6))
     for path, projection in [pair for adapter in (*known, new) for pair in adapter.projections.items()]:
         assert slots[path].misfit(projection) is None
