@@ -563,18 +563,13 @@ def test_exports_that_cannot_be_are_refused_before_anything_is_traced(make_base,
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["deploy", "cpp", "BUNDLE", "-o", "OUT", "--engine", "fp16"],
-        *(["deploy", target, "BUNDLE", "-o", "OUT", "--batching", "sequence"] for target in ("triton", "kubernetes")),
-    ],
+    [["deploy", target, "BUNDLE", "-o", "OUT", "--batching", "sequence"] for target in ("triton", "kubernetes")],
 )
 def test_what_knows_no_shelf_refuses_one_in_a_sentence(words, make_shelf, tmp_path):
     known = {"BUNDLE": str(make_shelf().folder), "OUT": str(tmp_path / "out")}
     done = CliRunner().invoke(app, [known.get(word, word) for word in words])
     assert isinstance(done.exception, ExportError)
-    assert re.search(
-        "has a shelf of adapters, and (`|Triton's own back ends know none. Leave out)", str(done.exception)
-    )
+    assert "has a shelf of adapters, and Triton's own back ends know none. Leave out" in str(done.exception)
     assert not (tmp_path / "out").exists()
 
 
