@@ -126,11 +126,15 @@ MOST_SLOTS = 4096
 
 
 class BaseOrigin(TypedDict):
-    """The base model: what finds it again, and the SHA-256 of each of its weight files."""
+    """The base model: what finds it again, and the SHA-256 of each of its weight files.
+
+    names: of a bundle with a shelf, what it is called beside `source`; earlier ones do not say.
+    """
 
     source: str
     model_type: str
     sha256: dict[str, Sha256]
+    names: NotRequired[list[str]]
 
 
 class AdapterOrigin(TypedDict):

@@ -101,10 +101,13 @@ def onnx(
     ] = None,
     slot_rank: Annotated[
         int | None,
-        typer.Option(help="Of a shelf: room for later adapters of this r. Default: what the given ones need together."),
+        typer.Option(
+            help="Of a shelf: room for later adapters of up to this r. Give k times r for families whose r is of each "
+            "expert (MoELoRA; HydraLoRA and CoMoL beside others). Default: what the given ones need together."
+        ),
     ] = None,
     slot_experts: Annotated[
-        int | None, typer.Option(help="Of a shelf: room for later adapters of so many experts.")
+        int | None, typer.Option(help="Of a shelf: room for later adapters of up to so many experts.")
     ] = None,
     slot_targets: Annotated[
         list[str] | None,

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from teamlora_export import __version__
 from teamlora_export.adapter import AdapterSpec, BaseSignature, align_with_base, read_adapter
-from teamlora_export.adapter.padding import Room, Slot, as_adapter, slots_for, slots_like
+from teamlora_export.adapter.padding import MOST_ROOM, Room, Slot, as_adapter, slots_for, slots_like
 from teamlora_export.bundle import (
     DATA_NAME,
     ENGINES_NAME,
@@ -27,6 +27,7 @@ from teamlora_export.bundle import (
     MODEL_NAME,
     MOST_SLOTS,
     SHELF_FORMAT_VERSION,
+    BaseOrigin,
     Bundle,
     Manifest,
     Quantisation,
@@ -58,6 +59,7 @@ from teamlora_export.origin import (
     narrowing,
     refuse_cancelled_routing,
     require_one_base,
+    warn_of_kernels,
     warn_of_normalizers,
 )
 from teamlora_export.progress import Reporter
@@ -67,8 +69,8 @@ from teamlora_export.tokens import read_tokens
 
 OP_FORMS = ("function", "standard")
 CACHE_FORMS = ("growing", "in-place")
-# Of the options of a shelf; a rank or a count of experts beyond them is a slip.
-MOST_OF_SLOTS = {"--slots": MOST_SLOTS, "--slot-rank": 4096, "--slot-experts": 1024}
+# Of the options of a shelf.
+MOST_OF_SLOTS = {"--slots": MOST_SLOTS, "--slot-rank": MOST_ROOM.rank, "--slot-experts": MOST_ROOM.experts}
 # Bits of a code.
 WEIGHT_FORMS = {"int4": 4, "int8": 8}
 
@@ -132,20 +134,16 @@ def export_onnx(
         {"--slots": slots, "--slot-rank": slot_rank, "--slot-experts": slot_experts},
         slot_targets,
     )
-    if shelved is None:
-        assert not isinstance(adapter_folder, Mapping)
-        adapter, folders = read_adapter(adapter_folder), [Path(adapter_folder)]
-    else:
-        assert isinstance(adapter_folder, Mapping)
+    if isinstance(adapter_folder, Mapping):
         folders = list(map(Path, adapter_folder.values()))
-        adapter = as_adapter(slots_for(shelved.values(), room), f"(one of {some_names(shelved)})")
+    else:
+        folders = [Path(adapter_folder)]
+    given_adapters = [read_adapter(folders[0])] if shelved is None else list(shelved.values())
     source = find_base(base_name)
-    given_adapters = [adapter] if shelved is None else list(shelved.values())
-    require_one_base(given_adapters, source.origin, any_base, reporter)
+    base_names = require_one_base(given_adapters, source.origin, any_base, reporter)
     for each in given_adapters:
         refuse_cancelled_routing(each)
-    if slot_targets:
-        adapter = _with_more_slots(adapter, slot_targets, _open_base(source, task).signature)
+    adapter = given_adapters[0] if shelved is None else _slots_of_all(shelved, room, slot_targets, source, task)
     # Once: the folder that a relative path starts from may be the one that is replaced.
     given, out, inputs = Path(out), real_path(Path(out)), (source.folder, *folders)
     refuse_foreign(out, _our_files, inputs)
@@ -156,11 +154,12 @@ def export_onnx(
             f"{out}: {', '.join(left_out)[:200]} on the shelf that is replaced: not given here, and removed with it."
         )
     with hashing_weights(source) as finish_hashing:
-        traced = _find_graph(source, adapter, task, dtype, cache == "in-place", retrace, reporter)
-        adapter = align_with_base(adapter, traced.signature)
+        traced = _find_graph(source, adapter, given_adapters, task, dtype, cache == "in-place", retrace, reporter)
+        adapter = _align_all(adapter, given_adapters, traced.signature)
         model = traced.model
         for each in (shelved or {"": adapter}).values():
             warn_of_normalizers(each, reporter)
+        warn_of_kernels(adapter, reporter)
         _warn_of_unused(model, adapter, reporter)
         if quantise is not None and not quantise(model).modified:
             raise ExportError(f"--weights {weights_form}: {source.name} has no linear weights of its own to quantise.")
@@ -196,7 +195,7 @@ def export_onnx(
                     adapters[name] = shelve(folder, name, content, sha256, each)
             manifest = Manifest(
                 tool={"teamlora-export": __version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}},
-                base={"source": source.origin, "model_type": traced.model_type, "sha256": finish_hashing()},
+                base=_describe_base(source, traced, finish_hashing(), None if shelved is None else base_names),
                 adapter=describe_adapter(adapter if shelved is None else dataclasses.replace(adapter, source="")),
                 op=describe_op(nodes, op_form, adapter_dtype, version),
                 task=traced.task,
@@ -240,6 +239,32 @@ def _read_shelved(
     return found
 
 
+def _slots_of_all(
+    shelved: Mapping[str, AdapterSpec], room: Room, targets: Sequence[str], source: BaseSource, task: str
+) -> AdapterSpec:
+    """What the graph of a shelf is traced with; see `as_adapter`.
+
+    Raises:
+        ExportError: one of several does not fit the base, or one of `targets` names nothing in it.
+    """
+    adapters, base = list(shelved.values()), None
+    # Trained with the head or on the body, they name the same module in two ways, which the base alone tells.
+    named = {frozenset(path.partition(".")[0] for path in each.projections) for each in adapters}
+    if targets or len(named) > 1:
+        base = _open_base(source, task).signature
+        adapters = [align_with_base(each, base) for each in adapters]
+    slots = as_adapter(slots_for(adapters, room), f"(one of {some_names(shelved)})")
+    return slots if base is None else _with_more_slots(slots, targets, base)
+
+
+def _align_all(adapter: AdapterSpec, given: Sequence[AdapterSpec], base: BaseSignature) -> AdapterSpec:
+    """`align_with_base`, which names that of the given adapters that does not fit."""
+    for each in given:
+        if each is not adapter:
+            align_with_base(each, base)
+    return align_with_base(adapter, base)
+
+
 def _with_more_slots(adapter: AdapterSpec, targets: Sequence[str], base: BaseSignature) -> AdapterSpec:
     """The slots of `adapter`, and those of further modules, under the base's names.
 
@@ -275,6 +300,15 @@ def _quantiser(weights_form: str | None, head_form: str | None, zero_points: boo
     return QuantizeBase(weights, head)
 
 
+def _describe_base(
+    source: BaseSource, traced: TracedGraph, sha256: dict[str, str], names: list[str] | None
+) -> BaseOrigin:
+    described: BaseOrigin = {"source": source.origin, "model_type": traced.model_type, "sha256": sha256}
+    if names is not None:
+        described["names"] = names
+    return described
+
+
 def _describe_quantisation(quantise: QuantizeBase) -> Quantisation:
     import onnxruntime
 
@@ -294,8 +328,19 @@ def _our_files(out: Path) -> set[str]:
 
 
 def _find_graph(
-    source: BaseSource, adapter: AdapterSpec, task: str, dtype: str, in_place: bool, retrace: bool, reporter: Reporter
+    source: BaseSource,
+    adapter: AdapterSpec,
+    given: Sequence[AdapterSpec],
+    task: str,
+    dtype: str,
+    in_place: bool,
+    retrace: bool,
+    reporter: Reporter,
 ) -> TracedGraph:
+    """
+    Args:
+        adapter: what the graph takes. given: the adapters that have to fit the base.
+    """
     key = graph_key(source, adapter, task, dtype, in_place)
     kept = None if retrace else load_graph(key)
     if kept is not None:
@@ -309,7 +354,7 @@ def _find_graph(
         from teamlora_export.graph.build import build_graph
 
         base = _open_base(source, task)
-        aligned = align_with_base(adapter, base.signature)
+        aligned = _align_all(adapter, given, base.signature)
         model = build_graph(base, aligned, getattr(torch, DTYPES[dtype].torch), reporter, in_place=in_place)
     traced = TracedGraph(model, base.signature, base.aliases(), base.task, base.config.model_type)
     if not retrace:

@@ -20,7 +20,7 @@ from teamlora_export.engine.plugin import PluginLibrary, latest_plugin, read_plu
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.lifted import Lifted, find_lifted
 from teamlora_export.graph.read import read_graph
-from teamlora_export.shelf import slot_megabytes
+from teamlora_export.shelf import slot_megabytes, slot_sizes
 
 _MOST_OPERATORS = 12
 
@@ -129,8 +129,8 @@ def _bundle_rows(bundle: Bundle, lifted: Lifted) -> Iterable[tuple[str, str]]:
     if manifest.attached is not None:
         yield "attached to", manifest.attached["source"]
     if manifest.shelf is not None:
-        most = f"{adapter['num_experts']} experts of r={adapter['r']} at most"
-        yield "slots", f"{manifest.shelf['slots']} of {slot_megabytes(manifest)} each, of {most}"
+        sizes = slot_sizes(manifest.refit)
+        yield "slots", f"{manifest.shelf['slots']} of {slot_megabytes(manifest)} each, with room for {sizes}"
         for name, each in manifest.shelf["adapters"].items():
             origin, judged = each["origin"], each.get("validation")
             state = "not validated" if judged is None else "passed" if judged["passed"] else "FAILED"

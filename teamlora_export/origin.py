@@ -19,10 +19,17 @@ MOST_WARNINGS = 5
 _CACHED = re.compile(r"models--(?:[^-]+(?:-[^-]+)*--)?(.+)")
 # What a training writes beneath the name of what it trains.
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
-# Folders that are called so say nothing of what is in them.
+# What the hub's cache calls the folder of a revision: its commit.
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Folders that are called so, or final-model and the like, say nothing of what is in them.
 _NO_NAMES = frozenset(
-    ["base", "checkpoint", "final", "gguf", "hf", "latest", "merged", "model", "models", "out", "output", "weights"]
+    [
+        *("base", "checkpoint", "checkpoints", "ckpt", "final", "gguf", "hf", "latest", "merged", "model", "models"),
+        *("out", "output", "outputs", "pretrained", "snapshot", "snapshots", "weights"),
+    ]
 )
+# What is in them is named after its user.
+_HOMES = frozenset(["home", "users"])
 
 
 def require_base(adapter: AdapterSpec, known: Sequence[str], any_base: bool, reporter: Reporter) -> None:
@@ -30,7 +37,7 @@ def require_base(adapter: AdapterSpec, known: Sequence[str], any_base: bool, rep
     one that was trained further.
 
     Args:
-        known: the folder of the base, or its name on the hub; and what it is called by adapters that it has.
+        known: the folder of the base, or its name on the hub; and what else it is called.
         any_base: it is taken; what is not known or not the same is said.
 
     Raises:
@@ -48,19 +55,28 @@ def require_base(adapter: AdapterSpec, known: Sequence[str], any_base: bool, rep
         reporter.warn(told)
 
 
-def require_one_base(adapters: Iterable[AdapterSpec], base: str, any_base: bool, reporter: Reporter) -> None:
+def require_one_base(adapters: Iterable[AdapterSpec], base: str, any_base: bool, reporter: Reporter) -> list[str]:
     """Refuse adapters that were trained on different models. Where all name one, which is not what `base` is called
     here, it is said: whoever gives both knows better.
 
+    Returns:
+        what the base is called beside `base`: the name on which all agree, or nothing.
+
     Raises:
-        ExportError: see `require_base`.
+        ExportError: see `require_base`; or they name different ones, and what `base` is called says nothing.
     """
     adapters = list(adapters)
-    named = [trained for each in adapters if (trained := each.config.base_model_name_or_path) and model_name(trained)]
-    agree = len({model_name(trained) for trained in named}) == 1
+    named = {name: each for each in adapters if (name := model_name(each.config.base_model_name_or_path or ""))}
+    if len(named) > 1 and model_name(base) is None and not any_base:
+        told = ", ".join(f"{each.source} on {each.config.base_model_name_or_path:.200}" for each in named.values())
+        raise ExportError(
+            f"The adapters say that they were trained on different bases: {told:.1000}. Give adapters of one base; "
+            "--any-base takes them, if only the names differ."
+        )
     for each in adapters:
         if each.config.base_model_name_or_path or len(adapters) > 1:
-            require_base(each, [base], any_base or agree, reporter)
+            require_base(each, [base], any_base or len(named) == 1, reporter)
+    return [str(each.config.base_model_name_or_path) for each in named.values()] if len(named) == 1 else []
 
 
 def _leads_to(path: str, folder: str) -> bool:
@@ -78,12 +94,16 @@ def model_name(reference: str) -> str | None:
     for part in parts:
         if cached := _CACHED.fullmatch(part):
             return cached[1]
+    if len(parts) > 1 and parts[-2] == "snapshots":
+        del parts[-2:]
     if not parts:
         return None
     if _CHECKPOINT.fullmatch(parts[-1]):
-        return "/".join(parts[-2:]) if len(parts) > 1 else None
+        says_something = model_name("/".join(parts[:-1])) and not (len(parts) > 2 and parts[-3] in _HOMES)
+        return "/".join(parts[-2:]) if says_something else None
     name = parts[-1].partition("@")[0]
-    return None if name in _NO_NAMES else name or None
+    says_nothing = _COMMIT.fullmatch(name) or set(re.split("[-_]", name)) <= _NO_NAMES
+    return None if says_nothing else name or None
 
 
 def describe_adapter(adapter: AdapterSpec) -> AdapterOrigin:
@@ -150,6 +170,21 @@ def refuse_cancelled_routing(adapter: AdapterSpec) -> None:
         "token. Is its training whole?",
         [f"{path}: all rows of I + M sum to 0" for path, p in adapter.projections.items() if p.cancels_routing],
     )
+
+
+def warn_of_kernels(adapter: AdapterSpec, reporter: Reporter) -> None:
+    """Say what the CUDA kernels do not take of a graph that is traced with `adapter`."""
+    beyond = [
+        f"{path} ({p.num_experts} experts of rank {p.expert_rank})"
+        for path, p in adapter.projections.items()
+        if p.num_experts > op.MOST_EXPERTS_ON_GPU or p.num_experts * p.expert_rank > op.MOST_RANK_ON_GPU
+    ]
+    if beyond:
+        reporter.warn(
+            f"{len(beyond)} modules are larger than the CUDA kernels take, which is {op.MOST_EXPERTS_ON_GPU} experts "
+            f"and a rank of {op.MOST_RANK_ON_GPU} of all together; the first is {beyond[0]}. Neither the TensorRT "
+            "plugin nor the op for ONNX Runtime's CUDA provider runs this bundle."
+        )
 
 
 def warn_of_normalizers(adapter: AdapterSpec, reporter: Reporter) -> None:

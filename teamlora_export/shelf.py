@@ -22,8 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from teamlora_export.adapter import AdapterSpec, BaseSignature, LinearShape, align_with_base, read_adapter
-from teamlora_export.adapter.padding import Room, Slot, placed
+from teamlora_export.adapter import (
+    AdapterSpec,
+    BaseSignature,
+    ExpertProjection,
+    LinearShape,
+    align_with_base,
+    read_adapter,
+)
+from teamlora_export.adapter.padding import MOST_ROOM, Slot, placed, room_for
 from teamlora_export.bundle import (
     ADAPTERS_NAME,
     SHELVED_NAME,
@@ -122,9 +129,7 @@ def require_name(name: str) -> str:
         ExportError: it cannot.
     """
     if name.lower() == NO_ADAPTER_NAME:
-        raise ExportError(
-            f"{name}: cannot name an adapter, since it says that there is none. Give NAME=FOLDER another."
-        )
+        raise ExportError(f"{name}: cannot name an adapter, since it says that there is none. Choose another name.")
     if not _NAME.fullmatch(name):
         raise ExportError(
             f"{name!r:.80}: cannot name an adapter. Use up to 64 letters, digits, dots, dashes and underscores, the "
@@ -155,6 +160,18 @@ def slot_megabytes(manifest: Manifest) -> str:
     return f"{slot_bytes(manifest.refit, manifest.op.get('adapter_dtype', manifest.dtype)) / 1e6:,.2f} MB"
 
 
+def slot_sizes(refit: Refit) -> str:
+    """The room that a slot has in each module, in words; kinds of modules are named where they differ."""
+    kinds: dict[str, set[str]] = {}
+    for path, slot in slots_of(refit).items():
+        experts = "1 expert" if slot.num_experts == 1 else f"{slot.num_experts} experts"
+        text = f"{experts} of rank {slot.expert_rank}" + " that share A" * slot.shared_down
+        kinds.setdefault(text, set()).add(path.rpartition(".")[2])
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return ", ".join(f"{text} ({', '.join(sorted(names))})" for text, names in kinds.items())
+
+
 def fit_adapter(adapter: AdapterSpec, refit: Refit, base: str) -> AdapterSpec:
     """`adapter` under the base's names, in the form of the slots.
 
@@ -175,17 +192,22 @@ def fit_adapter(adapter: AdapterSpec, refit: Refit, base: str) -> AdapterSpec:
         body_prefix=refit["body_prefix"],
     )
     refuse_overrides(adapter)
-    _refuse_strange_modules(adapter, slots, base, refit["body_prefix"])
-    aligned = align_with_base(adapter, signature)
+    strange = _strange_modules(adapter, slots, refit["body_prefix"])
+    others = {path: p for path, p in adapter.projections.items() if path not in strange}
+    aligned = align_with_base(dataclasses.replace(adapter, projections=others), signature)
     findings = [
         f"{path}: {reason}" for path, p in aligned.projections.items() if (reason := slots[path].misfit(p)) is not None
     ]
-    room = Room.of((slots[path], p) for path, p in aligned.projections.items())
-    raise_findings(
-        f"The adapter {adapter.source} does not fit the bundle's slots, which an export with --slot-rank {room.rank} "
-        f"--slot-experts {room.experts} makes large enough",
-        findings,
-    )
+    if strange:
+        kinds = ", ".join(_kinds(strange))
+        findings.append(f"{next(iter(strange))}: has no slot; of these there are {len(strange)} ({kinds:.200})")
+    if findings:
+        whole = dataclasses.replace(aligned, projections={**aligned.projections, **strange})
+        raise_findings(
+            f"The adapter {adapter.source} does not fit the slots of this bundle of {base}. An export with it among "
+            f"the adapters{_larger_slots(whole, slots)} makes room for it",
+            findings,
+        )
     return placed(aligned, slots)
 
 
@@ -203,17 +225,24 @@ def refuse_overrides(adapter: AdapterSpec) -> None:
         )
 
 
-def _refuse_strange_modules(adapter: AdapterSpec, slots: Mapping[str, Slot], base: str, prefix: str) -> None:
-    """A module that the base may well have, but that no adapter of the export changed, has no place in the graph."""
+def _strange_modules(adapter: AdapterSpec, slots: Mapping[str, Slot], prefix: str) -> dict[str, ExpertProjection]:
+    """Modules that the base may well have, but that have no place in the graph: no adapter of the export changed
+    them."""
     known = {slot.removeprefix(f"{prefix}.") for slot in slots}
-    strange = [path for path in adapter.projections if not any(path.endswith(name) for name in known)]
-    if strange:
-        targets = sorted({path.rpartition(".")[2] for path in strange})
-        raise ExportError(
-            f"{adapter.source}: changes {len(strange)} modules that have no slots in this bundle of {base} "
-            f"({', '.join(targets)[:200]}; the first is {strange[0]}). Export again with an adapter that changes them, "
-            f"or with --slot-targets {','.join(targets)[:200]}"
-        )
+    return {path: p for path, p in adapter.projections.items() if not any(path.endswith(name) for name in known)}
+
+
+def _kinds(paths: Iterable[str]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in paths})
+
+
+def _larger_slots(adapter: AdapterSpec, slots: Mapping[str, Slot]) -> str:
+    """The options that make slots as they are, and large enough for `adapter`; nothing where they cannot."""
+    room = room_for(adapter, slots)
+    if room.rank > MOST_ROOM.rank or room.experts > MOST_ROOM.experts:
+        return ""
+    targets = ",".join(_kinds([*slots, *adapter.projections]))
+    return f", or with --slot-rank {room.rank} --slot-experts {room.experts} --slot-targets {targets}"
 
 
 def slot_file(
@@ -272,14 +301,15 @@ def shelve(folder: Path, name: str, content: bytes, sha256: str, adapter: Adapte
 
 
 def _put(folder: Path, name: str, source: Path, reporter: Reporter, any_base: bool, replaces: bool) -> Bundle:
-    require_name(name)
+    if not replaces:
+        require_name(name)
     bundle = read_bundle(folder)
     _require_place(bundle, name, replaces)
     manifest = bundle.manifest
     adapter = read_adapter(source)
-    on_shelf = require_shelf(bundle)["adapters"].values()
-    called = [base for each in on_shelf if (base := each["origin"].get("base"))]
-    require_base(adapter, [str(manifest.base["source"]), *called], any_base, reporter)
+    names = manifest.base.get("names")
+    # An earlier manifest may lack the name by which its adapters know the base.
+    require_base(adapter, [manifest.base["source"], *(names or ())], any_base or names is None, reporter)
     refuse_cancelled_routing(adapter)
     fitting = fit_adapter(adapter, manifest.refit, str(manifest.base["source"]))
     warn_of_normalizers(adapter, reporter)

@@ -35,10 +35,11 @@ from teamlora_export.deploy.session import ModelError
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.files import read_record
+from teamlora_export.graph import op
 from teamlora_export.inspect import inspect_path
 from teamlora_export.origin import model_name, require_base, require_one_base
 from teamlora_export.progress import Reporter
-from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
+from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter, slot_sizes
 from teamlora_export.staging import entries, held_file
 
 
@@ -131,6 +132,15 @@ print(sorted({"torch", "transformers", "onnxruntime", "pickle_torch"} & set(sys.
 
 def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle, make_base, tmp_path):
     base, before = make_base("llama"), (bundle.folder / "manifest.json").read_bytes()
+    write_family(tmp_path / "endless", base, "lora", ["q_proj"], 5000)
+    head = write_family(tmp_path / "head", base, "teamlora", ["q_proj"], 16, 8)
+    tensors = load_file(head / "adapter_model.safetensors")
+    first = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors |= {name.replace(first, "base_model.model.lm_head"): a for name, a in tensors.items() if first in name}
+    save_file(tensors, head / "adapter_model.safetensors")
+    config = json.loads((head / "adapter_config.json").read_text()) | {"target_modules": ["q_proj", "lm_head"]}
+    (head / "adapter_config.json").write_text(json.dumps(config))
+    all_kinds = ",".join(sorted(SHELF["team"][1]))
     write_family(tmp_path / "experts", base, "teamlora", ["q_proj"], 16, 8)
     write_family(tmp_path / "rank", base, "teamlora", ["q_proj"], 32, 4)
     write_adapter(random_adapter(make_base("gpt2"), _ALL["gpt2"].targets), tmp_path / "gpt2")
@@ -166,10 +176,21 @@ def test_what_does_not_fit_is_refused_by_what_and_why_and_changes_nothing(bundle
         ("huge", r"q_proj.* has numbers that are none, or none in float32"),
         (
             "experts",
-            r"--slot-rank 16 --slot-experts 8 makes.*[^$]*q_proj: has 8 experts, the bundle's slots have room for 4",
+            rf"--slot-rank 16 --slot-experts 8 --slot-targets {all_kinds} makes room for it: .*[^$]*"
+            "q_proj: has 8 experts, the bundle's slots have room for 4",
         ),
+        ("endless", r"An export with it among the adapters makes room for it: "),
         ("rank", r"q_proj: has 4 experts of rank 8, the bundle's slots have room for 4 of rank 2"),
-        ("gpt2", r"changes 16 modules that have no slots in this bundle .*\(c_attn, c_fc, c_.*--slot-targets c_attn,c"),
+        (
+            "gpt2",
+            r"--slot-targets c_attn,c_fc,c_proj,down_proj,g.*: 1 problem\n.*c_attn: has no slot; of these there are 16",
+        ),
+        # All at once, so that one export is enough.
+        (
+            "head",
+            rf"--slot-rank 16 --slot-experts 8 --slot-targets {all_kinds.replace('o_proj', 'lm_head,o_proj')} makes "
+            r"room for it: 5 problems\n.*q_proj: has 8 experts[^$]*- lm_head: has no slot; of these there are 1 \(",
+        ),
         ("biased", r"replaces weights of the base \(model.embed_tokens.weight\)"),
         ("wide", r"q_proj: the adapter maps 40 to 32 features, the base 32 to 32"),
         ("none", r"no such folder"),
@@ -204,6 +225,27 @@ def test_room_that_is_asked_for_at_the_export_takes_later_adapters_that_are_larg
     assert found[0] == shelf_answers["team", (5, 6, 7)] != found[1] != found[2]
 
 
+def test_adapters_that_were_trained_with_the_head_and_on_the_body_share_an_export(
+    make_base, make_shelf, shelf_adapters, tmp_path
+):
+    body = shutil.copytree(shelf_adapters["small"], tmp_path / "body")
+    tensors = load_file(body / "adapter_model.safetensors")
+    renamed = {name.replace("model.model.layers", "model.layers"): array for name, array in tensors.items()}
+    assert not renamed.keys() & tensors.keys()
+    save_file(renamed, body / "adapter_model.safetensors")
+    given = {"team": shelf_adapters["team"], "small": body}
+    made = export_onnx(make_base("llama").name, given, tmp_path / "out")
+    assert made.manifest.refit == make_shelf().manifest.refit
+    ours, theirs = (
+        load_file(bundle.folder / bundle.manifest.shelf["adapters"]["small"]["file"]) for bundle in (made, make_shelf())
+    )
+    assert ours.keys() == theirs.keys() and all((ours[name] == theirs[name]).all() for name in ours)
+    # Which of them does not fit is said.
+    write_adapter(random_adapter(make_base("gpt2"), _ALL["gpt2"].targets), tmp_path / "strange")
+    with pytest.raises(ExportError, match=rf"The adapter {tmp_path}/strange does not fit the base"):
+        export_onnx(make_base("llama").name, {"team": given["team"], "odd": tmp_path / "strange"}, tmp_path / "no")
+
+
 def test_a_bundle_with_one_adapter_of_its_own_has_no_shelf(make_bundle, shelf_adapters):
     with pytest.raises(ExportError, match="has one adapter of its own, and no shelf"):
         add_adapter(make_bundle("llama").folder, "new", shelf_adapters["lora"])
@@ -215,7 +257,7 @@ from pathlib import Path
 from teamlora_export.bundle import check_files, read_bundle
 from teamlora_export.origin import model_name, require_base
 from teamlora_export.progress import Reporter
-from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
+from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter, slot_sizes
 from teamlora_export.staging import entries, held_file
 
 source, root, lora, small = map(Path, sys.argv[1:])
@@ -268,6 +310,15 @@ for name, edit in EDITS.items():
     assert number > 8, number
     print(name, number)
 """
+
+
+def test_an_adapter_of_an_older_shelf_whose_name_is_refused_by_now_is_replaced(bundle, shelf_adapters):
+    manifest = json.loads((bundle.folder / "manifest.json").read_text())
+    adapters = manifest["shelf"]["adapters"]
+    adapters["none"] = adapters.pop("lora")
+    (bundle.folder / "manifest.json").write_text(json.dumps(manifest))
+    replace_adapter(bundle.folder, "none", shelf_adapters["small"])
+    assert read_bundle(bundle.folder).manifest.shelf["adapters"]["none"]["origin"]["r"] == 2
 
 
 def test_an_edit_that_is_killed_at_any_moment_leaves_the_old_shelf_or_the_new(bundle, shelf_adapters, tmp_path):
@@ -512,18 +563,13 @@ def test_exports_that_cannot_be_are_refused_before_anything_is_traced(make_base,
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["deploy", "cpp", "BUNDLE", "-o", "OUT", "--engine", "fp16"],
-        *(["deploy", target, "BUNDLE", "-o", "OUT", "--batching", "sequence"] for target in ("triton", "kubernetes")),
-    ],
+    [["deploy", target, "BUNDLE", "-o", "OUT", "--batching", "sequence"] for target in ("triton", "kubernetes")],
 )
 def test_what_knows_no_shelf_refuses_one_in_a_sentence(words, make_shelf, tmp_path):
     known = {"BUNDLE": str(make_shelf().folder), "OUT": str(tmp_path / "out")}
     done = CliRunner().invoke(app, [known.get(word, word) for word in words])
     assert isinstance(done.exception, ExportError)
-    assert re.search(
-        "has a shelf of adapters, and (`|Triton's own back ends know none. Leave out)", str(done.exception)
-    )
+    assert "has a shelf of adapters, and Triton's own back ends know none. Leave out" in str(done.exception)
     assert not (tmp_path / "out").exists()
 
 
@@ -534,9 +580,30 @@ def test_an_older_program_is_told_that_it_is_older(make_shelf, monkeypatch):
         Model(make_shelf().folder)
 
 
+@pytest.mark.parametrize(("limit", "most", "words"), [("EXPERTS", 3, "is 3 experts and"), ("RANK", 7, "rank of 7 of")])
+def test_what_the_cuda_kernels_do_not_take_is_told_at_the_export(
+    limit, most, words, make_base, shelf_adapters, tmp_path, capsys, monkeypatch
+):
+    given = {"team": shelf_adapters["team"]}
+    export_onnx(make_base("llama").name, given, tmp_path / "out")
+    assert "CUDA" not in capsys.readouterr().err
+    monkeypatch.setattr(op, f"MOST_{limit}_ON_GPU", most)
+    export_onnx(make_base("llama").name, given, tmp_path / "out")
+    said = capsys.readouterr().err
+    assert words in said and re.search(r"28 modules are larger .*the first is .*_proj \(4 experts of rank 2\)", said)
+
+
 def test_inspect_tells_what_is_on_the_shelf(make_shelf):
     rows = dict(inspect_path(make_shelf().folder).rows)
-    assert rows["slots"] == "3 of 0.08 MB each, of 4 experts of r=8 at most"
+    assert rows["slots"] == "3 of 0.08 MB each, with room for 4 experts of rank 2"
+    sizes = {
+        "a.q_proj": (4, 4, 8, 4, 2),
+        "b.q_proj": (4, 4, 8, 4, 2),
+        "a.up": (4, 4, 3, 2, 3),
+        "a.down": (4, 4, 5, 1, 5),
+    }
+    text = slot_sizes({"weights": {}, "projections": sizes, "overrides": {}, "body_prefix": ""})
+    assert text == "4 experts of rank 2 (q_proj), 2 experts of rank 3 that share A (up), 1 expert of rank 5 (down)"
     assert rows["adapter hydra"].startswith("hydralora, r=2, k=3, 12 modules")
     assert rows["adapter hydra"].endswith("not validated")
 
@@ -567,13 +634,35 @@ def test_an_adapter_that_names_another_base_is_refused_and_taken_when_that_is_as
     assert not (tmp_path / "out").exists() and names(bundle.folder) == list(SHELF)
     given = ["adapters", "add", str(bundle.folder), "other", "-a", str(folder), "--any-base"]
     assert CliRunner().invoke(app, given).exit_code == 0
-    # What it calls the base is known from now on.
-    add_adapter(bundle.folder, "again", folder)
-    assert {"other", "again"} < set(names(bundle.folder))
+    # It was taken, and its base is no name of this one.
+    with pytest.raises(ExportError, match=words):
+        add_adapter(bundle.folder, "again", folder)
+    assert "other" in names(bundle.folder) and "again" not in names(bundle.folder)
     add_adapter(bundle.folder, "same", naming(folder, base.name))
     capsys.readouterr()
     add_adapter(bundle.folder, "silent", naming(folder, None))
     assert "does not say which base it was trained on" in capsys.readouterr().err
+
+
+def test_the_name_on_which_an_export_agrees_is_the_bases_also_when_nothing_on_the_shelf_says_it(
+    make_base, shelf_adapters, tmp_path, capsys
+):
+    given = naming(shutil.copytree(shelf_adapters["team"], tmp_path / "team"), "them/known")
+    out = export_onnx(make_base("llama").name, {"team": given}, tmp_path / "out").folder
+    assert read_bundle(out).manifest.base["names"] == ["them/known"]
+    remove_adapter(out, "team")
+    capsys.readouterr()
+    add_adapter(out, "team", given)
+    assert not capsys.readouterr().err
+    with pytest.raises(ExportError, match="trained on them/other"):
+        replace_adapter(out, "team", naming(given, "them/other"))
+    # The release before did not keep it.
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["base"]["names"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    replace_adapter(out, "team", given)
+    assert "says that it was trained on them/other" in capsys.readouterr().err
+    assert "names" not in read_bundle(out).manifest.base
 
 
 def test_a_base_has_one_name_wherever_it_lies(tmp_path, monkeypatch):
@@ -585,9 +674,14 @@ def test_a_base_has_one_name_wherever_it_lies(tmp_path, monkeypatch):
         "C:\\models\\SmolLM2-135M-Instruct",
         "/root/.cache/huggingface/hub/models--HuggingFaceTB--SmolLM2-135M-Instruct/snapshots/12fd25f77366fa6b",
         "HuggingFaceTB/SmolLM2-135M-Instruct@main",
+        "/srv/SmolLM2-135M-Instruct/snapshots/0123abcd",
     )
     assert {model_name(name) for name in same} == {"smollm2-135m-instruct"}
-    assert [model_name(name) for name in ("", ".", "../", "/", "checkpoint-500", "/models/base")] == [None] * 6
+    for nothing in (
+        *("", ".", "../", "/", "checkpoint-500", "/models/base", "base_model", "/srv/hf-model", "ckpt", "./pretrained"),
+        *("/home/u/checkpoint-100", "out/checkpoint-100", "final_model", "/srv/" + 20 * "a7", "snapshots/0123abcd"),
+    ):
+        assert model_name(nothing) is None
     assert model_name("out/tuned/checkpoint-500") == "tuned/checkpoint-500"
     # A link has two names, and is one folder.
     (tmp_path / "folder").mkdir()
@@ -604,10 +698,18 @@ def test_adapters_that_agree_on_another_name_of_the_base_are_taken_and_those_tha
         return AdapterSpec("lora", AdapterConfig(8, 1.0, base_model_name_or_path=base), {}, {}, "mine", "0" * 64)
 
     for agreed in ([of("them/llama")], [of("them/llama"), of("/data/llama")]):
-        require_one_base(agreed, "/data/production", False, Reporter())
+        assert require_one_base(agreed, "/data/production", False, Reporter()) == [
+            agreed[-1].config.base_model_name_or_path
+        ]
         assert capsys.readouterr().err.count("says that it was trained on") == len(agreed)
     require_one_base([of("them/production"), of("/data/production")], "/data/production", False, Reporter())
     require_one_base([of(None)], "/data/production", False, Reporter())
     assert not capsys.readouterr().err
     with pytest.raises(ExportError, match="trained on them/llama; the base here is /data/production"):
         require_one_base([of("them/production"), of("them/llama")], "/data/production", False, Reporter())
+    # A folder that is called as any other says nothing, and they contradict each other.
+    two = [of("them/llama"), of("them/qwen")]
+    with pytest.raises(ExportError, match="trained on different bases: mine on them/llama, mine on them/qwen"):
+        require_one_base(two, "/data/model", False, Reporter())
+    assert require_one_base(two, "/data/model", True, Reporter()) == []
+    assert require_one_base([of("them/llama"), of(None)], "/data/model", False, Reporter()) == ["them/llama"]

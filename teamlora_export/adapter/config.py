@@ -18,7 +18,9 @@ _MOST_EXPERTS = 1024
 _NUMBERS = {int: "an integer", float: "a number"}
 _BIAS_MODES = ("none", "all", "lora_only")
 # What CoMoL's code calls itself, and what it calls the fields of the others.
-_COMOL, _COMOL_NAMES = "MoCoreLORA", {"r": "lora_rank", "lora_nums": "num_experts"}
+_COMOL, COMOL_NAMES = "MoCoreLORA", {"r": "lora_rank", "lora_nums": "num_experts"}
+# What those call themselves whose r is called so.
+_KNOWN = ("LORA", "TEAMLORA", "HYDRALORA", "MOELORA", _COMOL)
 # Options of PEFT that change what a LoRA layer computes and that the op does not express.
 _UNSUPPORTED_OPTIONS = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "alora_invocation_tokens")
 
@@ -36,7 +38,9 @@ class AdapterConfig:
         fan_in_fan_out: the base stores its weights as [in, out] (`Conv1D`).
         use_rslora: scaling is alpha / sqrt(r) (PEFT's LoRA only).
         modules_to_save: suffixes of modules that were trained whole.
-        core_router: the router reads A x, not x (CoMoL only).
+        core_router: the router reads A x, not x (CoMoL only); None where the file does not say.
+        layers_to_transform: of the modules that suffixes name, those of these layers alone; none: of all.
+        layers_pattern: what the list of layers is called, as regular expressions; none: whatever has a number behind.
     """
 
     r: int
@@ -55,11 +59,17 @@ class AdapterConfig:
     task_type: str | None = None
     rank_pattern: Mapping[str, int] | None = None
     alpha_pattern: Mapping[str, float] | None = None
-    core_router: bool = False
+    core_router: bool | None = None
+    layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
 
     def targets(self, path: str) -> bool:
         """Whether `target_modules` names the module at `path`, by PEFT's rules."""
-        return self._matches(self.target_modules, path) and not self._matches(self.exclude_modules, path)
+        return (
+            self._matches(self.target_modules, path)
+            and not self._matches(self.exclude_modules, path)
+            and self._is_in_layers(path)
+        )
 
     def rank(self, path: str) -> int:
         """Rank of the module at `path` (`rank_pattern` first, then r)."""
@@ -77,6 +87,14 @@ class AdapterConfig:
         if isinstance(targets, str):
             return targets == "all-linear" or (bool(targets) and self._matcher.fullmatch(targets, path))
         return any(path == target or path.endswith(f".{target}") for target in targets)
+
+    def _is_in_layers(self, path: str) -> bool:
+        """By PEFT's rule, which leaves a module that is named in full where it is."""
+        if not self.layers_to_transform or isinstance(self.target_modules, str) or path in self.target_modules:
+            return True
+        numbers = (self._matcher.layer_of(pattern, path) for pattern in self.layers_pattern or (r"[^.]*",))
+        found = next((number for number in numbers if number is not None), "")
+        return found in map(str, self.layers_to_transform)
 
     def _by_pattern(self, patterns: Mapping[str, float] | None, path: str, default: float) -> float:
         for pattern, value in (patterns or {}).items():
@@ -103,14 +121,19 @@ def read_config(folder: Path) -> AdapterConfig:
 
 def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
     findings: list[str] = []
-    if fields.get("peft_type") == _COMOL:
-        fields = {**{ours: fields[theirs] for ours, theirs in _COMOL_NAMES.items() if theirs in fields}, **fields}
+    kind = fields.get("peft_type")
+    called = COMOL_NAMES if kind == _COMOL else {}
+    fields = fields | {ours: fields.get(theirs) for ours, theirs in called.items() if fields.get(ours) is None}
+    if fields.get("r") is None and isinstance(kind, str) and kind not in _KNOWN:
+        findings.append(f"peft_type is {kind!r:.80}, which is not known here, nor what it calls r")
 
     def number(name: str, default: float | None, kind: type, least: float, most: float = _LARGEST) -> Any:
         value: Any = fields.get(name, default)
         if _is_number(value, kind, least, most):
             return kind(value)
-        findings.append(f"{name} is {value!r:.80}, expected {_NUMBERS[kind]} from {least:g} to {most:g}")
+        findings.append(
+            f"{called.get(name, name)} is {value!r:.80}, expected {_NUMBERS[kind]} from {least:g} to {most:g}"
+        )
         return default
 
     def text(name: str) -> str | None:
@@ -140,18 +163,34 @@ def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
             return names(name)
         return value if is_pattern(name, value) else ()
 
-    def is_pattern(name: str, value: str) -> bool:
-        reason = why_no_pattern(value)
+    def is_pattern(name: str, value: str, is_part: bool = False) -> bool:
+        reason = why_no_pattern(value) or (why_no_pattern(f"({value})") if is_part else None)
         if reason:
             findings.append(f"{name} is {value!r:.80}, which is not a regular expression: {reason}")
         return reason is None
+
+    def layers(name: str) -> tuple[int, ...]:
+        value = fields.get(name)
+        numbers = value if isinstance(value, list) else [] if value is None else [value]
+        if all(_is_number(number, int, 0, _LARGEST) for number in numbers):
+            return tuple(map(int, numbers))
+        findings.append(f"{name} is {value!r:.80}, expected the number of a layer or a list of them")
+        return ()
+
+    def patterns(name: str) -> tuple[str, ...]:
+        value = fields.get(name)
+        return tuple(
+            each
+            for each in ((value,) if isinstance(value, str) else names(name))
+            if is_pattern(name, each, is_part=True)
+        )
 
     def per_module(name: str, kind: type) -> dict[str, Any] | None:
         value = fields.get(name) or {}
         if not isinstance(value, dict) or not all(_is_number(v, kind, 0, _LARGEST) and v for v in value.values()):
             findings.append(f"{name} is {value!r:.80}, expected {_NUMBERS[kind]} above 0 for each module name")
             return None
-        refused = [key for key in value if not is_pattern(name, key)]
+        refused = [key for key in value if not is_pattern(name, key, is_part=True)]
         return value if value and not refused else None
 
     bias = fields.get("bias") or "none"
@@ -177,7 +216,9 @@ def _parse(fields: dict[str, Any], where: str) -> AdapterConfig:
         task_type=text("task_type"),
         rank_pattern=per_module("rank_pattern", int),
         alpha_pattern=per_module("alpha_pattern", float),
-        core_router=flag("core_router"),
+        core_router=flag("core_router") if fields.get("core_router") is not None else None,
+        layers_to_transform=layers("layers_to_transform"),
+        layers_pattern=patterns("layers_pattern"),
     )
     raise_findings(where, findings)
     return config

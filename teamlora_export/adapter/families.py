@@ -20,14 +20,17 @@ checking and reporting are the same for all and live in `read.py`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
 
-from teamlora_export.adapter.config import AdapterConfig
+from teamlora_export.adapter.config import COMOL_NAMES, AdapterConfig
 from teamlora_export.adapter.spec import ExpertProjection
+from teamlora_export.adapter.tensors import common_dtype
 
+_NUMBERED = (r"lora_B\d+\.weight", r"lora_Cores\.\d+")
 Shape = tuple[int, int]
 Leaves = Mapping[str, np.ndarray]
 
@@ -56,6 +59,8 @@ class Family:
         build: makes the projection of leaves that passed `expected`. leaves: the other way round; None where there is
             none.
         splits_rank: k must divide r.
+        contradiction: what the configuration says against leaves that passed `expected`, or None.
+        field_names: what it calls r and the number of experts.
     """
 
     name: str
@@ -64,6 +69,8 @@ class Family:
     build: Callable[[str, Leaves, ModuleSizes, AdapterConfig], ExpertProjection]
     leaves: Callable[[ExpertProjection], dict[str, np.ndarray]] | None
     splits_rank: bool
+    contradiction: Callable[[Leaves, ModuleSizes, AdapterConfig], str | None] = lambda leaves, sizes, config: None
+    field_names: tuple[str, str] = ("r", "lora_nums")
 
 
 def detect_family(leaves: Set[str]) -> Family | None:
@@ -72,8 +79,8 @@ def detect_family(leaves: Set[str]) -> Family | None:
 
 
 def count_experts(leaves: Set[str]) -> int:
-    """Number of lora_B{i} among the leaf names; 1 where B is not numbered."""
-    return max(1, sum(leaf.startswith("lora_B") and leaf != "lora_B.weight" for leaf in leaves))
+    """Number of lora_B{i}, or of CoMoL's cores, among the leaf names; 1 where neither is numbered."""
+    return max(1, *(sum(bool(re.fullmatch(name, leaf)) for leaf in leaves) for name in _NUMBERED))
 
 
 def family_named(name: str) -> Family:
@@ -164,7 +171,7 @@ def _build_moelora(path: str, leaves: Leaves, sizes: ModuleSizes, config: Adapte
     downs = [leaves[f"lora_A{i}.weight"] for i in range(sizes.num_experts)]
     return ExpertProjection(
         path=path,
-        down=np.concatenate(downs, axis=0),
+        down=np.concatenate(downs, axis=0, dtype=common_dtype(downs)),
         router=leaves["lora_route.weight"],
         interaction=_no_interaction(sizes),
         ups=_ups(leaves, sizes),
@@ -197,7 +204,7 @@ def _build_comol(path: str, leaves: Leaves, sizes: ModuleSizes, config: AdapterC
     down, up, router = (leaves[f"lora_{name}.weight"].astype(np.float64) for name in ("A", "B", "router"))
     cores = [leaves[f"lora_Cores.{i}"].astype(np.float64) for i in range(sizes.num_experts)]
     # Where both have the same width, the file alone does not say what it reads.
-    reads_core = config.core_router if sizes.rank == sizes.in_features else router.shape[1] == sizes.rank
+    reads_core = bool(config.core_router) if sizes.rank == sizes.in_features else router.shape[1] == sizes.rank
     return ExpertProjection(
         path=path,
         down=leaves["lora_A.weight"],
@@ -208,6 +215,16 @@ def _build_comol(path: str, leaves: Leaves, sizes: ModuleSizes, config: AdapterC
         routing_sum=1.0,
         shared_down=sizes.num_experts > 1,
     )
+
+
+def _contradiction_comol(leaves: Leaves, sizes: ModuleSizes, config: AdapterConfig) -> str | None:
+    """The published code could not have loaded such a pair."""
+    width = leaves["lora_router.weight"].shape[1]
+    said = {None: width, True: sizes.rank, False: sizes.in_features}[config.core_router]
+    if width == said:
+        return None
+    read = "A x" if width == sizes.rank else "x"
+    return f"lora_router reads {read}, and core_router is {str(config.core_router).lower()}"
 
 
 def _expected_lora(sizes: ModuleSizes) -> dict[str, tuple[Shape, ...]]:
@@ -262,6 +279,8 @@ FAMILIES = (
         _build_comol,
         None,
         False,
+        _contradiction_comol,
+        (COMOL_NAMES["r"], COMOL_NAMES["lora_nums"]),
     ),
     Family("lora", lambda leaves: "lora_B.weight" in leaves, _expected_lora, _build_lora, _leaves_lora, False),
 )

@@ -22,6 +22,7 @@ import numpy as np
 
 from teamlora_export.adapter.config import AdapterConfig
 from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection
+from teamlora_export.adapter.tensors import common_dtype
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,21 @@ class Room:
     """What slots have room for beside the adapters that they are made for.
 
     Attributes:
-        rank: r of a TeamLoRA adapter, or of LoRA: of all experts of a module together. HydraLoRA, whose experts all
-            read the whole of A, takes r for each of them, unless all adapters are of its kind. 0: none.
-        experts: k. 0: none.
+        rank: the largest r of TeamLoRA or LoRA: of all experts of a module together. Where r is of each expert
+            (MoELoRA; HydraLoRA and CoMoL, unless all adapters share A so), k times that is enough. 0: none.
+        experts: the largest k. 0: none.
     """
 
     rank: int = 0
     experts: int = 0
 
     def expert_rank(self, num_experts: int, shared: bool) -> int:
-        """Of each of a slot's experts, for adapters of this rank and any number of experts that divides it."""
+        """Of each of a slot's experts, for adapters of up to this rank, whatever number of experts divides theirs."""
         if shared or not self.rank:
             return self.rank
-        divisors = [k for k in range(1, num_experts + 1) if self.rank % k == 0]
-        return max(_rank_of_parts(k, self.rank // k, num_experts) for k in divisors)
+        # The largest multiple of k that is no larger than this rank needs the most.
+        counts = range(1, min(num_experts, self.rank) + 1)
+        return max(_rank_of_parts(k, self.rank // k, num_experts) for k in counts)
 
     @staticmethod
     def of(pairs: Iterable[tuple[Slot, ExpertProjection]]) -> Room:
@@ -50,6 +52,10 @@ class Room:
         pairs = list(pairs)
         k = max(max(slot.num_experts, p.num_experts) for slot, p in pairs)
         return Room(max(_rank_in(slot, p, k) for slot, p in pairs), k)
+
+
+# A rank or a number of experts that is asked for beyond them is a slip.
+MOST_ROOM = Room(4096, 1024)
 
 
 @dataclass(frozen=True)
@@ -111,15 +117,28 @@ def slots_for(adapters: Iterable[AdapterSpec], room: Room | None = None) -> dict
 
 
 def slots_like(slots: Mapping[str, Slot], features: Mapping[str, tuple[int, int]]) -> dict[str, Slot]:
-    """Slots for further modules, by their path, with as many experts and as large a rank as any of `slots`.
+    """Slots for further modules, by their path, with as many experts and as large a rank of each as any of `slots`.
 
     Args:
         features: of each module, in and out.
     """
     shared = all(slot.shared_down for slot in slots.values())
     k = max(slot.num_experts for slot in slots.values())
-    ranks = [slot.expert_rank for slot in slots.values() if slot.shared_down == shared]
-    return {path: Slot(*sizes, k, max(ranks), shared) for path, sizes in features.items()}
+    rank = max(slot.expert_rank for slot in slots.values())
+    return {path: Slot(*sizes, k, rank, shared) for path, sizes in features.items()}
+
+
+def room_for(adapter: AdapterSpec, slots: Mapping[str, Slot]) -> Room:
+    """With what an export makes slots as large as `slots`, and large enough for `adapter`: where it has modules that
+    have none, for such as `slots_like` makes.
+
+    Args:
+        adapter: its paths are those of `slots`.
+    """
+    new = {path: (p.in_features, p.out_features) for path, p in adapter.projections.items() if path not in slots}
+    known = {**slots, **slots_like(slots, new)}
+    present = [(slot, _nothing(path, slot)) for path, slot in slots.items()]
+    return Room.of([*present, *((known[path], projection) for path, projection in adapter.projections.items())])
 
 
 def placed(adapter: AdapterSpec, slots: Mapping[str, Slot]) -> AdapterSpec:
@@ -138,7 +157,7 @@ def as_adapter(slots: Mapping[str, Slot], source: str = "") -> AdapterSpec:
         source: what it is called where it does not fit.
     """
     projections = {path: _nothing(path, slot) for path, slot in slots.items()}
-    rank = max((slot.num_experts * slot.expert_rank for slot in slots.values()), default=1)
+    rank = max((slot.down_rank for slot in slots.values()), default=1)
     return AdapterSpec("slots", AdapterConfig(rank, 1.0), projections, {}, source, "0" * 64)
 
 
@@ -149,7 +168,7 @@ def place(projection: ExpertProjection, slot: Slot) -> ExpertProjection:
     k, c = projection.num_experts, slot.expert_rank
     parts = slot.parts(projection)
     down = np.zeros((slot.down_rank, slot.in_features), projection.down.dtype)
-    ups = [np.zeros((slot.out_features, c), projection.ups[0].dtype) for _ in range(slot.num_experts)]
+    ups = _no_ups(slot, projection)
     for expert, up in enumerate(projection.ups):
         first = 0 if projection.shared_down else expert * projection.expert_rank
         for part in range(parts):
@@ -179,7 +198,7 @@ def place(projection: ExpertProjection, slot: Slot) -> ExpertProjection:
 
 def _place_shared(projection: ExpertProjection, slot: Slot) -> ExpertProjection:
     """Every expert reads all rows of A, and what it does not share it multiplies by zero."""
-    ups = [np.zeros((slot.out_features, slot.expert_rank), projection.ups[0].dtype) for _ in range(slot.num_experts)]
+    ups = _no_ups(slot, projection)
     for expert, up in enumerate(projection.ups):
         first = 0 if projection.shared_down else expert * projection.expert_rank
         ups[expert][:, first : first + projection.expert_rank] = up
@@ -245,6 +264,12 @@ def _nothing(path: str, slot: Slot) -> ExpertProjection:
         routing_sum=1.0,
         shared_down=slot.shared_down,
     )
+
+
+def _no_ups(slot: Slot, projection: ExpertProjection) -> list[np.ndarray]:
+    """Zeros for each of a slot's experts, of a dtype that holds all of a projection's."""
+    dtype = common_dtype(projection.ups)
+    return [np.zeros((slot.out_features, slot.expert_rank), dtype) for _ in range(slot.num_experts)]
 
 
 def _rows(array: np.ndarray, count: int) -> np.ndarray:

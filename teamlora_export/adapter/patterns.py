@@ -21,6 +21,8 @@ _LONGEST = 1 << 16
 _ODD_BRACE = re.compile(r"\{(?!\d*,?\d*\})")
 # Where a brace is a letter to both: behind a backslash, and in a set.
 _LETTERS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+# A group that no pattern has by accident.
+_NUMBER = "number_of_the_layer"
 
 
 def why_no_pattern(text: str) -> str | None:
@@ -53,11 +55,27 @@ class PatternMatcher:
         Raises:
             ExportError: the patterns take too long.
         """
-        if pattern not in self._compiled:
-            self._compiled[pattern] = regex.compile(pattern)
+        return self._match(pattern, pattern, text) is not None
+
+    def layer_of(self, pattern: str, path: str) -> str | None:
+        """The number behind the last part of a module's path that `pattern` matches, in digits; None without one.
+
+        Raises:
+            ExportError: as `fullmatch`.
+        """
+        match = self._match(rf"(?:.*\.)?(?:{pattern})\.(?P<{_NUMBER}>\d+)\..*", pattern, path)
+        return None if match is None else match[_NUMBER]
+
+    def _match(self, whole: str, pattern: str, text: str) -> regex.Match[str] | None:
+        """
+        Args:
+            whole: what is matched. pattern: the configuration's own part of it.
+        """
+        if whole not in self._compiled:
+            self._compiled[whole] = regex.compile(whole)
         started = time.thread_time()
         try:
-            return self._compiled[pattern].fullmatch(text, timeout=max(self._left, 0.001)) is not None
+            return self._compiled[whole].fullmatch(text, timeout=max(self._left, 0.001))
         except TimeoutError:
             raise ExportError(
                 f"The pattern {pattern!r:.200} takes too long to match {text!r:.200}. "

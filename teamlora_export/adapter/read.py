@@ -42,14 +42,17 @@ def read_adapter(folder: str | Path) -> AdapterSpec:
         raise ExportError(f"{folder}: no such folder. Give the folder that holds {CONFIG_NAME}.")
     config = read_config(folder)
     tensors, path = read_tensors(folder)
-    modules, others = _sort_keys(tensors)
+    findings: list[str] = []
+    modules, others = _sort_keys(tensors, findings)
     family = detect_family(set().union(*modules.values()) if modules else set())
     if family is None:
         raise ExportError(
             f"{path}: holds no adapter that is known here (TeamLoRA, HydraLoRA, MoELoRA, CoMoL, LoRA). "
             f"Its first keys: {', '.join(sorted(tensors)[:4]) or 'none at all'}."
         )
-    findings = _check_values(tensors)
+    findings.extend(_check_values(tensors))
+    if config.use_rslora and family.name != "lora":
+        findings.append(f"use_rslora is set, and the published layer of {family.name} has no such scaling")
     projections = _build_projections(modules, family, config, findings)
     overrides = _build_overrides(others, set(modules), config, findings)
     raise_findings(str(path), findings)
@@ -63,18 +66,20 @@ def read_adapter(folder: str | Path) -> AdapterSpec:
     )
 
 
-def _sort_keys(tensors: Mapping[str, np.ndarray]) -> tuple[Modules, dict[str, np.ndarray]]:
+def _sort_keys(tensors: Mapping[str, np.ndarray], findings: list[str]) -> tuple[Modules, dict[str, np.ndarray]]:
     """Keys by module path and leaf, and the keys that are no adapter leaf."""
     modules: Modules = {}
     others: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
         name = key.removeprefix(_PREFIX)
+        place, leaf = others, name
         if match := _LEAF.match(name):
-            modules.setdefault(match["path"], {})[f"{match['leaf']}.{match['kind']}"] = value
+            place, leaf = modules.setdefault(match["path"], {}), f"{match['leaf']}.{match['kind']}"
         elif match := _CORE.match(name):
-            modules.setdefault(match["path"], {})[f"lora_Cores.{match['number']}"] = value
-        else:
-            others[name] = value
+            place, leaf = modules.setdefault(match["path"], {}), f"lora_Cores.{match['number']}"
+        if leaf in place:
+            findings.append(f"{key}: is there twice, with .default or {_PREFIX} in its name and without")
+        place[leaf] = value
     return modules, others
 
 
@@ -104,6 +109,8 @@ def _build_projections(
             findings.append(f"{path}: has adapter weights, but target_modules does not name it")
         sizes = _module_sizes(leaves, rank, num_experts)
         problems = _check_leaves(path, leaves, family, sizes)
+        if not problems and (against := family.contradiction(leaves, sizes, config)):
+            problems.append(f"{path}: {against}. Fix {CONFIG_NAME}")
         findings.extend(problems)
         if not problems:
             projections[path] = family.build(path, leaves, sizes, config)
@@ -114,7 +121,8 @@ def _num_experts(modules: Modules, family: Family, config: AdapterConfig, findin
     if family.name == "lora":
         return 1
     if config.lora_nums is None:
-        findings.append(f"lora_nums is missing from {CONFIG_NAME}: a {family.name} adapter needs its number of experts")
+        name = family.field_names[1]
+        findings.append(f"{name} is missing from {CONFIG_NAME}: a {family.name} adapter needs its number of experts")
         return max(count_experts(set(leaves)) for leaves in modules.values())
     return config.lora_nums
 
@@ -140,7 +148,8 @@ def _check_leaves(path: str, leaves: Mapping[str, np.ndarray], family: Family, s
         elif leaves[leaf].shape not in shapes:
             found, wanted = list(leaves[leaf].shape), " or ".join(str(list(shape)) for shape in shapes)
             findings.append(
-                f"{path}: {leaf} is {found}, expected {wanted} {context}. Are r and lora_nums right in {CONFIG_NAME}?"
+                f"{path}: {leaf} is {found}, expected {wanted} {context}. "
+                f"Are {' and '.join(family.field_names)} right in {CONFIG_NAME}?"
             )
     findings.extend(
         f"{path}: {leaf} is not a key of a {family.name} module" for leaf in sorted(set(leaves) - set(expected))

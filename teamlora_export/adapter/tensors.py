@@ -7,6 +7,7 @@ that imports torch. Names are resolved inside the folder that was given and may 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from teamlora_export.files import open_file
 SAFETENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
 FLOAT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], Path]:
@@ -60,6 +62,13 @@ def read_pickled_tensors(path: Path) -> dict[str, Any]:
         raise ExportError(f"{path}: does not hold tensors by name. Save the state dict itself.")
     raise_findings(str(path), [f"{name} {why}" for name, value in state.items() if (why := _why_not_plain(value))])
     return state
+
+
+def common_dtype(arrays: Iterable[np.ndarray]) -> np.dtype:
+    """The narrowest dtype that holds every number of all of `arrays`."""
+    dtypes = {array.dtype for array in arrays}
+    # bfloat16 and float16 have no common dtype to ml_dtypes; float32 holds both.
+    return np.result_type(*(np.float32 if len(dtypes) > 1 and dtype == _BFLOAT16 else dtype for dtype in dtypes))
 
 
 def to_numpy(tensor: Any) -> np.ndarray:

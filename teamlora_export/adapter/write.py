@@ -31,11 +31,11 @@ def write_adapter(adapter: AdapterSpec, folder: str | Path, dtype: np.dtype | ty
         OSError: it cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         _PREFIX + name: np.ascontiguousarray(value if dtype is None else value.astype(dtype))
         for name, value in _named_tensors(adapter).items()
     }
+    folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as staging:
         with saving(folder / SAFETENSORS_NAME):
             save_file(tensors, Path(staging) / SAFETENSORS_NAME, metadata={"format": "pt"})
@@ -66,6 +66,8 @@ def _config_fields(adapter: AdapterSpec) -> dict[str, object]:
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
         "core_router": config.core_router,
+        "layers_to_transform": list(config.layers_to_transform),
+        "layers_pattern": list(config.layers_pattern),
     }
     # What plain LoRA does not have, PEFT does not know.
     of_experts = {"lora_nums": config.lora_nums, "blc_alpha": config.blc_alpha, "blc_weight": config.blc_weight}

@@ -118,11 +118,6 @@ def deploy_triton(
             "back end has two for a state. Leave out --batching sequence and --no-text, or export the model with "
             "--cache growing, and build an engine of that."
         )
-    if engine is not None and bundle.manifest.shelf is not None:
-        raise ExportError(
-            f"{engine}: takes adapters, which Triton's own TensorRT back end knows nothing of. Export the model with "
-            "--cache in-place, and build an engine of that; our own back end binds them."
-        )
     generates = bundle.manifest.task == "text-generation"
     with deployment(bundle, out, "triton", f"{REPOSITORY}/{name}/1", engine is None, logits, capacity) as made:
         facts = add_engine(made, engine, plugin, ENGINE_NAME) if engine is not None else None
@@ -247,7 +242,7 @@ def _batching(bundle: Bundle, wanted: str | None, engine: str | None, text: bool
     # Rows that Triton puts together may be of any length, and know no adapters.
     shared = keeps_in_place(bundle.manifest.inputs) or not bundle.manifest.tokens.padded or bundle.manifest.shelf
     chosen = wanted or ("continuous" if obstacle is None and shared else "sequence")
-    if chosen == "sequence" and engine is None and bundle.manifest.shelf is not None:
+    if chosen == "sequence" and bundle.manifest.shelf is not None:
         raise ExportError(_why_no_shelf(bundle, obstacle))
     return chosen
 

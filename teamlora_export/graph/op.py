@@ -69,6 +69,8 @@ OPTIONAL_INPUTS = ("adapter",)
 # May have 16 bits where T is float32.
 NARROW_INPUTS = ("down", "up")
 ATTRIBUTES = ("num_experts", "shared_down", "out_splits")
+# What the CUDA kernels take of one projection: experts k, and rows k c of `up`.
+MOST_EXPERTS_ON_GPU, MOST_RANK_ON_GPU = 32, 4096
 # Of ONNX's own operators: what the body is written in unless a graph is older, what it can be written in at least, and
 # what graphs are traced in (the first with TensorScatter).
 BODY_OPSET, OLDEST_OPSET, OPSET = 20, 13, 24

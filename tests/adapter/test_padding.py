@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import pytest
 from formula import FAMILIES, by_formula, make_projection, random_projection
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, ExpertProjection
-from teamlora_export.adapter.padding import Room, Slot, as_adapter, place, placed, slots_for
+from teamlora_export.adapter.padding import Room, Slot, as_adapter, place, placed, room_for, slots_for, slots_like
 from teamlora_export.graph import op
 
 
@@ -71,7 +73,12 @@ def test_the_room_that_a_later_adapter_needs_is_enough_for_it_and_stays_exact(gi
     known = [spec(*(make_projection(rng, k, c, shared and k > 1, 5, 6) for _ in late)) for k, c, shared in given]
     new = spec(*(make_projection(rng, k, c, shared and k > 1, 5, 6) for k, c, shared in late))
     least = slots_for(known)
-    slots = slots_for(known, Room.of((least[path], projection) for path, projection in new.projections.items()))
+    slots = slots_for(known, room_for(new, least))
+    if not any(slot.shared_down for slot in least.values()):
+        # The options alone, beside whatever the export has, keep room for what fits now.
+        other = spec(*(make_projection(rng, 2, 1, False, 5, 6) for _ in late))
+        alone = slots_for([other], room_for(new, least))
+        assert not any(alone[path].misfit(p) for each in (*known, new) for path, p in each.projections.items())
     x, base = rng.normal(size=(2, 3, 5)), rng.normal(size=(2, 3, 6))
     for path, projection in [pair for adapter in (*known, new) for pair in adapter.projections.items()]:
         assert slots[path].misfit(projection) is None
@@ -89,6 +96,27 @@ def test_a_rank_has_room_for_any_number_of_experts_that_divides_it(rng):
     assert slots_for([spec(make_projection(rng, 4, 2, False, 5, 6))], Room(rank=8))["p0"].expert_rank == 2
     hydra = slots_for([spec(make_projection(rng, 3, 2, True, 5, 6))], Room(rank=8, experts=4))["p0"]
     assert (hydra.shared_down, hydra.num_experts, hydra.expert_rank) == (True, 4, 8)
+
+
+@pytest.mark.parametrize(("rank", "experts"), [(16, 4), (64, 8), (7, 3), (2, 5)])
+def test_a_rank_has_room_for_every_smaller_one(rank, experts, rng):
+    """Fifteen in three experts have no parts, and sixteen in four need four of each alone."""
+    lora = spec(make_projection(rng, 1, 1, False, 5, 6))
+    slot = slots_for([lora], Room(rank, experts))["p0"]
+    for k in range(1, experts + 1):
+        for r in range(k, rank + 1, k):
+            assert slot.misfit(make_projection(rng, k, r // k, False, 5, 6)) is None
+    # Where r is of each expert, k times as much is enough.
+    slot = slots_for([lora], Room(rank * experts, experts))["p0"]
+    for k, shared in ((experts, False), (experts, True), (2, True), (3, False)):
+        assert slot.misfit(make_projection(rng, k, rank, shared, 5, 6)) is None
+
+
+def test_a_slot_like_others_takes_what_each_of_them_takes(rng):
+    own, shared = Slot(5, 6, 4, 2, shared_down=False), Slot(5, 6, 3, 16, shared_down=True)
+    (slot,) = slots_like({"own": own, "shared": shared}, {"new": (5, 6)}).values()
+    for k, c, reads_all in ((4, 2, False), (3, 16, True)):
+        assert slot.misfit(make_projection(rng, k, c, reads_all, 5, 6)) is None
 
 
 def test_experts_whose_rank_is_too_large_are_cut_into_parts(rng):
@@ -112,6 +140,17 @@ def test_in_a_slot_of_its_own_shape_an_adapter_keeps_its_weights(family, rng):
     slot = slots_for([spec(projection)])["p0"]
     ours, own = op.fold(place(projection, slot)), op.fold(projection)
     assert all((getattr(ours, name) == getattr(own, name)).all() for name in ("down", "mix", "up"))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("first", [np.float16, ml_dtypes.bfloat16])
+def test_experts_of_unlike_types_lose_nothing_in_a_slot(shared, first, rng):
+    """A checkpoint that was cast in part."""
+    projection = make_projection(rng, 3, 2, shared, 7, 6)
+    types = (first, np.float32, np.float16)
+    projection = replace(projection, ups=tuple(up.astype(t) for up, t in zip(projection.ups, types, strict=True)))
+    slot = slots_for([spec(projection)])["p0"]
+    assert (op.fold(place(projection, slot)).up == op.fold(projection).up).all()
 
 
 def test_a_module_that_an_adapter_does_not_change_has_no_experts(rng):

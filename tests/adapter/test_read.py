@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from dataclasses import fields, replace
 from pathlib import Path
@@ -172,9 +173,25 @@ def test_comols_cores_are_experts_between_a_shared_a_and_b(rank, core_router, tm
     assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
     with pytest.raises(ExportError, match="comol are read only"):
         write_adapter(adapter, tmp_path / "again")
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_rank": rank - 1}))
-    with pytest.raises(ExportError, match=rf"lora_Cores.0 is \[{rank}, {rank}\], expected \[{rank - 1}, {rank - 1}\]"):
-        read_adapter(tmp_path)
+    assert not (tmp_path / "again").exists()
+    contradicts = (
+        rf": lora_router reads {'A x' if core_router else 'x'}, and core_router is {not core_router!s}".lower()
+    )
+    for changed, words in (
+        ({"lora_rank": rank - 1}, rf"lora_cores.0 is \[{rank}, {rank}\], .* are lora_rank and num_experts right"),
+        ({"num_experts": None}, "1 problem.*num_experts is missing"),
+        ({"lora_rank": None}, "1 problem.*lora_rank is none, expected an integer"),
+        ({"peft_type": "MoCoreLORASh"}, "peft_type is 'mocorelorash', which is not known here"),
+        ({"use_rslora": True}, "use_rslora is set, and the published layer of comol has no such"),
+        *([({"core_router": not core_router}, contradicts)] if rank != IN else []),
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changed}))
+        with pytest.raises(ExportError) as refused:
+            read_adapter(tmp_path)
+        assert re.search(words, " ".join(str(refused.value).lower().split()))
+    # Theirs counts where ours is there and says nothing.
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": None, "lora_nums": None}))
+    assert read_adapter(tmp_path).config == adapter.config
 
 
 def test_biases_are_taken_over_where_the_config_trains_them(tmp_path, rng):
@@ -201,16 +218,18 @@ def test_what_is_written_is_read_back_equal(tmp_path, make_base):
         blc_alpha=0.1,
         blc_weight=0.2,
         lora_dropout=0.3,
-        use_rslora=True,
         modules_to_save=("norm",),
         base_model_name_or_path="a base",
         task_type="CAUSAL_LM",
         rank_pattern={"down_proj": 4},
         alpha_pattern={"layers.2.self_attn.q_proj": 3.0},
         core_router=True,
+        layers_to_transform=(0, 2, 3),
+        layers_pattern=("h", "layers"),
     )
     left_out = [field.name for field in fields(config) if getattr(config, field.name) == field.default]
-    assert not left_out, "a field that is as it is by default may be lost unseen"
+    # Plain LoRA alone has that one.
+    assert left_out == ["use_rslora"], "a field that is as it is by default may be lost unseen"
     overrides = {"model.norm.weight": np.arange(32, dtype=np.float16)}
     adapter = replace(new_adapter(make_base("qwen2").signature, config, 0, spread=0.1), overrides=overrides)
     write_adapter(adapter, tmp_path)
@@ -240,6 +259,10 @@ BROKEN = {
     "a NaN": (
         lambda t: t[f"{PREFIX}layers.0.q_proj.lora_A.weight"].__setitem__((0, 0), np.nan),
         r"1 values that are NaN",
+    ),
+    "two spellings of one key": (
+        lambda t: t.update({f"{PREFIX}layers.0.q_proj.lora_B2.default.weight": np.zeros((OUT, 2), np.float32)}),
+        r"lora_B2\.\S*weight: is there twice",
     ),
     "an unknown key": (lambda t: t.update({"head.scale": np.zeros(3, np.float32)}), r"head\.scale"),
     "integers": (
@@ -278,6 +301,11 @@ def test_all_findings_are_listed_at_once(tmp_path, rng):
         ({"lora_nums": 4, "use_dora": True}, "use_dora"),
         ({"lora_nums": 4, "target_modules": ["v_proj"]}, "target_modules does not name it"),
         ({}, "lora_nums is missing"),
+        ({"lora_nums": 4, "layers_to_transform": [1, 2]}, "target_modules does not name it"),
+        ({"lora_nums": 4, "layers_to_transform": [0, "1"]}, "layers_to_transform is"),
+        ({"lora_nums": 4, "layers_to_transform": 0, "layers_pattern": ["h", "("]}, "not a regular expression"),
+        ({"lora_nums": 4, "layers_to_transform": 0, "layers_pattern": "(?x) h #"}, "not a regular expression"),
+        ({"lora_nums": 4, "rank_pattern": {"(?x) h #": 8}}, "not a regular expression"),
         ({"lora_nums": 4, "r": float("inf")}, "r is inf"),
         ({"lora_nums": 4, "lora_alpha": 10**400}, "lora_alpha is 1000"),
         ({"lora_nums": 10**8, "r": 10**8}, "lora_nums is 100000000"),
@@ -397,9 +425,33 @@ def test_targets_without_weights_are_found(tmp_path, make_base):
     base = make_base("llama").signature
     full = new_adapter(base, AdapterConfig(8, 16.0, 4, ("q_proj",)), 0)
     projections = {path: p for path, p in full.projections.items() if ".2." not in path}
+    of_layers = replace(full.config, layers_to_transform=(0, 1, 3))
+    write_adapter(type(full)(full.family, of_layers, projections, {}, "", ""), tmp_path)
+    assert align_with_base(read_adapter(tmp_path), base).projections.keys() == projections.keys()
     write_adapter(type(full)(full.family, full.config, projections, {}, "", ""), tmp_path)
     with pytest.raises(ExportError, match=r"layers\.2\.self_attn\.q_proj: target_modules names it"):
         align_with_base(read_adapter(tmp_path), base)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "named"),
+    [
+        (0, None, ["layers.0", "h.0"]),
+        ([1, 2], None, ["layers.1", "layers.2", "h.1", "h.2"]),
+        ([1, 2], "layers", ["layers.1", "layers.2"]),
+        ([1], ["none", "h|x"], ["h.1"]),
+        ([1], ["none"], []),
+        ([], None, [f"{kind}.{i}" for kind in ("layers", "h") for i in range(3)]),
+    ],
+)
+def test_layers_to_transform_chooses_layers_by_pefts_rule(layers, pattern, named, tmp_path, rng):
+    chosen = {"layers_to_transform": layers, "layers_pattern": pattern, "target_modules": ["q_proj", "score"]}
+    found = read_adapter(write(tmp_path, teamlora(rng, f"{PREFIX}score"), lora_nums=4, **chosen)).config
+    paths = [f"{prefix}{kind}.{i}" for prefix in ("", "model.") for kind in ("layers", "h") for i in range(3)]
+    known = [path for path in paths if found.targets(f"{path}.q_proj")]
+    assert known == [prefix + path for prefix in ("", "model.") for path in named]
+    # Outside of layers is no layer; what is named in full is meant.
+    assert found.targets("score") and found.targets("model.score") == (not layers and layers != 0)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])

@@ -375,6 +375,15 @@ def test_triton_serves_no_shelf_but_where_texts_are_batched_continuously_and_say
             r"back ends know none\. Export a bundle with a single --adapter for each, or serve it by `dep",
         ),
         (make_shelf(), {"text": False}, r"the model that batches continuously does\. .* needs the model's tokenizer"),
+        # Of engines too, what the shelf needs, not what their cache would without one.
+        (encoders[0], {"engine": "fp16"}, r"a single --adapter for each, or serve it by `deploy python`"),
+        (
+            make_shelf(),
+            {"engine": "fp16"},
+            r"does\. .* the model with --cache in-place, and build an engine",
+        ),
+        (make_shelf(cache="in-place"), {"engine": "fp16", "text": False}, r"takes words, so .* no --no-text"),
+        (make_shelf(cache="in-place"), {"engine": "fp16", "batching": "sequence"}, r"Leave out --batching sequence:"),
     ):
         with pytest.raises(ExportError, match=words):
             deploy_triton(bundle, tmp_path / "out", **options)

@@ -35,6 +35,8 @@ def test_the_definition_is_the_same_in_python_and_in_cpp(plugin):
     assert f"kOpAdaptersVersion = {op.ADAPTERS_VERSION};" in text
     assert strings["kOpOptionalInputs"] == op.OPTIONAL_INPUTS
     assert strings["kOpAttributes"] == op.ATTRIBUTES
+    limits = (ROOT / "plugins" / "kernels" / "mixed_expert.h").read_text()
+    assert f"kMaxExperts = {op.MOST_EXPERTS_ON_GPU};" in limits and f"kMaxRank = {op.MOST_RANK_ON_GPU};" in limits
     check_plugin(plugin)
 
 
