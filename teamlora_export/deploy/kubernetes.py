@@ -241,6 +241,10 @@ class Repository:
     described: Description
 
     @property
+    def has_engine(self) -> bool:
+        return any(name.endswith(".plan") for name in self.described.files)
+
+    @property
     def version(self) -> str:
         """Of all that is in it, 12 hexadecimal digits."""
         lines = "".join(f"{digest}  {path}\n" for path, digest in sorted(self.sums.items()))
@@ -295,7 +299,8 @@ def memory_bytes(
     if manifest.shelf is not None:
         adapter = slot_bytes(manifest.refit, manifest.op.get("adapter_dtype", manifest.dtype))
     if gpu:
-        needed = _BASE_BYTES["gpu"] + weights
+        # An engine is read as a whole, and is all but the whole of the model.
+        needed = _BASE_BYTES["gpu"] + max(weights, repository.bytes if repository.has_engine else 0)
     else:
         # ONNX Runtime packs some of what it multiplies with again, and 16-bit weights as float32.
         needed = _BASE_BYTES["cpu"] + math.ceil(weights * (1.5 if bundle.manifest.dtype == "fp32" else 3))

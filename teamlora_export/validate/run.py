@@ -10,7 +10,7 @@ quantisation cost is a question of its own, asked afterwards of the bundle as it
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -247,7 +247,7 @@ def _judge_shelf(
     found[""] = judge_mixed(bundle, base, held, library, reporter, weights, mixed)
     if engine is None:
         return keep_shelf({name: dataclasses.replace(v, library=digest) for name, v in found.items()}, bundle)
-    return _keep_facts(joined(found), with_adapters(engine.facts, found, bundle), engine.path)
+    return _keep_facts(joined(found), engine, lambda facts: with_adapters(facts, found, bundle))
 
 
 class _Inside:
@@ -323,7 +323,7 @@ def _from_outputs(judge: Judge, inside: _Inside, of_graph: bool) -> list[Departu
 def _keep(verdict: Verdict, bundle: Bundle, engine: _Engine | None) -> Verdict:
     """Write the verdict beside what was judged; where that cannot be, the verdict says so."""
     if engine:
-        return _keep_facts(verdict, dataclasses.replace(engine.facts, validation=summary(verdict)), engine.path)
+        return _keep_facts(verdict, engine, lambda facts: dataclasses.replace(facts, validation=summary(verdict)))
     try:
         change_manifest(bundle, lambda now: dataclasses.replace(now, validation=summary(verdict)))
     except ExportError as error:
@@ -331,9 +331,13 @@ def _keep(verdict: Verdict, bundle: Bundle, engine: _Engine | None) -> Verdict:
     return verdict
 
 
-def _keep_facts(verdict: Verdict, facts: EngineFacts, engine: Path) -> Verdict:
+def _keep_facts(verdict: Verdict, engine: _Engine, change: Callable[[EngineFacts], EngineFacts]) -> Verdict:
+    """The verdict, which is written beside what others have written there meanwhile."""
     try:
-        write_facts(facts, engine)
+        facts = read_facts(engine.path)
+        if facts.sha256 != engine.facts.sha256:
+            raise ExportError(f"{engine.path}: is another engine by now.")
+        write_facts(change(facts), engine.path)
     except ExportError as error:
         return dataclasses.replace(verdict, not_kept=str(error))
     return verdict

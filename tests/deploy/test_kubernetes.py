@@ -301,6 +301,10 @@ def test_memory_has_room_for_the_adapters_of_every_slot(dtype, make_shelf, deplo
     assert needed(many, False) - needed(shelf, False) == pytest.approx(100_000 * own, abs=2**28)
     # Slots are in the GPU's own memory.
     assert needed(many, True) == needed(shelf, True)
+    # An engine is read as a whole.
+    plan = dataclasses.replace(repository.described, files={"model.plan": "0" * 64})
+    engine = dataclasses.replace(repository, bytes=9 << 30, described=plan)
+    assert memory_bytes(shelf, engine, True, 8, 64, 100) - needed(shelf, True) == pytest.approx(9 << 30, abs=2**28)
 
 
 def test_what_somebody_changed_is_not_replaced(bundle, tmp_path):
