@@ -224,7 +224,9 @@ def test_the_tensorrt_project_is_compiled_linked_and_runs_up_to_the_missing_driv
     # TensorRT-RTX's library, which stands in for TensorRT's, is of another major version than the plugin.
     (project / "model" / "plugins").mkdir()
     library = Path(shutil.copy(plugin.path, project / "model" / "plugins"))
-    other = run(runner, "--ids", cwd=project, input="1\n")
+    unlisted = run(runner, "--ids", cwd=project, input="1\n")
+    assert f"does not list plugins/{library.name}" in unlisted.stderr
+    other = run(runner, "--ids", "--no-check", cwd=project, input="1\n")
     assert f"{library.name}: was built with the headers of TensorRT {plugin.tensorrt}, and this is 1." in other.stderr
     shutil.rmtree(library.parent)
     assert "there is no such engine" in run(runner, "--ids", "--engine", "other", cwd=project, input="1\n").stderr

@@ -119,12 +119,12 @@ std::vector<Rows> batches(const std::vector<Found>& adapters, std::size_t most, 
     std::vector<Rows> made;
     std::set<std::string> theirs;
     for (std::size_t row = 0; row < adapters.size(); ++row) {
-        const bool known = adapters[row] == nullptr || theirs.count(adapters[row]->sha256) != 0;
+        const bool known = adapters[row] == nullptr || theirs.count(adapters[row]->key()) != 0;
         if (made.empty() || made.back().size() == most || (!known && theirs.size() == slots)) {
             made.emplace_back();
             theirs.clear();
         }
-        if (adapters[row] != nullptr) theirs.insert(adapters[row]->sha256);
+        if (adapters[row] != nullptr) theirs.insert(adapters[row]->key());
         made.back().push_back(row);
     }
     return made;
