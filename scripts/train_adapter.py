@@ -1,7 +1,7 @@
 """Trains the adapter of this repository: TeamLoRA on SmolLM2-135M-Instruct, on the training part of the benchmark.
 
 Writes the tasks (scripts/bench/tasks, seeded) as JSON Lines and asks `teamlora-export train` for the rest; prints its
-command. What follows `--` goes to it as well. Half an hour on two cores.
+command. What follows `--` goes to it as well.
 
     scripts/train_adapter.py [-o out/smollm2-teamlora] [--data out/tasks] [-- --steps 40 --family lora ...]
 """
