@@ -40,7 +40,7 @@ class Settings:
     rank: int = 32
     steps: int = 300
     batch: int = 16
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
     train: int = 400
     validation: int = 10
     test: int = 100
