@@ -23,7 +23,7 @@ from write_tasks import write_tasks
 COUNTS = {"train": 400, "validation": 10, "test": 100}
 OPTIONS = (
     *("--rank", "8", "--experts", "4", "--alpha", "20", "--dtype", "bf16", "--save-dtype", "fp16"),
-    *("--steps", "300", "--batch", "16", "--learning-rate", "3e-3", "--warmup", "0.1"),
+    *("--steps", "300", "--batch", "16", "--learning-rate", "1.5e-3", "--warmup", "0.1"),
     *("--evaluate-every", "100", "--patience", "0", "--seed", "0"),
 )
 
