@@ -364,8 +364,8 @@ def generate(
 ) -> None:
     """Try a bundle: text in ONNX Runtime, greedy by default, with the tokens a second at the end."""
     from teamlora_export.attach.interface import refuse_window_caches
+    from teamlora_export.deploy.failure import ModelError
     from teamlora_export.deploy.runner import Model, Sampling, answer
-    from teamlora_export.deploy.session import ModelError
 
     native = native_library(library)
     refuse_window_caches(bundle)
@@ -394,8 +394,8 @@ def embed(
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare the files with their hashes.")] = True,
 ) -> None:
     """Try a bundle that does not generate text: a line of JSON for each text, with its vector or scores."""
+    from teamlora_export.deploy.failure import ModelError
     from teamlora_export.deploy.runner import Model, encode_text, shared_adapters
-    from teamlora_export.deploy.session import ModelError
 
     native = native_library(library)
     try:

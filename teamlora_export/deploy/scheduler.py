@@ -29,14 +29,14 @@ import numpy as np
 
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import Shelved
+    from teamlora_export.deploy.failure import ModelError, brief
     from teamlora_export.deploy.sampling import GREEDY, Sampler, Sampling, log_probability
-    from teamlora_export.deploy.session import ModelError, brief
     from teamlora_export.deploy.slots import Slots
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import Shelved
+    from failure import ModelError, brief
     from sampling import GREEDY, Sampler, Sampling, log_probability
-    from session import ModelError, brief
     from slots import Slots
 
 

@@ -27,12 +27,12 @@ sys.path.append(str(Path(__file__).parent))
 from triton_server import LoadError, RequestError, Server
 
 from teamlora_export.bundle import Bundle, read_bundle
+from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.kubernetes import deploy_kubernetes
 from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.scheduler import Scheduler
-from teamlora_export.deploy.session import ModelError
 from teamlora_export.deploy.triton import deploy_triton
 from teamlora_export.errors import ExportError
 from teamlora_export.shelf import replace_adapter

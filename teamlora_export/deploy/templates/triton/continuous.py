@@ -15,10 +15,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from chat import Chat
 from engine_session import open_session
+from failure import ModelError
 from opened import COUNTING, Failures, is_given, open_beside, refusal, told_when_loaded
 from sampling import Sampling
 from scheduler import Answer, Late, Overloaded, Scheduler, Token
-from session import ModelError
 from slots import open_slots
 from words import StoppedText, TextStream, encode_prompt, encode_text
 
