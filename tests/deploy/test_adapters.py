@@ -28,12 +28,13 @@ from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.bundle import read_bundle
 from teamlora_export.cli import app
 from teamlora_export.deploy.adapter_slots import ADAPTER, Adapters, rows_adapter
+from teamlora_export.deploy.answers import Failed
 from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.genai import deploy_genai
 from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
-from teamlora_export.deploy.scheduler import Failed, Scheduler
+from teamlora_export.deploy.scheduler import Scheduler
 from teamlora_export.deploy.session import Session
 from teamlora_export.deploy.slots import Slots, open_slots
 from teamlora_export.deploy.triton import deploy_triton
