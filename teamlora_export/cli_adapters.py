@@ -39,7 +39,7 @@ def adapters_given(given: Sequence[str], is_shelf: bool) -> Path | dict[str, Pat
     Raises:
         ExportError: two have one name, or a folder's cannot be one.
     """
-    from teamlora_export.bundle import SHELVED_NAME
+    from teamlora_export.manifest import SHELVED_NAME
 
     named: dict[str, Path] = {}
     one = len(given) == 1 and not is_shelf

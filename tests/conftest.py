@@ -28,9 +28,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, align_with_base, read_adapter, write_adapter
-from teamlora_export.bundle import MANIFEST_NAME, Bundle, hash_files, read_bundle
+from teamlora_export.bundle import Bundle, hash_files, read_bundle
 from teamlora_export.engine.plugin import PluginLibrary, build_plugin
 from teamlora_export.export import export_onnx
+from teamlora_export.manifest import MANIFEST_NAME
 from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.model.initialize import new_adapter
 from teamlora_export.model.inject import inject

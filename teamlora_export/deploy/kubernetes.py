@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teamlora_export import __version__
-from teamlora_export.bundle import Bundle, Port, Sha256, window_of
+from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.adapter_slots import READERS
 from teamlora_export.deploy.folder import DEPLOY_NAME, KUBERNETES_NAME, Description, our_files
 from teamlora_export.deploy.render import render
@@ -35,6 +35,8 @@ from teamlora_export.deploy.triton import REPOSITORY, default_name, deploy_trito
 from teamlora_export.engine.facts import find_engine, read_facts
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
+from teamlora_export.manifest import Sha256
+from teamlora_export.ports import Port, window_of
 from teamlora_export.shelf import slot_bytes
 from teamlora_export.staging import entries, real_path, refuse_inside, staged
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from teamlora_export.bundle import Bundle, Port, keeps_in_place
+from teamlora_export.bundle import Bundle
 from teamlora_export.deploy import triton_config
 from teamlora_export.deploy.engine import (
     add_engine,
@@ -33,6 +33,7 @@ from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.engine.onnxruntime_library import LIBRARY_NAME
 from teamlora_export.engine.profiles import choose_capacity
 from teamlora_export.errors import ExportError
+from teamlora_export.ports import Port, keeps_in_place
 
 SOURCES = TEMPLATES / "triton"
 REPOSITORY = "models"

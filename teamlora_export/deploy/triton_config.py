@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from teamlora_export.bundle import BATCH, Bundle, Port
+from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.folder import port_in
 from teamlora_export.errors import ExportError
+from teamlora_export.ports import BATCH, Port
 
 _TYPES = {"int64": "TYPE_INT64", "float": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
 # The outputs that are asked for, the best one first.

@@ -29,7 +29,7 @@ from conftest import (
 )
 from typer.testing import CliRunner
 
-from teamlora_export.bundle import MANIFEST_NAME, MOST_SLOTS, SHELF_FORMAT_VERSION, Bundle, window_of, write_manifest
+from teamlora_export.bundle import Bundle
 from teamlora_export.cli import app
 from teamlora_export.deploy import runner, slots, slots_in_place
 from teamlora_export.deploy.failure import ModelError
@@ -43,6 +43,8 @@ from teamlora_export.deploy.slots import InPlaceSlots
 from teamlora_export.deploy.words import TextStream, encode_text
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
+from teamlora_export.manifest import MANIFEST_NAME, MOST_SLOTS, SHELF_FORMAT_VERSION, write_manifest
+from teamlora_export.ports import window_of
 
 # Importing anything that the deployment's requirements do not name is refused.
 _ONLY_REQUIREMENTS = """
