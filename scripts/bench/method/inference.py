@@ -19,8 +19,8 @@ import numpy as np
 import traced
 
 from method.cells import Place, data_folder
+from method.paper import PUBLISHED
 from method.plan import Cell, options_of
-from method.report import PUBLISHED
 from teamlora_export.adapter import AdapterSpec, write_adapter
 from teamlora_export.bench.graphs import written_graphs
 from teamlora_export.bench.measure import make_prompts
