@@ -38,6 +38,7 @@ from teamlora_export.deploy.scheduler import Scheduler
 from teamlora_export.deploy.session import Session
 from teamlora_export.deploy.slots import Slots, open_slots
 from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.deploy.triton_options import TritonOptions
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.model.inject import inject
@@ -306,7 +307,7 @@ print(model.generate([[9, 3], [9, 3]], 12, adapters=["team", "late"]))
 def test_triton_answers_each_request_by_its_adapter(make_shelf, answers, tmp_path):
     """In the tests' stand-in for the server."""
     bundle = read_bundle(shutil.copytree(make_shelf(cache="in-place").folder, tmp_path / "bundle"))
-    out = deploy_triton(bundle, tmp_path / "out", name="m", batch=4)
+    out = deploy_triton(bundle, tmp_path / "out", TritonOptions(name="m", batch=4))
     assert "the name of the adapter that answers (hydra, lora, moe, small, team)" in (out / "README.md").read_text()
     server = Server(out / "models")
 
@@ -388,7 +389,7 @@ def test_triton_serves_no_shelf_but_where_texts_are_batched_continuously_and_say
         (make_shelf(cache="in-place"), {"engine": "fp16", "batching": "sequence"}, r"Leave out --batching sequence:"),
     ):
         with pytest.raises(ExportError, match=words):
-            deploy_triton(bundle, tmp_path / "out", **options)
+            deploy_triton(bundle, tmp_path / "out", TritonOptions(**options))
         assert not (tmp_path / "out").exists()
 
 

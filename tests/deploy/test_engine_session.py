@@ -34,6 +34,7 @@ from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.scheduler import Scheduler
 from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.deploy.triton_options import TritonOptions
 from teamlora_export.errors import ExportError
 from teamlora_export.shelf import replace_adapter
 
@@ -128,7 +129,7 @@ def test_a_shelf_changes_while_an_engine_serves_it(engine_of, make_shelf, shelf_
 
 def test_triton_serves_an_engine_with_the_adapter_of_each_request(engine_of, make_shelf, shelf_answers, tmp_path):
     bundle, _ = engine_of(make_shelf(cache="in-place"))
-    out = deploy_triton(bundle, tmp_path / "out", name="m", engine="tiny")
+    out = deploy_triton(bundle, tmp_path / "out", TritonOptions(name="m", engine="tiny"))
     folder = out / "models" / "m_text"
     assert "kind: KIND_GPU" in (folder / "config.pbtxt").read_text()
     assert not (folder / "1" / "model.onnx").exists()
@@ -151,7 +152,7 @@ def test_triton_serves_an_engine_with_the_adapter_of_each_request(engine_of, mak
     with pytest.raises(RequestError, match="INVALID_ARG: There is no adapter 'nobody'"):
         list(server.stream("m_text", unknown))
     server.models["m_text"].unload()
-    deploy_kubernetes(bundle, tmp_path / "cluster", name="m", engine="tiny")
+    deploy_kubernetes(bundle, tmp_path / "cluster", TritonOptions(name="m", engine="tiny"))
     assert (
         f"pip install --no-cache-dir {told.split('pip install ')[1].split(' &&')[0]}"
         in (tmp_path / "cluster" / "Dockerfile").read_text()
@@ -194,7 +195,7 @@ def test_an_engine_of_an_encoder_gives_its_vectors(engine_of, make_bundle, tmp_p
 
 def test_what_keeps_an_engine_from_being_opened_is_a_sentence(engine_of, make_shelf, tmp_path, monkeypatch):
     bundle, gpu = engine_of(make_shelf(cache="in-place"))
-    out = deploy_triton(bundle, tmp_path / "out", name="m", engine="tiny", check_files=False)
+    out = deploy_triton(bundle, tmp_path / "out", TritonOptions(name="m", engine="tiny", check_files=False))
     folder = out / "models" / "m_text" / "1"
     with pytest.raises(ModelError, match=r"GPU 1 cannot be used .*invalid device ordinal"):
         Model(folder, device="cuda:1")
@@ -226,18 +227,22 @@ def test_what_keeps_an_engine_from_being_opened_is_a_sentence(engine_of, make_sh
 
 def test_an_engine_that_cannot_be_served_is_refused(engine_of, make_shelf, make_bundle, tmp_path):
     bundle, _ = engine_of(make_shelf(), shapes="2x1,2x16,4x64")
-    for message, deploy, options in (
-        ("keeps a cache that grows, .*Export the model with --cache in-place", deploy_python, {}),
-        ("Triton's own back ends know none; .*texts share the steps of an engine", deploy_triton, {}),
-        ("--batching continuous: texts share the steps", deploy_triton, {"batching": "continuous"}),
-        ("--library", deploy_python, {"library": Path("libops.so")}),
+    for message, options in (
+        ("keeps a cache that grows, .*Export the model with --cache in-place", {}),
+        ("--library", {"library": Path("libops.so")}),
     ):
         with pytest.raises(ExportError, match=message):
-            deploy(bundle, tmp_path / "out", engine="tiny", **options)
+            deploy_python(bundle, tmp_path / "out", engine="tiny", **options)
+    for message, batching in (
+        ("Triton's own back ends know none; .*texts share the steps of an engine", None),
+        ("--batching continuous: texts share the steps", "continuous"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            deploy_triton(bundle, tmp_path / "out", TritonOptions(engine="tiny", batching=batching))
     shutil.rmtree(bundle.folder)
     bundle, _ = engine_of(make_bundle("llama", cache="in-place"), shapes="2x1,2x16,4x64")
     with pytest.raises(ExportError, match="takes no single row"):
-        deploy_triton(bundle, tmp_path / "out", engine="tiny")
+        deploy_triton(bundle, tmp_path / "out", TritonOptions(engine="tiny"))
     for shapes, message in (
         ("1x1,2x16,4x63", "do not begin at multiples of 256 bytes"),
         ("1x1,2x16,4x16", "its cache has 16 places, which is too few"),
@@ -246,4 +251,4 @@ def test_an_engine_that_cannot_be_served_is_refused(engine_of, make_shelf, make_
         with pytest.raises(ExportError, match=message):
             deploy_python(bundle, tmp_path / "out", engine="tiny")
     with pytest.raises(ExportError, match="Triton's TensorRT back end has two for a state"):
-        deploy_triton(bundle, tmp_path / "out", engine="tiny", text=False)
+        deploy_triton(bundle, tmp_path / "out", TritonOptions(engine="tiny", text=False))
