@@ -359,6 +359,11 @@ def pytorch_greedy(base: BaseModel, adapter: Path | None, prompt: Sequence[int],
     return model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 
 
+def until_stop(tokens: list[int], stop: int = 2) -> list[int]:
+    """An answer of a model, as programs give it: without the token that ends it, and what follows."""
+    return tokens[: tokens.index(stop)] if stop in tokens else tokens
+
+
 def save_tokenizer(folder: Path) -> None:
     """A small tokenizer of 384 tokens of printable ASCII, which begins each text with a token 1, into `folder`."""
     tokenizer = Tokenizer(tokenizers.models.BPE())

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import until_stop
 from engine_stand_in import (
     EngineGraph,
     Fault,
@@ -24,7 +24,8 @@ from engine_stand_in import (
 from shelves import COUNT, NAMES, PROMPTS, expected
 
 sys.path.append(str(Path(__file__).parent))
-from triton_server import LoadError, RequestError, Server
+from shelf_requests import ask_all, assert_refuses_an_unknown_one
+from triton_server import LoadError, Server
 
 from teamlora_export.bundle import Bundle, read_bundle
 from teamlora_export.deploy.failure import ModelError
@@ -52,10 +53,6 @@ def engine_of(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
         return bundle, stand_in_for_packages(EngineGraph(bundle, facts.profiles, fault), monkeypatch)
 
     return make
-
-
-def until_stop(tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(2)] if 2 in tokens else tokens
 
 
 @pytest.mark.parametrize(
@@ -137,20 +134,8 @@ def test_triton_serves_an_engine_with_the_adapter_of_each_request(engine_of, mak
     assert 'cuda-bindings>=12.8" "jinja2>=3.1.6" tokenizers && tritonserver' in told
     assert "Python model with TensorRT inside. It writes 4 texts at a time" in told
     server = Server(out / "models")
-
-    def ask(i: int) -> list[int]:
-        given = {"input_ids": np.array([PROMPTS[i]]), "max_tokens": np.array([[COUNT]], np.int32)}
-        if NAMES[i] is not None:
-            given["adapter"] = np.array([[NAMES[i].encode()]], np.object_)
-        (answer,) = server.stream("m_text", given)
-        return answer["token_ids"][0].tolist()
-
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(ask, range(len(PROMPTS))))
-    assert found == [until_stop(tokens) for tokens in expected(shelf_answers)]
-    unknown = {"input_ids": np.array([[5]]), "adapter": np.array([[b"nobody"]], np.object_)}
-    with pytest.raises(RequestError, match="INVALID_ARG: There is no adapter 'nobody'"):
-        list(server.stream("m_text", unknown))
+    assert ask_all(server) == [until_stop(tokens) for tokens in expected(shelf_answers)]
+    assert_refuses_an_unknown_one(server)
     server.models["m_text"].unload()
     deploy_kubernetes(bundle, tmp_path / "cluster", TritonOptions(name="m", engine="tiny"))
     assert (

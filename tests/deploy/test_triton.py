@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GREEDY_TOKENS, PROMPTS, assert_names_no_place, poison_token
+from conftest import GREEDY_TOKENS, PROMPTS, assert_names_no_place, poison_token, until_stop
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 from typer.testing import CliRunner
@@ -54,10 +54,6 @@ def generate(server: Server, name: str, prompts: Sequence[Sequence[int]], count:
             answer.append(token)
         steps, masks = [[token] for token in tokens], [[*mask, 1] for mask in masks]
     return answers
-
-
-def until_stop(tokens: list[int], stop: int = 2) -> list[int]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens
 
 
 @pytest.fixture(scope="module")

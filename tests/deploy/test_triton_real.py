@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import list_again, poison_token, pytorch_greedy
+from conftest import list_again, poison_token, pytorch_greedy, until_stop
 from get_triton_server import PACKAGE, get_triton_server
 from shelves import COUNT, NAMES
 from shelves import PROMPTS as SHELF_PROMPTS
@@ -162,10 +162,6 @@ def generate(server: Addresses, name: str = "m", **fields: object) -> tuple[int,
 def ask_shelf(server: Addresses, i: int, name: str | None) -> tuple[int, Any]:
     named = {} if name is None else {"adapter": name}
     return generate(server, "shelf", input_ids=SHELF_PROMPTS[i], max_tokens=COUNT, **named)
-
-
-def until_stop(tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(2)] if 2 in tokens else tokens
 
 
 def test_eight_clients_of_any_length_at_once_get_the_runners_tokens_and_bad_ones_fail_alone(server, model, rng):
