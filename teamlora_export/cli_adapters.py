@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from teamlora_export.cli_output import (
     show_description,
 )
 from teamlora_export.errors import ExportError
+
+if TYPE_CHECKING:
+    from teamlora_export.bundle import Bundle
 
 adapters_app = typer.Typer(
     help="List, add, remove and replace the adapters of a bundle that has a shelf of them.", no_args_is_help=True
@@ -39,7 +42,7 @@ def adapters_given(given: Sequence[str], is_shelf: bool) -> Path | dict[str, Pat
     Raises:
         ExportError: two have one name, or a folder's cannot be one.
     """
-    from teamlora_export.bundle import SHELVED_NAME
+    from teamlora_export.manifest import SHELVED_NAME
 
     named: dict[str, Path] = {}
     one = len(given) == 1 and not is_shelf
@@ -105,7 +108,7 @@ def add(
     from teamlora_export.shelf import add_adapter
 
     made = add_adapter(bundle, name, adapter, any_base=any_base)
-    show(f"{made.folder}: {name} is added", {"bundle": made.folder, "shelf": made.manifest.shelf}, json)
+    _show_edited(made, f"{name} is added", json)
 
 
 @adapters_app.command("replace")
@@ -120,7 +123,7 @@ def replace(
     from teamlora_export.shelf import replace_adapter
 
     made = replace_adapter(bundle, name, adapter, any_base=any_base)
-    show(f"{made.folder}: {name} is replaced", {"bundle": made.folder, "shelf": made.manifest.shelf}, json)
+    _show_edited(made, f"{name} is replaced", json)
 
 
 @adapters_app.command("remove")
@@ -129,7 +132,7 @@ def remove(bundle: ShelfArgument, name: NameArgument, json: JsonOption = None) -
     from teamlora_export.shelf import remove_adapter
 
     made = remove_adapter(bundle, name)
-    show(f"{made.folder}: {name} is removed", {"bundle": made.folder, "shelf": made.manifest.shelf}, json)
+    _show_edited(made, f"{name} is removed", json)
 
 
 @adapters_app.command("publish")
@@ -147,3 +150,7 @@ def publish(
 
     names = publish_shelf(read_bundle(bundle), deployment)
     show(f"{deployment}: {', '.join(names) or 'no adapter'}", {"deployment": deployment, "adapters": names}, json)
+
+
+def _show_edited(bundle: Bundle, what: str, json: Path | None) -> None:
+    show(f"{bundle.folder}: {what}", {"bundle": bundle.folder, "shelf": bundle.manifest.shelf}, json)

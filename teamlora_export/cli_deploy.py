@@ -141,10 +141,9 @@ def deploy_triton_command(
     """A model repository for Triton Inference Server, with clients."""
     from teamlora_export.bundle import read_bundle
     from teamlora_export.deploy.triton import deploy_triton
+    from teamlora_export.deploy.triton_options import TritonOptions
 
-    written = deploy_triton(
-        read_bundle(bundle),
-        output,
+    options = TritonOptions(
         name=name,
         engine=engine,
         plugin=plugin,
@@ -159,6 +158,7 @@ def deploy_triton_command(
         capacity=capacity,
         batching=batching,
     )
+    written = deploy_triton(read_bundle(bundle), output, options)
     _show(written, "triton", json)
 
 
@@ -195,16 +195,10 @@ def deploy_kubernetes_command(
     """The repository for Triton with manifests that run it in a cluster, or by KServe."""
     from teamlora_export.bundle import read_bundle
     from teamlora_export.deploy.kubernetes import deploy_kubernetes
+    from teamlora_export.deploy.triton_options import TritonOptions
 
-    written = deploy_kubernetes(
-        read_bundle(bundle),
-        output,
+    served = TritonOptions(
         name=name,
-        source=source,
-        image=image,
-        replicas=replicas,
-        cpus=cpus,
-        monitor=monitor,
         engine=engine,
         plugin=plugin,
         library=library,
@@ -214,6 +208,16 @@ def deploy_kubernetes_command(
         sequences=sequences,
         capacity=capacity,
         batching=batching,
+    )
+    written = deploy_kubernetes(
+        read_bundle(bundle),
+        output,
+        served,
+        source=source,
+        image=image,
+        replicas=replicas,
+        cpus=cpus,
+        monitor=monitor,
     )
     _show(written, "kubernetes", json)
 

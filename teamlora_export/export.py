@@ -23,21 +23,13 @@ from teamlora_export.adapter.padding import MOST_ROOM, Room, Slot, as_adapter, s
 from teamlora_export.bundle import (
     DATA_NAME,
     ENGINES_NAME,
-    FORMAT_VERSION,
     MODEL_NAME,
-    MOST_SLOTS,
-    SHELF_FORMAT_VERSION,
-    BaseOrigin,
     Bundle,
-    Manifest,
-    Quantisation,
-    ShelvedAdapter,
     copy_companions,
     hash_files,
     listed_files,
     names_on_shelf,
     read_bundle,
-    write_manifest,
 )
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.engine.facts import listed_engines
@@ -49,6 +41,16 @@ from teamlora_export.graph.passes.take_adapters import TakeAdapters
 from teamlora_export.graph.quantized import Scheme
 from teamlora_export.graph.read import port_of, required_inputs
 from teamlora_export.graph.traced import LIBRARIES, TracedGraph, graph_key, keep_graph, load_graph
+from teamlora_export.manifest import (
+    FORMAT_VERSION,
+    MOST_SLOTS,
+    SHELF_FORMAT_VERSION,
+    BaseOrigin,
+    Manifest,
+    Quantisation,
+    ShelvedAdapter,
+    write_manifest,
+)
 from teamlora_export.model.checkpoint import open_safetensors_weights
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
 from teamlora_export.origin import (

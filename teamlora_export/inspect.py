@@ -12,7 +12,7 @@ from teamlora_export.adapter import AdapterSpec, read_adapter
 from teamlora_export.adapter.config import CONFIG_NAME
 from teamlora_export.attach.describe import Contents, describe
 from teamlora_export.attach.read import GENAI_NAME, Foreign, open_foreign
-from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME, AdapterOrigin, Bundle, Port, Quantisation, read_bundle
+from teamlora_export.bundle import MODEL_NAME, Bundle, read_bundle
 from teamlora_export.cli_output import Description
 from teamlora_export.engine.facts import EngineFacts, read_facts
 from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, is_library, library_here, read_library
@@ -20,6 +20,8 @@ from teamlora_export.engine.plugin import PluginLibrary, latest_plugin, read_plu
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.lifted import Lifted, find_lifted
 from teamlora_export.graph.read import read_graph
+from teamlora_export.manifest import MANIFEST_NAME, AdapterOrigin, Quantisation
+from teamlora_export.ports import Port
 from teamlora_export.shelf import slot_megabytes, slot_sizes
 
 _MOST_OPERATORS = 12

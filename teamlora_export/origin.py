@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from teamlora_export.adapter.spec import AdapterSpec
-from teamlora_export.bundle import AdapterOrigin, OpForm, Refit
 from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.graph import op, weights
 from teamlora_export.graph.passes.narrow_adapter import NarrowAdapter
 from teamlora_export.graph.precision import IR_DTYPES
+from teamlora_export.manifest import AdapterOrigin, OpForm, Refit
 from teamlora_export.progress import Reporter
 
 MOST_WARNINGS = 5

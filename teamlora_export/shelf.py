@@ -31,24 +31,13 @@ from teamlora_export.adapter import (
     read_adapter,
 )
 from teamlora_export.adapter.padding import MOST_ROOM, Slot, placed, room_for
-from teamlora_export.bundle import (
-    ADAPTERS_NAME,
-    SHELVED_NAME,
-    Bundle,
-    Manifest,
-    Refit,
-    Shelf,
-    ShelvedAdapter,
-    read_bundle,
-    refuse_linked_adapters,
-    unlisted_adapters,
-    write_manifest,
-)
+from teamlora_export.bundle import Bundle, read_bundle, refuse_linked_adapters, unlisted_adapters
 from teamlora_export.disk import sync, sync_names
 from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.graph.cooked import adapter_weights
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import Recipe
+from teamlora_export.manifest import ADAPTERS_NAME, SHELVED_NAME, Manifest, Refit, Shelf, ShelvedAdapter, write_manifest
 from teamlora_export.origin import describe_adapter, refuse_cancelled_routing, require_base, warn_of_normalizers
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import held_file, require_space, write_aside

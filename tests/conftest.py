@@ -28,9 +28,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, align_with_base, read_adapter, write_adapter
-from teamlora_export.bundle import MANIFEST_NAME, Bundle, hash_files, read_bundle
+from teamlora_export.bundle import Bundle, hash_files, read_bundle
 from teamlora_export.engine.plugin import PluginLibrary, build_plugin
 from teamlora_export.export import export_onnx
+from teamlora_export.manifest import MANIFEST_NAME
 from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.model.initialize import new_adapter
 from teamlora_export.model.inject import inject
@@ -356,6 +357,11 @@ def pytorch_greedy(base: BaseModel, adapter: Path | None, prompt: Sequence[int],
         inject(model, align_with_base(read_adapter(adapter), base.signature))
     options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": None}
     return model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+
+
+def until_stop(tokens: list[int], stop: int = 2) -> list[int]:
+    """An answer of a model, as programs give it: without the token that ends it, and what follows."""
+    return tokens[: tokens.index(stop)] if stop in tokens else tokens
 
 
 def save_tokenizer(folder: Path) -> None:

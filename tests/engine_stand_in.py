@@ -18,10 +18,11 @@ import pytest
 import tensorrt_rtx as trt
 import torch
 
-from teamlora_export.bundle import ADAPTER_NAME, BATCH, ENGINES_NAME, SEQUENCE, Bundle, Port
+from teamlora_export.bundle import ENGINES_NAME, Bundle
 from teamlora_export.engine.facts import EngineFacts, write_engine
 from teamlora_export.engine.prepare import prepared_model, slot_inputs
 from teamlora_export.engine.profiles import ShapeProfile, capacity_of, make_profiles
+from teamlora_export.ports import ADAPTER_NAME, BATCH, SEQUENCE, Port
 from teamlora_export.progress import Reporter
 
 # Before polygraphy decides which of the two packages it drives.

@@ -14,8 +14,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, hash_files, read_bundle, write_manifest
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, hash_files, read_bundle
 from teamlora_export.graph import op
+from teamlora_export.manifest import write_manifest
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.run import validate_bundle
 from teamlora_export.validate.verdict import Verdict

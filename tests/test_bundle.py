@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from teamlora_export.bundle import COMPANIONS, MANIFEST_NAME, check_files, copy_companions, listed_files, read_bundle
+from teamlora_export.bundle import COMPANIONS, check_files, copy_companions, listed_files, read_bundle
 from teamlora_export.errors import ExportError
+from teamlora_export.manifest import MANIFEST_NAME
 
 INPUT_IDS = {"name": "input_ids", "dtype": "int64", "shape": ["batch_size", "sequence_length"]}
 FLAT_CACHE = {"name": "past_key_values.0.key", "dtype": "float", "shape": ["batch_size", 16]}

@@ -92,7 +92,7 @@ from pathlib import Path
 
 from teamlora_export.bundle import check_files, read_bundle
 from teamlora_export.deploy.python import deploy_python
-from teamlora_export.deploy.session import check_files as check_deployment
+from teamlora_export.deploy.model_folder import check_files as check_deployment
 from teamlora_export.export import export_onnx
 from teamlora_export.progress import Reporter
 

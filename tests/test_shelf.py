@@ -27,11 +27,11 @@ from teamlora_export.adapter import AdapterConfig, AdapterSpec, write_adapter
 from teamlora_export.bundle import Bundle, check_files, listed_files, read_bundle
 from teamlora_export.cli import app
 from teamlora_export.cli_adapters import adapters_given
-from teamlora_export.deploy import session
+from teamlora_export.deploy import model_folder
+from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.folder import Description, deployment
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
-from teamlora_export.deploy.session import ModelError
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.files import read_record
@@ -575,7 +575,7 @@ def test_what_knows_no_shelf_refuses_one_in_a_sentence(words, make_shelf, tmp_pa
 
 def test_an_older_program_is_told_that_it_is_older(make_shelf, monkeypatch):
     """Before it runs the base without an adapter."""
-    monkeypatch.setattr(session, "_DESCRIPTIONS", {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)})
+    monkeypatch.setattr(model_folder, "_DESCRIPTIONS", {"deploy.json": ("files", 1), "manifest.json": ("sha256", 2)})
     with pytest.raises(ModelError, match="was written by a newer teamlora-export"):
         Model(make_shelf().folder)
 

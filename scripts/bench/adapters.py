@@ -39,12 +39,13 @@ from typing import Any
 import numpy as np
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
-from teamlora_export.bundle import Bundle, read_bundle, write_manifest
+from teamlora_export.bundle import Bundle, read_bundle
 from teamlora_export.deploy.scheduler import Scheduler
 from teamlora_export.deploy.session import Session
 from teamlora_export.deploy.slots import Slots, open_slots
 from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.export import export_onnx
+from teamlora_export.manifest import write_manifest
 from teamlora_export.model.base import open_base
 from teamlora_export.model.initialize import new_adapter
 from teamlora_export.shelf import add_adapter, replace_adapter

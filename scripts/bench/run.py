@@ -39,12 +39,12 @@ from teamlora_export.bench.plot import require_matplotlib, write_plot
 from teamlora_export.bench.report import benchmark_fields, print_benchmark, write_html
 from teamlora_export.bench.rows import GraphRow, Row, TorchRow
 from teamlora_export.bench.turns import Workload
-from teamlora_export.bundle import MANIFEST_NAME
 from teamlora_export.cli_output import write_json
 from teamlora_export.deploy.cores import usable_cores
 from teamlora_export.deploy.genai import deploy_genai
 from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.export import export_onnx
+from teamlora_export.manifest import MANIFEST_NAME
 from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.model.initialize import new_adapter
 from teamlora_export.progress import Reporter

@@ -44,6 +44,7 @@ from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.scheduler import Scheduler
 from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.deploy.triton_options import TritonOptions
 from teamlora_export.export import export_onnx
 from teamlora_export.model.base import open_base
 from teamlora_export.model.initialize import new_adapter
@@ -118,7 +119,9 @@ class Rows:
 
     def served(self, stack: ExitStack, clients: int) -> tuple[Addresses, Ask]:
         out = deploy_triton(
-            self._bundle, self._folder / f"triton{clients}", name="m", batch=clients, sequences=2 * clients
+            self._bundle,
+            self._folder / f"triton{clients}",
+            TritonOptions(name="m", batch=clients, sequences=2 * clients),
         )
         config = out / "models" / "m_text" / "config.pbtxt"
         text = config.read_text()
@@ -173,10 +176,7 @@ class Rows:
         out = deploy_triton(
             self._bundle,
             self._folder / f"implicit{clients}",
-            name="m",
-            batching="sequence",
-            capacity=_CAPACITY,
-            text=False,
+            TritonOptions(name="m", batching="sequence", capacity=_CAPACITY, text=False),
         )
         server, turn, numbers = Server(out / "models"), threading.Lock(), itertools.count(1)
         takes = {value.name for value in server.models["m"].config.input}

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gpu_check.kernels import Kernels, Tuning
+from gpu_check.kernels import Kernels, Sizes, Tuning
 from gpu_check.machine import Machine
-from gpu_check.operation import Call, difference, make_call
+from gpu_check.operation import Call, difference, enqueued, make_call
 from gpu_check.shapes import Projection
 
 
@@ -64,7 +64,7 @@ class Batch:
         self.x, self.base, self.y = texts.x, texts.base, texts.y
         adapters = [make_call(torch, machine, one, seed) for seed in range(slots)]
         self.down, self.mix, self.up = (
-            torch.stack([getattr(each, name) for each in adapters]).contiguous() for name in ("down", "mix", "up")
+            torch.stack([getattr(adapter, name) for adapter in adapters]).contiguous() for name in ("down", "mix", "up")
         )
         self._kept: list[Any] = []
 
@@ -74,24 +74,22 @@ class Batch:
 
     def run(self, tuning: Tuning, adapter: Any) -> Callable[[], None]:
         """A function that enqueues version 2."""
-        assert self._kernels is not None
-        launch = self._kernels.launch
-        workspace = self._workspace(self._kernels.workspace_bytes(self.sizes, tuning))
-        tensors = (self.x, self.base, self.down, self.mix, self.up, self.y, adapter)
-        self._kept += [workspace, adapter]
-        pointers, place = [tensor.data_ptr() for tensor in tensors], workspace.data_ptr()
-        return lambda: launch(self.sizes, tuning, pointers, place, self._machine.stream())
+        return self._enqueued(self.sizes, tuning, self.down, self.mix, self.up, adapter)
 
     def run_alone(self, tuning: Tuning, slot: int) -> Callable[[], None]:
         """A function that enqueues version 1, of one slot's weights."""
-        assert self._kernels is not None
-        launch = self._kernels.launch
         sizes = replace(self.sizes, slots=0, batch=0)
-        workspace = self._workspace(self._kernels.workspace_bytes(sizes, tuning))
-        tensors = (self.x, self.base, self.down[slot], self.mix[slot], self.up[slot], self.y)
-        self._kept.append(workspace)
-        pointers, place = [tensor.data_ptr() for tensor in tensors], workspace.data_ptr()
-        return lambda: launch(sizes, tuning, pointers, place, self._machine.stream())
+        return self._enqueued(sizes, tuning, self.down[slot], self.mix[slot], self.up[slot])
+
+    def _enqueued(
+        self, sizes: Sizes, tuning: Tuning, down: Any, mix: Any, up: Any, *adapter: Any
+    ) -> Callable[[], None]:
+        assert self._kernels is not None
+        tensors = (self.x, self.base, down, mix, up, self.y, *adapter)
+        run = enqueued(self._torch, self._machine, self._kernels, sizes, tuning, tensors)
+        # A graph that is captured of it has their addresses, and those of what it holds itself.
+        self._kept += [run, *tensors]
+        return run
 
     def difference(self, slots: Sequence[int]) -> float:
         """Of y, after a run with these slots; NaN where a row without an adapter, below 0, is not its base."""
@@ -114,9 +112,6 @@ class Batch:
             return 0.0 if self._torch.equal(y, base) else float("nan")
         sizes = replace(self.sizes, tokens=self._each, slots=0, batch=0)
         return difference(self._torch, Call(sizes, x, base, self.down[slot], self.mix[slot], self.up[slot], y, v=None))
-
-    def _workspace(self, size: int) -> Any:
-        return self._torch.full((max(size, 256),), 0xFF, dtype=self._torch.uint8, device=self._machine.device)
 
 
 def time_batch(

@@ -11,8 +11,9 @@ import numpy as np
 import onnxruntime as ort
 
 from gpu_check.engines import LEFT_OUT
-from teamlora_export.bundle import BATCH, Bundle, is_capacity, read_bundle
+from teamlora_export.bundle import Bundle, read_bundle
 from teamlora_export.engine.onnxruntime_library import build_cuda_library, find_include
+from teamlora_export.ports import BATCH, is_capacity
 
 _CAPACITY, _TOKENS, _VOCABULARY = 64, 40, 4096
 _CUDA = "CUDAExecutionProvider"

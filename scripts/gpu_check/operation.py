@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,13 +55,20 @@ def make_call(torch: Any, machine: Machine, sizes: Sizes, seed: int = 0) -> Call
 
 def ours(torch: Any, machine: Machine, kernels: Kernels, call: Call, tuning: Tuning) -> Callable[[], None]:
     """A function that enqueues the op on our kernels."""
-    size = max(kernels.workspace_bytes(call.sizes, tuning), 256)
+    return enqueued(torch, machine, kernels, call.sizes, tuning, call.tensors())
+
+
+def enqueued(
+    torch: Any, machine: Machine, kernels: Kernels, sizes: Sizes, tuning: Tuning, tensors: Sequence[Any]
+) -> Callable[[], None]:
+    """As `ours`, of tensors that the caller keeps: x, base, down, mix, up, y, and the rows' indices of version 2."""
+    size = max(kernels.workspace_bytes(sizes, tuning), 256)
     workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device=machine.device)
     # The emulation's memory is a CPU's, which PyTorch aligns to 64 bytes: as much as the kernels use.
-    pointers = [tensor.data_ptr() for tensor in call.tensors()]
+    pointers = [tensor.data_ptr() for tensor in tensors]
 
     def run() -> None:
-        kernels.launch(call.sizes, tuning, pointers, workspace.data_ptr(), machine.stream())
+        kernels.launch(sizes, tuning, pointers, workspace.data_ptr(), machine.stream())
 
     return run
 

@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
 from teamlora_export.bench.graphs import bypass_experts
-from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME, Bundle, hash_files
+from teamlora_export.bundle import MODEL_NAME, Bundle, hash_files
 from teamlora_export.export import export_onnx
+from teamlora_export.manifest import MANIFEST_NAME
 from teamlora_export.model.base import open_base
 from teamlora_export.model.initialize import new_adapter
 

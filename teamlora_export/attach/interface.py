@@ -14,11 +14,13 @@ from teamlora_export.attach.place import ATTENTIONS
 from teamlora_export.attach.products import find_products
 from teamlora_export.attach.read import Foreign
 from teamlora_export.attach.stored import constant_of
-from teamlora_export.bundle import ADAPTER_DATA_NAME, MANIFEST_NAME, Port, read_bundle
+from teamlora_export.bundle import ADAPTER_DATA_NAME, read_bundle
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.read import port_of, read_graph
+from teamlora_export.manifest import MANIFEST_NAME
 from teamlora_export.model.source import CONFIG_NAME
+from teamlora_export.ports import Port
 from teamlora_export.tokens import Tokens, read_tokens
 
 # They count a row's tokens, so that padding in front of them is taken for a text.

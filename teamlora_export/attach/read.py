@@ -11,11 +11,12 @@ import onnx
 import onnx_ir as ir
 
 from teamlora_export.attach.stored import name_of
-from teamlora_export.bundle import MANIFEST_NAME, MODEL_NAME
+from teamlora_export.bundle import MODEL_NAME
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.files import open_file, read_json
 from teamlora_export.graph import op
 from teamlora_export.graph.read import stored_in
+from teamlora_export.manifest import MANIFEST_NAME
 
 GENAI_NAME = "genai_config.json"
 _ADVICE = "Build the model again."

@@ -27,16 +27,12 @@ from teamlora_export.bundle import (
     ADAPTER_DATA_NAME,
     COMPANIONS,
     DATA_NAME,
-    MANIFEST_NAME,
     MODEL_NAME,
-    BaseOrigin,
     Bundle,
-    Manifest,
     copy_companions,
     hash_files,
     listed_files,
     read_bundle,
-    write_manifest,
 )
 from teamlora_export.errors import ExportError
 from teamlora_export.files import LARGEST_TEXT, copy_file, open_file, read_json, sha256_of
@@ -45,6 +41,7 @@ from teamlora_export.graph.cooked import NoBase
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.read import StoredWeight, read_graph
+from teamlora_export.manifest import MANIFEST_NAME, BaseOrigin, Manifest, write_manifest
 from teamlora_export.model.source import BaseSource, find_base, hashing_weights
 from teamlora_export.origin import (
     describe_adapter,

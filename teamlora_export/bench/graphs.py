@@ -15,12 +15,13 @@ import onnx_ir.passes.common as common
 
 from teamlora_export.attach.interface import grow_window_caches
 from teamlora_export.bench.floor import Work, work_of
-from teamlora_export.bundle import MODEL_NAME, Bundle, write_manifest
+from teamlora_export.bundle import MODEL_NAME, Bundle
 from teamlora_export.errors import ExportError
 from teamlora_export.files import link_or_copy
 from teamlora_export.graph import op
 from teamlora_export.graph.passes.last_logits import LastLogits
 from teamlora_export.graph.read import read_graph
+from teamlora_export.manifest import write_manifest
 from teamlora_export.staging import real_path, scratch_folder
 from teamlora_export.validate.taps import marked_values
 

@@ -57,9 +57,9 @@ class GraphRow:
     libraries: tuple[str, ...] = ("onnxruntime", "teamlora_export.deploy.runner")
 
     def open(self) -> Reader:
+        from teamlora_export.deploy.answers import Failed
+        from teamlora_export.deploy.failure import ModelError
         from teamlora_export.deploy.runner import Model
-        from teamlora_export.deploy.scheduler import Failed
-        from teamlora_export.deploy.session import ModelError
 
         def read(prompts: Sequence[Sequence[int]], count: int) -> Callable[[], object]:
             chosen = [self.adapters[row % len(self.adapters)] for row in range(len(prompts))] if self.adapters else None

@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.session import ModelError, brief, read_bytes, read_json
+    from teamlora_export.deploy.failure import ModelError, brief
+    from teamlora_export.deploy.model_folder import read_bytes, read_json
 else:
     # Deployed: the files lie beside one another.
-    from session import ModelError, brief, read_bytes, read_json
+    from failure import ModelError, brief
+    from model_folder import read_bytes, read_json
 
 # Tokens that templates name, as tokenizer_config.json has them.
 _TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -24,36 +24,18 @@ import numpy as np
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import ADAPTER, Adapters, Memory
     from teamlora_export.deploy.cuda_memory import Cuda, CudaError, CudaTensor, Stream
-    from teamlora_export.deploy.failure import ModelError
-    from teamlora_export.deploy.model_session import Call, ModelSession, Place
-    from teamlora_export.deploy.session import (
-        NUMBERS,
-        RESULTS,
-        Session,
-        brief,
-        check_files,
-        open_adapters,
-        present_of,
-        read_json,
-        read_settings,
-    )
+    from teamlora_export.deploy.failure import ModelError, brief
+    from teamlora_export.deploy.model_folder import check_files, open_adapters, read_json, read_settings
+    from teamlora_export.deploy.model_session import NUMBERS, RESULTS, Call, ModelSession, Place, present_of
+    from teamlora_export.deploy.session import Session
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import ADAPTER, Adapters, Memory
     from cuda_memory import Cuda, CudaError, CudaTensor, Stream
-    from failure import ModelError
-    from model_session import Call, ModelSession, Place
-    from session import (
-        NUMBERS,
-        RESULTS,
-        Session,
-        brief,
-        check_files,
-        open_adapters,
-        present_of,
-        read_json,
-        read_settings,
-    )
+    from failure import ModelError, brief
+    from model_folder import check_files, open_adapters, read_json, read_settings
+    from model_session import NUMBERS, RESULTS, Call, ModelSession, Place, present_of
+    from session import Session
 
 ENGINE_NAME, FACTS_NAME, PLUGIN_NAME = "model.plan", "model.json", "plugins/libteamlora_tensorrt.so"
 # What TensorRT's registry calls the plugin.

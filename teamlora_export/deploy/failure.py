@@ -3,3 +3,9 @@
 
 class ModelError(Exception):
     """The model's folder is not what it should be, or the request is not; the message says what and where."""
+
+
+def brief(error: BaseException) -> str:
+    """The first line of what another library says."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) <= 300 else f"{line[:300]}..."

@@ -14,29 +14,15 @@ import onnx_ir as ir
 
 from teamlora_export import __version__
 from teamlora_export.attach.interface import grow_window_caches
-from teamlora_export.bundle import (
-    COMPANIONS,
-    ENGINES_NAME,
-    MODEL_NAME,
-    AdapterInFile,
-    AdapterName,
-    Bundle,
-    Dtype,
-    Manifest,
-    OpForm,
-    Port,
-    Sha256,
-    Task,
-    check_files,
-    is_capacity,
-    refuse_shelf,
-)
+from teamlora_export.bundle import COMPANIONS, ENGINES_NAME, MODEL_NAME, Bundle, check_files, refuse_shelf
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.files import copy_file, read_json, read_record, sha256_of
 from teamlora_export.graph.passes.fix_capacity import FixCapacity
 from teamlora_export.graph.passes.last_logits import LOGITS, LastLogits
 from teamlora_export.graph.read import read_graph
+from teamlora_export.manifest import AdapterInFile, AdapterName, Dtype, Manifest, OpForm, Sha256, Task
+from teamlora_export.ports import Port, is_capacity
 from teamlora_export.staging import entries, real_path, refuse_inside, require_space, staged
 from teamlora_export.tokens import Tokens
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from teamlora_export.bundle import ADAPTER_NAME, ADAPTERS_NAME, MODEL_NAME, Bundle, is_capacity
+from teamlora_export.bundle import MODEL_NAME, Bundle
 from teamlora_export.deploy.folder import Deployment, deployment, require_cpu_dtype
 from teamlora_export.deploy.genai_tokenizer import TOKENIZER_CONFIG_NAME, adds_tokens, tokenizer_config, why_unreadable
 from teamlora_export.deploy.library import add_library
@@ -18,6 +18,8 @@ from teamlora_export.deploy.render import render
 from teamlora_export.deploy.session import ort_value
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_json
+from teamlora_export.manifest import ADAPTERS_NAME
+from teamlora_export.ports import ADAPTER_NAME, is_capacity
 
 CONFIG_NAME = "genai_config.json"
 _DEFAULT_LENGTH = 2048

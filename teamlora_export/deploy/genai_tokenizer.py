@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from teamlora_export.bundle import Bundle
-from teamlora_export.deploy.session import ModelError
+from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.words import encode_text, open_tokenizer
 from teamlora_export.files import read_json
 

@@ -26,15 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from teamlora_export import __version__
-from teamlora_export.bundle import Bundle, Port, Sha256, window_of
+from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.adapter_slots import READERS
 from teamlora_export.deploy.folder import DEPLOY_NAME, KUBERNETES_NAME, Description, our_files
 from teamlora_export.deploy.render import render
 from teamlora_export.deploy.slots import MOST_PADDING
 from teamlora_export.deploy.triton import REPOSITORY, default_name, deploy_triton, pip_arguments, serving_extras
+from teamlora_export.deploy.triton_options import DEFAULTS, TritonOptions
 from teamlora_export.engine.facts import find_engine, read_facts
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
+from teamlora_export.manifest import Sha256
+from teamlora_export.ports import Port, window_of
 from teamlora_export.shelf import slot_bytes
 from teamlora_export.staging import entries, real_path, refuse_inside, staged
 
@@ -116,33 +119,24 @@ class Source:
 def deploy_kubernetes(
     bundle: Bundle,
     out: Path,
+    served: TritonOptions = DEFAULTS,
     *,
-    name: str | None = None,
     source: str | None = None,
     image: str | None = None,
     replicas: str = "2-8",
     cpus: int = 4,
     monitor: bool = True,
-    engine: str | None = None,
-    plugin: Path | None = None,
-    library: str | None = None,
-    gpu: bool = False,
-    text: bool = True,
-    batch: int | None = None,
-    sequences: int = 64,
-    capacity: int | None = None,
-    batching: str | None = None,
 ) -> Path:
     """Write the repository and its manifests into `out`.
 
     Args:
-        name: of the model, and, as far as DNS allows, of what is made in the cluster.
+        served: what the repository is; its name is also that of what is made in the cluster, as far as DNS allows. Its
+            threads are `cpus`.
         source: where pods find the repository: pvc://CLAIM[/PATH], s3://BUCKET[/PATH], or oci://IMAGE@sha256:DIGEST.
             Default: a claim of the name, with "-models" behind it.
         image: of the server. Default: Triton's own, or, where models import more, the one that the Dockerfile makes.
         replicas: pods, as a number, or as MIN-MAX, between which they are scaled.
         cpus: for each pod, and threads of ONNX Runtime. monitor: add a PodMonitor.
-        engine, plugin, library, gpu, text, batch, sequences, capacity, batching: see `deploy_triton`.
 
     Raises:
         ExportError: see `deploy_triton`; or one of these is none.
@@ -150,30 +144,17 @@ def deploy_kubernetes(
     least, most = _replicas(replicas)
     if image is not None and not _IMAGE.fullmatch(image):
         raise ExportError(f"--image {image}: give the name of an image, like registry.example/triton:26.07.")
-    label = dns_label(name or default_name(bundle))
+    label = dns_label(served.name or default_name(bundle))
     given = _source(source or f"pvc://{label}-models")
     refuse_inside(real_path(out), bundle.folder)
     with staged(out, lambda there: our_files(there, Path(KUBERNETES_NAME), Written), [bundle.folder]) as staging:
-        deploy_triton(
-            bundle,
-            staging / TRITON,
-            name=name,
-            engine=engine,
-            plugin=plugin,
-            library=library,
-            gpu=gpu,
-            text=text,
-            batch=batch,
-            sequences=sequences,
-            capacity=capacity,
-            batching=batching,
-            threads=cpus,
-        )
+        deploy_triton(bundle, staging / TRITON, dataclasses.replace(served, threads=cpus))
         repository = read_repository(staging / TRITON / REPOSITORY)
-        on_gpu = gpu or engine is not None
-        facts = read_facts(find_engine(bundle, engine)) if engine is not None else None
-        packages = serving_extras(facts, gpu) if repository.continuous else ["tokenizers"]
+        on_gpu = served.gpu or served.engine is not None
+        facts = read_facts(find_engine(bundle, served.engine)) if served.engine is not None else None
+        packages = serving_extras(facts, served.gpu) if repository.continuous else ["tokenizers"]
         server = image or (TEXT_IMAGE if repository.imports else SERVER_IMAGE)
+        needed = memory_bytes(bundle, repository, on_gpu, served.batch or 8, served.sequences, served.capacity)
         values = {
             "label": label,
             "version": repository.version,
@@ -185,7 +166,7 @@ def deploy_kubernetes(
             "image": server,
             "image_name": re.sub(r"(:[^:/@]+)?(@.*)?$", "", server),
             "built": repository.imports,
-            "library": library,
+            "library": served.library,
             # Of Triton's own back end; ours loads it.
             "plugin": None
             if repository.continuous
@@ -197,7 +178,7 @@ def deploy_kubernetes(
             "monitor": monitor,
             "cpus": cpus,
             "gpu": on_gpu,
-            "megabytes": memory_bytes(bundle, repository, on_gpu, batch or 8, sequences, capacity) // _MEBIBYTE,
+            "megabytes": needed // _MEBIBYTE,
             # Of a copy in the pod.
             "storage": math.ceil(repository.bytes * 1.05 / _MEBIBYTE) + 64,
             "continuous": repository.continuous,

@@ -1,8 +1,9 @@
 """What rows of texts, and who runs them, need of an open model, whatever runs it: `Session` on ONNX Runtime,
-`EngineSession` on TensorRT."""
+`EngineSession` on TensorRT; and what its inputs and outputs are called."""
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,13 +15,22 @@ import numpy as np
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import ADAPTER, NO_ADAPTER, Adapters, Memory, rows_adapter
     from teamlora_export.deploy.failure import ModelError
+    from teamlora_export.deploy.model_folder import Settings
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import ADAPTER, NO_ADAPTER, Adapters, Memory, rows_adapter
     from failure import ModelError
+    from model_folder import Settings
 
-if TYPE_CHECKING:
-    from teamlora_export.deploy.session import Settings
+# What results are called, the best one first, and what goes in beside a cache.
+RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
+NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+# By the names that ONNX Runtime has for types.
+NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+# By its bits, in memory that a runtime is told the type of: NumPy has no bfloat16.
+SLOT_TYPES: dict[str, type] = {**NUMPY, "tensor(bfloat16)": np.uint16}
+# The names of the axis that holds the tokens of a cache in place, and of one whose layer sees so many tokens only.
+CAPACITY = re.compile(r"capacity|window_([1-9]\d{0,8})")
 
 
 class CachePort(Protocol):
@@ -127,3 +137,8 @@ class ModelSession(ABC):
             for slot in slots.values():
                 assert self.adapters is not None
                 self.adapters.give(slot)
+
+
+def present_of(past: str) -> str:
+    """The output that takes the place of an input that is a cache."""
+    return past.replace("past_key_values", "present", 1)

@@ -8,16 +8,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
-from teamlora_export.bundle import (
-    ADAPTERS_NAME,
-    DATA_NAME,
-    MODEL_NAME,
-    AdapterInFile,
-    Bundle,
-    check_shelf,
-    refuse_linked_adapters,
-    shelved_files,
-)
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, refuse_linked_adapters, shelved_files
 from teamlora_export.deploy.cpp import MODEL_FOLDER
 from teamlora_export.deploy.folder import (
     DEPLOY_NAME,
@@ -30,6 +21,7 @@ from teamlora_export.deploy.folder import (
 from teamlora_export.disk import sync, sync_names
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_bytes, read_record, sha256_of
+from teamlora_export.manifest import ADAPTERS_NAME, AdapterInFile, check_shelf
 from teamlora_export.shelf import edited, holding, require_shelf
 from teamlora_export.staging import real_path, require_space, write_aside
 

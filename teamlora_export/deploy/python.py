@@ -18,14 +18,14 @@ from teamlora_export.deploy.library import add_library
 from teamlora_export.deploy.render import render
 from teamlora_export.errors import ExportError
 
-# What runs a model, each file on those before it; the first seven read words, the last is a program.
+# What runs a model, each file on those before it; the first eight read words, the last is a program.
 OPENING = (
-    *("failure.py", "device_tensor.py", "adapter_slots.py", "model_session.py", "cores.py", "session.py"),
-    "words.py",
+    *("failure.py", "device_tensor.py", "adapter_slots.py", "model_folder.py"),
+    *("model_session.py", "cores.py", "session.py", "words.py"),
 )
 ROWS = ("slots_base.py", "slots_in_place.py", "slots_on_device.py", "slots_growing.py", "slots.py")
 ENGINE = ("cuda_memory.py", "engine_session.py")
-SCHEDULING = ("sampling.py", *ROWS, "scheduler.py", *ENGINE)
+SCHEDULING = ("sampling.py", *ROWS, "answers.py", "scheduler.py", *ENGINE)
 PROGRAM = (*OPENING, *SCHEDULING, "runner.py")
 # The oldest that run what we write: ONNX Runtime 1.26 takes one overload of a function for all of them, and refuses a
 # model with two forms of the op.

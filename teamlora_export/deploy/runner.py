@@ -27,18 +27,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or __package__:
+    from teamlora_export.deploy.answers import Answer, Failed
     from teamlora_export.deploy.engine_session import open_session
+    from teamlora_export.deploy.failure import ModelError
+    from teamlora_export.deploy.model_session import RESULTS
     from teamlora_export.deploy.sampling import GREEDY, Sampling
-    from teamlora_export.deploy.scheduler import Answer, Failed, Scheduler
-    from teamlora_export.deploy.session import RESULTS, ModelError
+    from teamlora_export.deploy.scheduler import Scheduler
     from teamlora_export.deploy.slots import MOST_SLOTS, Slots, open_slots
     from teamlora_export.deploy.words import StoppedText, TextStream, encode_text, open_tokenizer
 else:
     # Deployed: the files lie beside one another.
+    from answers import Answer, Failed
     from engine_session import open_session
+    from failure import ModelError
+    from model_session import RESULTS
     from sampling import GREEDY, Sampling
-    from scheduler import Answer, Failed, Scheduler
-    from session import RESULTS, ModelError
+    from scheduler import Scheduler
     from slots import MOST_SLOTS, Slots, open_slots
     from words import StoppedText, TextStream, encode_text, open_tokenizer
 

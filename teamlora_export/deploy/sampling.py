@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.session import ModelError
+    from teamlora_export.deploy.failure import ModelError
 else:
     # Deployed: the files lie beside one another.
-    from session import ModelError
+    from failure import ModelError
 
 _LARGEST_PENALTY = 100.0
 

@@ -17,11 +17,10 @@ and a row that is left is cleared. One whose adapter is being read waits, and th
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,14 +28,16 @@ import numpy as np
 
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import Shelved
+    from teamlora_export.deploy.answers import Answer, Failed, Late, Overloaded, Token
+    from teamlora_export.deploy.failure import ModelError, brief
     from teamlora_export.deploy.sampling import GREEDY, Sampler, Sampling, log_probability
-    from teamlora_export.deploy.session import ModelError, brief
     from teamlora_export.deploy.slots import Slots
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import Shelved
+    from answers import Answer, Failed, Late, Overloaded, Token
+    from failure import ModelError, brief
     from sampling import GREEDY, Sampler, Sampling, log_probability
-    from session import ModelError, brief
     from slots import Slots
 
 
@@ -49,76 +50,6 @@ _AGAIN = 0.001
 # Seconds after which a request fails that finds others' adapters in all slots, where no text goes on meanwhile: streams
 # may have been left in the middle. More than the longest call takes.
 _PATIENCE = 300.0
-
-
-class Overloaded(Exception):
-    """So many requests wait already that no more are taken."""
-
-
-class Failed(Exception):
-    """A request that was taken cannot be answered; the message says why."""
-
-
-class Late(Failed):
-    """A request took longer than it was given."""
-
-
-@dataclass(frozen=True)
-class Token:
-    """One of an answer's.
-
-    Attributes:
-        log_probability: see `log_probability`; None where it was not asked for.
-    """
-
-    id: int
-    log_probability: float | None
-
-
-class Answer:
-    """The tokens of a request, one by one as they come; the one that ends the text is left out.
-
-    Iterating raises `Failed` where the answer cannot be completed.
-
-    Attributes:
-        finish: why it ended: "stop" (the model ended its text), "length", "cancelled", or "" (it has not, or failed).
-    """
-
-    def __init__(self) -> None:
-        self.finish = ""
-        self.cancelled = False
-        self._events: queue.SimpleQueue[Token | Exception | str] = queue.SimpleQueue()
-
-    def __iter__(self) -> Iterator[Token]:
-        return self._tokens(wait=True)
-
-    def arrived(self) -> Iterator[Token]:
-        """Those that are there already."""
-        return self._tokens(wait=False)
-
-    def _tokens(self, wait: bool) -> Iterator[Token]:
-        while wait or not self._events.empty():
-            event = self._events.get()
-            if isinstance(event, Token):
-                yield event
-                continue
-            # Whoever iterates again meets the same end.
-            self._events.put(event)
-            if isinstance(event, Exception):
-                raise event
-            return
-
-    def cancel(self) -> None:
-        """No more tokens are wanted; the request's row is free at the next turn."""
-        self.cancelled = True
-
-    def put(self, token: Token) -> None:
-        self._events.put(token)
-
-    def end(self, how: str | Exception) -> None:
-        if isinstance(how, str):
-            self.finish = how
-        self._events.put(how)
 
 
 @dataclass(eq=False)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.failure import ModelError
-    from teamlora_export.deploy.model_session import ModelSession
-    from teamlora_export.deploy.session import CAPACITY, Session
+    from teamlora_export.deploy.model_session import CAPACITY, ModelSession
+    from teamlora_export.deploy.session import Session
     from teamlora_export.deploy.slots_base import MOST_PADDING, MOST_SLOTS, Slots
     from teamlora_export.deploy.slots_growing import GrowingSlots
     from teamlora_export.deploy.slots_in_place import InPlaceSlots
@@ -20,8 +20,8 @@ if TYPE_CHECKING or __package__:
 else:
     # Deployed: the files lie beside one another.
     from failure import ModelError
-    from model_session import ModelSession
-    from session import CAPACITY, Session
+    from model_session import CAPACITY, ModelSession
+    from session import Session
     from slots_base import MOST_PADDING, MOST_SLOTS, Slots
     from slots_growing import GrowingSlots
     from slots_in_place import InPlaceSlots

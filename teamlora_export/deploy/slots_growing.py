@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.session import NUMPY, Session, bind_inputs, present_of
+    from teamlora_export.deploy.model_session import NUMPY, present_of
+    from teamlora_export.deploy.session import Session, bind_inputs
     from teamlora_export.deploy.slots_base import Slots, positions
 else:
     # Deployed: the files lie beside one another.
-    from session import NUMPY, Session, bind_inputs, present_of
+    from model_session import NUMPY, present_of
+    from session import Session, bind_inputs
     from slots_base import Slots, positions
 
 # The mark of a row that went elsewhere.

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.model_session import CachePort, Call, ModelSession
-    from teamlora_export.deploy.session import CAPACITY, SLOT_TYPES
+    from teamlora_export.deploy.model_session import CAPACITY, SLOT_TYPES, CachePort, Call, ModelSession
     from teamlora_export.deploy.slots_base import Slots, positions
 else:
     # Deployed: the files lie beside one another.
-    from model_session import CachePort, Call, ModelSession
-    from session import CAPACITY, SLOT_TYPES
+    from model_session import CAPACITY, SLOT_TYPES, CachePort, Call, ModelSession
     from slots_base import Slots, positions
 
 _LEAST_CAPACITY = 256

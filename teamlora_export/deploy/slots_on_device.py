@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.model_session import CachePort, Call, ModelSession
-    from teamlora_export.deploy.session import SLOT_TYPES, ModelError, brief
+    from teamlora_export.deploy.failure import ModelError, brief
+    from teamlora_export.deploy.model_session import SLOT_TYPES, CachePort, Call, ModelSession
     from teamlora_export.deploy.slots_base import SPARE_PLACES, Slots
     from teamlora_export.deploy.slots_in_place import InPlaceSlots
 else:
     # Deployed: the files lie beside one another.
-    from model_session import CachePort, Call, ModelSession
-    from session import SLOT_TYPES, ModelError, brief
+    from failure import ModelError, brief
+    from model_session import SLOT_TYPES, CachePort, Call, ModelSession
     from slots_base import SPARE_PLACES, Slots
     from slots_in_place import InPlaceSlots
 

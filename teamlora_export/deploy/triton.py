@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any
 
-from teamlora_export.bundle import Bundle, Port, keeps_in_place
+from teamlora_export.bundle import Bundle
 from teamlora_export.deploy import triton_config
 from teamlora_export.deploy.engine import (
     add_engine,
@@ -29,10 +29,12 @@ from teamlora_export.deploy.folder import TEMPLATES, Deployment, deployment
 from teamlora_export.deploy.python import OPENING, SCHEDULING
 from teamlora_export.deploy.render import render
 from teamlora_export.deploy.slots_base import MOST_SLOTS
+from teamlora_export.deploy.triton_options import DEFAULTS, TritonOptions
 from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.engine.onnxruntime_library import LIBRARY_NAME
 from teamlora_export.engine.profiles import choose_capacity
 from teamlora_export.errors import ExportError
+from teamlora_export.ports import Port, keeps_in_place
 
 SOURCES = TEMPLATES / "triton"
 REPOSITORY = "models"
@@ -41,44 +43,8 @@ BATCHING = ("continuous", "sequence")
 _LONGEST_NAME = 100
 
 
-def deploy_triton(
-    bundle: Bundle,
-    out: Path,
-    *,
-    name: str | None = None,
-    engine: str | None = None,
-    plugin: Path | None = None,
-    library: str | None = None,
-    gpu: bool = False,
-    text: bool = True,
-    check_files: bool = True,
-    instances: int = 1,
-    batch: int | None = None,
-    sequences: int = 64,
-    logits: str = "last",
-    capacity: int | None = None,
-    batching: str | None = None,
-    threads: int = 0,
-) -> Path:
+def deploy_triton(bundle: Bundle, out: Path, options: TritonOptions = DEFAULTS) -> Path:
     """Write the repository into `out`.
-
-    Args:
-        name: of the model. Default: `default_name`.
-        engine, plugin: see `deploy_cpp`. Where texts are not batched continuously, the engine must be TensorRT's, not
-            TensorRT-RTX's.
-        library: a native library with the op, as the server will find it. gpu: run the graph on a GPU.
-        text: add the models that take words, where the bundle has a tokenizer. check_files: they compare hashes first.
-        instances, batch, sequences: see `model_config`. Default of `batch`: 8 for text generation, 32 elsewhere, or
-            what the engine takes.
-        logits: see `deployment`; an engine gives what it was built with.
-        capacity: see `choose_capacity`; no text is longer. Where texts are batched continuously, the default is all
-            that the model takes.
-        batching: of a text generator: "continuous", one model that takes words, writes `batch` texts at a time, and
-            lets others wait until there are `sequences`; or "sequence", a step of the model with its cache as Triton's
-            state, and a model that takes words around it. Default: continuous, with a cache in place, a shelf, or a
-            model that takes no padding; a cache that grows is copied whenever the texts that share a step change, and
-            an engine's is not batched so.
-        threads: of ONNX Runtime on a CPU, for each instance; 0: every core that the machine has.
 
     Raises:
         ExportError: see `deployment` and `add_engine`; the engine does not run in Triton; a model in bfloat16 would
@@ -86,108 +52,100 @@ def deploy_triton(
             batched so; the name is none; or `library` is no path, or the one for a CPU where the graph is to run on a
             GPU.
     """
-    name = name or default_name(bundle)
+    name = options.name or default_name(bundle)
+    _refuse_unfit(bundle, name, options)
+    options = replace(options, text=options.text and (bundle.folder / "tokenizer.json").is_file())
+    if _batching(bundle, options) == "continuous":
+        _deploy_continuous(bundle, out, name, options)
+    else:
+        _deploy_states(bundle, out, name, options)
+    return out
+
+
+def _refuse_unfit(bundle: Bundle, name: str, options: TritonOptions) -> None:
+    """Refuse options that exclude each other, whatever the model is batched by."""
+    engine, library = options.engine, options.library
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ExportError(f"--name {name}: give letters, digits, '_', '-' and '.'.")
-    refuse_stray_plugin(engine, plugin)
+    refuse_stray_plugin(engine, options.plugin)
     if engine is not None and library is not None:
         raise ExportError(f"--library {library}: is for ONNX Runtime, an engine takes --plugin.")
     if library in ("", "auto"):
         raise ExportError(f"--library {library}: give the path at which the server will find the library.")
-    if gpu and library is not None and PurePath(library).name == LIBRARY_NAME:
+    if options.gpu and library is not None and PurePath(library).name == LIBRARY_NAME:
         raise ExportError(
             f"--library {library}: has the op for a CPU, and --gpu runs the graph on a GPU. "
             "Build the other one: teamlora-export plugins build --onnxruntime --cuda"
         )
-    if engine is None and bundle.manifest.dtype == "bf16" and not gpu:
+    if engine is None and bundle.manifest.dtype == "bf16" and not options.gpu:
         raise ExportError(f"{bundle.folder}: is in bfloat16, which ONNX Runtime runs on a GPU only: add --gpu.")
-    text = text and (bundle.folder / "tokenizer.json").is_file()
-    if _batching(bundle, batching, engine, text) == "continuous":
-        options = {
-            "library": library,
-            "gpu": gpu,
-            "check_files": check_files,
-            "instances": instances,
-            "threads": threads,
-        }
-        return _deploy_continuous(bundle, out, name, logits, engine, plugin, batch, sequences, capacity, options)
-    capacity = choose_capacity(bundle, capacity)
+
+
+def _deploy_states(bundle: Bundle, out: Path, name: str, options: TritonOptions) -> None:
+    """A step of the model, whose cache, if it has one, is Triton's state; and the models that take words."""
+    engine, capacity = options.engine, choose_capacity(bundle, options.capacity)
     if engine is not None and capacity is not None:
         raise ExportError(
             f"{engine}: keeps its cache in place, in one buffer that it reads and writes, and Triton's TensorRT "
             "back end has two for a state. Leave out --batching sequence and --no-text, or export the model with "
             "--cache growing, and build an engine of that."
         )
-    generates = bundle.manifest.task == "text-generation"
-    with deployment(bundle, out, "triton", f"{REPOSITORY}/{name}/1", engine is None, logits, capacity) as made:
-        facts = add_engine(made, engine, plugin, ENGINE_NAME) if engine is not None else None
+    generates, inside = bundle.manifest.task == "text-generation", f"{REPOSITORY}/{name}/1"
+    with deployment(bundle, out, "triton", inside, engine is None, options.logits, capacity) as made:
+        facts = add_engine(made, engine, options.plugin, ENGINE_NAME) if engine is not None else None
         if facts is not None and facts.runtime != "tensorrt":
             raise ExportError(
                 f"{engine}: is an engine of TensorRT-RTX; Triton runs TensorRT's. Build one with --runtime."
             )
-        model = triton_config.model_config(
-            made.bundle,
-            name,
-            engine_dtype=facts.dtype if facts else None,
-            profiles=len(facts.profiles) if facts else 0,
-            gpu=gpu,
-            library=library,
-            instances=instances,
-            batch=_batch(facts, batch, 8 if generates else 32),
-            sequences=sequences,
-            threads=threads,
-        )
+        batch = _batch(facts, options.batch, 8 if generates else 32)
+        model = triton_config.model_config(made.bundle, name, options, facts, batch)
         _write_config(made, model)
         if not generates:
             made.write(f"{REPOSITORY}/{name}/warmup/{triton_config.WARMUP_FILE}", triton_config.warmup_ones())
-        if text and generates:
-            _write_python_model(
-                made, triton_config.generate_config(bundle, name, check_files, 4, capacity), "generate.py"
-            )
-        elif text:
-            tokenizer = triton_config.tokenize_config(bundle, name, check_files, model.max_batch_size)
+        if options.text and generates:
+            config = triton_config.generate_config(bundle, name, options.check_files, 4, capacity)
+            _write_python_model(made, config, "generate.py")
+        elif options.text:
+            tokenizer = triton_config.tokenize_config(bundle, name, options.check_files, model.max_batch_size)
             _write_python_model(made, tokenizer, "tokenizer.py")
             ensemble = triton_config.ensemble_config(model, tokenizer, triton_config.result_of(bundle))
             _write_config(made, ensemble)
             # A version of an ensemble is an empty folder, which copies and archives lose.
             made.write(f"{REPOSITORY}/{ensemble.name}/1/README", "An ensemble has no file of its own.\n")
-        options = {"library": library, "gpu": gpu, "check_files": check_files, "capacity": capacity}
-        _write_program(made, name, text, engine=facts, continuous=False, packages=["tokenizers"], **options)
-    return out
+        packages = ["tokenizers"]
+        _write_program(made, name, options, packages=packages, continuous=False, engine=facts, capacity=capacity)
 
 
-def _deploy_continuous(
-    bundle: Bundle,
-    out: Path,
-    name: str,
-    logits: str,
-    engine: str | None,
-    plugin: Path | None,
-    batch: int | None,
-    sequences: int,
-    capacity: int | None,
-    options: Mapping[str, Any],
-) -> Path:
+def _deploy_continuous(bundle: Bundle, out: Path, name: str, options: TritonOptions) -> None:
+    engine, capacity = options.engine, options.capacity
     if capacity is not None:
         choose_capacity(bundle, capacity)
     adapters, inside = _adapters_of(bundle), f"{REPOSITORY}/{name}{triton_config.TEXT}/1"
-    with deployment(bundle, out, "triton", inside, engine is None, logits, shelf="slots") as made:
-        facts = add_engine(made, engine, plugin, ENGINE_NAME) if engine is not None else None
+    with deployment(bundle, out, "triton", inside, engine is None, options.logits, shelf="slots") as made:
+        facts = add_engine(made, engine, options.plugin, ENGINE_NAME) if engine is not None else None
         if engine is not None and facts is not None:
             refuse_unserved(engine, facts)
-            options = {**options, "gpu": True}
-        slots = _batch(facts, batch, 8)
-        waiting = max(1, sequences - slots)
+            options = replace(options, gpu=True)
+        slots = _batch(facts, options.batch, 8)
+        waiting = max(1, options.sequences - slots)
         config = triton_config.continuous_config(
-            name, slots=slots, waiting=waiting, capacity=capacity, shelf=adapters is not None, **options
+            name, options, slots=slots, waiting=waiting, shelf=adapters is not None
         )
         _write_python_model(made, config, "continuous.py", *SCHEDULING, "chat.py")
         longest = longest_text(facts) if facts is not None else None
-        shown = {**options, "adapters": adapters, "engine": facts, "longest": longest}
-        shown["capacity"] = min((size for size in (capacity, longest) if size), default=None)
-        shown["packages"] = serving_extras(facts, options["gpu"])
-        _write_program(made, name, True, continuous=True, slots=slots, sequences=slots + waiting, **shown)
-    return out
+        _write_program(
+            made,
+            name,
+            options,
+            packages=serving_extras(facts, options.gpu),
+            continuous=True,
+            engine=facts,
+            capacity=min((size for size in (capacity, longest) if size), default=None),
+            longest=longest,
+            adapters=adapters,
+            slots=slots,
+            sequences=slots + waiting,
+        )
 
 
 def serving_extras(facts: EngineFacts | None, gpu: bool) -> list[str]:
@@ -220,7 +178,8 @@ def default_name(bundle: Bundle) -> str:
     return name.strip("-._")[:_LONGEST_NAME] or "model"
 
 
-def _batching(bundle: Bundle, wanted: str | None, engine: str | None, text: bool) -> str:
+def _batching(bundle: Bundle, options: TritonOptions) -> str:
+    wanted, engine = options.batching, options.engine
     if wanted not in (None, *BATCHING):
         raise ExportError(f"--batching {wanted}: unknown. Use {' or '.join(BATCHING)}.")
     obstacles = (
@@ -234,7 +193,7 @@ def _batching(bundle: Bundle, wanted: str | None, engine: str | None, text: bool
             engine is None and bundle.manifest.dtype == "bf16",
             f"NumPy knows no bfloat16, in which {bundle.folder} is. Export it in fp16.",
         ),
-        (not text, "takes words, so it needs the model's tokenizer.json, and no --no-text."),
+        (not options.text, "takes words, so it needs the model's tokenizer.json, and no --no-text."),
     )
     obstacle = next((reason for holds, reason in obstacles if holds), None)
     if wanted == "continuous" and obstacle is not None:
@@ -294,11 +253,13 @@ def _write_python_model(made: Deployment, config: object, source: str, *parts: s
         made.write(f"{folder}/{part}", Path(__file__).parent / part)
 
 
-def _write_program(made: Deployment, name: str, text: bool, packages: Sequence[str], **facts: object) -> None:
+def _write_program(
+    made: Deployment, name: str, options: TritonOptions, *, packages: Sequence[str], **facts: object
+) -> None:
     """What a person reads and runs: README and clients.
 
     Args:
-        packages: that models which take words import.
+        packages: that models which take words import. facts: what else the texts tell.
     """
     manifest, tokens = made.bundle.manifest, made.bundle.manifest.tokens
     inputs = [port.name for port in manifest.inputs if not port.name.startswith("past_key_values.")]
@@ -311,7 +272,10 @@ def _write_program(made: Deployment, name: str, text: bool, packages: Sequence[s
         "folder": made.model.parent.name,
         "inputs": inputs,
         "output": triton_config.result_of(made.bundle),
-        "text": text,
+        "text": options.text,
+        "library": options.library,
+        "gpu": options.gpu,
+        "check_files": options.check_files,
         "generates": generates,
         "takes_positions": "position_ids" in inputs,
         "stops": list(tokens.stops),

@@ -19,9 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from teamlora_export.bundle import BATCH, Bundle, Port
+from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.folder import port_in
+from teamlora_export.deploy.triton_options import TritonOptions
+from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.errors import ExportError
+from teamlora_export.ports import BATCH, Port
 
 _TYPES = {"int64": "TYPE_INT64", "float": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
 # The outputs that are asked for, the best one first.
@@ -39,45 +42,31 @@ _QUEUE_MICROSECONDS = 500
 _PART = 256
 
 
-def model_config(
-    bundle: Bundle,
-    name: str,
-    *,
-    engine_dtype: str | None,
-    profiles: int,
-    gpu: bool,
-    library: str | None,
-    instances: int,
-    batch: int,
-    sequences: int,
-    threads: int = 0,
-) -> Any:
+def model_config(bundle: Bundle, name: str, options: TritonOptions, engine: EngineFacts | None, batch: int) -> Any:
     """The model itself: the bundle's graph on ONNX Runtime, or its engine on TensorRT.
 
     Args:
-        engine_dtype: of the engine's inputs and outputs; None for the graph. profiles: how many the engine has.
-        gpu: run the graph on a GPU. library: a native library with the op.
-        instances: copies of the model. batch: requests that run together at most. sequences: texts at work at most.
-        threads: of ONNX Runtime on a CPU, for each copy; 0: every core.
+        engine: what it is; None: the graph. batch: requests that run together at most.
     """
+    engine_dtype = None if engine is None else engine.dtype
     pb = protobuf()
     config = pb.ModelConfig(name=name, max_batch_size=batch)
     config.version_policy.latest.num_versions = 1
-    if engine_dtype is None:
+    if engine is None:
         config.backend = "onnxruntime"
         config.default_model_filename = "model.onnx"
-        if library is not None:
-            config.model_operations.op_library_filename.append(library)
+        if options.library is not None:
+            config.model_operations.op_library_filename.append(options.library)
     else:
         config.backend, config.platform = "tensorrt", "tensorrt_plan"
         config.default_model_filename = "model.plan"
-    group = config.instance_group.add(count=instances)
-    on_gpu = gpu or engine_dtype is not None
+    group = config.instance_group.add(count=options.instances)
+    on_gpu = options.gpu or engine is not None
     group.kind = pb.ModelInstanceGroup.KIND_GPU if on_gpu else pb.ModelInstanceGroup.KIND_CPU
-    if threads and not on_gpu:
-        _add_parameters(config, intra_op_thread_count=str(threads))
-    if profiles > 1:
-        group.profile.extend(str(index) for index in range(profiles))
+    if options.threads and not on_gpu:
+        _add_parameters(config, intra_op_thread_count=str(options.threads))
+    if engine is not None and len(engine.profiles) > 1:
+        group.profile.extend(str(index) for index in range(len(engine.profiles)))
     ports = [port_in(port, engine_dtype) for port in bundle.manifest.inputs]
     outputs = [port_in(port, engine_dtype) for port in bundle.manifest.outputs]
     for port in ports:
@@ -87,7 +76,7 @@ def model_config(
         if port.name in RESULTS:
             config.output.add(name=port.name, data_type=_type(port), dims=_dims(port))
     if bundle.manifest.task == "text-generation":
-        _add_state(config, ports, outputs, sequences)
+        _add_state(config, ports, outputs, options.sequences)
     else:
         config.dynamic_batching.max_queue_delay_microseconds = _QUEUE_MICROSECONDS
         _add_warmup(config, batch)
@@ -117,26 +106,12 @@ def generate_config(bundle: Bundle, name: str, check_files: bool, instances: int
     return config
 
 
-def continuous_config(
-    name: str,
-    *,
-    check_files: bool,
-    library: str | None,
-    gpu: bool,
-    instances: int,
-    slots: int,
-    waiting: int,
-    capacity: int | None,
-    threads: int = 0,
-    shelf: bool = False,
-) -> Any:
-    """A text generator that batches continuously, with the model's files in its own folder.
+def continuous_config(name: str, options: TritonOptions, *, slots: int, waiting: int, shelf: bool) -> Any:
+    """A text generator that batches continuously, with the model's files in its own folder; on a GPU, with a copy, or
+    several, on each of the server's.
 
     Args:
-        gpu: with a copy, or several, on each of the server's GPUs.
         slots: texts that are written at a time. waiting: requests that may wait for one of them to end.
-        capacity: tokens of prompt and answer together, at most; None: what the model takes.
-        threads: of ONNX Runtime, for each copy; 0: every core.
         shelf: a request says which adapter answers it, or asks which there are.
     """
     pb = protobuf()
@@ -177,10 +152,13 @@ def continuous_config(
     ):
         config.output.add(name=key, data_type=kind, dims=[size])
     group = pb.ModelInstanceGroup
-    config.instance_group.add(count=instances, kind=group.KIND_GPU if gpu else group.KIND_CPU)
-    numbers = {"slots": slots, "waiting": waiting, "part": _PART, "threads": threads, "capacity": capacity or 0}
-    given = {key: str(number) for key, number in numbers.items()} | ({"library": library} if library else {})
-    _add_parameters(config, model=config.name, check_files=check_files, spinning=True, time_limit="0", **given)
+    config.instance_group.add(count=options.instances, kind=group.KIND_GPU if options.gpu else group.KIND_CPU)
+    numbers = {"slots": slots, "waiting": waiting, "part": _PART}
+    numbers |= {"threads": options.threads, "capacity": options.capacity or 0}
+    given = {key: str(number) for key, number in numbers.items()}
+    if options.library:
+        given["library"] = options.library
+    _add_parameters(config, model=config.name, check_files=options.check_files, spinning=True, time_limit="0", **given)
     return config
 
 

@@ -12,21 +12,11 @@ from typing import Annotated, TypedDict
 
 import msgspec
 
-from teamlora_export.bundle import (
-    ADAPTERS_NAME,
-    ENGINES_NAME,
-    MANIFEST_NAME,
-    AdapterName,
-    Bundle,
-    Dtype,
-    Sha256,
-    Task,
-    Validation,
-    read_bundle,
-)
+from teamlora_export.bundle import ENGINES_NAME, Bundle, read_bundle
 from teamlora_export.engine.profiles import ShapeProfile, capacity_of
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record, sha256_of
+from teamlora_export.manifest import ADAPTERS_NAME, MANIFEST_NAME, AdapterName, Dtype, Sha256, Task, Validation
 from teamlora_export.staging import require_space, settle, write_aside, write_together
 
 # 2 is what takes adapters as inputs, which a program that knows none would leave unbound.

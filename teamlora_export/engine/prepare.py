@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from teamlora_export import __version__
-from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, Dtype, Port, Sha256, check_files
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, check_files
 from teamlora_export.engine.profiles import choose_capacity
 from teamlora_export.errors import ExportError
 from teamlora_export.files import link_or_copy, read_record, sha256_of
@@ -25,6 +25,8 @@ from teamlora_export.graph.passes.fix_capacity import FixCapacity
 from teamlora_export.graph.passes.fix_slots import FixSlots
 from teamlora_export.graph.precision import ChangePrecision
 from teamlora_export.graph.read import port_of, read_graph
+from teamlora_export.manifest import Dtype, Sha256
+from teamlora_export.ports import Port
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import real_path, refuse_inside, require_space, scratch_folder, staged
 

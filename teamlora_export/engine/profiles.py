@@ -13,8 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from teamlora_export.bundle import BATCH, PAST, SEQUENCE, TOTAL, Bundle, Port, is_capacity, keeps_in_place
+from teamlora_export.bundle import Bundle
 from teamlora_export.errors import ExportError
+from teamlora_export.ports import BATCH, PAST, SEQUENCE, TOTAL, Port, is_capacity, keeps_in_place
 
 Shape = tuple[int, ...]
 Range = tuple[Shape, Shape, Shape]

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from teamlora_export.bundle import Bundle, Port
+from teamlora_export.bundle import Bundle
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.files import open_file, refuse_escape
+from teamlora_export.ports import Port
 
 # Bytes. A graph without its weights has a few million, whatever the model.
 _LARGEST = 1 << 29

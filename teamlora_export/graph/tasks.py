@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from teamlora_export.bundle import BATCH, CAPACITY, PAST, SEQUENCE, TOTAL, window_capacity
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_json
 from teamlora_export.graph.cache import InPlaceCache, widened
 from teamlora_export.graph.record import keys_and_values, run
 from teamlora_export.model.base import BaseModel
+from teamlora_export.ports import BATCH, CAPACITY, PAST, SEQUENCE, TOTAL, window_capacity
 
 # Sizes of the sample: all different, none 0 or 1, so that no axis is taken for a constant or for another.
 _BATCH, _SEQUENCE, _PAST, _CAPACITY, _LEAST_RING = 2, 3, 5, 11, 13

@@ -154,7 +154,7 @@ def _signature(fields: dict[str, object]) -> BaseSignature:
 def _code_sha256() -> str:
     """Of this package's own code, so that a changed tracer or pass never meets a graph of the old one."""
     root = Path(__file__).parents[1]
-    sources = [root / name for name in ("bundle.py", "dtypes.py", "files.py")]
+    sources = [root / name for name in ("dtypes.py", "files.py", "ports.py")]
     for folder in ("adapter", "graph", "model"):
         sources += sorted((root / folder).rglob("*.py"))
     digest = hashlib.sha256()

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from teamlora_export.bundle import Port
 from teamlora_export.errors import ExportError
+from teamlora_export.ports import Port
 from teamlora_export.tokens import Tokens, longest_input
 from teamlora_export.validate.metrics import attended
 

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from teamlora_export.bundle import ADAPTER_NAME, Bundle
+from teamlora_export.bundle import Bundle
 from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.engine.load import load_engine, open_engine_runtime
 from teamlora_export.engine.profiles import ShapeProfile, capacity_of
 from teamlora_export.errors import ExportError, first_line
+from teamlora_export.ports import ADAPTER_NAME
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.cases import Case, Feeds
 from teamlora_export.validate.in_place import in_place_call

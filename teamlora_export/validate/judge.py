@@ -21,9 +21,9 @@ from typing import Protocol
 
 import numpy as np
 
-from teamlora_export.bundle import Port
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.graph.choices import chosen_scores, is_choice
+from teamlora_export.ports import Port
 from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
 from teamlora_export.validate.metrics import ErrorStats, kl_divergence, measure, top5_overlap
 from teamlora_export.validate.verdict import CaseResult, Judgement

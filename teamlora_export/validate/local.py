@@ -18,9 +18,9 @@ from typing import Protocol
 
 import numpy as np
 
-from teamlora_export.bundle import Port
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.graph.choices import chosen_scores
+from teamlora_export.ports import Port
 from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
 from teamlora_export.validate.metrics import ErrorStats
 from teamlora_export.validate.onnx_runner import OnnxRunner

@@ -17,7 +17,7 @@ import onnx_ir.passes.common as common
 import onnxruntime as ort
 import torch
 
-from teamlora_export.bundle import ADAPTER_NAME, Bundle, keeps_in_place, window_of
+from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.session import run_once
 from teamlora_export.errors import ExportError, first_line
 from teamlora_export.graph import op
@@ -26,6 +26,7 @@ from teamlora_export.graph.passes import inline_bodies
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.quantized import keep_activations
 from teamlora_export.graph.read import read_graph
+from teamlora_export.ports import ADAPTER_NAME, keeps_in_place, window_of
 from teamlora_export.validate.cases import Feeds
 from teamlora_export.validate.in_place import in_place_call
 from teamlora_export.validate.stored import adapted_modules

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from teamlora_export.adapter import AdapterSpec
-from teamlora_export.bundle import Port
 from teamlora_export.model.base import BaseModel
 from teamlora_export.model.checkpoint import SafetensorsWeights
+from teamlora_export.ports import Port
 from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
 from teamlora_export.validate.local import local_judge
 from teamlora_export.validate.onnx_runner import OnnxRunner

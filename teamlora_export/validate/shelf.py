@@ -23,14 +23,16 @@ import onnx_ir as ir
 import torch
 
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
-from teamlora_export.bundle import ADAPTER_NAME, Bundle, Manifest, Validation
+from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.adapter_slots import NO_ADAPTER, Adapters, read_slot
 from teamlora_export.deploy.failure import ModelError
 from teamlora_export.engine.facts import EngineFacts, JudgedAdapter
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.read import read_graph
+from teamlora_export.manifest import Manifest, Validation
 from teamlora_export.model.base import BaseModel
 from teamlora_export.model.checkpoint import SafetensorsWeights
+from teamlora_export.ports import ADAPTER_NAME
 from teamlora_export.progress import Reporter
 from teamlora_export.shelf import NO_ADAPTER_NAME, change_manifest, require_known, require_shelf
 from teamlora_export.validate.cases import Case, Feeds, make_cases

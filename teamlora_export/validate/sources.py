@@ -10,11 +10,12 @@ import psutil
 import torch
 
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
-from teamlora_export.bundle import Bundle, Port
+from teamlora_export.bundle import Bundle
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.model.source import find_base, weights_sha256
+from teamlora_export.ports import Port
 from teamlora_export.progress import Reporter
 from teamlora_export.validate.cases import make_cases
 from teamlora_export.validate.held_as_codes import HeldAsCodes

@@ -13,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from teamlora_export.adapter.spec import AdapterSpec
-from teamlora_export.bundle import Manifest
 from teamlora_export.graph import op
 from teamlora_export.graph.cooked import make_weights
 from teamlora_export.graph.precision import IR_DTYPES
 from teamlora_export.graph.weights import OP_SOURCES, BaseWeights, Part, Recipe
+from teamlora_export.manifest import Manifest
 from teamlora_export.shelf import slots_of
 from teamlora_export.validate.verdict import Departure
 

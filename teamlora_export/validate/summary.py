@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 
-from teamlora_export.bundle import QualitySummary, Validation
+from teamlora_export.manifest import QualitySummary, Validation
 from teamlora_export.validate.verdict import Quality, Verdict
 
 

@@ -36,6 +36,7 @@ from teamlora_export.deploy.genai import deploy_genai
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.deploy.triton_options import TritonOptions
 from teamlora_export.errors import ExportError
 from teamlora_export.inspect import inspect_path
 from teamlora_export.model.base import BaseModel, open_base
@@ -172,7 +173,7 @@ def test_it_deploys_to_genai_with_its_own_configuration(bundle, tmp_path):
 
 
 def test_triton_batches_it_continuously(bundle, tmp_path):
-    out = deploy_triton(bundle, tmp_path / "triton", name="attached", batch=3)
+    out = deploy_triton(bundle, tmp_path / "triton", TritonOptions(name="attached", batch=3))
     server, prompts = Server(out / "models"), [PROMPT, PROMPT[:3], PROMPT[1:4], PROMPT[:5]]
 
     def ask(prompt: list[int]) -> list[int]:
@@ -186,7 +187,7 @@ def test_triton_batches_it_continuously(bundle, tmp_path):
 
 
 def test_triton_steps_it_with_its_cache_as_state(bundle, tmp_path):
-    server = Server(deploy_triton(bundle, tmp_path / "triton", name="attached", text=False) / "models")
+    server = Server(deploy_triton(bundle, tmp_path / "triton", TritonOptions(name="attached", text=False)) / "models")
     # A state starts as one row that the mask hides, and that the graph does not count.
     step, mask, found = list(PROMPT), [0] + [1] * len(PROMPT), []
     for turn in range(COUNT):
@@ -215,7 +216,7 @@ def test_caches_of_a_window_grow_in_what_is_deployed_for_our_own_programs(window
     assert generate(deploy_genai(windowed, tmp_path / "genai"), PROMPT, COUNT)[1] == expected
     deployed = Model(deploy_python(windowed, tmp_path / "python"))
     assert deployed.generate([PROMPT, PROMPT[:3]], COUNT)[0] == expected
-    server = Server(deploy_triton(windowed, tmp_path / "triton", name="attached", batch=2) / "models")
+    server = Server(deploy_triton(windowed, tmp_path / "triton", TritonOptions(name="attached", batch=2)) / "models")
     given = {"input_ids": np.array([PROMPT]), "max_tokens": np.array([[COUNT]], np.int32)}
     (answer,) = server.stream("attached_text", given)
     assert answer["token_ids"][0].tolist() == expected

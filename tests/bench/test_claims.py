@@ -46,9 +46,11 @@ from method import inference  # noqa: E402
 from method.cells import Place, asked_examples, data_folder, run_cell  # noqa: E402
 from method.exports import score_exports  # noqa: E402
 from method.figures import read_scores, require_output, write_figures  # noqa: E402
+from method.paper import PUBLISHED, verdicts  # noqa: E402
 from method.plan import BASE, FULL, Cell, Settings, count_parameters, full_grid, nearest_rank, options_of, quick_grid  # noqa: E402
-from method.report import PUBLISHED, Gap, difference, interval, luck_of, student, tables, verdicts, write_plot  # noqa: E402
+from method.report import tables, write_plot  # noqa: E402
 from method.score import runner_generate, score, tokenizer_of, torch_generate  # noqa: E402
+from method.significance import Gap, difference, interval, luck_of, student  # noqa: E402
 from method.steps import time_steps  # noqa: E402
 from tasks import GUESSED, TASKS, make_examples  # noqa: E402
 

@@ -20,11 +20,13 @@ from shelf_rows import open_rows
 from teamlora_export.bundle import read_bundle
 from teamlora_export.deploy import adapter_slots
 from teamlora_export.deploy.adapter_slots import Adapters, Shelved
+from teamlora_export.deploy.answers import Answer, Failed, Late
 from teamlora_export.deploy.device_tensor import DeviceTensor, DeviceTensors
+from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
-from teamlora_export.deploy.scheduler import Answer, Failed, Late, Scheduler
-from teamlora_export.deploy.session import ModelError, Session
+from teamlora_export.deploy.scheduler import Scheduler
+from teamlora_export.deploy.session import Session
 from teamlora_export.deploy.slots import open_slots
 from teamlora_export.shelf import add_adapter, replace_adapter
 

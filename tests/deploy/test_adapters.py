@@ -9,33 +9,37 @@ import shutil
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import onnxruntime_genai as og
 import pytest
 import torch
+from conftest import until_stop
 from shelves import COUNT, NAMES, PROMPTS, SHELF, Answers, expected, write_family
 from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parent))
+from shelf_requests import ask_all, assert_refuses_an_unknown_one
 from shelf_rows import WHERE, on_host, open_rows
 from triton_front import serve
-from triton_server import RequestError, Server
+from triton_server import Server
 
 from teamlora_export.adapter import align_with_base, read_adapter
 from teamlora_export.bundle import read_bundle
 from teamlora_export.cli import app
 from teamlora_export.deploy.adapter_slots import ADAPTER, Adapters, rows_adapter
+from teamlora_export.deploy.answers import Failed
+from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.genai import deploy_genai
 from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
-from teamlora_export.deploy.scheduler import Failed, Scheduler
-from teamlora_export.deploy.session import ModelError, Session
+from teamlora_export.deploy.scheduler import Scheduler
+from teamlora_export.deploy.session import Session
 from teamlora_export.deploy.slots import Slots, open_slots
 from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.deploy.triton_options import TritonOptions
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.model.inject import inject
@@ -304,23 +308,11 @@ print(model.generate([[9, 3], [9, 3]], 12, adapters=["team", "late"]))
 def test_triton_answers_each_request_by_its_adapter(make_shelf, answers, tmp_path):
     """In the tests' stand-in for the server."""
     bundle = read_bundle(shutil.copytree(make_shelf(cache="in-place").folder, tmp_path / "bundle"))
-    out = deploy_triton(bundle, tmp_path / "out", name="m", batch=4)
+    out = deploy_triton(bundle, tmp_path / "out", TritonOptions(name="m", batch=4))
     assert "the name of the adapter that answers (hydra, lora, moe, small, team)" in (out / "README.md").read_text()
     server = Server(out / "models")
-
-    def ask(i: int) -> list[int]:
-        given = {"input_ids": np.array([PROMPTS[i]]), "max_tokens": np.array([[COUNT]], np.int32)}
-        if NAMES[i] is not None:
-            given["adapter"] = np.array([[NAMES[i].encode()]], np.object_)
-        (answer,) = server.stream("m_text", given)
-        return answer["token_ids"][0].tolist()
-
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(ask, range(len(PROMPTS))))
-    assert found == [until_stop(tokens) for tokens in expected(answers)]
-    unknown = {"input_ids": np.array([[5]]), "adapter": np.array([[b"nobody"]], np.object_)}
-    with pytest.raises(RequestError, match="INVALID_ARG: There is no adapter 'nobody'"):
-        list(server.stream("m_text", unknown))
+    assert ask_all(server) == [until_stop(tokens) for tokens in expected(answers)]
+    assert_refuses_an_unknown_one(server)
 
     def listed() -> list[bytes]:
         (answer,) = server.stream("m_text", {"list_adapters": np.array([[True]])})
@@ -386,7 +378,7 @@ def test_triton_serves_no_shelf_but_where_texts_are_batched_continuously_and_say
         (make_shelf(cache="in-place"), {"engine": "fp16", "batching": "sequence"}, r"Leave out --batching sequence:"),
     ):
         with pytest.raises(ExportError, match=words):
-            deploy_triton(bundle, tmp_path / "out", **options)
+            deploy_triton(bundle, tmp_path / "out", TritonOptions(**options))
         assert not (tmp_path / "out").exists()
 
 
@@ -439,7 +431,3 @@ def test_onnxruntime_genais_own_adapters_are_ours(cache, make_shelf, answers, tm
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-
-
-def until_stop(tokens: list[int], stop: int = 2) -> list[int]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens

@@ -11,7 +11,7 @@ from conftest import get_model
 from transformers import AutoTokenizer
 
 from teamlora_export.deploy.chat import Chat, Template
-from teamlora_export.deploy.session import ModelError
+from teamlora_export.deploy.failure import ModelError
 
 MESSAGES = [
     {"role": "system", "content": "Be brief."},

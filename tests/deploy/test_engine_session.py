@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import until_stop
 from engine_stand_in import (
     EngineGraph,
     Fault,
@@ -24,16 +24,18 @@ from engine_stand_in import (
 from shelves import COUNT, NAMES, PROMPTS, expected
 
 sys.path.append(str(Path(__file__).parent))
-from triton_server import LoadError, RequestError, Server
+from shelf_requests import ask_all, assert_refuses_an_unknown_one
+from triton_server import LoadError, Server
 
 from teamlora_export.bundle import Bundle, read_bundle
+from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.kubernetes import deploy_kubernetes
 from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.scheduler import Scheduler
-from teamlora_export.deploy.session import ModelError
 from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.deploy.triton_options import TritonOptions
 from teamlora_export.errors import ExportError
 from teamlora_export.shelf import replace_adapter
 
@@ -51,10 +53,6 @@ def engine_of(tmp_path, monkeypatch):  # type: ignore[no-untyped-def]
         return bundle, stand_in_for_packages(EngineGraph(bundle, facts.profiles, fault), monkeypatch)
 
     return make
-
-
-def until_stop(tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(2)] if 2 in tokens else tokens
 
 
 @pytest.mark.parametrize(
@@ -128,7 +126,7 @@ def test_a_shelf_changes_while_an_engine_serves_it(engine_of, make_shelf, shelf_
 
 def test_triton_serves_an_engine_with_the_adapter_of_each_request(engine_of, make_shelf, shelf_answers, tmp_path):
     bundle, _ = engine_of(make_shelf(cache="in-place"))
-    out = deploy_triton(bundle, tmp_path / "out", name="m", engine="tiny")
+    out = deploy_triton(bundle, tmp_path / "out", TritonOptions(name="m", engine="tiny"))
     folder = out / "models" / "m_text"
     assert "kind: KIND_GPU" in (folder / "config.pbtxt").read_text()
     assert not (folder / "1" / "model.onnx").exists()
@@ -136,22 +134,10 @@ def test_triton_serves_an_engine_with_the_adapter_of_each_request(engine_of, mak
     assert 'cuda-bindings>=12.8" "jinja2>=3.1.6" tokenizers && tritonserver' in told
     assert "Python model with TensorRT inside. It writes 4 texts at a time" in told
     server = Server(out / "models")
-
-    def ask(i: int) -> list[int]:
-        given = {"input_ids": np.array([PROMPTS[i]]), "max_tokens": np.array([[COUNT]], np.int32)}
-        if NAMES[i] is not None:
-            given["adapter"] = np.array([[NAMES[i].encode()]], np.object_)
-        (answer,) = server.stream("m_text", given)
-        return answer["token_ids"][0].tolist()
-
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(ask, range(len(PROMPTS))))
-    assert found == [until_stop(tokens) for tokens in expected(shelf_answers)]
-    unknown = {"input_ids": np.array([[5]]), "adapter": np.array([[b"nobody"]], np.object_)}
-    with pytest.raises(RequestError, match="INVALID_ARG: There is no adapter 'nobody'"):
-        list(server.stream("m_text", unknown))
+    assert ask_all(server) == [until_stop(tokens) for tokens in expected(shelf_answers)]
+    assert_refuses_an_unknown_one(server)
     server.models["m_text"].unload()
-    deploy_kubernetes(bundle, tmp_path / "cluster", name="m", engine="tiny")
+    deploy_kubernetes(bundle, tmp_path / "cluster", TritonOptions(name="m", engine="tiny"))
     assert (
         f"pip install --no-cache-dir {told.split('pip install ')[1].split(' &&')[0]}"
         in (tmp_path / "cluster" / "Dockerfile").read_text()
@@ -194,7 +180,7 @@ def test_an_engine_of_an_encoder_gives_its_vectors(engine_of, make_bundle, tmp_p
 
 def test_what_keeps_an_engine_from_being_opened_is_a_sentence(engine_of, make_shelf, tmp_path, monkeypatch):
     bundle, gpu = engine_of(make_shelf(cache="in-place"))
-    out = deploy_triton(bundle, tmp_path / "out", name="m", engine="tiny", check_files=False)
+    out = deploy_triton(bundle, tmp_path / "out", TritonOptions(name="m", engine="tiny", check_files=False))
     folder = out / "models" / "m_text" / "1"
     with pytest.raises(ModelError, match=r"GPU 1 cannot be used .*invalid device ordinal"):
         Model(folder, device="cuda:1")
@@ -226,18 +212,22 @@ def test_what_keeps_an_engine_from_being_opened_is_a_sentence(engine_of, make_sh
 
 def test_an_engine_that_cannot_be_served_is_refused(engine_of, make_shelf, make_bundle, tmp_path):
     bundle, _ = engine_of(make_shelf(), shapes="2x1,2x16,4x64")
-    for message, deploy, options in (
-        ("keeps a cache that grows, .*Export the model with --cache in-place", deploy_python, {}),
-        ("Triton's own back ends know none; .*texts share the steps of an engine", deploy_triton, {}),
-        ("--batching continuous: texts share the steps", deploy_triton, {"batching": "continuous"}),
-        ("--library", deploy_python, {"library": Path("libops.so")}),
+    for message, options in (
+        ("keeps a cache that grows, .*Export the model with --cache in-place", {}),
+        ("--library", {"library": Path("libops.so")}),
     ):
         with pytest.raises(ExportError, match=message):
-            deploy(bundle, tmp_path / "out", engine="tiny", **options)
+            deploy_python(bundle, tmp_path / "out", engine="tiny", **options)
+    for message, batching in (
+        ("Triton's own back ends know none; .*texts share the steps of an engine", None),
+        ("--batching continuous: texts share the steps", "continuous"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            deploy_triton(bundle, tmp_path / "out", TritonOptions(engine="tiny", batching=batching))
     shutil.rmtree(bundle.folder)
     bundle, _ = engine_of(make_bundle("llama", cache="in-place"), shapes="2x1,2x16,4x64")
     with pytest.raises(ExportError, match="takes no single row"):
-        deploy_triton(bundle, tmp_path / "out", engine="tiny")
+        deploy_triton(bundle, tmp_path / "out", TritonOptions(engine="tiny"))
     for shapes, message in (
         ("1x1,2x16,4x63", "do not begin at multiples of 256 bytes"),
         ("1x1,2x16,4x16", "its cache has 16 places, which is too few"),
@@ -246,4 +236,4 @@ def test_an_engine_that_cannot_be_served_is_refused(engine_of, make_shelf, make_
         with pytest.raises(ExportError, match=message):
             deploy_python(bundle, tmp_path / "out", engine="tiny")
     with pytest.raises(ExportError, match="Triton's TensorRT back end has two for a state"):
-        deploy_triton(bundle, tmp_path / "out", engine="tiny", text=False)
+        deploy_triton(bundle, tmp_path / "out", TritonOptions(engine="tiny", text=False))

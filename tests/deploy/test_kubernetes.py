@@ -32,6 +32,7 @@ from teamlora_export.deploy.kubernetes import (
 )
 from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.session import Session
+from teamlora_export.deploy.triton_options import TritonOptions
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.shelf import add_adapter, remove_adapter, slot_bytes
@@ -51,7 +52,9 @@ def bundle(make_bundle):
 
 @pytest.fixture(scope="module")
 def deployed(bundle, tmp_path_factory) -> Path:
-    return deploy_kubernetes(bundle, tmp_path_factory.mktemp("kubernetes") / "out", name="3_Llamas.v2", capacity=100)
+    return deploy_kubernetes(
+        bundle, tmp_path_factory.mktemp("kubernetes") / "out", TritonOptions(name="3_Llamas.v2", capacity=100)
+    )
 
 
 def by_kind(folder: Path) -> dict[str, dict[str, Any]]:
@@ -69,7 +72,7 @@ def pod_of(folder: Path) -> dict[str, Any]:
 )
 def test_every_manifest_is_valid_by_the_schemas_of_its_api(model, source, bundle, make_bundle, make_shelf, tmp_path):
     given = {"encoder": lambda: make_bundle("bert"), "shelf": make_shelf}.get(model, lambda: bundle)()
-    out = deploy_kubernetes(given, tmp_path / "out", source=SOURCES[source], gpu=model == "on a GPU")
+    out = deploy_kubernetes(given, tmp_path / "out", TritonOptions(gpu=model == "on a GPU"), source=SOURCES[source])
     found = list(manifests(out))
     # Image volumes are younger than the rest.
     for _, document in found:
@@ -189,7 +192,7 @@ def test_memory_follows_the_cache_of_every_text(bundle, deployed, tmp_path):
     assert cache_bytes(sliding, repository, 1000) == 2 * 8 * 4 * (7 * 1016 + 6 - 1 + 256)
 
     def megabytes(**options: Any) -> int:
-        out = deploy_kubernetes(bundle, tmp_path / "out", **options)
+        out = deploy_kubernetes(bundle, tmp_path / "out", TritonOptions(**options))
         return int(pod_of(out)["containers"][0]["resources"]["requests"]["memory"].removesuffix("Mi"))
 
     # Of 144 tokens, and twice where the cache becomes longer.
@@ -238,9 +241,9 @@ def test_another_adapter_is_another_version_and_the_same_one_is_the_same(bundle,
     targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     write_adapter(random_adapter(base, targets, seed=5), tmp_path / "adapter")
     other = export_onnx(base.name, tmp_path / "adapter", tmp_path / "bundle", cache="in-place")
-    options = {"name": "3_Llamas.v2", "capacity": 100}
-    again = deploy_kubernetes(bundle, tmp_path / "again", source=SOURCES["oci"], replicas="3", **options)
-    others = deploy_kubernetes(other, tmp_path / "others", **options)
+    options = TritonOptions(name="3_Llamas.v2", capacity=100)
+    again = deploy_kubernetes(bundle, tmp_path / "again", options, source=SOURCES["oci"], replicas="3")
+    others = deploy_kubernetes(other, tmp_path / "others", options)
     templates = [by_kind(folder)["Deployment"]["spec"]["template"] for folder in (deployed, others)]
     assert templates[0] != templates[1]
     names = [by_kind(folder)["ConfigMap"]["metadata"]["name"] for folder in (deployed, again, others)]
@@ -256,11 +259,11 @@ def test_another_shelf_is_another_version_whose_files_are_listed_and_nothing_is_
     """Pods start with these adapters, each by its hash, and no others."""
     shelf = make_shelf(cache="in-place")
     folder = Path(shutil.copytree(shelf.folder, tmp_path / "bundle"))
-    options: dict[str, Any] = {"name": "shelf", "capacity": 100}
-    before, again = (deploy_kubernetes(read_bundle(folder), tmp_path / name, **options) for name in ("one", "same"))
+    options = TritonOptions(name="shelf", capacity=100)
+    before, again = (deploy_kubernetes(read_bundle(folder), tmp_path / name, options) for name in ("one", "same"))
     add_adapter(folder, "late", shelf_adapters["small"])
     remove_adapter(folder, "moe")
-    after = deploy_kubernetes(read_bundle(folder), tmp_path / "other", **options)
+    after = deploy_kubernetes(read_bundle(folder), tmp_path / "other", options)
     sums = [by_kind(out)["ConfigMap"]["data"]["SHA256SUMS"] for out in (before, again, after)]
     assert sums[0] == sums[1] != sums[2]
     for out, listed in ((before, sums[0]), (after, sums[2])):

@@ -26,6 +26,7 @@ from pods import Balancer, Pod
 from teamlora_export.adapter import write_adapter
 from teamlora_export.deploy.kubernetes import deploy_kubernetes
 from teamlora_export.deploy.runner import Model
+from teamlora_export.deploy.triton_options import TritonOptions
 from teamlora_export.export import export_onnx
 
 TOKENS = 100
@@ -61,7 +62,7 @@ def versions(make_bundle, make_base, tmp_path_factory) -> tuple[Version, Version
     assert len(told) > 4
     made = (
         Version(
-            deploy_kubernetes(bundle, folder / str(number), name="m", cpus=1, batch=SLOTS),
+            deploy_kubernetes(bundle, folder / str(number), TritonOptions(name="m", batch=SLOTS), cpus=1),
             {prompt: answers[number][prompt] for prompt in told},
         )
         for number, bundle in enumerate(bundles)

@@ -15,9 +15,9 @@ from shelves import write_family
 from teamlora_export.bundle import Bundle, read_bundle
 from teamlora_export.deploy import publish
 from teamlora_export.deploy.genai import deploy_genai
+from teamlora_export.deploy.model_folder import check_files, read_settings
 from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.python import deploy_python
-from teamlora_export.deploy.session import check_files, read_settings
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter

@@ -29,19 +29,22 @@ from conftest import (
 )
 from typer.testing import CliRunner
 
-from teamlora_export.bundle import MANIFEST_NAME, MOST_SLOTS, SHELF_FORMAT_VERSION, Bundle, window_of, write_manifest
+from teamlora_export.bundle import Bundle
 from teamlora_export.cli import app
 from teamlora_export.deploy import runner, slots, slots_in_place
+from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.folder import DEPLOY_NAME
 from teamlora_export.deploy.folder import SHELF_FORMAT_VERSION as DEPLOY_VERSION
+from teamlora_export.deploy.model_folder import _DESCRIPTIONS, _MOST_SLOTS
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.sampling import Sampling
-from teamlora_export.deploy.session import _DESCRIPTIONS, _MOST_SLOTS, ModelError
 from teamlora_export.deploy.slots import InPlaceSlots
 from teamlora_export.deploy.words import TextStream, encode_text
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
+from teamlora_export.manifest import MANIFEST_NAME, MOST_SLOTS, SHELF_FORMAT_VERSION, write_manifest
+from teamlora_export.ports import window_of
 
 # Importing anything that the deployment's requirements do not name is refused.
 _ONLY_REQUIREMENTS = """

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
+from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.sampling import Sampler, Sampling, log_probability
-from teamlora_export.deploy.session import ModelError
 from teamlora_export.deploy.words import StoppedText
 
 # Shares 0.4, 0.3, 0.2, 0.1, in an order of their own.

@@ -19,11 +19,13 @@ import pytest
 from conftest import poison_token, readme_block
 
 from teamlora_export.deploy import scheduler, slots, slots_in_place
+from teamlora_export.deploy.answers import Answer, Failed, Late, Overloaded
+from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.sampling import Sampling
-from teamlora_export.deploy.scheduler import Answer, Failed, Late, Overloaded, Scheduler
-from teamlora_export.deploy.session import ModelError, Session
+from teamlora_export.deploy.scheduler import Scheduler
+from teamlora_export.deploy.session import Session
 from teamlora_export.deploy.slots import DeviceSlots, Slots
 
 

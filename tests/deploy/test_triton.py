@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GREEDY_TOKENS, PROMPTS, assert_names_no_place, poison_token
+from conftest import GREEDY_TOKENS, PROMPTS, assert_names_no_place, poison_token, until_stop
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 from typer.testing import CliRunner
@@ -26,6 +26,7 @@ from teamlora_export.bundle import Bundle
 from teamlora_export.cli import app
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.triton import default_name, deploy_triton
+from teamlora_export.deploy.triton_options import TritonOptions
 from teamlora_export.deploy.words import TextStream, encode_text
 from teamlora_export.engine.build import BuildOptions, build_engine
 from teamlora_export.engine.profiles import make_profiles
@@ -55,13 +56,9 @@ def generate(server: Server, name: str, prompts: Sequence[Sequence[int]], count:
     return answers
 
 
-def until_stop(tokens: list[int], stop: int = 2) -> list[int]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens
-
-
 @pytest.fixture(scope="module")
 def deployed(smollm2, tmp_path_factory) -> Path:
-    return deploy_triton(smollm2, tmp_path_factory.mktemp("triton") / "out", name="smollm2")
+    return deploy_triton(smollm2, tmp_path_factory.mktemp("triton") / "out", TritonOptions(name="smollm2"))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +86,9 @@ def test_greedy_text_equals_pytorchs_with_the_cache_as_state(server, smollm2_gre
 def test_the_configuration_has_the_logits_that_the_graph_gives(server, smollm2, tmp_path):
     logits = next(value for value in server.models["smollm2"].config.output if value.name == "logits")
     assert list(logits.dims) == [1, 49152]
-    every = Server(deploy_triton(smollm2, tmp_path / "all", name="smollm2", text=False, logits="all") / "models")
+    every = Server(
+        deploy_triton(smollm2, tmp_path / "all", TritonOptions(name="smollm2", text=False, logits="all")) / "models"
+    )
     logits = next(value for value in every.models["smollm2"].config.output if value.name == "logits")
     assert list(logits.dims) == [-1, 49152]
 
@@ -97,7 +96,7 @@ def test_the_configuration_has_the_logits_that_the_graph_gives(server, smollm2, 
 @pytest.mark.parametrize("model", ["llama", "mistral"])
 def test_a_cache_in_place_is_one_buffer_and_texts_of_any_length_share_a_batch(model, make_bundle, tmp_path):
     bundle = make_bundle(model, cache="in-place")
-    deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=24, batching="sequence")
+    deployed = deploy_triton(bundle, tmp_path / "out", TritonOptions(name="m", capacity=24, batching="sequence"))
     server = Server(deployed / "models")
     for state in server.models["m"].config.sequence_batching.state:
         assert state.use_same_buffer_for_input_output
@@ -127,7 +126,7 @@ def test_a_cache_in_place_is_one_buffer_and_texts_of_any_length_share_a_batch(mo
 @pytest.mark.parametrize("start", [[], [2, 0, 8]])
 def test_a_state_without_memory_to_start_with_fails_at_the_first_request(start, make_bundle, tmp_path):
     """As in the real server, which loads the model."""
-    models = deploy_triton(make_bundle("llama"), tmp_path / "out", name="m", text=False) / "models"
+    models = deploy_triton(make_bundle("llama"), tmp_path / "out", TritonOptions(name="m", text=False)) / "models"
 
     def change(config: pb.ModelConfig) -> None:
         state = config.sequence_batching.state[0]
@@ -143,7 +142,7 @@ def test_how_texts_are_batched_follows_from_the_model_or_is_refused(make_bundle,
     in_place, growing = make_bundle("llama", cache="in-place"), make_bundle("llama")
 
     def models(number: int, bundle: Bundle, **options: object) -> set[str]:
-        out = deploy_triton(bundle, tmp_path / str(number), name="m", **options)
+        out = deploy_triton(bundle, tmp_path / str(number), TritonOptions(name="m", **options))
         return {path.name for path in (out / "models").iterdir()}
 
     assert models(0, in_place) == {"m_text"}
@@ -172,7 +171,7 @@ def test_how_texts_are_batched_follows_from_the_model_or_is_refused(make_bundle,
 
 def test_words_for_a_cache_in_place_are_read_in_parts_and_a_full_cache_is_refused(make_bundle, tmp_path):
     bundle = make_bundle("llama", cache="in-place")
-    deployed = deploy_triton(bundle, tmp_path / "out", name="m", capacity=40, batching="sequence")
+    deployed = deploy_triton(bundle, tmp_path / "out", TritonOptions(name="m", capacity=40, batching="sequence"))
     source = deployed / "models" / "m_text" / "1" / "model.py"
     source.write_text(source.read_text().replace("_PART = 512", "_PART = 5"))
     server = Server(deployed / "models")
@@ -206,7 +205,7 @@ def test_a_capacity_that_cannot_be_and_an_engine_with_a_cache_in_place_are_refus
         ("Triton's TensorRT back end", in_place, {"engine": "fp16-tensorrt", "batching": "sequence"}),
     ):
         with pytest.raises(ExportError, match=message):
-            deploy_triton(bundle, tmp_path / "out", **options)
+            deploy_triton(bundle, tmp_path / "out", TritonOptions(**options))
     assert not (tmp_path / "out").exists()
 
 
@@ -276,7 +275,7 @@ def test_its_clients_work_over_grpc_and_http(server, deployed, smollm2_greedy):
 
 def test_texts_that_eight_threads_ask_for_at_once_are_those_of_the_runner(make_bundle, tmp_path):
     bundle = make_bundle("llama")
-    server = Server(deploy_triton(bundle, tmp_path / "out", name="llama") / "models")
+    server = Server(deploy_triton(bundle, tmp_path / "out", TritonOptions(name="llama")) / "models")
     model, drawn = Model(bundle.folder, threads=1), np.random.default_rng(3)
     texts = ["".join(map(chr, drawn.integers(32, 127, drawn.integers(1, 40)))) for _ in range(400)]
 
@@ -296,7 +295,7 @@ def test_texts_that_eight_threads_ask_for_at_once_are_those_of_the_runner(make_b
 
 
 def test_a_nan_in_one_sequence_is_refused_and_reaches_no_other(make_bundle, tmp_path):
-    deployed = deploy_triton(make_bundle("mistral"), tmp_path / "out", name="m", check_files=False)
+    deployed = deploy_triton(make_bundle("mistral"), tmp_path / "out", TritonOptions(name="m", check_files=False))
     poison_token(deployed / "models" / "m" / "1", 7)
     server = Server(deployed / "models")
     prompts = [[9, 10, 11], [12, 13, 14]]
@@ -314,7 +313,7 @@ def test_a_nan_in_one_sequence_is_refused_and_reaches_no_other(make_bundle, tmp_
 @pytest.mark.parametrize("architecture", ["mistral", "opt", "gpt2"])
 def test_a_cache_that_starts_with_a_masked_row_changes_nothing(architecture, make_bundle, tmp_path):
     bundle = make_bundle(architecture)
-    server = Server(deploy_triton(bundle, tmp_path / "out", name="model") / "models")
+    server = Server(deploy_triton(bundle, tmp_path / "out", TritonOptions(name="model")) / "models")
     prompts = [[5, 6, 7, 8, 9, 10, 11, 12], [13, 14]]
     stops = Model(bundle.folder).settings.stops
     expected = Model(bundle.folder).generate(prompts, 20)
@@ -327,7 +326,7 @@ def test_a_cache_that_starts_with_a_masked_row_changes_nothing(architecture, mak
 @pytest.mark.parametrize(("architecture", "output"), [("bert", "logits"), ("roberta", "last_hidden_state")])
 def test_encoders_are_batched_and_warmed_up(architecture, output, make_bundle, tmp_path):
     bundle = make_bundle(architecture)
-    deployed = deploy_triton(bundle, tmp_path / "out", name="encoder", batch=4)
+    deployed = deploy_triton(bundle, tmp_path / "out", TritonOptions(name="encoder", batch=4))
     server = Server(deployed / "models")
     config = server.models["encoder"].config
     assert [sample.batch_size for sample in config.model_warmup] == [1, 4]
@@ -354,7 +353,7 @@ def test_encoders_are_batched_and_warmed_up(architecture, output, make_bundle, t
 
 
 def test_an_ensemble_takes_words_and_gives_the_same_vectors(minilm, tmp_path):
-    deployed = deploy_triton(minilm, tmp_path / "out", name="minilm")
+    deployed = deploy_triton(minilm, tmp_path / "out", TritonOptions(name="minilm"))
     server = Server(deployed / "models")
     texts = ["A sentence.", "Another one, which is a little longer than the first."]
     model = Model(minilm.folder)
@@ -412,14 +411,14 @@ def test_an_engine_is_deployed_with_its_plugin_and_both_profiles(make_bundle, pl
     bundle = Bundle(Path(shutil.copytree(source.folder, tmp_path / "bundle")), source.manifest)
     engine, _ = build_engine(bundle, BuildOptions(dtype="fp16", runtime="rtx", capabilities=("8.9",)), None)
     with pytest.raises(ExportError, match="TensorRT-RTX"):
-        deploy_triton(bundle, tmp_path / "out", engine="fp16-rtx")
+        deploy_triton(bundle, tmp_path / "out", TritonOptions(engine="fp16-rtx"))
     # What TensorRT would have written: none can be built without a GPU, and Triton's part does not look inside.
     facts = json.loads(engine.with_suffix(".json").read_text())
     described = {name: getattr(plugin, name) for name in ("op", "op_version", "build", "sha256", "tensorrt")}
     engine.with_suffix(".json").write_text(
         json.dumps({**facts, "runtime": "tensorrt", "runtime_version": plugin.tensorrt, "plugin": described})
     )
-    out = deploy_triton(bundle, tmp_path / "out", name="llama", engine="fp16-rtx", plugin=plugin.path)
+    out = deploy_triton(bundle, tmp_path / "out", TritonOptions(name="llama", engine="fp16-rtx", plugin=plugin.path))
     folder = out / "models" / "llama"
     config = text_format.Parse((folder / "config.pbtxt").read_text(), pb.ModelConfig())
     assert (config.backend, config.platform, config.max_batch_size) == ("tensorrt", "tensorrt_plan", 4)
@@ -438,13 +437,15 @@ def test_an_engine_is_deployed_with_its_plugin_and_both_profiles(make_bundle, pl
     later = {"input_ids": (1, 1), "attention_mask": (1, 7), "position_ids": (1, 1)}
     assert decode.refusal({**later, **{name: (*shape[:2], 6, shape[3]) for name, shape in states.items()}}) is None
     with pytest.raises(ExportError, match="takes 4 at most"):
-        deploy_triton(bundle, tmp_path / "more", engine="fp16-rtx", plugin=plugin.path, batch=16)
+        deploy_triton(bundle, tmp_path / "more", TritonOptions(engine="fp16-rtx", plugin=plugin.path, batch=16))
 
 
 def test_options_reach_the_configuration(make_bundle, tmp_path):
     bundle = make_bundle("llama")
     out = deploy_triton(
-        bundle, tmp_path / "out", name="m", library="/ops/libops.so", gpu=True, instances=3, batch=2, sequences=5
+        bundle,
+        tmp_path / "out",
+        TritonOptions(name="m", library="/ops/libops.so", gpu=True, instances=3, batch=2, sequences=5),
     )
     config = text_format.Parse((out / "models" / "m" / "config.pbtxt").read_text(), pb.ModelConfig())
     assert list(config.model_operations.op_library_filename) == ["/ops/libops.so"]
@@ -453,15 +454,15 @@ def test_options_reach_the_configuration(make_bundle, tmp_path):
     assert config.sequence_batching.oldest.max_candidate_sequences == 5
     assert config.version_policy.latest.num_versions == 1
     with pytest.raises(ExportError, match="--name"):
-        deploy_triton(bundle, tmp_path / "other", name="../up")
+        deploy_triton(bundle, tmp_path / "other", TritonOptions(name="../up"))
     with pytest.raises(ExportError, match="goes with an engine"):
-        deploy_triton(bundle, tmp_path / "other", plugin=Path("libteamlora_tensorrt.so"))
+        deploy_triton(bundle, tmp_path / "other", TritonOptions(plugin=Path("libteamlora_tensorrt.so")))
     with pytest.raises(ExportError, match="an engine takes --plugin"):
-        deploy_triton(bundle, tmp_path / "other", engine="fp16", library="libops.so")
+        deploy_triton(bundle, tmp_path / "other", TritonOptions(engine="fp16", library="libops.so"))
     with pytest.raises(ExportError, match="give the path at which the server will find"):
-        deploy_triton(bundle, tmp_path / "other", library="auto")
+        deploy_triton(bundle, tmp_path / "other", TritonOptions(library="auto"))
     with pytest.raises(ExportError, match="has the op for a CPU, and --gpu"):
-        deploy_triton(bundle, tmp_path / "other", library="/ops/libteamlora_onnxruntime.so", gpu=True)
+        deploy_triton(bundle, tmp_path / "other", TritonOptions(library="/ops/libteamlora_onnxruntime.so", gpu=True))
     with pytest.raises(ExportError, match="add --gpu"):
         deploy_triton(make_bundle("llama", "bf16"), tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -16,12 +16,15 @@ from triton_server import LoadError, RequestError, Server, edit_config, rows, wo
 
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.deploy.triton_options import TritonOptions
 
 
 @pytest.fixture(scope="module")
 def continuous(make_bundle, tmp_path_factory) -> Path:
     bundle = make_bundle("llama", cache="in-place")
-    return deploy_triton(bundle, tmp_path_factory.mktemp("triton") / "out", name="m", batch=3, capacity=100)
+    return deploy_triton(
+        bundle, tmp_path_factory.mktemp("triton") / "out", TritonOptions(name="m", batch=3, capacity=100)
+    )
 
 
 def test_texts_of_a_cache_in_place_are_batched_continuously(continuous, make_bundle):
@@ -49,7 +52,9 @@ def test_texts_of_a_cache_in_place_are_batched_continuously(continuous, make_bun
 
 def test_texts_of_a_growing_cache_are_batched_continuously_where_that_is_asked_for(make_bundle, tmp_path):
     bundle = make_bundle("mistral")
-    server = Server(deploy_triton(bundle, tmp_path / "out", name="m", batch=3, batching="continuous") / "models")
+    server = Server(
+        deploy_triton(bundle, tmp_path / "out", TritonOptions(name="m", batch=3, batching="continuous")) / "models"
+    )
     drawn, model = np.random.default_rng(3), Model(bundle.folder, threads=1)
     prompts = [drawn.integers(3, 384, length) for length in drawn.integers(1, 60, 20)]
 
@@ -119,7 +124,7 @@ def test_every_failure_is_counted_by_its_reason(continuous):
 
 def test_what_neither_thread_nor_tokenizer_can_do_fails_alone_and_makes_room(make_bundle, tmp_path, monkeypatch):
     bundle = make_bundle("llama", cache="in-place")
-    server = Server(deploy_triton(bundle, tmp_path / "out", name="m", batch=1, sequences=2) / "models")
+    server = Server(deploy_triton(bundle, tmp_path / "out", TritonOptions(name="m", batch=1, sequences=2)) / "models")
     model, given = server.models["m_text"].model, rows({"text_input": words("The License")})
 
     class Panic(BaseException):
@@ -150,7 +155,7 @@ def test_what_neither_thread_nor_tokenizer_can_do_fails_alone_and_makes_room(mak
 
 
 def test_the_configuration_bounds_the_time_of_every_request(make_bundle, tmp_path):
-    models = deploy_triton(make_bundle("llama", cache="in-place"), tmp_path / "out", name="m") / "models"
+    models = deploy_triton(make_bundle("llama", cache="in-place"), tmp_path / "out", TritonOptions(name="m")) / "models"
     edit_config(models / "m_text", change=lambda c: setattr(c.parameters["time_limit"], "string_value", "1e-9"))
     server = Server(models)
     for own in ({}, {"time_limit": np.array([60], np.float32)}):
@@ -160,7 +165,7 @@ def test_the_configuration_bounds_the_time_of_every_request(make_bundle, tmp_pat
 
 
 def test_a_package_that_the_server_lacks_is_named(continuous, make_bundle, tmp_path, monkeypatch):
-    growing = deploy_triton(make_bundle("llama"), tmp_path / "out", name="m")
+    growing = deploy_triton(make_bundle("llama"), tmp_path / "out", TritonOptions(name="m"))
     for folder, package in ((continuous, "tokenizers"), (continuous, "onnxruntime"), (growing, "tokenizers")):
         monkeypatch.setitem(sys.modules, package, None)
         with pytest.raises(LoadError, match=f"no package {package}, .*: pip install {package}"):
@@ -177,7 +182,9 @@ def test_numpy_2_is_refused_by_servers_that_do_not_take_it(continuous, monkeypat
 
 
 def test_a_refusal_that_no_utf8_can_hold_is_sent_all_the_same(make_bundle, tmp_path):
-    out = deploy_triton(make_bundle("llama", cache="in-place"), tmp_path / "out", name="m", check_files=False)
+    out = deploy_triton(
+        make_bundle("llama", cache="in-place"), tmp_path / "out", TritonOptions(name="m", check_files=False)
+    )
     (out / "models" / "m_text" / "1" / "chat_template.jinja").write_text("{{ raise_exception(messages[0].role) }}")
     server = Server(out / "models")
     with pytest.raises(RequestError, match=r"INVALID_ARG: .*\(\\ud800\)"):
@@ -187,7 +194,7 @@ def test_a_refusal_that_no_utf8_can_hold_is_sent_all_the_same(make_bundle, tmp_p
 
 def test_a_model_whose_files_changed_or_that_lacks_a_library_is_not_loaded(make_bundle, tmp_path):
     bundle = make_bundle("llama", cache="in-place")
-    deployed = deploy_triton(bundle, tmp_path / "out", name="m", library="/nowhere/libops.so")
+    deployed = deploy_triton(bundle, tmp_path / "out", TritonOptions(name="m", library="/nowhere/libops.so"))
     with pytest.raises(LoadError, match=r"/nowhere/libops\.so: cannot be loaded as a library"):
         Server(deployed / "models")
     folder = deployed / "models" / "m_text" / "1"
@@ -205,5 +212,5 @@ def test_a_model_whose_files_changed_or_that_lacks_a_library_is_not_loaded(make_
 def test_the_readme_counts_the_requests_that_the_scheduler_takes(make_bundle, tmp_path):
     """One waits at least, also where fewer are asked for than are written at a time."""
     bundle = make_bundle("llama", cache="in-place")
-    out = deploy_triton(bundle, tmp_path / "out", name="m", batch=3, sequences=2)
+    out = deploy_triton(bundle, tmp_path / "out", TritonOptions(name="m", batch=3, sequences=2))
     assert "\n4 requests are taken at a time" in (out / "README.md").read_text()

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import list_again, poison_token, pytorch_greedy
+from conftest import list_again, poison_token, pytorch_greedy, until_stop
 from get_triton_server import PACKAGE, get_triton_server
 from shelves import COUNT, NAMES
 from shelves import PROMPTS as SHELF_PROMPTS
@@ -34,6 +34,7 @@ from teamlora_export.bundle import Bundle, read_bundle
 from teamlora_export.deploy.publish import publish_shelf
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.triton import deploy_triton
+from teamlora_export.deploy.triton_options import TritonOptions
 from teamlora_export.deploy.words import TextStream, encode_text
 from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
@@ -89,11 +90,11 @@ def deployed(make_bundle, shelf, tmp_path_factory) -> Path:
     bundle = Bundle(Path(shutil.copytree(source.folder, folder / "bundle")), source.manifest)
     (bundle.folder / "chat_template.jinja").write_text(TEMPLATE)
     bundle = list_again(bundle.folder)
-    out = deploy_triton(bundle, folder / "m", name="m", batch=4, check_files=False)
+    out = deploy_triton(bundle, folder / "m", TritonOptions(name="m", batch=4, check_files=False))
     poison_token(out / "models" / "m_text" / "1", NAN)
     library = str(build_library().path)
-    slow = deploy_triton(bundle, folder / "slow", name="slow", batch=1, sequences=2, library=library)
-    shelved = deploy_triton(shelf, folder / "shelf", name="shelf", batch=4)
+    slow = deploy_triton(bundle, folder / "slow", TritonOptions(name="slow", batch=1, sequences=2, library=library))
+    shelved = deploy_triton(shelf, folder / "shelf", TritonOptions(name="shelf", batch=4))
     for name, step, made in (("slow", STEP, slow), ("shelf", SHORT_STEP, shelved)):
         program = made / "models" / f"{name}_text" / "1" / "scheduler.py"
         text = program.read_text()
@@ -118,7 +119,7 @@ def _add_encoder(source: Bundle, words: Bundle, folder: Path, out: Path) -> None
     """
     bundle = Bundle(Path(shutil.copytree(source.folder, folder / "bundle")), source.manifest)
     shutil.copyfile(words.folder / "tokenizer.json", bundle.folder / "tokenizer.json")
-    encoder = deploy_triton(list_again(bundle.folder), folder / "encoder", name="encoder", batch=4)
+    encoder = deploy_triton(list_again(bundle.folder), folder / "encoder", TritonOptions(name="encoder", batch=4))
     for part in (encoder / "models").iterdir():
         part.rename(out / "models" / part.name)
     config = out / "models" / "encoder" / "config.pbtxt"
@@ -161,10 +162,6 @@ def generate(server: Addresses, name: str = "m", **fields: object) -> tuple[int,
 def ask_shelf(server: Addresses, i: int, name: str | None) -> tuple[int, Any]:
     named = {} if name is None else {"adapter": name}
     return generate(server, "shelf", input_ids=SHELF_PROMPTS[i], max_tokens=COUNT, **named)
-
-
-def until_stop(tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(2)] if 2 in tokens else tokens
 
 
 def test_eight_clients_of_any_length_at_once_get_the_runners_tokens_and_bad_ones_fail_alone(server, model, rng):

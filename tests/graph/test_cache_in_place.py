@@ -9,8 +9,9 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from teamlora_export.bundle import CAPACITY, Bundle, window_of
+from teamlora_export.bundle import Bundle
 from teamlora_export.graph.cache import first_places, places_in_ring, widened
+from teamlora_export.ports import CAPACITY, window_of
 
 
 @pytest.mark.parametrize(

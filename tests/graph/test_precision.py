@@ -12,12 +12,13 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, hash_files, read_bundle, write_manifest
+from teamlora_export.bundle import DATA_NAME, MODEL_NAME, Bundle, hash_files, read_bundle
 from teamlora_export.deploy.folder import port_in
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 from teamlora_export.graph.precision import IR_DTYPES, ChangePrecision
+from teamlora_export.manifest import write_manifest
 from teamlora_export.validate.cases import Case, first_step
 from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.run import validate_bundle

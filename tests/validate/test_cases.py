@@ -9,8 +9,8 @@ import psutil
 import pytest
 import transformers
 
-from teamlora_export.bundle import Port
 from teamlora_export.errors import ExportError
+from teamlora_export.ports import Port
 from teamlora_export.validate import sources
 from teamlora_export.validate.cases import first_step, make_cases, next_step
 

@@ -17,12 +17,13 @@ from get_libraries import get_libraries
 from test_faults import EVERYWHERE, IN_WEIGHTS
 from typer.testing import CliRunner
 
-from teamlora_export.bundle import MANIFEST_NAME, read_bundle
+from teamlora_export.bundle import read_bundle
 from teamlora_export.cli import app
 from teamlora_export.engine import onnxruntime_library
 from teamlora_export.engine.onnxruntime_library import OnnxRuntimeLibrary, build_library, find_include
 from teamlora_export.engine.plugin import sources_folder
 from teamlora_export.errors import ExportError
+from teamlora_export.manifest import MANIFEST_NAME
 from teamlora_export.validate import local
 from teamlora_export.validate.cases import make_cases
 from teamlora_export.validate.local import judge_columns

@@ -15,11 +15,12 @@ from onnx import helper
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from teamlora_export.bundle import Bundle, hash_files, read_bundle, write_manifest
+from teamlora_export.bundle import Bundle, hash_files, read_bundle
 from teamlora_export.deploy.adapter_slots import Adapters, Shelved
 from teamlora_export.engine.onnxruntime_library import build_library
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
+from teamlora_export.manifest import write_manifest
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 from teamlora_export.validate.cases import Case, first_step
 from teamlora_export.validate.metrics import ErrorStats

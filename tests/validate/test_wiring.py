@@ -16,9 +16,10 @@ from foreign_graphs import IN, Graph, adapter_of, matmul, nbits, save_base
 
 from teamlora_export.attach.insert import detach
 from teamlora_export.attach.run import attach
-from teamlora_export.bundle import Bundle, write_manifest
+from teamlora_export.bundle import Bundle
 from teamlora_export.graph import op
 from teamlora_export.graph.read import read_graph
+from teamlora_export.manifest import write_manifest
 
 LAYERS = [f"model.layers.{layer}.self_attn.o_proj" for layer in range(2)]
 PACKED = {f"model.layers.0.self_attn.{name}_proj": (IN, width) for name, width in (("q", 16), ("v", 8))}

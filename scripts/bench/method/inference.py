@@ -19,18 +19,18 @@ import numpy as np
 import traced
 
 from method.cells import Place, data_folder
+from method.paper import PUBLISHED
 from method.plan import Cell, options_of
-from method.report import PUBLISHED
 from teamlora_export.adapter import AdapterSpec, write_adapter
 from teamlora_export.bench.graphs import written_graphs
 from teamlora_export.bench.measure import make_prompts
 from teamlora_export.bench.rows import GraphRow, generate_in_torch
 from teamlora_export.bench.turns import AGAIN, Figure, Reader, Workload, take_turns
-from teamlora_export.bundle import MANIFEST_NAME
 from teamlora_export.cache import cache_folder
 from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
+from teamlora_export.manifest import MANIFEST_NAME
 from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.progress import Reporter
 from teamlora_export.train import TrainOptions

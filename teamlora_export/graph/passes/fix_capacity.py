@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from teamlora_export.bundle import is_capacity
+from teamlora_export.ports import is_capacity
 
 
 class FixCapacity(ir.passes.InPlacePass):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from teamlora_export.bundle import ADAPTER_NAME, BATCH
+from teamlora_export.ports import ADAPTER_NAME, BATCH
 
 
 class FixSlots(ir.passes.InPlacePass):

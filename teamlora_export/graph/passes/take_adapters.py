@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from teamlora_export.bundle import ADAPTER_NAME, BATCH
 from teamlora_export.errors import ExportError
 from teamlora_export.graph import op
 from teamlora_export.graph.passes.attach_functions import AttachFunctions
 from teamlora_export.graph.weights import Zeros, static_type
+from teamlora_export.ports import ADAPTER_NAME, BATCH
 
 # Names of dynamic axes.
 SLOTS, ROWS = "slots", "adapter_rows"

@@ -8,10 +8,10 @@ import pytest
 from formula import by_formula, make_projection
 from graph.test_op import feeds_of, one_node_model, run
 
-from teamlora_export.bundle import ADAPTER_NAME, BATCH
 from teamlora_export.errors import ExportError
 from teamlora_export.graph.passes.module_outputs import MODULES_KEY
 from teamlora_export.graph.passes.take_adapters import TakeAdapters
+from teamlora_export.ports import ADAPTER_NAME, BATCH
 
 
 def model_of(sizes: list[str | int], width: int, weights: dict[str, np.ndarray]) -> ir.Model:

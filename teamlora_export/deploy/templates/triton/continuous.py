@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from answers import Answer, Late, Overloaded, Token
 from chat import Chat
 from engine_session import open_session
+from failure import ModelError
 from opened import COUNTING, Failures, is_given, open_beside, refusal, told_when_loaded
 from sampling import Sampling
-from scheduler import Answer, Late, Overloaded, Scheduler, Token
-from session import ModelError
+from scheduler import Scheduler
 from slots import open_slots
 from words import StoppedText, TextStream, encode_prompt, encode_text
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from session import ModelError, Settings, check_files, read_settings
+from failure import ModelError
+from model_folder import Settings, check_files, read_settings
 from words import open_tokenizer
 
 # Triton 2.51 dies where two threads change its metrics at the same time.

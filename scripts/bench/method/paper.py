@@ -1,0 +1,160 @@
+"""What the paper says, and whether what was found says the same: a line in plain words for each of its claims."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from method.groups import NAMES, TARGETS, Rows, groups, name_of
+from method.plan import EXPERTS
+from method.significance import Gap, Interval, Luck, difference, interval, luck_of, of_common_seeds
+
+# TeamLoRA, arXiv 2408.09856: averages over CME, and time of a training and of an answer (40 % faster) over MoELoRA's.
+PAPER_SCORES = {"teamlora": 60.29, "moelora": 59.69, "hydralora": 59.06, "lora": 58.81}
+PAPER_TIMES = {2: 0.87, 4: 0.70, 8: 0.63}
+PAPER_INFERENCE = 1 / 1.4
+_READING = " where 40 % faster is 1/1.4, and 0.60 where it is 40 % less time"
+# What `inference.py` calls the authors' layers.
+PUBLISHED = "published, PyTorch"
+# The published code has a packed form of teamlora beside its loop (`fast_forward`, lora.py at 8d8c102).
+_LAYERS = {"published": "one by one", "packed": "packed"}
+
+
+def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each claim of the paper that was looked at."""
+    by_group, gaps = groups(found["scores"]), list[Gap]()
+    luck = luck_of(by_group.values())
+    for targets in TARGETS:
+        ours = by_group.get(f"teamlora-k4-{targets}")
+        for family in ("moelora", "hydralora", "lora"):
+            theirs = by_group.get(f"{family}-{targets}" if family == "lora" else f"{family}-k4-{targets}")
+            if ours and theirs:
+                gaps.append(difference(ours, theirs, luck))
+                paper = PAPER_SCORES["teamlora"] - PAPER_SCORES[family]
+                where = f"{NAMES[family]} of equal size on {TARGETS[targets]}"
+                codes = _unlike_codes(*of_common_seeds(ours, theirs))
+                yield f"- TeamLoRA, k=4, over {where}: {_told(gaps[-1], paper)}{codes}"
+        half = by_group.get(f"teamlora-k4-{targets}-half")
+        moe = by_group.get(f"moelora-k4-{targets}")
+        if half and moe:
+            gaps.append(gap := difference(half, moe, luck))
+            where = f"a MoELoRA on {TARGETS[targets]}"
+            codes = _unlike_codes(*of_common_seeds(half, moe))
+            yield f"- TeamLoRA, k=4, with half the parameters over {where}: {gap}. {_tells(gap)}{codes}"
+        scores = {k: by_group.get(f"teamlora-k{k}-{targets}", []) for k in EXPERTS}
+        if all(scores.values()):
+            codes = _unlike_codes(*scores.values())
+            yield f"- TeamLoRA by number of experts on {TARGETS[targets]}: {_told_of_experts(scores, luck)}{codes}"
+    if margins := [gap.margin for gap in gaps if gap.margin is not None]:
+        yield _least_told(margins)
+    yield from _step_verdicts(found["steps"])
+    yield from _inference_verdicts(found["inference"])
+
+
+def _least_told(margins: Sequence[float]) -> str:
+    """How small a difference has no verdict, whatever is true."""
+    of = [PAPER_SCORES["teamlora"] - score for family, score in PAPER_SCORES.items() if family != "teamlora"]
+    least, most = f"{min(margins):.1f}", f"{max(margins):.1f}"
+    return (
+        f"- Differences of less than {least if least == most else f'{least} to {most}'} points cannot be told here; "
+        f"the paper's are {min(of):.1f} to {max(of):.1f}. An error half as large takes four times the questions and "
+        "the seeds."
+    )
+
+
+def _unlike_codes(*sides: Rows) -> str:
+    """Of which code each side of a comparison is, where that is not one and the same."""
+    codes = [list(dict.fromkeys(result["code"] for result in results)) for results in sides]
+    if len({code for of_side in codes for code in of_side}) == 1:
+        return ""
+    told = (f"{name_of(results[0])}: {', '.join(of_side)}" for results, of_side in zip(sides, codes, strict=True))
+    return f" Of unlike code: {'; '.join(told)}."
+
+
+def _told_of_experts(scores: Mapping[int, Rows], luck: Luck) -> str:
+    means = {k: statistics.mean(result["mean"] for result in results) for k, results in scores.items()}
+    gaps = [difference(scores[4], results, luck) for k, results in scores.items() if k != 4]
+    if all(gap.tells and gap.points > 0 for gap in gaps):
+        verdict = "Agrees."
+    elif any(gap.tells and gap.points < 0 for gap in gaps):
+        verdict = "Does not agree."
+    else:
+        verdict = "Cannot tell."
+    return f"{', '.join(f'k={k}: {mean:.1f}' for k, mean in means.items())}. The paper has k=4 best. {verdict}"
+
+
+def _step_verdicts(steps: Rows) -> Iterator[str]:
+    """The paper trained feed-forward layers alone. Which of its code's two ways it timed, it does not say."""
+    seconds = {(row["targets"], row["experts"], row["family"], row["implementation"]): row["seconds"] for row in steps}
+    for targets in TARGETS:
+        for experts, paper in PAPER_TIMES.items():
+            for of_team, of_moe in (("published", "published"), ("packed", "packed"), ("packed", "published")):
+                ours = seconds.get((targets, experts, "teamlora", of_team))
+                theirs = seconds.get((targets, experts, "moelora", of_moe))
+                if not ours or not theirs:
+                    continue
+                found = interval([a / b for a, b in zip(ours, theirs, strict=True)])
+                claimed = paper if targets == "ffn" and of_moe == "published" else None
+                where = f"k={experts} on {TARGETS[targets]}: {_told_of_time(found, claimed)}"
+                yield f"- A training step of TeamLoRA ({_LAYERS[of_team]}) over MoELoRA's ({_LAYERS[of_moe]}), {where}"
+
+
+def _inference_verdicts(rows: Rows) -> Iterator[str]:
+    """Both over bases of their own; the paper says neither what it timed of inference nor for how many experts."""
+    ratios = {
+        (row["family"], row["quantity"], row["row"]): interval(row["ratios"])
+        for row in rows
+        if (row["experts"], row["targets"]) == (4, "ffn")
+    }
+    for (family, quantity, way), ours in ratios.items():
+        theirs = ratios.get(("moelora", quantity, way))
+        if family != "teamlora" or theirs is None:
+            continue
+        # Of two intervals of their own, the widest that their ratio has.
+        bounds = None if ours.bounds is None or theirs.bounds is None else (ours.bounds, theirs.bounds)
+        found = Interval(
+            ours.median / theirs.median, bounds and (bounds[0][0] / bounds[1][1], bounds[0][1] / bounds[1][0])
+        )
+        claimed = PAPER_INFERENCE if way == PUBLISHED else None
+        yield (
+            f"- Inference with TeamLoRA over MoELoRA's, {quantity}, {way}, k=4 on {TARGETS['ffn']}: "
+            f"{_told_of_time(found, claimed, _READING)}"
+        )
+
+
+def _told_of_time(found: Interval, paper: float | None, reading: str = "") -> str:
+    """Of a time over MoELoRA's, and whether the paper's says the same.
+
+    Args:
+        reading: of the paper's words, where they are no figure.
+    """
+    if paper is None:
+        return f"{found}."
+    told = f"{found}; the paper {paper:.2f}{reading}."
+    if found.bounds is None or found.bounds[0] <= 1 <= found.bounds[1]:
+        return f"{told} Cannot tell which takes less."
+    if found.bounds[0] > 1:
+        return f"{told} Does not agree: it takes more."
+    if found.bounds[0] <= paper <= found.bounds[1]:
+        return f"{told} Agrees."
+    return f"{told} Agrees that it takes less, but saves {'less' if found.median > paper else 'more'} of it."
+
+
+def _tells(gap: Gap) -> str:
+    if not gap.tells:
+        return _cannot_tell(gap)
+    return "Better." if gap.points > 0 else "Worse."
+
+
+def _told(gap: Gap, paper: float) -> str:
+    told = f"{gap}; the paper {paper:+.1f}."
+    if not gap.tells:
+        return f"{told} {_cannot_tell(gap)}"
+    return f"{told} {'Agrees' if gap.points > 0 else 'Does not agree'} on which is better."
+
+
+def _cannot_tell(gap: Gap) -> str:
+    if gap.margin is not None:
+        return "Cannot tell: within the error."
+    return f"Cannot tell: {'one seed' if gap.seeds < 2 else 'one question a task'}."
