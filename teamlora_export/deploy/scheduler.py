@@ -166,6 +166,11 @@ class Scheduler:
         return request.answer
 
     @property
+    def broken(self) -> str:
+        """Why the model cannot be run any more, in this process; empty: it can."""
+        return self._broken
+
+    @property
     def busy(self) -> bool:
         return bool(self._waiting or self._reading or self._writing)
 
@@ -392,10 +397,11 @@ class Scheduler:
                 held.clear()
         for request in requests:
             self._model.release(request.adapter)
-            request.answer.end(how)
         try:
             for row in range(self._model.slots):
                 self._model.clear(row)
         except Exception as error:
             # As on a GPU that has failed: what a row holds would reach the next text.
             self._broken = f"The model cannot be run any more ({brief(error)}). Load it again."
+        for request in requests:
+            request.answer.end(how)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +122,23 @@ def test_every_failure_is_counted_by_its_reason(continuous):
     with pytest.raises(RequestError):
         list(server.stream("m_text", rows({"input_ids": ids})))
     assert server.metrics["teamlora_requests_failed", "m_text", "overloaded"] == 1
+
+
+def test_a_server_whose_model_cannot_be_run_any_more_ends_where_that_is_asked_for(continuous, monkeypatch, capfd):
+    told = []
+    monkeypatch.setattr(os, "kill", lambda *given: told.append(given))
+    server, given = Server(continuous / "models"), rows({"input_ids": np.array([5, 6, 7], np.int64)})
+    monkeypatch.setattr(server.models["m_text"].model._scheduler, "_broken", "CUDA error 700.")
+    for wish, times in (("", 0), ("end-server", 1), ("end-server", 1)):
+        monkeypatch.setenv("TEAMLORA_WHEN_BROKEN", wish)
+        with pytest.raises(RequestError, match="UNAVAILABLE: CUDA error 700"):
+            list(server.stream("m_text", given))
+        end = time.monotonic() + 10
+        while len(told) < times and time.monotonic() < end:
+            time.sleep(0.01)
+        assert told == [(os.getppid(), signal.SIGTERM)] * times
+    assert "the server is ended" in capfd.readouterr().err
+    server.models["m_text"].unload()
 
 
 def test_what_neither_thread_nor_tokenizer_can_do_fails_alone_and_makes_room(make_bundle, tmp_path, monkeypatch):

@@ -6,6 +6,9 @@ scheduler gives; there are no more of them than requests that are taken at a tim
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock, Semaphore, Thread
@@ -24,6 +27,8 @@ from slots import open_slots
 from words import StoppedText, TextStream, encode_prompt, encode_text
 
 _DEFAULT_TOKENS = 64
+# A variable of the server's environment: what becomes of it when the model cannot be run any more.
+_WHEN_BROKEN = "TEAMLORA_WHEN_BROKEN"
 # Inputs that are fields of `Sampling` as they are.
 _SAMPLING = {
     "temperature": float,
@@ -64,6 +69,7 @@ class TritonPythonModel:
             self._scheduler = Scheduler(slots, numbers["slots"] + numbers["waiting"]).__enter__()
         self._waiting = _Waiting(parameters["model"], numbers["slots"])
         self._failures = Failures(parameters["model"])
+        self._ending = Lock()
 
     def execute(self, requests: Sequence[Any]) -> None:
         for request in requests:
@@ -94,12 +100,21 @@ class TritonPythonModel:
         # Before the client knows: it may ask again at once.
         self._places.release()
         self._end(client, failure)
+        if self._scheduler.broken:
+            self._end_server()
 
     def _end(self, client: _Client, failure: Exception | None) -> None:
         if failure is not None:
             busy = {Overloaded: "overloaded", Late: "late"}.get(type(failure))
             self._failures.count(busy or ("invalid" if is_given(failure) else "failed"))
         client.end(failure)
+
+    def _end_server(self) -> None:
+        """Where a supervisor starts it anew, as in a pod: a GPU that has failed does nothing more for this process, and
+        the server would go on to call a model ready whose requests all fail."""
+        if os.environ.get(_WHEN_BROKEN) == "end-server" and self._ending.acquire(blocking=False):
+            print(f"{self._scheduler.broken} {_WHEN_BROKEN} is end-server: the server is ended.", file=sys.stderr)
+            os.kill(os.getppid(), signal.SIGTERM)
 
     def _responses(self, given: Given, client: _Client) -> Iterator[Any]:
         if self._adapters is not None and _first(given, "list_adapters", False):
