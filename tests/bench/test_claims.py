@@ -462,6 +462,7 @@ def _result(family: str, right: str, seed: int = 0, share: float = 1.0) -> dict:
         "code": "8aab571b",
         "rank": 8,
         "parameters": 100,
+        "best_step": None if family == BASE else 300,
         "mean": np.mean(list(by_task.values())),
         "by_task": by_task,
         "right": bits,
@@ -621,14 +622,20 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
     ) in text
     assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.25 (1.20 - 1.30) |" in text
     assert "| c | ONNX Runtime, int4 | 5 MB | 40.0 | 90.0 % |" in text
-    assert "| the base | - | - | 0 | 1 | 8.3 | - |" in text
+    assert "| the base | - | - | 0 | 1 | - | 8.3 | - |" in text
+    other_steps = [{**score, "best_step": 100} if score["seed"] == 1 else score for score in scores]
+    assert "| 3 | 100, 300 | " in tables({**found, "scores": other_steps}) and "100, 300" not in text
+    assert "pooled over all trainings of this run (8 degrees of" in text
     # A comparison of two versions of the code says so in its own line.
     assert "Of unlike code" not in text
     mixed = [{**score, "code": "0c0de"} if score["family"] == "moelora" else score for score in scores]
     (line,) = (line for line in verdicts({**found, "scores": mixed}) if "with half the parameters over" in line)
     assert line.endswith(" Of unlike code: TeamLoRA, k=4, half the parameters: 8aab571b; MoELoRA, k=4: 0c0de.")
     # What luck gives, beside what the base has without being taught the form of an answer.
-    guessed = tables({**found, "scores": [{**scores[1], "by_task": {"topic": 90, "code": 10, "oddity": 3}}]})
+    of_three = {"topic": 90, "code": 10, "oddity": 33}
+    asked = {"by_task": of_three, "right": dict.fromkeys(of_three, "1" * 100)}
+    guessed = tables({**found, "scores": [{**scores[1], **asked}]})
+    assert "by twice the error of its questions in oddity: " in guessed and "by twice the error" not in text
     assert "| guessing | - | 25 | 0 | 25 |\n\nGuessing among the answers that a task has gives 16.7" in guessed
     assert "on average. The base was taught neither" in text and "The base was taught" not in guessed
     # Timings alone, on a machine with nothing else to do, and scores alone.

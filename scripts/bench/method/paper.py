@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -48,6 +49,13 @@ def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"- TeamLoRA by number of experts on {TARGETS[targets]}: {_told_of_experts(scores, luck)}{codes}"
     if margins := [gap.margin for gap in gaps if gap.margin is not None]:
         yield _least_told(margins)
+        yield (
+            f"- The luck of a training, a standard deviation of {math.sqrt(luck.variance):.1f} points in the average "
+            f"score, is pooled over all trainings of this run ({luck.freedom} degrees of freedom), as if it were the "
+            "same for each; verdicts depend on it. All were of one draw of rows, and the questions of a task have few "
+            "sentence frames: what another draw or other frames would change is not counted. No verdict is corrected "
+            "for the number of them."
+        )
     yield from _step_verdicts(found["steps"])
     yield from _inference_verdicts(found["inference"])
 
@@ -58,8 +66,8 @@ def _least_told(margins: Sequence[float]) -> str:
     least, most = f"{min(margins):.1f}", f"{max(margins):.1f}"
     return (
         f"- Differences of less than {least if least == most else f'{least} to {most}'} points cannot be told here; "
-        f"the paper's are {min(of):.1f} to {max(of):.1f}. An error half as large takes four times the questions and "
-        "the seeds."
+        f"the paper's are {min(of):.1f} to {max(of):.1f}. An error half as large takes four times the seeds, and four "
+        "times the questions, of other sentences."
     )
 
 

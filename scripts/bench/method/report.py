@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,8 +46,8 @@ def _timed_on(rows: Rows) -> list[str]:
 
 def _score_table(scores: Rows) -> list[str]:
     lines = [
-        "| | targets | rank | trained parameters | seeds | average score | spread over seeds |",
-        "|---|---|---|---|---|---|---|",
+        "| | targets | rank | trained parameters | seeds | adapter of step | average score | spread over seeds |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for results in groups(scores).values():
         first, means = results[0], [result["mean"] for result in results]
@@ -54,7 +55,9 @@ def _score_table(scores: Rows) -> list[str]:
         trained = ("-", "-", "0")
         if first["family"] != BASE:
             trained = (TARGETS[first["targets"]], str(first["rank"]), f"{first['parameters']:,}")
-        cells = [name_of(first), *trained, str(len(results)), f"{statistics.mean(means):.1f}", spread]
+        # That of the lowest held-out loss.
+        steps = ", ".join(str(step) for step in sorted({result.get("best_step") or "-" for result in results}, key=str))
+        cells = [name_of(first), *trained, str(len(results)), steps, f"{statistics.mean(means):.1f}", spread]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -72,12 +75,27 @@ def _task_table(scores: Rows) -> list[str]:
     guessed = [f"{100 * GUESSED.get(task, 0):.0f}" for task in tasks]
     lines.append(f"| guessing | - | {' | '.join(guessed)} |")
     lines += ["", f"Guessing among the answers that a task has gives {guessing(tasks):.1f} on average."]
+    if guessed_by_all := [task for task in tasks if _is_guessed(scores, task)]:
+        lines[-1] += (
+            f" No family is above it by twice the error of its questions in {', '.join(guessed_by_all)}: these tell "
+            "nothing of which is better."
+        )
     if any(result["family"] == BASE for result in scores):
         lines[-1] += (
             " The base was taught neither the answers' form nor to end where they end, and an answer that goes on is "
             "wrong: what an adapter gains over it is of both, and no measure of what it learned of a task."
         )
     return lines
+
+
+def _is_guessed(scores: Rows, task: str) -> bool:
+    """Whether no group, over all its seeds, is above guessing by more than two standard errors of its questions."""
+    chance = GUESSED.get(task, 0.0)
+    for results in groups(scores).values():
+        mean, questions = statistics.mean(r["by_task"][task] for r in results) / 100, len(results[0]["right"][task])
+        if results[0]["family"] != BASE and mean > chance + 2 * math.sqrt(chance * (1 - chance) / questions):
+            return False
+    return True
 
 
 def guessing(tasks: Sequence[str]) -> float:
