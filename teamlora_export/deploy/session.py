@@ -36,7 +36,7 @@ else:
     from model_folder import check_files, open_adapters, read_bytes, read_settings
     from model_session import NUMBERS, NUMPY, RESULTS, SLOT_TYPES, ModelSession, Place, present_of
 
-# What others have from here, where some of it was at first.
+# Programs import these from here; some are of other modules.
 __all__ = ["ModelError", "Session", "bind_inputs", "brief", "ort_value", "read_bytes", "run_once"]
 
 # As ONNX Runtime is told of a type that NumPy lacks.

@@ -21,14 +21,13 @@ import numpy as np
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.folder import port_in
+from teamlora_export.deploy.model_session import RESULTS
 from teamlora_export.deploy.triton_options import TritonOptions
 from teamlora_export.engine.facts import EngineFacts
 from teamlora_export.errors import ExportError
 from teamlora_export.ports import BATCH, Port
 
 _TYPES = {"int64": "TYPE_INT64", "float": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16"}
-# The outputs that are asked for, the best one first.
-RESULTS = ("sentence_embedding", "logits", "last_hidden_state")
 # Behind a model's name: the one that takes words.
 TEXT = "_text"
 # Warm-up data: a row of ones for the mask. Length of the warm-up's rows.

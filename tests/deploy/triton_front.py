@@ -101,9 +101,7 @@ def _http_handler(server: Server) -> type[BaseHTTPRequestHandler]:
             assert (version, models) == ("v2", "models")
             fields = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             try:
-                self._send(
-                    {"infer": _infer, "generate": _generate, "generate_stream": _stream}[action](server, name, fields)
-                )
+                self._send(_ACTIONS[action](server, name, fields))
             except RequestError as error:
                 self._send(json.dumps({"error": str(error)}), 400)
 
