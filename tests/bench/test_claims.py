@@ -336,6 +336,18 @@ def test_cells_of_another_run_count_beside_this_ones_where_all_but_the_seed_is_t
     assert told == "Of figures.json left out, for results of this code: teamlora-k4-ffn-s0."
 
 
+@pytest.mark.parametrize(("option", "part"), [("--test", "code: its test"), ("--validation", "topic: its validation")])
+def test_more_questions_or_rows_than_there_are_are_refused_before_a_cell_runs(
+    option, part, base, tmp_path, monkeypatch
+):
+    asked = ("--quick", "--base", base, "--cache", tmp_path, "--train", 3, "--validation", 1, "--test", 1, option, 250)
+    monkeypatch.setattr(sys, "argv", ["claims.py", *map(str, asked)])
+    monkeypatch.setattr(command, "_run_cells", lambda *_: pytest.fail("a cell ran"))
+    with pytest.raises(ExportError, match=rf"^{part} part has not 250 different examples\. Lower .*{option}"):
+        command.main()
+    assert not [path for path in tmp_path.rglob("*") if path.name != "data"], "nothing is left of them"
+
+
 def test_layout_and_comments_leave_the_code_what_it_is(tmp_path):
     one, other, third = (tmp_path / name / "code.py" for name in "abc")
     for path, text in (

@@ -204,24 +204,47 @@ def score_in_torch(place: Place, adapter: Path | None, dtype: str) -> Scores:
 
 
 def asked_examples(settings: Settings) -> list[Any]:
-    """The questions of the test part, task by task."""
-    return [example for task in TASKS for example in make_examples(task, "test", settings.test, settings.data_seed)]
+    """The questions of the test part, task by task.
+
+    Raises:
+        ExportError: a task has not so many.
+    """
+    with _as_many_as_there_are():
+        return [example for task in TASKS for example in make_examples(task, "test", settings.test, settings.data_seed)]
 
 
 def data_folder(place: Place) -> Path:
-    """The files of `write_tasks` for these settings, written once."""
+    """The files of `write_tasks` for these settings, written once.
+
+    Raises:
+        ExportError: a task has not so many rows.
+    """
     settings = place.settings
     code = _hash_of_code(_TASKS)
     folder = place.folder / "data" / f"{short_hash({**settings.counts, 'seed': settings.data_seed})}-{code}"
     if not folder.is_dir():
         staging = folder.with_name(f"{folder.name}.{os.getpid()}")
-        write_tasks(staging, {part: settings.counts[part] for part in PARTS}, settings.data_seed)
+        try:
+            with _as_many_as_there_are():
+                write_tasks(staging, {part: settings.counts[part] for part in PARTS}, settings.data_seed)
+        except ExportError:
+            shutil.rmtree(staging)
+            raise
         try:
             os.rename(staging, folder)
         except OSError:
             # Another process was faster.
             shutil.rmtree(staging)
     return folder
+
+
+@contextmanager
+def _as_many_as_there_are() -> Iterator[None]:
+    """The tasks are programs that run on their own, and know no ExportError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ExportError(f"{error} Lower that part's number: --train, --validation or --test.") from None
 
 
 def known_by(cell: Cell, place: Place) -> dict[str, str]:
