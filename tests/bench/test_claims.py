@@ -167,6 +167,9 @@ def test_a_cell_is_trained_once_and_scored(team, place):
     assert team["parameters"] == 7_248 and team["rank"] == 8 and len(team["losses"]) == 2
     assert set(team["by_task"]) == set(TASKS) and 0 <= team["mean"] <= 100
     assert {task: len(right) for task, right in team["right"].items()} == dict.fromkeys(TASKS, TINY.test)
+    # Routers that collapse are seen.
+    assert set(team["expert_use"]) == set(TASKS) and team["balance_loss"] >= 0
+    assert all(len(use) == 4 and sum(use) == pytest.approx(1, abs=1e-3) for use in team["expert_use"].values())
     assert place.find(TEAM) == json.loads(json.dumps(team))
     assert read_adapter(place.adapter(TEAM)).family == "teamlora"
     # From the files now: nothing is trained again.

@@ -182,6 +182,8 @@ def _trained(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
         "seconds_per_step": record["seconds_per_step"],
         "held_out_loss": record["held_out_loss"],
         "best_step": record["best_step"],
+        "balance_loss": record["balance_loss"],
+        "expert_use": record["expert_use"],
         "losses": [[entry["step"], entry["loss"]] for entry in record["log"] if "loss" in entry],
         "versions": record["versions"],
     }
