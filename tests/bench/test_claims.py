@@ -218,10 +218,11 @@ def test_other_code_or_other_options_are_other_cells(team, place, monkeypatch):
 
 
 def test_versions_are_of_the_code_that_results_depend_on():
-    """Of a cell: what makes, reads and cuts rows, trains, writes and reads adapters. Of an export: everything."""
+    """Of a cell: what makes, reads and cuts rows, trains, goes on, chooses the best step, writes and reads adapters. Of
+    an export: everything."""
     package, bench = cells_module._PACKAGE, cells_module._BENCH
     used = ("train/options.py", "train/data.py", "adapter/read.py", "adapter/write.py", "adapter/config.py")
-    for path in (*used, "deploy/words.py", "tokens.py"):
+    for path in (*used, "train/callbacks.py", "train/checkpoint.py", "deploy/words.py", "tokens.py"):
         assert package / path in cells_module._CODE, path
     assert bench / "write_tasks.py" in cells_module._CODE
     everything = {package / "graph" / "build.py", package / "deploy" / "runner.py", bench / "method" / "steps.py"}

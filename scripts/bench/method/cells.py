@@ -42,7 +42,18 @@ _BENCH = Path(__file__).parents[1]
 _PACKAGE = Path(teamlora_export.__file__).parent
 _TASKS = (_BENCH / "write_tasks.py", *(_BENCH / "tasks").glob("*.py"))
 # What a cell's score depends on; a change elsewhere leaves results as they are.
-_TRAINS = ("data.py", "encode.py", "evaluate.py", "material.py", "model.py", "options.py", "run.py", "trainer.py")
+_TRAINS = (
+    "callbacks.py",
+    "checkpoint.py",
+    "data.py",
+    "encode.py",
+    "evaluate.py",
+    "material.py",
+    "model.py",
+    "options.py",
+    "run.py",
+    "trainer.py",
+)
 _CODE = (
     *_TASKS,
     *(_BENCH / "method" / name for name in ("plan.py", "score.py", "cells.py")),
