@@ -379,21 +379,27 @@ def test_only_answers_that_are_right_to_the_letter_count(place):
     batches: list[tuple[int, int]] = []
 
     def generate(prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-        """Right but for ordering, where something follows, and code, of which letters are missing."""
+        """Right but for ordering, where something follows, code, of which letters are missing, and topic, where a
+        special token is before it."""
         batches.append((len(prompts), count))
         said = []
         for prompt in prompts:
             example = answers[tuple(prompt)]
-            text = {"ordering": example.answer + ", x", "code": example.answer[:-1]}.get(example.task, example.answer)
+            wrong = {
+                "ordering": example.answer + ", x",
+                "code": example.answer[:-1],
+                "topic": "<s>" + example.answer,
+            }
+            text = wrong.get(example.task, example.answer)
             said.append(tokenizer.encode(text + " ", add_special_tokens=False).ids[:count])
         return said
 
     found = score(generate, tokenizer, examples, batch=5)
-    assert found.by_task == {task: 0.0 if task in ("ordering", "code") else 100.0 for task in TASKS}
-    assert found.mean == pytest.approx(100 * (len(TASKS) - 2) / len(TASKS))
+    assert found.by_task == {task: 0.0 if task in ("ordering", "code", "topic") else 100.0 for task in TASKS}
+    assert found.mean == pytest.approx(100 * (len(TASKS) - 3) / len(TASKS))
     assert [size for size, _ in batches] == [5, 5, 5, 5, 2]
     assert [count for _, count in batches] == sorted(count for _, count in batches)
-    assert found.answers["ordering"][0].endswith(", x")
+    assert found.answers["ordering"][0].endswith(", x") and found.answers["topic"][0].startswith("<s> ")
 
 
 def test_pytorch_and_the_deployed_program_make_the_same_tokens(make_bundle, make_base, make_adapter):
