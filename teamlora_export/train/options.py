@@ -112,6 +112,8 @@ class TrainOptions:
             object.__setattr__(self, "validation", _paths(self.validation))
         if isinstance(self.targets, list):
             object.__setattr__(self, "targets", tuple(self.targets))
+        if self.targets == (ALL_LINEAR,):
+            object.__setattr__(self, "targets", ALL_LINEAR)
 
     @property
     def num_experts(self) -> int:
@@ -211,6 +213,8 @@ class TrainOptions:
             raise ExportError(f"--targets {self.targets!r:.80}: is not a regular expression ({reason}).")
         if not self.targets or not all(self.targets):
             raise ExportError("--targets is empty. Give names of modules, or leave the option out.")
+        if isinstance(self.targets, tuple) and ALL_LINEAR in self.targets:
+            raise ExportError(f"--targets {ALL_LINEAR}: has all others in it. Give it alone, or names without it.")
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
             raise ExportError(f"--validation {self.validation}: a share of the rows lies between 0 and 1.")
         if self.chat and self.too_long == "cut":

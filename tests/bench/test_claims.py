@@ -142,7 +142,7 @@ def test_a_step_of_the_optimiser_moves_the_experts_sum_equally_far_in_all_famili
         if cell.family == BASE or cell.targets != "ffn":
             continue
         options = options_of(cell, FULL, base, Path("data"), Path("out"))
-        projection = start_adapter(signature, options).projections["up_proj"]
+        projection = start_adapter(signature, dataclasses.replace(options, targets=("up_proj",))).projections["up_proj"]
         layer = TrainedLinear(linear, projection, cell.family, 0.0, packed=True)
         optimizer = torch.optim.AdamW(layer.trained().values(), lr=FULL.learning_rate, weight_decay=0)
         (layer(x) * gradient).mean().backward()
