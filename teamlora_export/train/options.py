@@ -105,11 +105,15 @@ class TrainOptions:
     implementation: str = "packed"
 
     def __post_init__(self) -> None:
-        """One path, or a list of them, is a tuple of paths."""
-        object.__setattr__(self, "data", _paths(self.data))
+        """One path, or a list of them, is a tuple of paths.
+
+        Raises:
+            ExportError: a path is empty.
+        """
+        object.__setattr__(self, "data", _paths("data", self.data))
         object.__setattr__(self, "output", Path(self.output))
         if self.validation is not None and not isinstance(self.validation, (int, float)):
-            object.__setattr__(self, "validation", _paths(self.validation))
+            object.__setattr__(self, "validation", _paths("validation", self.validation))
         if isinstance(self.targets, list):
             object.__setattr__(self, "targets", tuple(self.targets))
         if self.targets == (ALL_LINEAR,):
@@ -285,9 +289,14 @@ def parse_targets(given: Sequence[str]) -> tuple[str, ...] | str:
 
 
 def parse_validation(given: Sequence[str]) -> tuple[Path, ...] | float | None:
-    """A share where the one that is given is a number, else files and folders."""
+    """A share where the one that is given is a number, else files and folders.
+
+    Raises:
+        ExportError: one is empty.
+    """
     if not given:
         return None
+    _refuse_empty("validation", given)
     if len(given) == 1:
         try:
             share = float(given[0])
@@ -303,8 +312,16 @@ _KINDS = {int: "a whole number", float: "a number"}
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.,- ")
 
 
-def _paths(given: Any) -> tuple[Path, ...]:
-    return (Path(given),) if isinstance(given, (str, Path)) else tuple(map(Path, given))
+def _paths(field: str, given: Any) -> tuple[Path, ...]:
+    paths = (given,) if isinstance(given, (str, Path)) else tuple(given)
+    _refuse_empty(field, paths)
+    return tuple(map(Path, paths))
+
+
+def _refuse_empty(field: str, given: Sequence[str | Path]) -> None:
+    """An empty path would be the current folder: what an unset variable of a shell asks for."""
+    if "" in given:
+        raise ExportError(f"{option_name(field)} is empty. Give a file or a folder.")
 
 
 def _is_between(value: Any, kind: type, least: float, most: float) -> bool:

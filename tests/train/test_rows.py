@@ -377,5 +377,14 @@ def test_targets_and_held_out_rows_are_read_as_people_write_them(tmp_path):
     assert parse_targets(["q_proj, v_proj", "o_proj"]) == ("q_proj", "v_proj", "o_proj")
     assert parse_targets([r".*\.layers\.[01]\..*"]) == r".*\.layers\.[01]\..*"
     assert parse_validation([]) is None
+    # An unset variable of a shell, which would be the current folder.
+    for ask in (
+        lambda: parse_validation([""]),
+        lambda: parse_validation(["a.jsonl", ""]),
+        lambda: options(validation=""),
+        lambda: TrainOptions(base="", data=["a.jsonl", ""], output="out"),
+    ):
+        with pytest.raises(ExportError, match=r"--(validation|data) is empty\. Give a file"):
+            ask()
     assert parse_validation(["0.1"]) == 0.1
     assert parse_validation(["a.jsonl", "b"]) == (Path("a.jsonl"), Path("b"))
