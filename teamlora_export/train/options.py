@@ -219,7 +219,8 @@ class TrainOptions:
             raise ExportError("--targets is empty. Give names of modules, or leave the option out.")
         if isinstance(self.targets, tuple) and ALL_LINEAR in self.targets:
             raise ExportError(f"--targets {ALL_LINEAR}: has all others in it. Give it alone, or names without it.")
-        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+        # No whole number, True among them, lies there.
+        if isinstance(self.validation, (int, float)) and not 0 < self.validation < 1:
             raise ExportError(f"--validation {self.validation}: a share of the rows lies between 0 and 1.")
         if self.chat and self.too_long == "cut":
             raise ExportError("--too-long cut: would cut a chat template apart. Use error or skip with --chat.")
