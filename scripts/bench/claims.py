@@ -66,6 +66,12 @@ def main() -> None:
     place = Place(_base(given.base), dataclasses.replace(settings, **changed), given.cache, given.any_version)
     grid = (quick_grid if given.quick else full_grid)(given.seeds)
     cells = _chosen(grid, given.cells)
+    # Before a cell runs: there may be fewer questions and rows than are asked for.
+    hashes = {
+        "base_sha256": hash_of_base(place.base),
+        "questions_sha256": hash_of_questions(place.settings),
+        "rows_sha256": hash_of_rows(place),
+    }
     others, told = read_scores(given.pooled, place) if given.pooled is not None else ([], "")
     there = {result["cell"] for result in others}
     own = [cell for cell in cells if cell.name not in there]
@@ -78,9 +84,7 @@ def main() -> None:
         "settings": dataclasses.asdict(place.settings),
         "code": code_version(),
         "base": place.base.name,
-        "base_sha256": hash_of_base(place.base),
-        "questions_sha256": hash_of_questions(place.settings),
-        "rows_sha256": hash_of_rows(place),
+        **hashes,
         "seeds": sorted({*given.seeds, *(result["seed"] for result in others)}),
         "pooled": told,
         "missing": [cell.name for cell in own if place.find(cell) is None],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -85,13 +85,18 @@ class Told(TrainerCallback):
 
 
 class Logged(TrainerCallback):
-    """What was logged between a checkpoint and going on from it."""
+    """What was logged between a checkpoint and going on from it.
 
-    def __init__(self, log: Sequence[dict[str, Any]]) -> None:
-        self._log = list(log)
+    Args:
+        take_up_sums: of what is logged next, which the Trainer has set to 0 by then.
+    """
+
+    def __init__(self, log: Sequence[dict[str, Any]], take_up_sums: Callable[[], None]) -> None:
+        self._log, self._take_up_sums = list(log), take_up_sums
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.log_history = self._log
+        self._take_up_sums()
 
 
 class Stopped(TrainerCallback):

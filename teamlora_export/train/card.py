@@ -49,7 +49,7 @@ class TrainResult:
         versions: of the libraries that computed. hashes: SHA-256 of the data and of the base's weights.
         session: `checkpoint.Session.sha256`. used: options that were not given, as they were used.
         rows_cut, rows_skipped: of both parts, those that were longer than `used["max_length"]`.
-        log: all that was logged. is_first: this process wrote the files, of several.
+        log: all that was logged; times at its end are of this run. is_first: this process wrote the files, of several.
     """
 
     folder: Path

@@ -2,7 +2,8 @@
 
     session.json              the options, the files' hashes and the versions that the training was begun with
     checkpoint-N/             after step N, whole or not there at all; the one before goes when it is
-      tensors.safetensors     the adapter, the best one so far, the optimiser's state, the random numbers' state
+      tensors.safetensors     the adapter, the best one so far, the optimiser's state, the random numbers' state, the
+                              sums of what is logged next
       state.json              the schedule, the early stop, what was measured before
       trainer_state.json      the Trainer's own: steps, epochs, what was logged
       sha256.json             of these three: what is damaged would go on to another adapter, unseen
@@ -102,7 +103,7 @@ class Checkpoint:
     state: State
 
     def part(self, name: str) -> dict[str, Any]:
-        """The tensors of one part (adapter, best, optimizer, random)."""
+        """The tensors of one part (adapter, best, optimizer, random, sums)."""
         prefix = f"{name}."
         return {key.removeprefix(prefix): value for key, value in self.tensors.items() if key.startswith(prefix)}
 

@@ -98,7 +98,7 @@ def start_adapter(base: BaseSignature, options: TrainOptions) -> AdapterSpec:
     uniform within 0.1 with a zero diagonal. All of it as in the published code.
 
     Raises:
-        ExportError: no linear layer of the base is targeted.
+        ExportError: as `named_targets` does.
     """
     family = family_named(options.family)
     config = options.config(named_targets(base, options))
@@ -108,19 +108,34 @@ def start_adapter(base: BaseSignature, options: TrainOptions) -> AdapterSpec:
         if config.targets(path):
             sizes = ModuleSizes(linear.in_features, linear.out_features, options.rank, options.num_experts)
             projections[path] = _start(path, family, sizes, config, rng)
-    if not projections:
-        names = ", ".join(_endings(base))
-        raise ExportError(f"--targets {options.targets!r:.200}: names no linear layer of {base.name}. It has {names}.")
     return AdapterSpec(family.name, config, projections, {}, source="(new)", sha256="")
 
 
 def named_targets(base: BaseSignature, options: TrainOptions) -> tuple[str, ...] | str:
-    """The options' targets; of all linear layers, the endings of their names."""
-    return tuple(_endings(base)) if options.targets == ALL_LINEAR else options.targets
+    """The options' targets; of all linear layers, the endings of their names.
+
+    Raises:
+        ExportError: a name, or the pattern, is that of no linear layer of the base.
+    """
+    given = tuple(_endings(base)) if options.targets == ALL_LINEAR else options.targets
+    # A pattern is matched as a whole, a list name by name.
+    names: dict[str, tuple[str, ...] | str]
+    names = {given: given} if isinstance(given, str) else {name: (name,) for name in given or (ALL_LINEAR,)}
+    missing = [name for name, of in names.items() if not any(map(options.config(of).targets, base.linears))]
+    if missing:
+        there = ", ".join(_endings(base))
+        raise ExportError(
+            f"--targets {', '.join(missing):.200}: names no linear layer of {base.name}. It has {there or 'none'}."
+        )
+    return given
 
 
 def trained_parameters(base: BaseSignature, options: TrainOptions) -> int:
-    """How many numbers such a training trains."""
+    """How many numbers such a training trains.
+
+    Raises:
+        ExportError: as `named_targets` does.
+    """
     family = family_named(options.family)
     config = options.config(named_targets(base, options))
     total = 0

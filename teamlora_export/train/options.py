@@ -105,13 +105,19 @@ class TrainOptions:
     implementation: str = "packed"
 
     def __post_init__(self) -> None:
-        """One path, or a list of them, is a tuple of paths."""
-        object.__setattr__(self, "data", _paths(self.data))
+        """One path, or a list of them, is a tuple of paths.
+
+        Raises:
+            ExportError: a path is empty.
+        """
+        object.__setattr__(self, "data", _paths("data", self.data))
         object.__setattr__(self, "output", Path(self.output))
         if self.validation is not None and not isinstance(self.validation, (int, float)):
-            object.__setattr__(self, "validation", _paths(self.validation))
+            object.__setattr__(self, "validation", _paths("validation", self.validation))
         if isinstance(self.targets, list):
             object.__setattr__(self, "targets", tuple(self.targets))
+        if self.targets == (ALL_LINEAR,):
+            object.__setattr__(self, "targets", ALL_LINEAR)
 
     @property
     def num_experts(self) -> int:
@@ -211,7 +217,10 @@ class TrainOptions:
             raise ExportError(f"--targets {self.targets!r:.80}: is not a regular expression ({reason}).")
         if not self.targets or not all(self.targets):
             raise ExportError("--targets is empty. Give names of modules, or leave the option out.")
-        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+        if isinstance(self.targets, tuple) and ALL_LINEAR in self.targets:
+            raise ExportError(f"--targets {ALL_LINEAR}: has all others in it. Give it alone, or names without it.")
+        # No whole number, True among them, lies there.
+        if isinstance(self.validation, (int, float)) and not 0 < self.validation < 1:
             raise ExportError(f"--validation {self.validation}: a share of the rows lies between 0 and 1.")
         if self.chat and self.too_long == "cut":
             raise ExportError("--too-long cut: would cut a chat template apart. Use error or skip with --chat.")
@@ -281,9 +290,14 @@ def parse_targets(given: Sequence[str]) -> tuple[str, ...] | str:
 
 
 def parse_validation(given: Sequence[str]) -> tuple[Path, ...] | float | None:
-    """A share where the one that is given is a number, else files and folders."""
+    """A share where the one that is given is a number, else files and folders.
+
+    Raises:
+        ExportError: one is empty.
+    """
     if not given:
         return None
+    _refuse_empty("validation", given)
     if len(given) == 1:
         try:
             share = float(given[0])
@@ -299,8 +313,16 @@ _KINDS = {int: "a whole number", float: "a number"}
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.,- ")
 
 
-def _paths(given: Any) -> tuple[Path, ...]:
-    return (Path(given),) if isinstance(given, (str, Path)) else tuple(map(Path, given))
+def _paths(field: str, given: Any) -> tuple[Path, ...]:
+    paths = (given,) if isinstance(given, (str, Path)) else tuple(given)
+    _refuse_empty(field, paths)
+    return tuple(map(Path, paths))
+
+
+def _refuse_empty(field: str, given: Sequence[str | Path]) -> None:
+    """An empty path would be the current folder: what an unset variable of a shell asks for."""
+    if "" in given:
+        raise ExportError(f"{option_name(field)} is empty. Give a file or a folder.")
 
 
 def _is_between(value: Any, kind: type, least: float, most: float) -> bool:

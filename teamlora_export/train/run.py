@@ -324,8 +324,10 @@ def _loop(trainer: AdapterTrainer, resumed: Path | None) -> None:
         raise ExportError(f"{path}: {error}. Remove {resumed.parent}, and train again.") from None
     trainer.catch_up(state)
     if state.global_step < trainer.args.max_steps and not trainer.standing.stopped:
-        trainer.add_callback(Logged(state.log_history))
+        trainer.add_callback(Logged(state.log_history, trainer.take_up_sums))
         trainer.train(resume_from_checkpoint=str(resumed))
+    else:
+        trainer.log_end()
 
 
 def _result(trainer: AdapterTrainer, timed: Timed, material: Material, session: Session) -> TrainResult:

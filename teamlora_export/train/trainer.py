@@ -5,8 +5,9 @@
     checkpoints   `checkpoint.py`'s, in place of the Trainer's: no base in them, nothing pickled, whole or not there
 
 The loop, the data's order, accumulation, clipping, the schedule, several processes and logging are the Trainer's.
-Its methods that begin with `_` are replaced as transformers 5.23 calls them; were they no longer called,
-tests/train/test_train_command.py would find the base in a checkpoint, or another adapter after a resume.
+Its methods that begin with `_` are replaced, and its sums of the next log kept, as transformers 5.23 has them; were
+they no longer called, tests/train/test_train_command.py would find the base in a checkpoint, or another adapter or log
+after a resume.
 """
 
 from __future__ import annotations
@@ -69,7 +70,9 @@ class AdapterTrainer(Trainer):
         self.network, self.collate = model, collate
         self.standing = resumed.state.standing if resumed is not None else Standing()
         self.best: dict[str, Tensor] | None = None
+        # Of each forward since the last log: balance loss, and use of the experts [k].
         self._shares: list[tuple[float, np.ndarray]] = []
+        self._summed_from = 0
 
     def adapter(self) -> dict[str, nn.Parameter]:
         """What is trained, by name."""
@@ -130,6 +133,26 @@ class AdapterTrainer(Trainer):
             best = {f"best.{name}": tensor for name, tensor in (self.best or {}).items()}
             self.resumed = dataclasses.replace(self.resumed, tensors={**self.resumed.tensors, **best})
 
+    def take_up_sums(self) -> None:
+        """What the next log, and that of the end, are made of, as it was at the checkpoint; of a version before, whose
+        checkpoints have none of it, they are of the steps since."""
+        assert self.resumed is not None
+        sums = self.resumed.part("sums")
+        if not sums:
+            self._summed_from = self.state.global_step
+            return
+        self._tr_loss = sums["loss"][self.args.process_index].to(self.args.device, copy=True)
+        self._total_loss_scalar, self._globalstep_last_logged = float(sums["total"]), int(sums["last_logged"])
+        self._shares = list(zip(sums["balance"].tolist(), sums["use"].numpy(), strict=True))
+
+    def log_end(self) -> None:
+        """Log what the Trainer logs at its end, where the training had ended when it was gone on from."""
+        assert self.resumed is not None
+        self.take_up_sums()
+        if self.resumed.part("sums"):
+            self._total_loss_scalar += self._tr_loss.item()
+            self.log({"train_loss": 0.0})
+
     # What the Trainer calls.
 
     def compute_loss(
@@ -175,6 +198,9 @@ class AdapterTrainer(Trainer):
             logs["balance_loss"] = float(np.mean([balance for balance, _ in self._shares]))
             logs["expert_use"] = np.mean([use for _, use in self._shares], axis=0).round(4).tolist()
             self._shares.clear()
+        if "train_loss" in logs:
+            # The Trainer's is divided by the steps since it went on.
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step - self._summed_from)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -182,7 +208,7 @@ class AdapterTrainer(Trainer):
         return 0
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        random = self._random_states()
+        random, sums = self._random_states(), self._sums()
         if self.args.should_save:
             assert self.lr_scheduler is not None
             groups, optimizer = _optimizer_parts(self.optimizer, self.adapter())
@@ -190,6 +216,7 @@ class AdapterTrainer(Trainer):
             tensors |= {f"best.{name}": p for name, p in (self.best or {}).items()}
             tensors |= {f"optimizer.{name}": p.cpu().contiguous() for name, p in optimizer.items()}
             tensors |= {f"random.{name}": p for name, p in random.items()}
+            tensors |= {f"sums.{name}": p for name, p in sums.items()}
             schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
             state = State(self.standing, groups, schedule)
             trainer = json.loads(json.dumps(dataclasses.asdict(self.state)))
@@ -278,6 +305,16 @@ class AdapterTrainer(Trainer):
         if torch.cuda.is_available():
             states["cuda"] = torch.cuda.get_rng_state()
         return {name: self.accelerator.gather(s[None].to(self.args.device)).cpu() for name, s in states.items()}
+
+    def _sums(self) -> dict[str, Tensor]:
+        """What `take_up_sums` takes up. loss: of each process; the use of experts is logged by the first one alone."""
+        return {
+            "loss": self.accelerator.gather(self._tr_loss[None]).cpu(),
+            "total": torch.tensor(self._total_loss_scalar, dtype=torch.float64),
+            "last_logged": torch.tensor(self._globalstep_last_logged),
+            "balance": torch.tensor([balance for balance, _ in self._shares], dtype=torch.float64),
+            "use": torch.from_numpy(np.array([use for _, use in self._shares], dtype=np.float32)),
+        }
 
     def _leave_where_interrupted(self) -> None:
         """An evaluation changes nothing, and may be long: it is not waited for, and done anew when it goes on."""

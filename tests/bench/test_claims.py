@@ -144,7 +144,7 @@ def test_a_step_of_the_optimiser_moves_the_experts_sum_equally_far_in_all_famili
         if cell.family == BASE or cell.targets != "ffn":
             continue
         options = options_of(cell, FULL, base, Path("data"), Path("out"))
-        projection = start_adapter(signature, options).projections["up_proj"]
+        projection = start_adapter(signature, dataclasses.replace(options, targets=("up_proj",))).projections["up_proj"]
         layer = TrainedLinear(linear, projection, cell.family, 0.0, packed=True)
         optimizer = torch.optim.AdamW(layer.trained().values(), lr=FULL.learning_rate, weight_decay=0)
         (layer(x) * gradient).mean().backward()
@@ -169,6 +169,9 @@ def test_a_cell_is_trained_once_and_scored(team, place):
     assert team["parameters"] == 7_248 and team["rank"] == 8 and len(team["losses"]) == 2
     assert set(team["by_task"]) == set(TASKS) and 0 <= team["mean"] <= 100
     assert {task: len(right) for task, right in team["right"].items()} == dict.fromkeys(TASKS, TINY.test)
+    # Routers that collapse are seen.
+    assert set(team["expert_use"]) == set(TASKS) and team["balance_loss"] >= 0
+    assert all(len(use) == 4 and sum(use) == pytest.approx(1, abs=1e-3) for use in team["expert_use"].values())
     assert place.find(TEAM) == json.loads(json.dumps(team))
     assert read_adapter(place.adapter(TEAM)).family == "teamlora"
     # From the files now: nothing is trained again.
@@ -217,10 +220,11 @@ def test_other_code_or_other_options_are_other_cells(team, place, monkeypatch):
 
 
 def test_versions_are_of_the_code_that_results_depend_on():
-    """Of a cell: what makes, reads and cuts rows, trains, writes and reads adapters. Of an export: everything."""
+    """Of a cell: what makes, reads and cuts rows, trains, goes on, chooses the best step, writes and reads adapters. Of
+    an export: everything."""
     package, bench = cells_module._PACKAGE, cells_module._BENCH
     used = ("train/options.py", "train/data.py", "adapter/read.py", "adapter/write.py", "adapter/config.py")
-    for path in (*used, "deploy/words.py", "tokens.py"):
+    for path in (*used, "train/callbacks.py", "train/checkpoint.py", "deploy/words.py", "tokens.py"):
         assert package / path in cells_module._CODE, path
     assert bench / "write_tasks.py" in cells_module._CODE
     everything = {package / "graph" / "build.py", package / "deploy" / "runner.py", bench / "method" / "steps.py"}
@@ -338,6 +342,18 @@ def test_cells_of_another_run_count_beside_this_ones_where_all_but_the_seed_is_t
     assert told == "Of figures.json left out, for results of this code: teamlora-k4-ffn-s0."
 
 
+@pytest.mark.parametrize(("option", "part"), [("--test", "code: its test"), ("--validation", "topic: its validation")])
+def test_more_questions_or_rows_than_there_are_are_refused_before_a_cell_runs(
+    option, part, base, tmp_path, monkeypatch
+):
+    asked = ("--quick", "--base", base, "--cache", tmp_path, "--train", 3, "--validation", 1, "--test", 1, option, 250)
+    monkeypatch.setattr(sys, "argv", ["claims.py", *map(str, asked)])
+    monkeypatch.setattr(command, "_run_cells", lambda *_: pytest.fail("a cell ran"))
+    with pytest.raises(ExportError, match=rf"^{part} part has not 250 different examples\. Lower .*{option}"):
+        command.main()
+    assert not [path for path in tmp_path.rglob("*") if path.name != "data"], "nothing is left of them"
+
+
 def test_layout_and_comments_leave_the_code_what_it_is(tmp_path):
     one, other, third = (tmp_path / name / "code.py" for name in "abc")
     for path, text in (
@@ -365,21 +381,27 @@ def test_only_answers_that_are_right_to_the_letter_count(place):
     batches: list[tuple[int, int]] = []
 
     def generate(prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-        """Right but for ordering, where something follows, and code, of which letters are missing."""
+        """Right but for ordering, where something follows, code, of which letters are missing, and topic, where a
+        special token is before it."""
         batches.append((len(prompts), count))
         said = []
         for prompt in prompts:
             example = answers[tuple(prompt)]
-            text = {"ordering": example.answer + ", x", "code": example.answer[:-1]}.get(example.task, example.answer)
+            wrong = {
+                "ordering": example.answer + ", x",
+                "code": example.answer[:-1],
+                "topic": "<s>" + example.answer,
+            }
+            text = wrong.get(example.task, example.answer)
             said.append(tokenizer.encode(text + " ", add_special_tokens=False).ids[:count])
         return said
 
     found = score(generate, tokenizer, examples, batch=5)
-    assert found.by_task == {task: 0.0 if task in ("ordering", "code") else 100.0 for task in TASKS}
-    assert found.mean == pytest.approx(100 * (len(TASKS) - 2) / len(TASKS))
+    assert found.by_task == {task: 0.0 if task in ("ordering", "code", "topic") else 100.0 for task in TASKS}
+    assert found.mean == pytest.approx(100 * (len(TASKS) - 3) / len(TASKS))
     assert [size for size, _ in batches] == [5, 5, 5, 5, 2]
     assert [count for _, count in batches] == sorted(count for _, count in batches)
-    assert found.answers["ordering"][0].endswith(", x")
+    assert found.answers["ordering"][0].endswith(", x") and found.answers["topic"][0].startswith("<s> ")
 
 
 def test_pytorch_and_the_deployed_program_make_the_same_tokens(make_bundle, make_base, make_adapter):

@@ -321,7 +321,11 @@ def test_an_answer_ends_with_the_token_that_the_chat_template_puts_there(templat
         ({"learning_rate": float("nan")}, "--learning-rate nan"),
         ({"batch": 0}, "--batch 0"),
         ({"validation": 1.5}, "--validation 1.5"),
+        ({"validation": 1}, "--validation 1: a share"),
+        ({"validation": 0}, "--validation 0: a share"),
+        ({"validation": True}, "--validation True: a share"),
         ({"targets": "(q_proj"}, "is not a regular expression"),
+        ({"targets": ("all-linear", "q_proj")}, "--targets all-linear: has all others in it"),
         ({"chat": True, "too_long": "cut"}, "--too-long cut"),
         ({"family": "lora", "balance_weight": 0.1}, "which lora has not"),
     ],
@@ -371,8 +375,19 @@ def test_the_command_of_a_training_asks_for_the_same_training(tmp_path):
 
 def test_targets_and_held_out_rows_are_read_as_people_write_them(tmp_path):
     assert parse_targets([]) == "all-linear"
+    assert parse_targets(["all-linear,q_proj"]) == parse_targets(["all-linear", "q_proj"]) == ("all-linear", "q_proj")
+    assert options(targets=["all-linear"]).targets == "all-linear"
     assert parse_targets(["q_proj, v_proj", "o_proj"]) == ("q_proj", "v_proj", "o_proj")
     assert parse_targets([r".*\.layers\.[01]\..*"]) == r".*\.layers\.[01]\..*"
     assert parse_validation([]) is None
+    # An unset variable of a shell, which would be the current folder.
+    for ask in (
+        lambda: parse_validation([""]),
+        lambda: parse_validation(["a.jsonl", ""]),
+        lambda: options(validation=""),
+        lambda: TrainOptions(base="", data=["a.jsonl", ""], output="out"),
+    ):
+        with pytest.raises(ExportError, match=r"--(validation|data) is empty\. Give a file"):
+            ask()
     assert parse_validation(["0.1"]) == 0.1
     assert parse_validation(["a.jsonl", "b"]) == (Path("a.jsonl"), Path("b"))

@@ -79,6 +79,7 @@ def asked(base: str, data: Path, output: Path) -> TrainOptions:
         validation=0.25,
         evaluate_every=4,
         save_every=4,
+        log_every=5,
         patience=0,
     )
 
@@ -92,8 +93,21 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+# Of `training.json`; and of what it logs at the end.
+UNLIKE = ("command", "seconds_per_step", "sha256", "log")
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos")
+
+
+def record_of(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What `training.json` says, and what it has logged, but for times and places."""
+    record = json.loads((folder / "training.json").read_text())
+    log = [{name: value for name, value in entry.items() if name not in TIMES} for entry in record["log"]]
+    return {name: value for name, value in record.items() if name not in UNLIKE}, log
+
+
 def assert_same(one: Path, other: Path) -> None:
-    """To the bit."""
+    """To the bit, and so is what was logged."""
+    assert record_of(one) == record_of(other)
     found, expected = weights(one), weights(other)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -190,9 +204,10 @@ def test_a_training_that_was_killed_after_its_last_step_is_only_written(options,
     assert (result.steps, result.best_step, result.held_out) == (whole.steps, whole.best_step, whole.held_out)
 
 
-@pytest.mark.parametrize("step", [4, 8, 11, 18])
+@pytest.mark.parametrize("step", [4, 8, 10, 18])
 def test_ctrl_c_ends_it_with_a_checkpoint_and_says_how_it_goes_on(step, options, whole):
-    """After steps 4, 8 and 18, the last, an evaluation is due: it is the first that is done when it goes on."""
+    """After steps 4, 8 and 18, the last, an evaluation is due: it is the first that is done when it goes on. At step 10
+    all was just logged."""
     done = run_killed(options, "SIGINT", step)
     assert done.returncode == 2
     found = options.output.with_name("adapter.training") / f"checkpoint-{step}"
@@ -234,7 +249,7 @@ def test_an_evaluation_that_is_interrupted_twice_is_done_when_it_goes_on(options
     ]
 
 
-def test_a_training_goes_on_with_the_same_options_and_files_only(options, data, tmp_path, monkeypatch):
+def test_a_training_goes_on_with_the_same_options_and_files_only(options, whole, data, tmp_path, monkeypatch):
     work = crash(options, monkeypatch, 6)
     other = tmp_path / "other"
     shutil.copytree(data, other)
@@ -270,7 +285,15 @@ def test_a_training_goes_on_with_the_same_options_and_files_only(options, data, 
         checkpoint.refuse_other(work, dataclasses.replace(asked_for, hashes={**with_tokens, "copy": "2"}))
     moved = tmp_path / "moved"
     shutil.copytree(data, moved)
-    assert train(dataclasses.replace(again, data=(moved,), log_every=3), QUIET).steps == 18
+    # Nor had its checkpoints the sums of what is logged next: that is of the steps since.
+    changed_tensors(work / "checkpoint-4" / "tensors.safetensors", without("sums."))
+    rehash(work / "checkpoint-4")
+    result = train(dataclasses.replace(again, data=(moved,), save_every=3), QUIET)
+    assert result.steps == 18 and result.losses[1:] == whole.losses[1:]
+    (_, of_one), (step, of_five) = result.losses[0], whole.losses[0]
+    assert step == 5 and of_one != of_five
+    total = 18 * whole.log[-1]["train_loss"] - 5 * of_five + of_one
+    assert result.log[-1]["train_loss"] == pytest.approx(total / 14)
 
 
 def test_a_training_that_was_killed_while_it_cleared_up_has_ended(options, whole, monkeypatch):
@@ -404,6 +427,12 @@ def without(part: str) -> Callable[[dict[str, np.ndarray]], object]:
     return lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(part)]
 
 
+def rehash(folder: Path) -> None:
+    """As of a checkpoint that was written so."""
+    hashes = {name: sha256_of(folder / name) for name in DAMAGES if name != "sha256.json"}
+    (folder / "sha256.json").write_text(json.dumps(hashes))
+
+
 # Each would go on, to another adapter, or fail within a library.
 DAMAGES = {
     "tensors.safetensors": [
@@ -453,14 +482,10 @@ def test_a_foreign_checkpoint_is_refused_by_name(options, monkeypatch):
     def refused(path: Path, content: bytes | None, told: str) -> None:
         before = path.read_bytes()
         path.unlink() if content is None else path.write_bytes(content)
-        rehash()
+        rehash(found)
         with pytest.raises(ExportError, match=told):
             train(again, QUIET)
         path.write_bytes(before)
-
-    def rehash() -> None:
-        hashes = {name: sha256_of(found / name) for name in DAMAGES if name != "sha256.json"}
-        (found / "sha256.json").write_text(json.dumps(hashes))
 
     state = json.loads((found / "state.json").read_text())
     refused(found / "state.json", json.dumps({**state, "standing": 3}).encode(), "state.json: .*standing")
@@ -469,7 +494,7 @@ def test_a_foreign_checkpoint_is_refused_by_name(options, monkeypatch):
     refused(found / "tensors.safetensors", pickle.dumps(Crash("run")), "tensors.safetensors: cannot be read")
     refused(work / "session.json", None, "no training of this tool is in it")
     changed_tensors(found / "tensors.safetensors", lambda tensors: tensors.pop(min(tensors)))
-    rehash()
+    rehash(found)
     with pytest.raises(ExportError, match="of another adapter"):
         train(again, QUIET)
 

@@ -13,11 +13,12 @@ from formula import FAMILIES, random_projection
 from torch import nn
 
 from teamlora_export.adapter import read_adapter, write_adapter
+from teamlora_export.errors import ExportError
 from teamlora_export.model.layer import ExpertLinear
 from teamlora_export.train import TrainOptions, count_parameters
 from teamlora_export.train.checkpoint import Checkpoint, Standing, State
 from teamlora_export.train.evaluate import token_losses
-from teamlora_export.train.model import TrainedLinear, routing_of, start_adapter
+from teamlora_export.train.model import TrainedLinear, routing_of, start_adapter, trained_parameters
 from teamlora_export.train.trainer import AdapterTrainer
 
 
@@ -82,6 +83,30 @@ def test_a_new_adapter_leaves_the_base_as_it_is_and_is_read_back_as_it_was_writt
         assert (found.scaling, found.routing_sum) == (projection.scaling, projection.routing_sum) and found.scaling == 2
         for name in ("down", "interaction", "ups") + (("router",) if family != "lora" else ()):
             assert np.array_equal(getattr(found, name), getattr(projection, name)), name
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        (("q_proj", "nope"), "nope"),
+        (("nope", "q_proj", "embed_tokens"), "nope, embed_tokens"),
+        (r".*\.nope", r".*\.nope"),
+        # Of names a whole part is meant.
+        (("proj",), "proj"),
+    ],
+)
+def test_each_target_is_the_name_of_a_linear_layer(targets, told, make_base):
+    base = make_base("llama")
+    options = TrainOptions(base.name, ("rows.jsonl",), "out", targets=targets)
+    for ask in (start_adapter, trained_parameters):
+        with pytest.raises(ExportError) as found:
+            ask(base.signature, options)
+        assert str(found.value).startswith(f"--targets {told}: names no linear layer of ")
+        assert str(found.value).endswith("It has q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.")
+    whole = "model.layers.1.mlp.up_proj"
+    for targets in (("o_proj", whole), rf".*\.o_proj|{whole}"):
+        adapter = start_adapter(base.signature, dataclasses.replace(options, targets=targets))
+        assert {path for path in adapter.projections if not path.endswith("o_proj")} == {whole}
 
 
 def test_teamlora_starts_its_interaction_as_published(make_base):

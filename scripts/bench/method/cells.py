@@ -42,7 +42,18 @@ _BENCH = Path(__file__).parents[1]
 _PACKAGE = Path(teamlora_export.__file__).parent
 _TASKS = (_BENCH / "write_tasks.py", *(_BENCH / "tasks").glob("*.py"))
 # What a cell's score depends on; a change elsewhere leaves results as they are.
-_TRAINS = ("data.py", "encode.py", "evaluate.py", "material.py", "model.py", "options.py", "run.py", "trainer.py")
+_TRAINS = (
+    "callbacks.py",
+    "checkpoint.py",
+    "data.py",
+    "encode.py",
+    "evaluate.py",
+    "material.py",
+    "model.py",
+    "options.py",
+    "run.py",
+    "trainer.py",
+)
 _CODE = (
     *_TASKS,
     *(_BENCH / "method" / name for name in ("plan.py", "score.py", "cells.py")),
@@ -182,6 +193,8 @@ def _trained(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:
         "seconds_per_step": record["seconds_per_step"],
         "held_out_loss": record["held_out_loss"],
         "best_step": record["best_step"],
+        "balance_loss": record["balance_loss"],
+        "expert_use": record["expert_use"],
         "losses": [[entry["step"], entry["loss"]] for entry in record["log"] if "loss" in entry],
         "versions": record["versions"],
     }
@@ -204,24 +217,47 @@ def score_in_torch(place: Place, adapter: Path | None, dtype: str) -> Scores:
 
 
 def asked_examples(settings: Settings) -> list[Any]:
-    """The questions of the test part, task by task."""
-    return [example for task in TASKS for example in make_examples(task, "test", settings.test, settings.data_seed)]
+    """The questions of the test part, task by task.
+
+    Raises:
+        ExportError: a task has not so many.
+    """
+    with _as_many_as_there_are():
+        return [example for task in TASKS for example in make_examples(task, "test", settings.test, settings.data_seed)]
 
 
 def data_folder(place: Place) -> Path:
-    """The files of `write_tasks` for these settings, written once."""
+    """The files of `write_tasks` for these settings, written once.
+
+    Raises:
+        ExportError: a task has not so many rows.
+    """
     settings = place.settings
     code = _hash_of_code(_TASKS)
     folder = place.folder / "data" / f"{short_hash({**settings.counts, 'seed': settings.data_seed})}-{code}"
     if not folder.is_dir():
         staging = folder.with_name(f"{folder.name}.{os.getpid()}")
-        write_tasks(staging, {part: settings.counts[part] for part in PARTS}, settings.data_seed)
+        try:
+            with _as_many_as_there_are():
+                write_tasks(staging, {part: settings.counts[part] for part in PARTS}, settings.data_seed)
+        except ExportError:
+            shutil.rmtree(staging)
+            raise
         try:
             os.rename(staging, folder)
         except OSError:
             # Another process was faster.
             shutil.rmtree(staging)
     return folder
+
+
+@contextmanager
+def _as_many_as_there_are() -> Iterator[None]:
+    """The tasks are programs that run on their own, and know no ExportError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ExportError(f"{error} Lower that part's number: --train, --validation or --test.") from None
 
 
 def known_by(cell: Cell, place: Place) -> dict[str, str]:

@@ -51,7 +51,8 @@ def score(generate: Generate, tokenizer: Any, examples: Sequence[Example], batch
         rows = order[start : start + batch]
         found = generate([prompts[i] for i in rows], max(longest[i] for i in rows))
         for i, tokens in zip(rows, found, strict=True):
-            said[i] = tokenizer.decode(tokens).strip()
+            # A special token inside of an answer is something that was said: the one that ends it is left out already.
+            said[i] = tokenizer.decode(tokens, skip_special_tokens=False).strip()
     right: dict[str, list[bool]] = {}
     answers: dict[str, list[str]] = {}
     for example, answer in zip(examples, said, strict=True):
