@@ -17,7 +17,9 @@ folder.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
+import importlib
 import os
 import random
 import re
@@ -29,6 +31,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +59,8 @@ from teamlora_export.validate import run as _validate_run  # noqa: F401
 
 # A graph that must be traced anew takes some 8 s; what waits for nothing is seen by the clock on the wall.
 SECONDS, IDLE_SECONDS, BYTES, LONGEST = 20.0, 60.0, 2 << 30, 4096
+# Packages that import much of themselves late, and start no thread then.
+_SLOW = ("torch.", "transformers.", "onnxscript.", "sympy.")
 
 
 @dataclass(frozen=True)
@@ -261,17 +266,30 @@ def _entries(folder: Path, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 def make_world_apart(folder: Path) -> None:
-    """Make the world in a child, so that this process never starts a thread."""
+    """Make the world in a child, so that this process never starts a thread, and import what that imported: the
+    modules that wait for a trace are many, and each case would import them again."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
+            known = set(sys.modules)
             make_world(folder)
+            new = [name for name in list(sys.modules) if name not in known and name.startswith(_SLOW)]
+            with os.fdopen(writer, "w") as pipe:
+                pipe.write("\n".join(new))
             os._exit(0)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        names = pipe.read().split()
     if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0:
         raise RuntimeError("the world could not be made")
+    for name in names:
+        # Not every name is that of a file.
+        with suppress(ImportError):
+            importlib.import_module(name)
 
 
 def describe(number: int, outcome: Outcome) -> str:
@@ -293,6 +311,8 @@ def main() -> None:
     root.mkdir(parents=True, exist_ok=True)
     if not (root / "world").is_dir():
         make_world_apart(root / "world")
+    # What is here is no child's garbage, and stays in memory that all share.
+    gc.freeze()
     end = time.monotonic() + given.minutes * 60 if given.minutes else None
     failed = done = 0
     codes: dict[int, int] = {}

@@ -26,6 +26,7 @@ from shelves import COUNT, NAMES, Answers, write_shelf
 from shelves import PROMPTS as SHELF_PROMPTS
 from tokenizers import Tokenizer
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from workers import graphs_kept_in, longest_first, made_once
 
 from teamlora_export.adapter import AdapterConfig, AdapterSpec, align_with_base, read_adapter, write_adapter
 from teamlora_export.bundle import Bundle, hash_files, read_bundle
@@ -213,6 +214,17 @@ _CLASSES = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items)
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory, worker_id) -> Path:
+    """A folder of this run, one for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder if worker_id == "master" else folder.parent
+
+
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory) -> Callable[[str], BaseModel]:
     """A tiny random model of an architecture, saved as a Hugging Face folder; made once a session."""
@@ -261,9 +273,9 @@ def make_adapter(make_base, tmp_path_factory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def make_bundle(make_base, make_adapter, tmp_path_factory) -> Callable[..., Bundle]:
+def make_bundle(make_base, make_adapter, run_folder, tmp_path_factory) -> Callable[..., Bundle]:
     """The bundle of an architecture's tiny model, exported once a session for each dtype, form of the op and cache, and
-    way of quantising it, which shares the graph of the others."""
+    way of quantising it. What is one graph is traced once in a run of all workers, and never kept from another run."""
     made: dict[tuple[str, ...], Bundle] = {}
 
     def make(
@@ -272,9 +284,10 @@ def make_bundle(make_base, make_adapter, tmp_path_factory) -> Callable[..., Bund
         key = (name, dtype, op_form, cache, *map(str, quantise.values()))
         if key not in made:
             out = tmp_path_factory.mktemp("bundles") / "-".join(key)
-            options = {"dtype": dtype, "op_form": op_form, "cache": cache, "retrace": not quantise, **quantise}
-            base = make_base(name)
-            made[key] = export_onnx(base.name, make_adapter(name), out, task=base.task, **options)
+            options = {"dtype": dtype, "op_form": op_form, "cache": cache, **quantise}
+            base, adapter = make_base(name), make_adapter(name)
+            with graphs_kept_in(run_folder / "traced"):
+                made[key] = export_onnx(base.name, adapter, out, task=base.task, **options)
         return made[key]
 
     return make
@@ -322,9 +335,10 @@ GREEDY_TOKENS = 64
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Bundle:
-    """The real model with the trained adapter, in float32."""
-    return export_onnx(str(get_model("smollm2")), SMOLLM2_ADAPTER, tmp_path_factory.mktemp("real") / "smollm2")
+def smollm2(run_folder) -> Bundle:
+    """The real model with the trained adapter, in float32; one bundle for all workers, which nobody changes."""
+    base = str(get_model("smollm2"))
+    return read_bundle(made_once(run_folder, "smollm2", lambda out: export_onnx(base, SMOLLM2_ADAPTER, out)))
 
 
 @pytest.fixture(scope="session")
@@ -336,18 +350,23 @@ def minilm(tmp_path_factory) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def smollm2_greedy() -> dict[tuple[int, ...], list[int]]:
+def smollm2_greedy(run_folder) -> dict[tuple[int, ...], list[int]]:
     """Token ids of each of `PROMPTS` -> what PyTorch generates after it, without the end-of-text token."""
+    answers = json.loads(made_once(run_folder, "smollm2_greedy.json", write_smollm2_greedy).read_text())
+    return {tuple(ids): answer for ids, answer in answers}
+
+
+def write_smollm2_greedy(path: Path) -> None:
     base = open_base(str(get_model("smollm2")))
     model = base.load(torch.float32)
     inject(model, align_with_base(read_adapter(SMOLLM2_ADAPTER), base.signature))
     tokenizer = transformers.AutoTokenizer.from_pretrained(base.folder)
-    answers = {}
+    answers = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt)["input_ids"]
         tokens = model.generate(torch.tensor([ids]), max_new_tokens=GREEDY_TOKENS, do_sample=False)[0, len(ids) :]
-        answers[tuple(ids)] = [token for token in tokens.tolist() if token != model.config.eos_token_id]
-    return answers
+        answers.append((ids, [token for token in tokens.tolist() if token != model.config.eos_token_id]))
+    path.write_text(json.dumps(answers))
 
 
 def pytorch_greedy(base: BaseModel, adapter: Path | None, prompt: Sequence[int], count: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import pytest
+from workers import made_once
 
 from teamlora_export.bundle import Bundle
 from teamlora_export.deploy.cpp import SOURCES, deploy_cpp
@@ -37,18 +37,9 @@ def build_cpp(source: Path, folder: Path, *options: str, targets: Sequence[str] 
 
 
 @pytest.fixture(scope="session")
-def cpp_programs(tmp_path_factory, worker_id) -> Path:
+def cpp_programs(run_folder) -> Path:
     """The folder of the programs around the project that `deploy cpp` writes; built once for all that run tests."""
-    folder = tmp_path_factory.getbasetemp()
-    if worker_id != "master":
-        folder = folder.parent
-    built = folder / "cpp_programs"
-    with (folder / "cpp_programs.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (built / "done").exists():
-            build_cpp(AROUND, built, f"-DDEPLOYED={SOURCES}")
-            (built / "done").touch()
-    return built
+    return made_once(run_folder, "cpp_programs", lambda folder: build_cpp(AROUND, folder, f"-DDEPLOYED={SOURCES}"))
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,16 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache" / "graphs"
 
 
+@pytest.fixture
+def kept(base, cache, run_folder, make_bundle, make_adapter) -> Path:
+    """The graph of the tiny Llama in that cache, as this run has traced it."""
+    make_bundle("llama")
+    source, adapter = find_base(str(base)), read_adapter(make_adapter("llama"))
+    made, entry = (traced.graph_key(source, adapter, task, "fp32", False) for task in ("text-generation", "auto"))
+    cache.mkdir(parents=True)
+    return Path(shutil.copyfile(run_folder / "traced" / "graphs" / made, cache / entry))
+
+
 def shard(base: Path) -> list[Path]:
     """Split the checkpoint into two files with an index."""
     tensors = load_file(base / "model.safetensors")
@@ -64,7 +74,7 @@ def export_to(out: Path, base: Path, adapter: Path, **options: object):  # type:
     return export_onnx(str(base), adapter, out, reporter=QUIET, **options)  # type: ignore[arg-type]
 
 
-def test_shards_and_bin_files_give_the_bytes_that_one_file_gives(tmp_path, base, make_adapter, make_bundle, cache):
+def test_shards_and_bin_files_give_the_bytes_that_one_file_gives(tmp_path, base, make_adapter, make_bundle, kept):
     expected = make_bundle("llama").manifest.sha256[DATA_NAME]
     state = {n: torch.tensor(v) for n, v in load_file(base / "model.safetensors").items()}
     shard(base)
@@ -75,7 +85,7 @@ def test_shards_and_bin_files_give_the_bytes_that_one_file_gives(tmp_path, base,
     assert export_to(tmp_path / "b", base, make_adapter("llama")).manifest.sha256[DATA_NAME] == expected
 
 
-def test_a_half_precision_checkpoint_is_widened_or_kept(tmp_path, base, make_adapter, cache):
+def test_a_half_precision_checkpoint_is_widened_or_kept(tmp_path, base, make_adapter, kept):
     tensors = load_file(base / "model.safetensors")
     save_file({name: value.astype(np.float16) for name, value in tensors.items()}, base / "model.safetensors")
     for dtype, kind in (("fp32", np.float32), ("fp16", np.float16)):
@@ -188,9 +198,7 @@ export_onnx(*sys.argv[1:])
 """
 
 
-def test_a_kept_graph_serves_the_next_adapter_without_torch(tmp_path, base, make_base, make_adapter, cache):
-    export_to(tmp_path / "first", base, make_adapter("llama"))
-    (kept,) = cache.iterdir()
+def test_a_kept_graph_serves_the_next_adapter_without_torch(tmp_path, base, make_base, cache, kept):
     other = tmp_path / "other"
     write_adapter(random_adapter(make_base("llama"), ARCHITECTURES["llama"].targets, seed=5), other)
     command = [sys.executable, "-c", _WITHOUT_TORCH, str(base), str(other), str(tmp_path / "second")]
@@ -222,10 +230,8 @@ def test_a_kept_graph_that_was_changed_is_thrown_away(tmp_path, base, make_adapt
     assert kept.read_bytes() == whole
 
 
-def test_a_graph_that_is_too_large_to_keep_is_no_reason_to_fail(tmp_path, base, make_adapter, cache, monkeypatch):
+def test_a_graph_that_is_too_large_to_keep_is_no_reason_to_fail(cache, kept, monkeypatch):
     """Protobuf says so when it is asked for the bytes of more than 2 GB, for which there is no room here."""
-    export_to(tmp_path / "out", base, make_adapter("llama"))
-    (kept,) = cache.iterdir()
     loaded = traced.load_graph(kept.name)
     kept.unlink()
 
@@ -238,10 +244,9 @@ def test_a_graph_that_is_too_large_to_keep_is_no_reason_to_fail(tmp_path, base, 
 
 
 def test_something_else_in_the_place_of_a_kept_graph_or_of_the_cache_costs_a_trace_and_leaves_nothing(
-    tmp_path, base, make_adapter, cache
+    tmp_path, base, make_bundle, make_adapter, cache, kept
 ):
-    expected = export_to(tmp_path / "out", base, make_adapter("llama")).manifest.sha256
-    (kept,) = cache.iterdir()
+    expected = make_bundle("llama").manifest.sha256
     content = kept.read_bytes()
     loaded = traced.load_graph(kept.name)
     kept.unlink()

@@ -84,6 +84,12 @@ public:
     }
     unsigned char* data() { return memory_.data() + begin_; }
     double operator[](int64_t i) const { return get(type_, memory_.data() + begin_ + i * element_size(type_)); }
+    // All of them: the formula needs each many times.
+    std::vector<double> numbers() const {
+        std::vector<double> all(bytes_ / element_size(type_));
+        for (size_t i = 0; i < all.size(); ++i) all[i] = (*this)[static_cast<int64_t>(i)];
+        return all;
+    }
     void set(int64_t i, double value) { cpu::set(type_, data() + i * element_size(type_), value); }
     bool guards_intact() const {
         const auto intact = [](unsigned char byte) { return byte == 0xFF; };
@@ -166,31 +172,38 @@ void on_threads(void*, void (*task)(void*, size_t), size_t count, void* data) {
     for (std::thread& thread : threads) thread.join();
 }
 
-// Weights of one adapter, which is in a slot.
-struct Weights {
-    const Array &down, &up;
+// The numbers of a call, of all slots' weights.
+struct Inputs {
+    std::vector<double> x, base, down, up;
     const float* mix;
-    int64_t slot;
 };
 
-// What is wrong with a token's y, or an empty text.
-std::string compare(const Shape& s, int64_t t, const Array& x, const Array& base, const Weights& weights,
-                    const Array& result) {
+// What a number of y may be: one from `low` to `high`, or none.
+struct Range {
+    double low = 0, high = 0;
+    bool is_finite = true;
+
+    bool holds(double found) const { return is_finite ? found >= low && found <= high : std::isnan(found); }
+};
+
+// What y of token `t` may be with the adapter in `slot`, for each column.
+void expect(const Shape& s, int64_t t, int64_t slot, const Inputs& in, Range* y) {
     const DataType type = s.dtype;
     const int64_t k = s.num_experts, rows = s.sibling_rows(), rank = s.up_rank(), out = s.out();
-    const int64_t down0 = weights.slot * s.rows() * s.in, up0 = weights.slot * rank * out;
+    const double* x = &in.x[t * s.in];
+    const double *down = &in.down[slot * s.rows() * s.in], *up = &in.up[slot * rank * out];
     int64_t first = 0;
     for (int64_t g = 0; g < s.siblings(); first += s.out_splits[g++]) {
         std::vector<Bounded> z(rows), v(rank);
         for (int64_t row = 0; row < rows; ++row) {
             double sum = 0, size = 0;
             for (int64_t i = 0; i < s.in; ++i) {
-                const double term = x[t * s.in + i] * weights.down[down0 + (g * rows + row) * s.in + i];
+                const double term = x[i] * down[(g * rows + row) * s.in + i];
                 sum += term, size += std::fabs(term);
             }
             z[row] = rounded(type, {sum, (s.in + 8) * kEps * size});
         }
-        const float* mix = weights.mix + (weights.slot * s.siblings() + g) * k * k;
+        const float* mix = in.mix + (slot * s.siblings() + g) * k * k;
         const bool has_experts = std::any_of(mix, mix + k * k, [](float m) { return m != 0; });
         const auto w = has_experts ? route({z.begin() + s.down_rank(), z.end()}, mix) : std::vector<Bounded>(k, {0, 0});
         for (int64_t i = 0; i < rank; ++i) {
@@ -202,19 +215,25 @@ std::string compare(const Shape& s, int64_t t, const Array& x, const Array& base
         for (int64_t o = first; o < first + s.out_splits[g]; ++o) {
             double delta = 0, error = 0;
             for (int64_t i = 0; i < rank; ++i) {
-                const double weight = weights.up[up0 + i * out + o];
+                const double weight = up[i * out + o];
                 delta += v[i].value * weight;
                 error += std::fabs(weight) * (v[i].error + (rank + 8) * kEps * (std::fabs(v[i].value) + v[i].error));
             }
-            const double added = base[t * out + o], exact = added + delta, found = result[t * out + o];
+            const double added = in.base[t * out + o], exact = added + delta;
             error += kEps * (std::fabs(added) + std::fabs(delta));
-            const double low = to_type(type, exact - error), high = to_type(type, exact + error);
-            const bool right = std::isfinite(exact) ? found >= low && found <= high : std::isnan(found);
-            if (!right) {
-                return "token " + std::to_string(t) + ", column " + std::to_string(o) + ": " + std::to_string(found) +
-                       ", expected " + std::to_string(low) + " to " + std::to_string(high);
-            }
+            y[o] = {to_type(type, exact - error), to_type(type, exact + error), std::isfinite(exact)};
         }
+    }
+}
+
+// What is wrong with y of the tokens from `first` to `end`, or an empty text.
+std::string compare(const std::vector<Range>& expected, int64_t out, int64_t first, int64_t end, const Array& y) {
+    for (int64_t i = first * out; i < end * out; ++i) {
+        const double found = y[i];
+        if (expected[i].holds(found)) continue;
+        return "token " + std::to_string(i / out) + ", column " + std::to_string(i % out) + ": " +
+               std::to_string(found) + ", expected " + std::to_string(expected[i].low) + " to " +
+               std::to_string(expected[i].high);
     }
     return {};
 }
@@ -239,6 +258,9 @@ std::string check(const Case& c, uint64_t seed) {
         mix[i] = static_cast<float>((i % (k * k) % (k + 1) == 0) + 0.1 * normal(random));
     }
     if (c.tokens > 0) x.set((c.tokens / 2) * s.in + s.in / 2, c.poison + 1);
+    const Inputs inputs{x.numbers(), base.numbers(), down.numbers(), up.numbers(), mix.data()};
+    std::vector<Range> expected(c.tokens * out);
+    for (int64_t t = 0; t < c.tokens; ++t) expect(s, t, 0, inputs, &expected[t * out]);
 
     for (const Code* code : available_codes()) {
         const std::string where = std::string(code->name) + ": ";
@@ -253,11 +275,8 @@ std::string check(const Case& c, uint64_t seed) {
         projection.run({x.data(), given_base.data(), result.data()}, c.tokens, workspace, {on_threads, nullptr},
                        c.threads);
         if (!given_base.guards_intact() || !y.guards_intact()) return where + "wrote beyond its output";
-
-        for (int64_t t = 0; t < c.tokens; ++t) {
-            const std::string wrong = compare(s, t, x, base, {down, up, mix.data(), 0}, result);
-            if (!wrong.empty()) return where + wrong;
-        }
+        const std::string wrong = compare(expected, out, 0, c.tokens, result);
+        if (!wrong.empty()) return where + wrong;
     }
     return {};
 }
@@ -289,6 +308,13 @@ std::string check_slots(const Case& c, int64_t rows, uint64_t seed) {
     if (tokens > 0) x.set(tokens / 2 * s.in + s.in / 2, c.poison + 1);
     std::vector<int32_t> adapter(random() % 3 ? rows : 1);
     for (int32_t& index : adapter) index = static_cast<int32_t>(random() % (slots + 1)) - 1;
+    const auto index_of = [&](int64_t row) { return adapter[adapter.size() == 1 ? 0 : row]; };
+    const Inputs inputs{x.numbers(), base.numbers(), down.numbers(), up.numbers(), mix.data()};
+    std::vector<Range> expected(tokens * out);
+    for (int64_t t = 0; t < tokens; ++t) {
+        const int32_t index = index_of(t / c.tokens);
+        if (index >= 0) expect(s, t, index, inputs, &expected[t * out]);
+    }
 
     for (const Code* code : available_codes()) {
         const std::string where = std::string(code->name) + ", slots: ";
@@ -307,7 +333,7 @@ std::string check_slots(const Case& c, int64_t rows, uint64_t seed) {
         run(0, rows, adapter.data(), adapter.size() == 1, given_base.data(), result.data());
         if (!given_base.guards_intact() || !y.guards_intact()) return where + "wrote beyond its output";
         for (int64_t row = 0; row < rows; ++row) {
-            const int32_t index = adapter[adapter.size() == 1 ? 0 : row];
+            const int32_t index = index_of(row);
             Array alone = base;
             const size_t at = row * c.tokens * out * element_size(type), bytes = c.tokens * out * element_size(type);
             run(row, 1, &index, false, alone.data() + at, alone.data() + at);
@@ -318,10 +344,8 @@ std::string check_slots(const Case& c, int64_t rows, uint64_t seed) {
                 if (std::memcmp(base.data() + at, result.data() + at, bytes) != 0) return where + "the base is changed";
                 continue;
             }
-            for (int64_t t = row * c.tokens; t < (row + 1) * c.tokens; ++t) {
-                const std::string wrong = compare(s, t, x, base, {down, up, mix.data(), index}, result);
-                if (!wrong.empty()) return where + "row " + std::to_string(row) + ", " + wrong;
-            }
+            const std::string wrong = compare(expected, out, row * c.tokens, (row + 1) * c.tokens, result);
+            if (!wrong.empty()) return where + "row " + std::to_string(row) + ", " + wrong;
         }
     }
     return {};

@@ -1,7 +1,9 @@
 #include "emulation.h"
 
+#if !defined(__x86_64__)
 #include <setjmp.h>
 #include <ucontext.h>
+#endif
 
 #include <cstdlib>
 #include <exception>
@@ -15,7 +17,35 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
+#endif
+
+#if defined(__x86_64__)
+// Leaves the registers that a call leaves as they were on this stack, its end in `from`, and takes them from another.
+extern "C" void teamlora_switch_stack(void*** from, void** to);
+asm(R"(
+    .pushsection .text
+    .type teamlora_switch_stack, @function
+teamlora_switch_stack:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+    .size teamlora_switch_stack, . - teamlora_switch_stack
+    .popsection
+)");
 #endif
 
 namespace emulation {
@@ -31,13 +61,53 @@ struct Copy {
     size_t size, zeros;
 };
 
+void fiber_main();
+
+#if defined(__x86_64__)
+// A place to go on from: the end of a stack, where the registers lie that a call leaves as they were. swapcontext would
+// ask the kernel for the signal mask each time, and AddressSanitizer would forget what is poisoned on a stack.
+struct Context {
+    void** end = nullptr;
+};
+
+// Make `context` the beginning of `fiber_main` on a stack.
+void begin(Context& context, char* stack) {
+    // Six registers, what is returned to, and that this has no caller; a call leaves 8 bytes above a boundary of 16.
+    void** top = reinterpret_cast<void**>(stack + kStackBytes);
+    std::fill(top - 8, top, nullptr);
+    top[-2] = reinterpret_cast<void*>(fiber_main);
+    context.end = top - 8;
+}
+
+void jump(Context& from, const Context& to) { teamlora_switch_stack(&from.end, to.end); }
+#else
 // A place to go on from. swapcontext asks the kernel for the signal mask each time, so it only starts a fiber;
 // AddressSanitizer follows nothing else.
 struct Context {
     ucontext_t start;
     jmp_buf resume;
-    bool started = false;
+    bool started = true;
 };
+
+void begin(Context& context, char* stack) {
+    context.started = false;
+    getcontext(&context.start);
+    context.start.uc_stack.ss_sp = stack;
+    context.start.uc_stack.ss_size = kStackBytes;
+    context.start.uc_link = nullptr;
+    makecontext(&context.start, fiber_main, 0);
+}
+
+void jump(Context& from, Context& to) {
+#if defined(__SANITIZE_ADDRESS__)
+    swapcontext(&from.start, &to.start);
+#else
+    if (_setjmp(from.resume) != 0) return;
+    if (std::exchange(to.started, true)) _longjmp(to.resume, 1);
+    setcontext(&to.start);
+#endif
+}
+#endif
 
 enum class State { kRunnable, kAtWarpBarrier, kAtBlockBarrier, kFinished };
 
@@ -67,8 +137,6 @@ std::vector<size_t> order(size_t count) {
 }
 
 bool coin() { return schedule_seed == 0 ? false : schedule_seed == 1 ? true : generator() % 2 == 0; }
-
-void fiber_main();
 
 // One block of threads. `run` goes on until all have finished, or one of them touched what blocks share.
 class Block {
@@ -103,13 +171,11 @@ private:
         fiber.open_copies.clear();
         fiber.groups.clear();
         fiber.has_waited = false;
-        fiber.context.started = false;
-        ucontext_t& start = fiber.context.start;
-        getcontext(&start);
-        start.uc_stack.ss_sp = fiber.stack.get();
-        start.uc_stack.ss_size = kStackBytes;
-        start.uc_link = nullptr;
-        makecontext(&start, fiber_main, 0);
+#if defined(__SANITIZE_ADDRESS__)
+        // The last thread on this stack never returned.
+        __asan_unpoison_memory_region(fiber.stack.get(), kStackBytes);
+#endif
+        begin(fiber.context, fiber.stack.get());
     }
 
     void run_warp(size_t warp, const std::vector<size_t>& lanes);
@@ -142,22 +208,25 @@ std::string reason;
 // Where grids go instead of being run, if anywhere.
 std::vector<Grid>* recorded = nullptr;
 
-void switch_context(Context& from, Context& to, const void* stack, size_t size) {
+// `stack`: that of `to`. `for_good`: nothing will go on at `from`.
+void switch_context(Context& from, Context& to, const void* stack, size_t size, bool for_good) {
 #if defined(__SANITIZE_ADDRESS__)
     void* fake_stack = nullptr;
-    __sanitizer_start_switch_fiber(&fake_stack, stack, size);
-    swapcontext(&from.start, &to.start);
+    __sanitizer_start_switch_fiber(for_good ? nullptr : &fake_stack, stack, size);
+    jump(from, to);
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #else
     static_cast<void>(stack);
     static_cast<void>(size);
-    if (_setjmp(from.resume) != 0) return;
-    if (std::exchange(to.started, true)) _longjmp(to.resume, 1);
-    setcontext(&to.start);
+    static_cast<void>(for_good);
+    jump(from, to);
 #endif
 }
 
-void to_scheduler() { switch_context(running->context, scheduler, scheduler_stack, scheduler_stack_size); }
+void to_scheduler() {
+    const bool for_good = running->state == State::kFinished;
+    switch_context(running->context, scheduler, scheduler_stack, scheduler_stack_size, for_good);
+}
 
 void pause(State state) {
     running->state = state;
@@ -186,7 +255,7 @@ void fiber_main() {
 void resume(Fiber& fiber) {
     running = &fiber;
     fiber.state = State::kRunnable;
-    switch_context(scheduler, fiber.context, fiber.stack.get(), kStackBytes);
+    switch_context(scheduler, fiber.context, fiber.stack.get(), kStackBytes, false);
     running = nullptr;
 }
 
@@ -261,7 +330,6 @@ void run_now(const Grid& grid) {
         has_to_wait = grid.waits;
     };
     make_current();
-    scheduler.started = true;
     std::vector<std::unique_ptr<Block>> idle, resident;
     const std::vector<size_t> blocks = order(size_t{grid.size.x} * grid.size.y * grid.size.z);
     for (size_t next = 0; (next < blocks.size() || !resident.empty()) && !failure;) {

@@ -58,6 +58,12 @@ public:
         if (dtype_ == DataType::kFloat16) return __half2float(static_cast<const __half*>(data())[i]);
         return __bfloat162float(static_cast<const __nv_bfloat16*>(data())[i]);
     }
+    // All of them: the formula needs each many times.
+    std::vector<double> numbers() const {
+        std::vector<double> all(bytes_ / element_size(dtype_));
+        for (size_t i = 0; i < all.size(); ++i) all[i] = get(i);
+        return all;
+    }
     void set(size_t i, double value) {
         const auto narrow = static_cast<float>(value);
         if (dtype_ == DataType::kFloat32) static_cast<float*>(data())[i] = narrow;
@@ -119,10 +125,9 @@ std::string describe(const Case& tried) {
     return text + ", schedule " + std::to_string(tried.schedule);
 }
 
-// `slot`: whose weights they are, of all in `down`, `up` and `mix`.
+// The numbers of a call, of all slots' weights.
 struct Inputs {
-    const Array &x, &base, &down, &up, &mix;
-    int64_t slot;
+    std::vector<double> x, base, down, up, mix;
 };
 
 // A number of the definition as double arithmetic finds it, and how far float32 arithmetic may be from it.
@@ -148,10 +153,9 @@ Value rounded(DataType dtype, const Value& exact) {
 
 // Routing weights of one token and sibling, from rounded logits. Where there are slots, experts whose row of `mix` is
 // all zeros take no part; where none does, all weights are zero.
-std::vector<Value> route(const MixedExpertShape& s, const Value* logits, const Inputs& in, int g) {
+std::vector<Value> route(const MixedExpertShape& s, const Value* logits, const double* of_sibling) {
     const int k = s.num_experts;
-    const size_t first = (static_cast<size_t>(in.slot) * s.num_siblings + g) * k * k;
-    const auto mix = [&](int from, int to) { return in.mix.get(first + static_cast<size_t>(from) * k + to); };
+    const auto mix = [&](int from, int to) { return of_sibling[from * k + to]; };
     std::vector<int> experts;
     for (int from = 0; from < k; ++from) {
         bool takes_part = s.slots == 0;
@@ -184,23 +188,23 @@ std::vector<Value> route(const MixedExpertShape& s, const Value* logits, const I
     return w;
 }
 
-// One token of one sibling, as the op is defined, for each column of y.
-void reference(const MixedExpertShape& s, const Inputs& in, int64_t token, int g, Value* y) {
-    const int a = s.down_rank(), c = s.expert_rank, rows = s.sibling_rows(), out = s.out();
-    const size_t down0 = static_cast<size_t>(in.slot) * s.rows() * s.in,
-                 up0 = static_cast<size_t>(in.slot) * s.up_rank() * out;
+// One token of one sibling with the adapter in `slot`, as the op is defined, for each column of y.
+void reference(const MixedExpertShape& s, const Inputs& in, int64_t token, size_t slot, int g, Value* y) {
+    const int a = s.down_rank(), c = s.expert_rank, rows = s.sibling_rows(), out = s.out(), k = s.num_experts;
+    const size_t sibling = slot * s.num_siblings + g;
+    const double *x = &in.x[token * s.in], *down = &in.down[sibling * rows * s.in];
+    const double* up = &in.up[slot * s.up_rank() * out];
     std::vector<Value> z(rows), v(s.up_rank());
     for (int row = 0; row < rows; ++row) {
         Value sum;
         for (int i = 0; i < s.in; ++i) {
-            const double term =
-                in.x.get(token * s.in + i) * in.down.get(down0 + (static_cast<size_t>(g) * rows + row) * s.in + i);
+            const double term = x[i] * down[static_cast<size_t>(row) * s.in + i];
             sum.value += term;
             sum.error += (s.in + 8) * kFloatRoundoff * std::abs(term);
         }
         z[row] = rounded(s.dtype, sum);
     }
-    const std::vector<Value> w = route(s, &z[a], in, g);
+    const std::vector<Value> w = route(s, &z[a], &in.mix[sibling * k * k]);
     for (int row = 0; row < s.up_rank(); ++row) {
         const Value &u = z[s.shared_down ? row % c : row], &weight = w[row / c];
         const double product = u.value * weight.value;
@@ -210,13 +214,13 @@ void reference(const MixedExpertShape& s, const Inputs& in, int64_t token, int g
     }
     const int first = std::accumulate(s.out_splits, s.out_splits + g, 0);
     for (int column = first; column < first + s.out_splits[g]; ++column) {
-        Value sum{in.base.get(token * out + column), 0};
+        Value sum{in.base[token * out + column], 0};
         double size = std::abs(sum.value);
         for (int row = 0; row < s.up_rank(); ++row) {
-            const double up = in.up.get(up0 + static_cast<size_t>(row) * out + column);
-            sum.value += v[row].value * up;
-            sum.error += v[row].error * std::abs(up);
-            size += (std::abs(v[row].value) + v[row].error) * std::abs(up);
+            const double weight = up[static_cast<size_t>(row) * out + column];
+            sum.value += v[row].value * weight;
+            sum.error += v[row].error * std::abs(weight);
+            size += (std::abs(v[row].value) + v[row].error) * std::abs(weight);
         }
         sum.error += (s.up_rank() + 8) * kFloatRoundoff * size;
         y[column] = sum;
@@ -251,16 +255,15 @@ void fill_weights(const Case& tried, Array& down, Array& mix, Array& up, std::mt
 }
 
 // y of one token, for each column: what it may be; both NaN where the row's index is that of no slot.
-void expect(const Case& tried, const Inputs& all, int64_t token, Value* y) {
+void expect(const Case& tried, const Inputs& in, int64_t token, Value* y) {
     const MixedExpertShape& s = tried.shape;
-    Inputs in = all;
-    in.slot = tried.slot_of(token);
-    if (in.slot >= 0 && in.slot < std::max(s.slots, 1)) {
-        for (int g = 0; g < s.num_siblings; ++g) reference(s, in, token, g, y);
+    const int64_t slot = tried.slot_of(token);
+    if (slot >= 0 && slot < std::max(s.slots, 1)) {
+        for (int g = 0; g < s.num_siblings; ++g) reference(s, in, token, static_cast<size_t>(slot), g, y);
         return;
     }
     for (int column = 0; column < s.out(); ++column) {
-        y[column] = {in.slot < 0 ? in.base.get(token * s.out() + column) : NAN, 0};
+        y[column] = {slot < 0 ? in.base[token * s.out() + column] : NAN, 0};
     }
 }
 
@@ -279,9 +282,10 @@ std::string check(const Case& tried, std::mt19937_64& generator) {
     for (size_t i = 0; i < tokens * s.out(); ++i) base.set(i, 0.5 * normal(generator));
     for (size_t i = 0; i < tried.adapter.size(); ++i) adapter.set_integer(i, tried.adapter[i]);
     fill_weights(tried, down, mix, up, generator);
+    const Inputs inputs{x.numbers(), base.numbers(), down.numbers(), up.numbers(), mix.numbers()};
     std::vector<Value> expected(tokens * s.out());
     for (size_t token = 0; token < tokens; ++token) {
-        expect(tried, {x, base, down, up, mix, 0}, static_cast<int64_t>(token), &expected[token * s.out()]);
+        expect(tried, inputs, static_cast<int64_t>(token), &expected[token * s.out()]);
     }
     const size_t bytes = workspace_bytes(s, tried.tuning);
     if (bytes > workspace_bound(s, tried.tuning)) return "the workspace is larger than its bound";

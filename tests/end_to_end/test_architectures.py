@@ -4,9 +4,7 @@ trace."""
 from __future__ import annotations
 
 import shutil
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +12,7 @@ import onnxruntime_genai as og
 import pytest
 import torch
 from conftest import ARCHITECTURES, MIXTURES, OTHERS, ROTATIONS
-from cpp_programs import build_cpp
+from cpp_programs import run
 from shelves import write_family
 
 from teamlora_export.adapter import align_with_base, read_adapter
@@ -50,14 +48,8 @@ def test_a_cache_in_place_equals_pytorch_wherever_its_rows_stand(name, make_bund
     assert verdict.passed, verdict.departure or verdict.worst
 
 
-@pytest.fixture(scope="module")
-def cpp_program(make_bundle, tmp_path_factory) -> Path:
-    project = deploy_cpp(make_bundle("llama"), tmp_path_factory.mktemp("cpp") / "project")
-    return build_cpp(project, project / "build", targets=("runner",)) / "runner"
-
-
 @pytest.mark.parametrize("name", [name for name, known in ARCHITECTURES.items() if known.task == "text-generation"])
-def test_words_go_in_and_come_out_alike_of_python_genai_and_cpp(name, make_bundle, cpp_program, tmp_path):
+def test_words_go_in_and_come_out_alike_of_python_genai_and_cpp(name, make_bundle, cpp_programs, tmp_path):
     model = Model(deploy_python(make_bundle(name), tmp_path / "python"))
     prompts = ["Once upon a time", "The License does not"]
     ids = [encode_text(model.tokenizer, prompt) for prompt in prompts]
@@ -65,7 +57,7 @@ def test_words_go_in_and_come_out_alike_of_python_genai_and_cpp(name, make_bundl
     expected = [model.tokenizer.decode(answer) for answer in answers]
 
     folder = deploy_cpp(make_bundle(name), tmp_path / "cpp") / "model"
-    told = subprocess.run([cpp_program, "--model", folder, "--tokens", "20", *prompts], capture_output=True, text=True)
+    told = run(cpp_programs / "deployed" / "runner", "--model", folder, "--tokens", 20, *prompts)
     assert told.stdout == "".join(map("{}{}\n".format, prompts, expected)), told.stderr
 
     genai = og.Model(str(deploy_genai(make_bundle(name), tmp_path / "genai")))

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from conftest import ARCHITECTURES, random_adapter
+from workers import graphs_kept_in
 
 from teamlora_export.adapter import write_adapter
 from teamlora_export.bundle import Bundle
@@ -68,13 +69,14 @@ def other_adapter(make_base, tmp_path):
     ],
 )
 def test_the_weights_are_those_of_an_export_with_the_other_adapter(
-    name, dtype, cache, make_base, make_bundle, other_adapter, tmp_path
+    name, dtype, cache, make_base, make_bundle, other_adapter, run_folder, tmp_path
 ):
     bundle, adapter = make_bundle(name, cache=cache), other_adapter(name)
     engine = tmp_path / "tiny.engine"
     found = refit_weights(engine, refittable(bundle, dtype, engine), bundle, adapter)
     base = make_base(name)
-    exported = export_onnx(base.name, adapter, tmp_path / "exported", task=base.task, cache=cache, retrace=True)
+    with graphs_kept_in(run_folder / "traced"):
+        exported = export_onnx(base.name, adapter, tmp_path / "exported", task=base.task, cache=cache)
     model = ir.load(exported.model)
     ChangePrecision("fp32", dtype)(model)
     for weight, array in found.items():
