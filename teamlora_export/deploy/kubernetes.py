@@ -131,7 +131,7 @@ def deploy_kubernetes(
 
     Args:
         served: what the repository is; its name is also that of what is made in the cluster, as far as DNS allows. Its
-            threads are `cpus`.
+            threads are `cpus`; a pod has one copy of it.
         source: where pods find the repository: pvc://CLAIM[/PATH], s3://BUCKET[/PATH], or oci://IMAGE@sha256:DIGEST.
             Default: a claim of the name, with "-models" behind it.
         image: of the server. Default: Triton's own, or, where models import more, the one that the Dockerfile makes.
@@ -148,7 +148,7 @@ def deploy_kubernetes(
     given = _source(source or f"pvc://{label}-models")
     refuse_inside(real_path(out), bundle.folder)
     with staged(out, lambda there: our_files(there, Path(KUBERNETES_NAME), Written), [bundle.folder]) as staging:
-        deploy_triton(bundle, staging / TRITON, dataclasses.replace(served, threads=cpus))
+        deploy_triton(bundle, staging / TRITON, dataclasses.replace(served, threads=cpus, instances=1))
         repository = read_repository(staging / TRITON / REPOSITORY)
         on_gpu = served.gpu or served.engine is not None
         facts = read_facts(find_engine(bundle, served.engine)) if served.engine is not None else None

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or __package__:
-    from teamlora_export.deploy.session import ModelError, brief, read_bytes
+    from teamlora_export.deploy.failure import ModelError, brief
+    from teamlora_export.deploy.model_folder import read_bytes
 else:
     # Deployed: the files lie beside one another.
-    from session import ModelError, brief, read_bytes
+    from failure import ModelError, brief
+    from model_folder import read_bytes
 
 _MOST_STOPS = 16
 _LONGEST_STOP = 1024

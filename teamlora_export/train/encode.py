@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from teamlora_export.deploy.chat import Chat
-from teamlora_export.deploy.session import ModelError
+from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.words import encode_prompt, encode_text, open_tokenizer
 from teamlora_export.errors import ExportError, raise_findings
 from teamlora_export.files import read_json

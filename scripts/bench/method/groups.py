@@ -8,7 +8,7 @@ from typing import Any
 from method.plan import BASE
 
 NAMES = {"teamlora": "TeamLoRA", "moelora": "MoELoRA", "hydralora": "HydraLoRA", "lora": "LoRA", BASE: "the base"}
-TARGETS = {"ffn": "gate, up, down", "all": "all projections"}
+TARGET_NAMES = {"ffn": "gate, up, down", "all": "all projections"}
 
 Result = Mapping[str, Any]
 Rows = Sequence[Result]

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from method.groups import NAMES, TARGETS, Rows, groups, name_of
+from method.groups import NAMES, TARGET_NAMES, Rows, groups, name_of
 from method.plan import EXPERTS
 from method.significance import Gap, Interval, Luck, difference, interval, luck_of, of_common_seeds
 
@@ -26,27 +26,27 @@ def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
     """A line for each claim of the paper that was looked at."""
     by_group, gaps = groups(found["scores"]), list[Gap]()
     luck = luck_of(by_group.values())
-    for targets in TARGETS:
+    for targets in TARGET_NAMES:
         ours = by_group.get(f"teamlora-k4-{targets}")
         for family in ("moelora", "hydralora", "lora"):
             theirs = by_group.get(f"{family}-{targets}" if family == "lora" else f"{family}-k4-{targets}")
             if ours and theirs:
                 gaps.append(difference(ours, theirs, luck))
                 paper = PAPER_SCORES["teamlora"] - PAPER_SCORES[family]
-                where = f"{NAMES[family]} of equal size on {TARGETS[targets]}"
+                where = f"{NAMES[family]} of equal size on {TARGET_NAMES[targets]}"
                 codes = _unlike_codes(*of_common_seeds(ours, theirs))
                 yield f"- TeamLoRA, k=4, over {where}: {_told(gaps[-1], paper)}{codes}"
         half = by_group.get(f"teamlora-k4-{targets}-half")
         moe = by_group.get(f"moelora-k4-{targets}")
         if half and moe:
             gaps.append(gap := difference(half, moe, luck))
-            where = f"a MoELoRA on {TARGETS[targets]}"
+            where = f"a MoELoRA on {TARGET_NAMES[targets]}"
             codes = _unlike_codes(*of_common_seeds(half, moe))
             yield f"- TeamLoRA, k=4, with half the parameters over {where}: {gap}. {_tells(gap)}{codes}"
         scores = {k: by_group.get(f"teamlora-k{k}-{targets}", []) for k in EXPERTS}
         if all(scores.values()):
             codes = _unlike_codes(*scores.values())
-            yield f"- TeamLoRA by number of experts on {TARGETS[targets]}: {_told_of_experts(scores, luck)}{codes}"
+            yield f"- TeamLoRA by number of experts on {TARGET_NAMES[targets]}: {_told_of_experts(scores, luck)}{codes}"
     if margins := [gap.margin for gap in gaps if gap.margin is not None]:
         yield _least_told(margins)
         yield (
@@ -95,7 +95,7 @@ def _told_of_experts(scores: Mapping[int, Rows], luck: Luck) -> str:
 def _step_verdicts(steps: Rows) -> Iterator[str]:
     """The paper trained feed-forward layers alone. Which of its code's two ways it timed, it does not say."""
     seconds = {(row["targets"], row["experts"], row["family"], row["implementation"]): row["seconds"] for row in steps}
-    for targets in TARGETS:
+    for targets in TARGET_NAMES:
         for experts, paper in PAPER_TIMES.items():
             for of_team, of_moe in (("published", "published"), ("packed", "packed"), ("packed", "published")):
                 ours = seconds.get((targets, experts, "teamlora", of_team))
@@ -104,7 +104,7 @@ def _step_verdicts(steps: Rows) -> Iterator[str]:
                     continue
                 found = interval([a / b for a, b in zip(ours, theirs, strict=True)])
                 claimed = paper if targets == "ffn" and of_moe == "published" else None
-                where = f"k={experts} on {TARGETS[targets]}: {_told_of_time(found, claimed)}"
+                where = f"k={experts} on {TARGET_NAMES[targets]}: {_told_of_time(found, claimed)}"
                 yield f"- A training step of TeamLoRA ({_LAYERS[of_team]}) over MoELoRA's ({_LAYERS[of_moe]}), {where}"
 
 
@@ -126,7 +126,7 @@ def _inference_verdicts(rows: Rows) -> Iterator[str]:
         )
         claimed = PAPER_INFERENCE if way == PUBLISHED else None
         yield (
-            f"- Inference with TeamLoRA over MoELoRA's, {quantity}, {way}, k=4 on {TARGETS['ffn']}: "
+            f"- Inference with TeamLoRA over MoELoRA's, {quantity}, {way}, k=4 on {TARGET_NAMES['ffn']}: "
             f"{_told_of_time(found, claimed, _READING)}"
         )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from tasks import GUESSED
 
-from method.groups import NAMES, TARGETS, Rows, groups, name_of
+from method.groups import NAMES, TARGET_NAMES, Rows, groups, name_of
 from method.paper import verdicts
 from method.plan import BASE
 
@@ -54,7 +54,7 @@ def _score_table(scores: Rows) -> list[str]:
         spread = f"{statistics.stdev(means):.1f}" if len(means) > 1 else "-"
         trained = ("-", "-", "0")
         if first["family"] != BASE:
-            trained = (TARGETS[first["targets"]], str(first["rank"]), f"{first['parameters']:,}")
+            trained = (TARGET_NAMES[first["targets"]], str(first["rank"]), f"{first['parameters']:,}")
         # That of the lowest held-out loss.
         steps = ", ".join(str(step) for step in sorted({result.get("best_step") or "-" for result in results}, key=str))
         cells = [name_of(first), *trained, str(len(results)), steps, f"{statistics.mean(means):.1f}", spread]
@@ -70,7 +70,7 @@ def _task_table(scores: Rows) -> list[str]:
     lines = [f"| | targets | {' | '.join(tasks)} |", "|---" * (len(tasks) + 2) + "|"]
     for results in groups(scores).values():
         shares = [f"{statistics.mean(result['by_task'][task] for result in results):.0f}" for task in tasks]
-        targets = "-" if results[0]["family"] == BASE else TARGETS[results[0]["targets"]]
+        targets = "-" if results[0]["family"] == BASE else TARGET_NAMES[results[0]["targets"]]
         lines.append(f"| {name_of(results[0])} | {targets} | {' | '.join(shares)} |")
     guessed = [f"{100 * GUESSED.get(task, 0):.0f}" for task in tasks]
     lines.append(f"| guessing | - | {' | '.join(guessed)} |")
@@ -122,7 +122,7 @@ def _step_table(steps: Rows) -> list[str]:
         layers = "-" if row["family"] == "lora" else row["implementation"]
         taken = f"{statistics.median(row['seconds']):.2f}"
         timed = (taken, _ratio(row["over_lora"]), f"{100 * row['moved']:.2f} %")
-        cells = [name, layers, TARGETS[row["targets"]], f"{row['parameters']:,}", *timed]
+        cells = [name, layers, TARGET_NAMES[row["targets"]], f"{row['parameters']:,}", *timed]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -148,7 +148,7 @@ def _inference_table(rows: Rows) -> list[str]:
         }
         name = NAMES[family] + ("" if family == "lora" else f", k={experts}")
         cells = [_ratio(of[way]["over_base"]) if way in of else "-" for way in ways]
-        lines.append(f"| {name} | {TARGETS[targets]} | {quantity} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {TARGET_NAMES[targets]} | {quantity} | {' | '.join(cells)} |")
     return lines
 
 
