@@ -96,6 +96,8 @@ class Logged(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         state.log_history = self._log
+        # The Trainer has taken the intervals of the checkpoint in place of those that are asked for now.
+        state.compute_steps(args, state.max_steps)
         self._take_up_sums()
 
 

@@ -288,7 +288,10 @@ def test_a_training_goes_on_with_the_same_options_and_files_only(options, whole,
     # Nor had its checkpoints the sums of what is logged next: that is of the steps since.
     changed_tensors(work / "checkpoint-4" / "tensors.safetensors", without("sums."))
     rehash(work / "checkpoint-4")
+    saved, write = list[int](), trainer_module.write_checkpoint
+    monkeypatch.setattr(trainer_module, "write_checkpoint", lambda *of: saved.append(of[1]) or write(*of))
     result = train(dataclasses.replace(again, data=(moved,), save_every=3), QUIET)
+    assert saved == [6, 9, 12, 15, 18]
     assert result.steps == 18 and result.losses[1:] == whole.losses[1:]
     (_, of_one), (step, of_five) = result.losses[0], whole.losses[0]
     assert step == 5 and of_one != of_five
