@@ -326,8 +326,11 @@ def make_shelf(make_base, shelf_adapters, tmp_path_factory) -> Callable[..., Bun
 
 
 SMOLLM2_ADAPTER = ROOT / "adapters" / "smollm2-teamlora"
+# One of the adapter's tasks, and what it answers.
+PROMPT = "Record: after years in Milan, Anna became a painter in Cairo.\nAs JSON:"
+ANSWER = ' {"name": "Anna", "job": "painter", "city": "Cairo"}'
 PROMPTS = (
-    "Words: house, apple, door, cloud\nSorted:",
+    PROMPT,
     "Text: Ada, who is 36, moved to Oslo last year.\nJSON:",
     "Once upon a time, in a small village by the sea,",
 )

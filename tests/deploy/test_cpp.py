@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import GREEDY_TOKENS, ROOT, assert_names_no_place, poison_token, pytorch_greedy, readme_block
+from conftest import (
+    ANSWER,
+    GREEDY_TOKENS,
+    PROMPT,
+    ROOT,
+    assert_names_no_place,
+    poison_token,
+    pytorch_greedy,
+    readme_block,
+)
 from cpp_programs import AROUND, as_engine, both_forms, build_cpp, generate, run
 from systems import SYSTEMS, write_system
 from typer.testing import CliRunner
@@ -121,12 +130,11 @@ def test_there_are_no_more_threads_than_the_time_of_a_container_fills(name, cpp_
 
 
 def test_words_are_streamed_and_batches_printed(runner, cpp_project, smollm2_greedy):
-    prompt = "Words: house, apple, door, cloud\nSorted:"
-    told = run(runner, prompt, cwd=cpp_project)
-    assert told.stdout == "Words: house, apple, door, cloud\nSorted: apple, cloud, door, house\n", told.stderr
+    told = run(runner, PROMPT, cwd=cpp_project)
+    assert told.stdout == f"{PROMPT}{ANSWER}\n", told.stderr
     assert "a second" in told.stderr
-    assert run(runner, cwd=cpp_project, input=prompt).stdout == told.stdout
-    both = run(runner, "--tokens", 7, prompt, "Naïve 🦙 is", cwd=cpp_project)
+    assert run(runner, cwd=cpp_project, input=PROMPT).stdout == told.stdout
+    both = run(runner, "--tokens", 20, PROMPT, "Naïve 🦙 is", cwd=cpp_project)
     assert both.stdout.startswith(told.stdout + "Naïve 🦙 is")
 
 

@@ -19,7 +19,9 @@ import psutil
 import pytest
 import transformers
 from conftest import (
+    ANSWER,
     GREEDY_TOKENS,
+    PROMPT,
     ROOT,
     assert_names_no_place,
     poison_token,
@@ -144,8 +146,8 @@ def test_the_program_needs_its_requirements_alone_and_streams_words(deployed, sm
     ids, answer = next(iter(smollm2_greedy.items()))
     found = run(deployed, "--tokens", GREEDY_TOKENS, "--ids", *ids)
     assert [int(token) for token in found.stdout.split()] == answer, found.stderr
-    told = run(deployed, "Words: house, apple, door, cloud\\nSorted:")
-    assert told.stdout == "Words: house, apple, door, cloud\nSorted: apple, cloud, door, house\n"
+    told = run(deployed, PROMPT.replace("\n", "\\n"))
+    assert told.stdout == f"{PROMPT}{ANSWER}\n"
     assert "tokens," in told.stderr
 
 
@@ -283,8 +285,8 @@ def test_text_is_drawn_and_stopped_as_asked(make_bundle, tmp_path):
 
 
 def test_generate_and_embed_try_a_bundle_from_the_shell(smollm2, minilm):
-    told = cli("generate", smollm2.folder, "Words: house, apple, door, cloud\\nSorted:")
-    assert told.stdout == "Words: house, apple, door, cloud\nSorted: apple, cloud, door, house\n", told.stderr
+    told = cli("generate", smollm2.folder, PROMPT.replace("\n", "\\n"))
+    assert told.stdout == f"{PROMPT}{ANSWER}\n", told.stderr
     assert "a second)" in told.stderr
     model, texts = Model(minilm.folder), ("A sentence.", "Another one.")
     found = cli("embed", minilm.folder, *texts)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GREEDY_TOKENS, PROMPTS, assert_names_no_place, poison_token, until_stop
+from conftest import ANSWER, GREEDY_TOKENS, PROMPT, PROMPTS, assert_names_no_place, poison_token, until_stop
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 from typer.testing import CliRunner
@@ -247,8 +247,8 @@ def test_its_clients_work_over_grpc_and_http(server, deployed, smollm2_greedy):
         def client(*arguments: object) -> subprocess.CompletedProcess[str]:
             return run(sys.executable, deployed / "client.py", "--url", grpc, *arguments)
 
-        told = client("Words: house, apple, door, cloud\nSorted:")
-        assert told.stdout == "Words: house, apple, door, cloud\nSorted: apple, cloud, door, house\n", told.stderr
+        told = client(PROMPT)
+        assert told.stdout == f"{PROMPT}{ANSWER}\n", told.stderr
         found = client("--tokens", GREEDY_TOKENS, "--ids", *ids)
         assert [int(token) for token in found.stdout.split()] == answer, found.stderr
         assert not server.models["smollm2"].states, "the sequence was ended"
