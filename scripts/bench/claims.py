@@ -6,10 +6,11 @@
     scripts/bench/claims.py ... --with FIGURES.json       the same, with a verdict of those seeds and this one
     scripts/bench/claims.py --cells base '*-k4-ffn' lora-ffn                       one set of targets, three seeds
     scripts/bench/claims.py --parts steps inference       timings alone: on a machine with nothing else to do
+    scripts/bench/claims.py --parts inference --cells '*-k8-ffn'                   of some cells; the others' are kept
 
 TeamLoRA, HydraLoRA, MoELoRA and LoRA at equal numbers of trained parameters, and TeamLoRA at half of them, on the tasks
 of scripts/bench/tasks. What was found is kept in the user's cache cell by cell (claims/), so that a run that was
-interrupted goes on; timings are taken anew. -o writes figures.json, README.md and plot.png.
+interrupted goes on; timings that are asked for are taken anew. -o writes figures.json, README.md and plot.png.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def main() -> None:
         "pooled": told,
         "missing": [cell.name for cell in own if place.find(cell) is None],
         "scores": scores,
-        "steps": _timed(place, "steps", given, lambda: _steps(place, given, reporter)),
-        "inference": _timed(place, "inference", given, lambda: _inference(place, given, reporter)),
+        "steps": _steps(place, given, reporter),
+        "inference": _inference(cells, place, given, reporter),
         "exports": _exports(cells, place, given, reporter),
     }
     found["machine"] = _machine()
@@ -131,7 +132,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=_count, default=usable_cores(), help="cells at a time (default: the cores)")
     parser.add_argument("--seeds", type=_seed, nargs="+", help="default: 0 1 2; with --quick 0")
     parser.add_argument(
-        "--cells", nargs="+", default=[], help="names, with or without a seed, or patterns; scores alone"
+        "--cells", nargs="+", default=[], help="names, with or without a seed, or patterns; without --parts scores alone"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"default: {' '.join(PARTS)}")
     parser.add_argument(
@@ -249,42 +250,54 @@ def _work(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
 
 def _timed(place: Place, part: str, given: argparse.Namespace, measure: Callable[[], list[Any]]) -> list[Any]:
     """Rows of a timing from now, or, where it is not asked for, those that were kept of the same settings, base and
-    code; each says on which machine it was taken."""
+    code; each says on which machine it was taken.
+
+    Args:
+        part: one of `--parts`, and, after a hyphen, of what.
+    """
     of = short_hash({**dataclasses.asdict(place.settings), "base": hash_of_base(place.base)})
     name = f"{part}{'-quick' if given.quick else ''}-{of}"
-    if part in given.parts:
+    if part.partition("-")[0] in given.parts:
         machine = _machine()
         rows = [{**row, "machine": machine} for row in measure()]
         place.folder.mkdir(parents=True, exist_ok=True)
         path = place.folder / f"{name}-{whole_version()}.json"
         write_aside(path, json.dumps(rows, indent=1) + "\n", result=False)
         return rows
-    if given.cells:
-        return []
     version = "????????" if given.any_version else whole_version()
     found = sorted(place.folder.glob(f"{name}-{version}.json"), key=lambda path: path.stat().st_mtime)
     return json.loads(found[-1].read_text(encoding="utf-8")) if found else []
 
 
 def _steps(place: Place, given: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
+    """Of all families, in the same turns; with `--cells` only where they are asked for."""
+    if given.cells and "steps" not in given.parts:
+        return []
     from method.steps import time_steps
 
-    rows = []
-    for targets in ["ffn"] if given.quick else TARGETS:
-        with reporter.step(f"Timing steps, {targets}"):
-            rows += time_steps(place, [4] if given.quick else EXPERTS, targets, given.turns, usable_cores())
-    return rows
+    def measure() -> list[dict[str, Any]]:
+        rows = []
+        for targets in ["ffn"] if given.quick else TARGETS:
+            with reporter.step(f"Timing steps, {targets}"):
+                rows += time_steps(place, [4] if given.quick else EXPERTS, targets, given.turns, usable_cores())
+        return rows
+
+    return _timed(place, "steps", given, measure)
 
 
-def _inference(place: Place, given: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
+def _inference(cells: Sequence[Cell], place: Place, given: argparse.Namespace, reporter: Reporter) -> list[Any]:
+    """Of each group of `cells` once, as a seed makes no difference; each is kept as soon as it is timed."""
     from method.inference import Asked, time_inference
 
     asked = Asked(count=8 if given.quick else 24, turns=given.turns, trace=not given.quick)
     rows = []
-    for cell in (quick_grid if given.quick else full_grid)([0]):
-        if cell.family != BASE and cell.share == 1:
+    for group, cell in {cell.group: cell for cell in cells if cell.family != BASE and cell.share == 1}.items():
+
+        def measure(cell: Cell = cell) -> list[dict[str, Any]]:
             with reporter.step(f"Timing inference, {cell.group}"):
-                rows += time_inference(place, cell, asked, usable_cores(), reporter)
+                return time_inference(place, cell, asked, usable_cores(), reporter)
+
+        rows += _timed(place, f"inference-{group}", given, measure)
     return rows
 
 

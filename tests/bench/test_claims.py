@@ -827,14 +827,44 @@ def test_the_adapter_that_is_exported_is_kept_for_any_seed(place):
     assert "Exports: left out. They are of teamlora-k4-ffn-s9, which is not trained." in told.getvalue()
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_inference_is_timed_for_the_whole_grid_but_in_a_quick_run(quick, place, monkeypatch):
-    monkeypatch.setattr(inference, "time_inference", lambda _place, cell, *_: [cell.group])
-    given = argparse.Namespace(quick=quick, turns=6)
-    timed = command._inference(place, given, Reporter(quiet=True))
-    grid = quick_grid([0]) if quick else full_grid([0])
-    assert timed == [cell.group for cell in grid if cell.family != BASE and cell.share == 1]
-    assert len(timed) == (4 if quick else 20)
+def test_inference_is_timed_of_each_group_of_the_chosen_cells_and_kept_group_by_group(place, tmp_path, monkeypatch):
+    timed: list[str] = []
+
+    def measure(_place: Place, cell: Cell, *_: object) -> list[dict[str, str]]:
+        timed.append(cell.group)
+        return [{"group": cell.group}]
+
+    monkeypatch.setattr(inference, "time_inference", measure)
+    place = dataclasses.replace(place, folder=tmp_path)
+    given = argparse.Namespace(quick=False, turns=6, parts=["inference"], cells=[], any_version=False)
+
+    def groups(cells: list[Cell]) -> list[str]:
+        return [row["group"] for row in command._inference(cells, place, given, Reporter(quiet=True))]
+
+    grid = full_grid([0, 1])
+    assert groups(command._chosen(grid, ["base", "lora-ffn", "teamlora-k8-ffn*"])) == ["lora-ffn", "teamlora-k8-ffn"]
+    assert timed == ["lora-ffn", "teamlora-k8-ffn"]
+    given.parts = ["scores"]
+    assert groups(grid) == ["lora-ffn", "teamlora-k8-ffn"], "what was kept, in the order of the grid"
+    assert groups(command._chosen(grid, ["lora-ffn"])) == ["lora-ffn"]
+    assert len(timed) == 2
+    given.parts = ["inference"]
+    assert len(groups(grid)) == 20 and len(groups(quick_grid([0]))) == 4
+
+
+def test_steps_of_some_cells_are_shown_where_they_are_asked_for(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("method.steps.time_steps", lambda _place, _experts, targets, *_: [{"targets": targets}])
+    place = dataclasses.replace(place, folder=tmp_path)
+    given = argparse.Namespace(quick=False, turns=6, parts=["steps"], cells=["lora-ffn"], any_version=False)
+
+    def targets() -> list[str]:
+        return [row["targets"] for row in command._steps(place, given, Reporter(quiet=True))]
+
+    assert targets() == ["ffn", "all"]
+    given.parts = ["scores"]
+    assert targets() == []
+    given.cells = []
+    assert targets() == ["ffn", "all"]
 
 
 def test_a_worker_that_is_interrupted_ends_where_a_training_may_stop():
