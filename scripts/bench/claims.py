@@ -132,7 +132,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=_count, default=usable_cores(), help="cells at a time (default: the cores)")
     parser.add_argument("--seeds", type=_seed, nargs="+", help="default: 0 1 2; with --quick 0")
     parser.add_argument(
-        "--cells", nargs="+", default=[], help="names, with or without a seed, or patterns; without --parts scores alone"
+        "--cells",
+        nargs="+",
+        default=[],
+        help="names, with or without a seed, or patterns; without --parts scores alone",
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"default: {' '.join(PARTS)}")
     parser.add_argument(
