@@ -1,6 +1,6 @@
 """A campaign of bad input against every command and the deployed program, as long as one likes.
 
-    scripts/fuzz.py [--cases 1000 | --minutes 30] [--seed 1] [--kinds adapter base] [--only 17] [--keep FOLDER]
+    python scripts/fuzz.py [--cases 1000 | --minutes 30] [--seed 1] [--kinds adapter base] [--only 17] [--keep FOLDER]
 
 Each case spoils one thing in a copy of a small world (two bases with adapters, their bundles, an engine, a deployment)
 and runs one command on it, in a child that is forked from this process after everything is imported. What must hold:

@@ -3,7 +3,7 @@
 Writes the tasks (scripts/bench/tasks, seeded) as JSON Lines and asks `teamlora-export train` for the rest; prints its
 command. What follows `--` goes to it as well.
 
-    scripts/train_adapter.py [-o out/smollm2-teamlora] [--data out/tasks] [-- --steps 40 --family lora ...]
+    python scripts/train_adapter.py [-o out/smollm2-teamlora] [--data out/tasks] [-- --steps 40 --family lora ...]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Many adapters on one base: SmolLM2-135M with a shelf of random TeamLoRA adapters, cache in place, the native op.
 
-    scripts/bench/adapters.py                       all of it
-    scripts/bench/adapters.py --parts mixed swap --adapters 8 --rank 32 --json figures.json
+    python scripts/bench/adapters.py                       all of it
+    python scripts/bench/adapters.py --parts mixed swap --adapters 8 --rank 32 --json figures.json
 
 mixed       a step of decoding of eight rows: with eight adapters, with one for all, with none, and with a bundle that
             has one adapter of its own; in turns, the ratio within a turn

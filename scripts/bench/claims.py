@@ -1,12 +1,12 @@
 """Does TeamLoRA keep its promise, and what does it cost? Trains, scores and times all families on one small base.
 
-    scripts/bench/claims.py --quick                       one seed, a small grid: half an hour on two cores (estimated)
-    scripts/bench/claims.py                               everything; hours
-    scripts/bench/claims.py --cells teamlora-k4-ffn moelora-k4-ffn --seeds 3       two cells with another seed
-    scripts/bench/claims.py ... --with FIGURES.json       the same, with a verdict of those seeds and this one
-    scripts/bench/claims.py --cells base '*-k4-ffn' lora-ffn                       one set of targets, three seeds
-    scripts/bench/claims.py --parts steps inference       timings alone: on a machine with nothing else to do
-    scripts/bench/claims.py --parts inference --cells '*-k8-ffn'                   of some cells; the others' are kept
+    python scripts/bench/claims.py --quick                          one seed, a small grid: half an hour (estimated)
+    python scripts/bench/claims.py                                  everything; hours
+    python scripts/bench/claims.py --cells base '*-k4-ffn' lora-ffn                 one set of targets, three seeds
+    python scripts/bench/claims.py --cells teamlora-k4-ffn --seeds 3                a cell with another seed
+    python scripts/bench/claims.py ... --with FIGURES.json          with those of another run: a verdict of all seeds
+    python scripts/bench/claims.py --parts steps inference          timings, on a machine with nothing else to do
+    python scripts/bench/claims.py --parts inference --cells '*-k8-ffn'             of some cells
 
 TeamLoRA, HydraLoRA, MoELoRA and LoRA at equal numbers of trained parameters, and TeamLoRA at half of them, on the tasks
 of scripts/bench/tasks. What was found is kept in the user's cache cell by cell (claims/), so that a run that was
@@ -58,6 +58,8 @@ PARTS = ("scores", "steps", "inference", "exports")
 
 
 def main() -> None:
+    # Of the files as they are now, which are those that run.
+    whole_version()
     given = _arguments()
     if given.output is not None:
         require_output(given.output)
@@ -81,7 +83,7 @@ def main() -> None:
     found = {
         "title": f"{'A quick look at' if given.quick else 'The measure of'} {_families(scores)} of adapters",
         "quick": given.quick,
-        "command": shlex.join(["scripts/bench/claims.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "scripts/bench/claims.py", *sys.argv[1:]]),
         "settings": dataclasses.asdict(place.settings),
         "code": code_version(),
         "base": place.base.name,
@@ -192,8 +194,8 @@ def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporte
     os.environ["OMP_NUM_THREADS"] = str(threads)
     started, failures, stopped = time.monotonic(), list[str](), Event()
     with ThreadPoolExecutor(jobs) as workers:
-        futures = {workers.submit(_alone, cell, place, threads, stopped): cell for cell in waiting}
         try:
+            futures = {workers.submit(_alone, cell, place, threads, stopped): cell for cell in waiting}
             for number, future in enumerate(as_completed(futures), 1):
                 cell, seconds = futures[future], time.monotonic() - started
                 told = _outcome(future)
@@ -253,7 +255,7 @@ def _work(cell: Cell, place: Place, threads: int) -> dict[str, Any] | None:
 
 def _timed(place: Place, part: str, given: argparse.Namespace, measure: Callable[[], list[Any]]) -> list[Any]:
     """Rows of a timing from now, or, where it is not asked for, those that were kept of the same settings, base and
-    code; each says on which machine it was taken.
+    code; each says on which machine it was taken, and of which code.
 
     Args:
         part: one of `--parts`, and, after a hyphen, of what.
@@ -266,10 +268,12 @@ def _timed(place: Place, part: str, given: argparse.Namespace, measure: Callable
         place.folder.mkdir(parents=True, exist_ok=True)
         path = place.folder / f"{name}-{whole_version()}.json"
         write_aside(path, json.dumps(rows, indent=1) + "\n", result=False)
-        return rows
     version = "????????" if given.any_version else whole_version()
     found = sorted(place.folder.glob(f"{name}-{version}.json"), key=lambda path: path.stat().st_mtime)
-    return json.loads(found[-1].read_text(encoding="utf-8")) if found else []
+    if not found:
+        return []
+    code = found[-1].stem.rpartition("-")[2]
+    return [{**row, "code": code} for row in json.loads(found[-1].read_text(encoding="utf-8"))]
 
 
 def _steps(place: Place, given: argparse.Namespace, reporter: Reporter) -> list[dict[str, Any]]:
@@ -294,7 +298,10 @@ def _inference(cells: Sequence[Cell], place: Place, given: argparse.Namespace, r
 
     asked = Asked(count=8 if given.quick else 24, turns=given.turns, trace=not given.quick)
     rows = []
-    for group, cell in {cell.group: cell for cell in cells if cell.family != BASE and cell.share == 1}.items():
+    chosen = {cell.group: cell for cell in cells if cell.family != BASE and cell.share == 1}
+    if "inference" in given.parts and not chosen:
+        reporter.warn("Inference: left out. It is timed of families at equal numbers of parameters, and none is named.")
+    for group, cell in chosen.items():
 
         def measure(cell: Cell = cell) -> list[dict[str, Any]]:
             with reporter.step(f"Timing inference, {cell.group}"):
@@ -332,7 +339,8 @@ def _notes(found: dict[str, Any], place: Place, others: Sequence[Mapping[str, An
         f"code {found['code']}.",
         f"Each training: {settings.steps} steps of {settings.batch} rows, learning rate {settings.learning_rate:g}, "
         f"base in {settings.dtype}; {settings.train} rows of each of eleven kinds to train on, {settings.test} to be "
-        "asked, greedily; an answer counts when it is right to the letter.",
+        f"asked, greedily, in {settings.dtype} (beside exports: in fp32); an answer counts when it is right to the "
+        "letter, but for white space around it. The adapter that is asked is that of the lowest held-out loss.",
     ]
     if found["quick"]:
         notes.append("**A quick run: one seed, short trainings, few questions. It shows costs; of scores only hints.**")
@@ -364,5 +372,5 @@ if __name__ == "__main__":
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here.", file=sys.stderr)
+        print("Stopped. The same command goes on from here; timings begin anew.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -1,10 +1,10 @@
 """Time and peak memory of whole export processes, beside optimum's and onnxruntime-genai's builder, in turns.
 
-    scripts/bench/export.py                 SmolLM2-135M: ours (traced, and with a kept graph) and both others
-    scripts/bench/export.py llama-1b        a synthetic checkpoint of Llama-3.2-1B's shapes, fp16, beside a plain copy
-    scripts/bench/export.py llama-7b        Llama-2-7B's shapes, 13.5 GB; needs 28 GB of disk
-    scripts/bench/export.py llama-70b       Llama-3-70B's shapes: the graph only, no data
-    scripts/bench/export.py depth           the graph of 8 and of 80 layers
+    python scripts/bench/export.py                 SmolLM2-135M: ours (traced, and with a kept graph) and both others
+    python scripts/bench/export.py llama-1b        a checkpoint of Llama-3.2-1B's shapes, fp16, beside a plain copy
+    python scripts/bench/export.py llama-7b        Llama-2-7B's shapes, 13.5 GB; needs 28 GB of disk
+    python scripts/bench/export.py llama-70b       Llama-3-70B's shapes: the graph only, no data
+    python scripts/bench/export.py depth           the graph of 8 and of 80 layers
 
 Peak memory is the largest resident set of the process. The others run in environments of their own, made on the first
 run. They export the base without an adapter; we export it with one.

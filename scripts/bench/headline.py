@@ -1,7 +1,7 @@
 """The paper's headline on a CPU: LLaMA-2-7B's sizes, r=128, k=4 on gate, up and down, two layers of random weights.
 
-    scripts/bench/headline.py                       what `teamlora-export bench` measures, after 256 tokens
-    scripts/bench/headline.py --dtype fp32 --turns 20 --json figures.json
+    python scripts/bench/headline.py                       what `teamlora-export bench` measures, after 256 tokens
+    python scripts/bench/headline.py --dtype fp32 --turns 20 --json figures.json
 
 The head is a quarter of what a step reads there, in place of a fiftieth among 32 layers. Takes 8 GB of memory.
 """

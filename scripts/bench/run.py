@@ -1,10 +1,10 @@
 """SmolLM2-135M with random adapters on all its projections, in every way that we know to run it, in strict turns.
 
-    scripts/bench/run.py                              everything; the first run traces and builds for half an hour
-    scripts/bench/run.py --rows bypassed TeamLoRA     only rows whose names hold one of these
-    scripts/bench/run.py --skip compiled              torch.compile takes minutes at each length
-    scripts/bench/run.py --baseline "genai, un-adapted"
-    scripts/bench/run.py --neighbour                  beside another process that keeps one core busy
+    python scripts/bench/run.py                              everything; the first run traces for half an hour
+    python scripts/bench/run.py --rows bypassed TeamLoRA     only rows whose names hold one of these
+    python scripts/bench/run.py --skip compiled              torch.compile takes minutes at each length
+    python scripts/bench/run.py --baseline "genai, un-adapted"
+    python scripts/bench/run.py --neighbour                  beside another process that keeps one core busy
 
 Times, ratios, noise, load time, memory and files are those of `teamlora-export bench`, which measures one bundle.
 Graphs that other tools make, and layers that are traced as they are, are kept in the user's cache.

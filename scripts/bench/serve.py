@@ -1,8 +1,8 @@
 """Many clients at once: continuous batching, in process and in a Triton server, beside what there is without it.
 
-    scripts/bench/serve.py                              SmolLM2-135M, random adapter; 1, 4, 16 and 64 clients
-    scripts/bench/serve.py --quick --json figures.json  fewer and shorter requests
-    scripts/bench/serve.py --clients 8 --rows scheduler triton --no-targets
+    python scripts/bench/serve.py                              SmolLM2-135M, random adapter; 1, 4, 16 and 64 clients
+    python scripts/bench/serve.py --quick --json figures.json  fewer and shorter requests
+    python scripts/bench/serve.py --clients 8 --rows scheduler triton --no-targets
 
 Every client sends a request as soon as the one before it is answered: a random prompt of 8 to 128 tokens, 8 to 48
 tokens to follow, the same for every row. Printed are tokens a second of all clients together, and the milliseconds to a

@@ -1,6 +1,6 @@
 """Writes the benchmark's tasks as JSON Lines: train.jsonl, validation.jsonl and test.jsonl in a folder.
 
-    scripts/bench/write_tasks.py -o FOLDER [--train 400] [--validation 20] [--test 100] [--seed 0]
+    python scripts/bench/write_tasks.py -o FOLDER [--train 400] [--validation 20] [--test 100] [--seed 0]
 
 A line is {"prompt": ..., "answer": ..., "task": ...}; numbers are of each kind of task. The same seed gives the same
 files. See scripts/bench/tasks.

@@ -627,6 +627,8 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
     assert f" LoRA {size} +8.3 points (± 12.2 at 95 %, 3 seeds); the paper +1.5. Cannot tell: within the error." in text
     assert "+83.3 points (standard error of the questions alone 7.9); the paper +1.2. Cannot tell: one seed." in text
     assert "half the parameters over a MoELoRA on gate, up, down: +66.7 points (± 20.8 at 95 %, 3 seeds)." in text
+    assert "half the parameters over one with all of them on gate, up, down: -16.7 points (± 16.5 at" in text
+    assert "- Of 3 pairs of families of equal size, k=4 on gate, up, down, none is farther apart than 99.8" in text
     assert "\n- Differences of less than 12.2 to 20.8 points cannot be told here; the paper's are 0.6 to 1.5. " in text
     step = "- A training step of TeamLoRA"
     assert f"{step} (one by one) over MoELoRA's (one by one), k=4 on gate, up, down: 0.75 (95 %: 0.75 - 1.00)" in text
@@ -651,19 +653,33 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
     # A comparison of two versions of the code says so in its own line.
     assert "Of unlike code" not in text
     mixed = [{**score, "code": "0c0de"} if score["family"] == "moelora" else score for score in scores]
-    (line,) = (line for line in verdicts({**found, "scores": mixed}) if "with half the parameters over" in line)
+    (line,) = (line for line in verdicts({**found, "scores": mixed}) if "half the parameters over a MoELoRA" in line)
     assert line.endswith(" Of unlike code: TeamLoRA, k=4, half the parameters: 8aab571b; MoELoRA, k=4: 0c0de.")
     # What luck gives, beside what the base has without being taught the form of an answer.
-    of_three = {"topic": 90, "code": 10, "oddity": 33}
+    of_three = {"topic": 90, "code": 10, "oddity": 31}
     asked = {"by_task": of_three, "right": dict.fromkeys(of_three, "1" * 100)}
     guessed = tables({**found, "scores": [{**scores[1], **asked}]})
-    assert "by twice the error of its questions in oddity: " in guessed and "by twice the error" not in text
+    assert " In oddity no family is above guessing (where that gives nothing: above 5) by more" in guessed
+    assert "no family is above guessing" not in text
+    hardly = {"by_task": {**of_three, "code": 8}, "right": asked["right"]}
+    assert " In code, oddity no family" in tables({**found, "scores": [{**scores[1], **hardly}]})
     assert "| guessing | - | 25 | 0 | 25 |\n\nGuessing among the answers that a task has gives 16.7" in guessed
     assert "on average. The base was taught neither" in text and "The base was taught" not in guessed
     # Timings alone, on a machine with nothing else to do, and scores alone.
     alone = tables({**found, "scores": [], "exports": []})
     assert "## Scores" not in alone and "the paper 0.70" in alone and "## A training step" in alone
     assert "## A training step" not in tables({**found, "steps": [], "inference": []})
+    # A machine is told once for each code that was timed there, whatever else it did at the time.
+    on = {"processor": "a processor", "cores": 2, "versions": {"torch": "2"}}
+    timings = [
+        {**row, "code": code, "machine": {**on, "load": load}}
+        for row, code, load in zip(found["inference"] * 2, ("0ne", "0ne", "0ne", "tw0"), range(4), strict=True)
+    ]
+    mixed = tables({**found, "inference": timings})
+    assert [line for line in mixed.splitlines() if line.startswith("Timed on")] == [
+        f"Timed on a processor, 2 cores, with torch 2, code {code}." for code in ("0ne", "tw0")
+    ]
+    assert "saves less of it. Rows are of unlike code or machines." in mixed and "unlike code or machines" not in text
     write_plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,8 @@ from method.paper import verdicts
 from method.plan import BASE
 
 _TIMED = ("A training step", "Inference")
+# What counts as nothing in a task whose answers cannot be guessed.
+_NOTHING = 0.05
 
 
 def tables(found: Mapping[str, Any]) -> str:
@@ -35,13 +36,15 @@ def tables(found: Mapping[str, Any]) -> str:
 
 
 def _timed_on(rows: Rows) -> list[str]:
-    """On which machine timings were taken, which need not be that of the scores."""
-    machines = [json.dumps(row["machine"], sort_keys=True) for row in rows if "machine" in row]
+    """On which machine and of which code timings were taken, which need not be those of the scores."""
     told = []
-    for machine in map(json.loads, dict.fromkeys(machines)):
-        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-        told.append(f"Timed on {machine['processor']}, {machine['cores']} cores, with {versions}.")
-    return ["", *told] if told else []
+    for row in rows:
+        if "machine" in row:
+            machine = row["machine"]
+            versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+            of = f", code {row['code']}" if "code" in row else ""
+            told.append(f"Timed on {machine['processor']}, {machine['cores']} cores, with {versions}{of}.")
+    return ["", *dict.fromkeys(told)] if told else []
 
 
 def _score_table(scores: Rows) -> list[str]:
@@ -77,8 +80,8 @@ def _task_table(scores: Rows) -> list[str]:
     lines += ["", f"Guessing among the answers that a task has gives {guessing(tasks):.1f} on average."]
     if guessed_by_all := [task for task in tasks if _is_guessed(scores, task)]:
         lines[-1] += (
-            f" No family is above it by twice the error of its questions in {', '.join(guessed_by_all)}: these tell "
-            "nothing of which is better."
+            f" In {', '.join(guessed_by_all)} no family is above guessing (where that gives nothing: above "
+            f"{100 * _NOTHING:.0f}) by more than the luck of questions: these tell nothing of which is better."
         )
     if any(result["family"] == BASE for result in scores):
         lines[-1] += (
@@ -89,11 +92,14 @@ def _task_table(scores: Rows) -> list[str]:
 
 
 def _is_guessed(scores: Rows, task: str) -> bool:
-    """Whether no group, over all its seeds, is above guessing by more than two standard errors of its questions."""
-    chance = GUESSED.get(task, 0.0)
-    for results in groups(scores).values():
+    """Whether no group, over all its seeds, is above guessing by more than its questions' error explains: were all of
+    them guessing, one would be in 5 % of all cases."""
+    chance = max(GUESSED.get(task, 0.0), _NOTHING)
+    taught = [results for results in groups(scores).values() if results[0]["family"] != BASE]
+    for results in taught:
         mean, questions = statistics.mean(r["by_task"][task] for r in results) / 100, len(results[0]["right"][task])
-        if results[0]["family"] != BASE and mean > chance + 2 * math.sqrt(chance * (1 - chance) / questions):
+        errors = statistics.NormalDist().inv_cdf(1 - 0.05 / len(taught))
+        if mean > chance + errors * math.sqrt(chance * (1 - chance) / questions):
             return False
     return True
 
@@ -134,7 +140,8 @@ def _inference_table(rows: Rows) -> list[str]:
     workload = rows[0]["workload"]
     asked = f"{workload['batch']} x {workload['length']} tokens, {workload['count']} more"
     lines = [
-        f"Time over that of the same base without experts, in the same turns ({asked}): median and quartiles.",
+        f"Time over that of the same base without experts, in the same turns ({asked}): median and quartiles. "
+        "Each family was timed with its bases in turns of its own.",
         "",
         f"| | targets | | {' | '.join(ways)} |",
         "|---" * (len(ways) + 3) + "|",
