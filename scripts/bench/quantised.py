@@ -92,7 +92,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         size = f"{row['bytes'] / 1e6:.0f} MB" if row["bytes"] else ""
         beside = ("", "") if row["weights"] == PLAIN else (f"{row['kl']:.2g}", f"{100 * row['agreement']:.1f} %")
         cells = (row["weights"], size, f"{row['perplexity']:.1f}", *beside, f"{100 * row['solved']:.1f} %")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
     return "\n".join(lines)
 
 

@@ -427,7 +427,11 @@ def test_exports_have_scores_beside_pytorchs(team, place, monkeypatch):
     assert score_exports(TEAM, place, ["fp32"], 1, quiet) == [in_torch, exported]
     assert score_exports(dataclasses.replace(TEAM, seed=7), place, ["fp32"], 1, quiet) == []
     monkeypatch.setattr("method.exports.whole_version", lambda: "otherone")
+    of_any = dataclasses.replace(place, any_version=True)
+    assert score_exports(TEAM, of_any, ["fp32"], 1, quiet) == [in_torch, exported]
+    assert in_torch["code"] != "otherone"
     monkeypatch.setattr("method.exports._score", lambda *_: {**in_torch, "mean": -1.0})
+    assert [row["code"] for row in score_exports(TEAM, place, ["fp32"], 1, quiet)] == ["otherone"] * 2
     assert [row["mean"] for row in score_exports(TEAM, place, ["fp32"], 1, quiet)] == [-1.0, -1.0]
 
 

@@ -7,16 +7,19 @@ import statistics
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "scripts" / "bench"
 sys.path.append(str(BENCH))
 from method.cells import hash_of_questions  # noqa: E402
-from method.groups import groups, name_of  # noqa: E402
-from method.plan import BASE, FULL  # noqa: E402
+from method.groups import NAMES, TARGET_NAMES, groups, name_of  # noqa: E402
+from method.plan import BASE, EXPERTS, FAMILIES, FULL  # noqa: E402
 from method.report import guessing  # noqa: E402
 from quantised import table  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+_HOW = ("published", "packed")
 ADAPTER = ROOT / "adapters" / "smollm2-teamlora"
 
 
@@ -24,16 +27,55 @@ def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_the_table_of_scores_is_that_of_the_benchmark():
-    """A family, its number of parameters, and its average with the spread over seeds."""
-    scores = read(BENCH / "claims" / "figures.json")["scores"]
-    for group, results in groups(scores).items():
-        if group.endswith(("-k4-ffn", "lora-ffn", "-k4-ffn-half")) and results[0]["family"] != BASE:
-            means = [result["mean"] for result in results]
-            name = name_of(results[0]).replace(", k=4", "")
-            figures = f"{statistics.mean(means):.1f} ± {statistics.stdev(means):.1f}"
-            assert f"| {name} | {results[0]['parameters']:,} | {figures} |" in README, group
-    assert f"| guessing | | {guessing(list(scores[0]['by_task'])):.1f} |" in README
+def lines_of_scores(found: dict) -> list[str]:
+    """A family and what it adapts, its number of parameters, its average with the spread over seeds; all groups."""
+    lines = []
+    for results in groups(found["scores"]).values():
+        first, means = results[0], [result["mean"] for result in results]
+        if first["family"] != BASE:
+            spread = f" ± {statistics.stdev(means):.1f}" if len(means) > 1 else ""
+            of = (name_of(first), TARGET_NAMES[first["targets"]], f"{first['parameters']:,}")
+            lines.append(f"| {' | '.join(of)} | {len(means)} | {statistics.mean(means):.1f}{spread} |")
+    return [*lines, f"| guessing | | | | {guessing(list(found['scores'][0]['by_task'])):.1f} |"]
+
+
+def lines_of_steps(found: dict) -> list[str]:
+    """Time over LoRA's step, of the feed-forward layers: for each number of experts, one by one and packed."""
+    over = {
+        (row["family"], row["implementation"], row["experts"]): f"{row['over_lora']['median']:.2f}"
+        for row in found["steps"]
+        if row["targets"] == "ffn"
+    }
+    return [
+        f"| {NAMES[family]} | {' | '.join(', '.join(over[family, how, k] for k in EXPERTS) for how in _HOW)} |"
+        for family in FAMILIES
+        if family != "lora"
+    ]
+
+
+def lines_of_inference(found: dict) -> list[str]:
+    """Time over the base's, at decode and at prefill, of each way with four experts."""
+    over = {
+        (row["family"], row["targets"], row["row"], row["quantity"]): f"{row['over_base']['median']:.2f}"
+        for row in found["inference"]
+        if row["experts"] in (1, 4)
+    }
+    ways = list(dict.fromkeys(row["row"] for row in found["inference"]))
+    return [
+        f"| {NAMES[family]} | {TARGET_NAMES[targets]} | "
+        + " | ".join(
+            f"{over[family, targets, way, 'decode']} / {over[family, targets, way, 'prefill']}" for way in ways
+        )
+        + " |"
+        for targets in TARGET_NAMES
+        for family in FAMILIES
+    ]
+
+
+@pytest.mark.parametrize("lines_of", [lines_of_scores, lines_of_steps, lines_of_inference])
+def test_the_tables_of_the_method_are_those_of_the_benchmark(lines_of):
+    lines = lines_of(read(BENCH / "claims" / "figures.json"))
+    assert len(lines) >= 3 and "\n".join(lines) in README
 
 
 def test_the_table_of_exports_is_that_of_the_benchmark():

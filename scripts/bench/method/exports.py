@@ -38,13 +38,23 @@ def score_exports(
         return []
     rows = []
     for form in (TORCH, *forms):
-        path = adapter.parent / f"export-{form}-{whole_version()}.json"
-        if not path.is_file():
+        found = _kept(adapter.parent, form, place.any_version)
+        if found is None:
             with reporter.step(f"Scoring {cell.name}, {form}"):
                 row = _score(cell, place, adapter, form, threads, reporter)
-            write_aside(path, json.dumps(row, indent=1) + "\n", result=False)
-        rows.append(json.loads(path.read_text(encoding="utf-8")))
+            found = adapter.parent / f"export-{form}-{whole_version()}.json"
+            write_aside(found, json.dumps(row, indent=1) + "\n", result=False)
+        rows.append({**json.loads(found.read_text(encoding="utf-8")), "code": found.stem.rpartition("-")[2]})
     return [{**row, "same": _same(row, rows[0])} for row in rows]
+
+
+def _kept(folder: Path, form: str, any_version: bool) -> Path | None:
+    """What was found before: by this code, or the newest of any."""
+    own = folder / f"export-{form}-{whole_version()}.json"
+    if own.is_file() or not any_version:
+        return own if own.is_file() else None
+    others = folder.glob(f"export-{form}-????????.json")
+    return max(others, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _score(cell: Cell, place: Place, adapter: Path, form: str, threads: int, reporter: Reporter) -> dict[str, Any]:

@@ -167,7 +167,8 @@ def _export_table(exports: Rows) -> list[str]:
         size = f"{row['bytes'] / 1e6:.0f} MB" if row["bytes"] else "-"
         runs = "PyTorch, fp32" if row["form"] == "PyTorch" else f"ONNX Runtime, {row['form']}"
         lines.append(f"| {row['cell']} | {runs} | {size} | {row['mean']:.1f} | {row['same']:.1f} % |")
-    return lines
+    codes = dict.fromkeys(row["code"] for row in exports if "code" in row)
+    return [*lines, "", f"Of code {', '.join(codes)}."] if codes else lines
 
 
 def write_plot(found: Mapping[str, Any], path: Path) -> None:
