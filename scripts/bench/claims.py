@@ -356,8 +356,20 @@ def _notes(found: dict[str, Any], place: Place, others: Sequence[Mapping[str, An
     if len(versions) > 1:
         notes.append(f"Trained with unlike versions: {'; '.join(sorted(versions))}.")
     if found["missing"]:
-        notes.append(f"Not run yet: {', '.join(found['missing'])}.")
+        notes.append(f"Not run yet: {_by_group(found['missing'])}.")
     return notes
+
+
+def _by_group(names: Sequence[str]) -> str:
+    """Cells of a group together: `lora-ffn-s1, lora-ffn-s2` are `lora-ffn (seeds 1, 2)`."""
+    seeds: dict[str, list[str]] = {}
+    for name in names:
+        group, _, seed = (name, "", "") if name == BASE else name.rpartition("-s")
+        seeds.setdefault(group, []).append(seed)
+    return ", ".join(
+        group if group == BASE else f"{group} (seed{'s' if len(of) > 1 else ''} {', '.join(of)})"
+        for group, of in seeds.items()
+    )
 
 
 def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:

@@ -839,6 +839,11 @@ def test_cells_are_chosen_by_their_names_and_not_by_parts_of_them():
         chosen("base", "moelora")
 
 
+def test_cells_that_are_missing_are_told_by_group():
+    names = ["base", "teamlora-k4-ffn-half-s0", "lora-ffn-s1", "lora-ffn-s2"]
+    assert command._by_group(names) == "base, teamlora-k4-ffn-half (seed 0), lora-ffn (seeds 1, 2)"
+
+
 def test_the_adapter_that_is_exported_is_kept_for_any_seed(place):
     assert Cell("teamlora", 4, "ffn", 1.0, 3).keeps_adapter and not Cell("teamlora", 2, "ffn", 1.0, 3).keeps_adapter
     told = io.StringIO()
