@@ -294,7 +294,6 @@ class Scheduler:
                 together = self._sharing(most)
                 budget -= max(len(request.unread) for request in together) * len(together)
                 for request in together:
-                    self._reading.remove(request)
                     self._begin_to_write(request)
                 self._read_together(together)
             elif count <= self._model.part and budget < self._most_read:
@@ -337,6 +336,7 @@ class Scheduler:
                 if other.row == row:
                     other.row = request.row
             request.row = row
+        self._reading.remove(request)
         self._writing.append(request)
 
     def _read_together(self, given: Sequence[_Request]) -> None:

@@ -172,6 +172,19 @@ def test_a_row_that_cannot_be_cleared_ends_every_request_and_takes_no_more(open_
             running.submit([5, 6], 2)
 
 
+def test_texts_that_cannot_exchange_their_rows_are_all_told(open_slots, monkeypatch):
+    model = open_slots(slots=3, part=4)
+    scheduler = Scheduler(model, reading=4)
+    answers = [scheduler.submit(prompt, 60) for prompt in ([5], [6] * 40, [7])]
+    monkeypatch.setattr(model, "swap", lambda one, other: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        finish(scheduler)
+    scheduler.__exit__()
+    for answer in answers:
+        with pytest.raises(Failed, match="closing"):
+            list(answer.arrived())
+
+
 def test_a_device_that_has_no_memory_for_a_moment_is_not_taken_for_one_that_has_failed(open_slots, monkeypatch):
     """What a spoilt row is wiped with takes some; while there is none, it costs those whose row that is."""
     model, wipe, failures = open_slots(cache="on a device", slots=1), DeviceTensor.clear, []
