@@ -412,6 +412,16 @@ def poison_token(folder: Path, token: int) -> None:
         file.write(np.full(32, np.nan, np.float32).tobytes())
 
 
+def lose_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the device that ONNX Runtime has does nothing more, as a GPU after an illegal access."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA error 700")
+
+    for name in ("InferenceSession.run_with_iobinding", "OrtValue.update_inplace"):
+        monkeypatch.setattr(f"onnxruntime.{name}", fail)
+
+
 def list_again(folder: Path) -> Bundle:
     """The bundle in `folder`, whose files a test has changed, as if they had been exported so."""
     fields = json.loads((folder / MANIFEST_NAME).read_text())

@@ -161,7 +161,7 @@ class HostRuntime:
         return (0 if number == 0 else 101,)
 
     def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:
-        return 0, {2: b"out of memory", 101: b"invalid device ordinal"}[error]
+        return 0, {2: b"out of memory", 101: b"invalid device ordinal", 700: b"an illegal memory access"}[error]
 
     def cudaMalloc(self, size: int) -> tuple[int, int | None]:
         assert self._device.is_set

@@ -12,7 +12,8 @@ The model's cache has a row for each text at work. A turn of the scheduler
    token; short prompts that wait together share a call.
 
 A request fails alone: rows of a batch do not see one another, a step that fails is tried again for each row by itself,
-and a row that is left is cleared. One whose adapter is being read waits, and those behind it do not.
+and a row that is left is cleared. One whose adapter is being read waits, and those behind it do not. After a failure
+the device is asked whether it still works; where it does not, all requests fail, and no more are taken.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ import numpy as np
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import Shelved
     from teamlora_export.deploy.answers import Answer, Failed, Late, Overloaded, Token
-    from teamlora_export.deploy.failure import ModelError, brief
+    from teamlora_export.deploy.failure import DeviceLost, ModelError, brief
     from teamlora_export.deploy.sampling import GREEDY, Sampler, Sampling, log_probability
     from teamlora_export.deploy.slots import Slots
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import Shelved
     from answers import Answer, Failed, Late, Overloaded, Token
-    from failure import ModelError, brief
+    from failure import DeviceLost, ModelError, brief
     from sampling import GREEDY, Sampler, Sampling, log_probability
     from slots import Slots
 
@@ -103,7 +104,7 @@ class Scheduler:
         self._closing = False
         # When requests were first found to have no slot, where nothing is at work here.
         self._full_since: float | None = None
-        # Why no row can be cleared any more.
+        # Why the model cannot be run any more: known before the first request ends of it.
         self._broken = ""
         self._thread: threading.Thread | None = None
 
@@ -176,10 +177,14 @@ class Scheduler:
 
     def turn(self) -> None:
         """See the module's own words. Called by the scheduler's own thread, unless that was never started."""
-        self._drop()
-        if self._writing:
-            self._read_together(self._writing)
-        self._read_prompts()
+        try:
+            self._drop()
+            if self._writing:
+                self._read_together(self._writing)
+            self._read_prompts()
+        except DeviceLost as lost:
+            self._broken = f"The model cannot be run any more ({lost}). Load it again."
+            self._end_all(Failed(self._broken))
 
     def _run(self) -> None:
         while True:
@@ -252,7 +257,8 @@ class Scheduler:
                     self._reading.append(request)
                     self._leave_queue(request)
             except Exception as error:
-                # What fails for one of them fails for it alone.
+                # What fails for one of them fails for it alone, unless the device has failed.
+                self._model.check_device(error)
                 self._leave_queue(request)
                 request.answer.end(Failed(str(error) if isinstance(error, ModelError) else brief(error)))
         if self._waiting and not self._reading and not self._writing:
@@ -288,7 +294,6 @@ class Scheduler:
                 together = self._sharing(most)
                 budget -= max(len(request.unread) for request in together) * len(together)
                 for request in together:
-                    self._reading.remove(request)
                     self._begin_to_write(request)
                 self._read_together(together)
             elif count <= self._model.part and budget < self._most_read:
@@ -331,6 +336,7 @@ class Scheduler:
                 if other.row == row:
                     other.row = request.row
             request.row = row
+        self._reading.remove(request)
         self._writing.append(request)
 
     def _read_together(self, given: Sequence[_Request]) -> None:
@@ -349,10 +355,15 @@ class Scheduler:
             self._take(request, logits)
 
     def _read(self, request: _Request, ids: Sequence[int]) -> np.ndarray | None:
-        """The logits after more tokens of one text; None where they cannot be read, which ends the request."""
+        """The logits after more tokens of one text; None where they cannot be read, which ends the request.
+
+        Raises:
+            DeviceLost: nor can any other's; nobody has been told yet.
+        """
         try:
             return self._model.read(request.row, [ids])[0]
         except Exception as error:
+            self._model.check_device(error)
             self._retire(request, Failed(f"{self._model.runtime} cannot run the model ({brief(error)})."))
             return None
 
@@ -377,18 +388,18 @@ class Scheduler:
             self._retire(request, "length")
 
     def _retire(self, request: _Request, how: str | Exception) -> None:
-        """Its row is cleared; the last of those that are being written moves into it."""
-        try:
-            self._model.clear(request.row)
-            if request in self._reading:
-                self._reading.remove(request)
-            else:
-                last = self._writing.pop()
-                if last is not request:
-                    self._model.swap(request.row, last.row)
-                    self._writing[request.row], last.row = last, request.row
-        finally:
-            request.answer.end(how)
+        """Its row is cleared; the last of those that are being written moves into it. Where that fails, it is still one
+        of those at work, which end together."""
+        self._model.clear(request.row)
+        if request in self._reading:
+            self._reading.remove(request)
+        else:
+            last = self._writing[-1]
+            if last is not request:
+                self._model.swap(request.row, last.row)
+                self._writing[request.row], last.row = last, request.row
+            self._writing.pop()
+        request.answer.end(how)
 
     def _end_all(self, how: Exception) -> None:
         with self._changed:
@@ -401,7 +412,7 @@ class Scheduler:
             for row in range(self._model.slots):
                 self._model.clear(row)
         except Exception as error:
-            # As on a GPU that has failed: what a row holds would reach the next text.
-            self._broken = f"The model cannot be run any more ({brief(error)}). Load it again."
+            # What a row holds would reach the next text.
+            self._broken = self._broken or f"The model cannot be run any more ({brief(error)}). Load it again."
         for request in requests:
             request.answer.end(how)

@@ -6,7 +6,7 @@ It needs onnxruntime and numpy alone; so do the files beside it, which are deplo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +161,18 @@ class Session(ModelSession):
                     "a newer one, or a model with a growing cache."
                 )
         return self._on_device(shape, kind)
+
+    def probe(self) -> Callable[[], object]:
+        import onnxruntime as ort
+
+        number = np.zeros(1, np.float32)
+        value = ort.OrtValue.ortvalue_from_numpy(number.copy(), *self.device)
+
+        def touch() -> None:
+            value.update_inplace(number)
+            value.numpy()
+
+        return touch
 
     def bound(self, caches: Mapping[str, Place]) -> BoundCall:
         return BoundCall(self, caches)

@@ -12,12 +12,12 @@ import numpy as np
 
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import ADAPTER, NO_ADAPTER, Shelved, rows_adapter
-    from teamlora_export.deploy.failure import ModelError
+    from teamlora_export.deploy.failure import DeviceLost, ModelError, brief
     from teamlora_export.deploy.model_session import ModelSession
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import ADAPTER, NO_ADAPTER, Shelved, rows_adapter
-    from failure import ModelError
+    from failure import DeviceLost, ModelError, brief
     from model_session import ModelSession
 
 MOST_SLOTS = 1024
@@ -55,6 +55,11 @@ class Slots(ABC):
         self.padding = MOST_PADDING if self.settings.padded else 0
         self._session = session
         self.runtime = session.runtime
+        try:
+            # Now: when it is called, there may be no memory left.
+            self._probe = session.probe()
+        except Exception as error:
+            raise ModelError(f"{session.folder}: {session.device[0]} cannot be used ({brief(error)}).") from None
         # Where the model has each row's adapter, and those of texts that have no row yet.
         self._adapters = [NO_ADAPTER] * slots
         self._reserved: dict[Shelved, int] = {}
@@ -66,6 +71,17 @@ class Slots(ABC):
                 self._leave_adapter(row)
         for adapter in list(getattr(self, "_reserved", ())):
             self.release(adapter)
+
+    def check_device(self, failure: Exception) -> None:
+        """After something has failed: that the device still works. One that has run out of memory does.
+
+        Raises:
+            DeviceLost: it does not; whatever is asked of it from now on fails, too.
+        """
+        try:
+            self._probe()
+        except Exception as error:
+            raise DeviceLost(f"{brief(failure)}; its device then: {brief(error)}") from None
 
     def find_adapter(self, name: str | None) -> Shelved | None:
         """What that name stands for now; None stands for the model without an adapter.
@@ -188,7 +204,7 @@ class Slots(ABC):
         self.lengths[one], self.lengths[other] = self.lengths[other], self.lengths[one]
 
     def clear(self, row: int) -> None:
-        """Nothing is left of a row's text."""
+        """Nothing that is left of a row's text reaches the next. Asks nothing of a GPU, which may have failed."""
         self._leave_adapter(row)
         self.lengths[row] = 0
 

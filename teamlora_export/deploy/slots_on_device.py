@@ -27,7 +27,7 @@ _ALIGNED = 16
 class DeviceSlots(InPlaceSlots):
     """The same in a GPU's memory. The buffers have room for the longest text from the start, and nothing in them is
     moved: rows exchange their numbers. A step goes over the rows between those that it is for, too, whose next place it
-    fills with what is never read.
+    fills with what is never read. What may be no number is wiped when the next text begins in its place.
     """
 
     def __init__(self, session: ModelSession, slots: int, part: int, most: int | None) -> None:
@@ -67,11 +67,6 @@ class DeviceSlots(InPlaceSlots):
         Slots.swap(self, one, other)
 
     def clear(self, row: int) -> None:
-        place = self._places[row]
-        if place in self._spoilt:
-            for value in self._values.values():
-                value.clear(place)
-            self._spoilt.remove(place)
         self._begins[row] = 0
         Slots.clear(self, row)
 
@@ -79,6 +74,7 @@ class DeviceSlots(InPlaceSlots):
         longest = ids.shape[1]
         begins, lengths = self._with(rows, longest, counts)
         places = [self._places[row] for row in rows]
+        self._wipe([place for row, place in zip(rows, places, strict=True) if self.lengths[row] == 0])
         # As the buffers' rows lie; those that this is not for get another token, in the place of their next.
         all_ids = np.full((self.slots, longest), ids[0, -1], np.int64)
         all_begins, all_lengths = np.zeros(self.slots, np.int64), np.zeros(self.slots, np.int64)
@@ -94,6 +90,13 @@ class DeviceSlots(InPlaceSlots):
             found.update(zip(some, logits, strict=True))
         self._begins[rows.start : rows.stop] = begins.tolist()
         return np.stack([found[place] for place in places])
+
+    def _wipe(self, places: Sequence[int]) -> None:
+        """A number in them that is none would reach the next text, even masked out."""
+        for place in self._spoilt.intersection(places):
+            for value in self._values.values():
+                value.clear(place)
+            self._spoilt.remove(place)
 
     def _shape(self, cache: CachePort, capacity: int) -> tuple[int, ...]:
         slots, heads, places, size = super()._shape(cache, capacity)

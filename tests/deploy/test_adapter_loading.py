@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import lose_device
 from shelves import COUNT, PROMPTS
 
 sys.path.append(str(Path(__file__).parent))
@@ -370,6 +371,16 @@ def test_a_device_whose_memory_cannot_be_written_fails_the_request_and_forgets_w
     again = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="team")
     finish(scheduler)
     assert tokens(again) == shelf_answers["team", tuple(PROMPTS[0])]
+
+
+def test_a_device_that_fails_as_it_is_given_an_adapter_ends_every_request(make_shelf, monkeypatch):
+    scheduler = Scheduler(open_rows(make_shelf(cache="in-place").folder, 2, "device"))
+    lose_device(monkeypatch)
+    answer = scheduler.submit(PROMPTS[0], COUNT, adapter="team")
+    finish(scheduler)
+    with pytest.raises(Failed, match=r"The model cannot be run any more .*CUDA error 700"):
+        tokens(answer)
+    assert scheduler.broken
 
 
 def test_a_part_of_a_devices_tensor_is_written_and_no_other():

@@ -28,6 +28,7 @@ from shelf_requests import ask_all, assert_refuses_an_unknown_one
 from triton_server import LoadError, Server
 
 from teamlora_export.bundle import Bundle, read_bundle
+from teamlora_export.deploy.answers import Failed
 from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.kubernetes import deploy_kubernetes
 from teamlora_export.deploy.publish import publish_shelf
@@ -90,6 +91,33 @@ def test_what_a_step_that_failed_has_begun_is_over_before_anything_else(engine_o
     assert not any(gpu.streams.values())
     failing[:] = [False] * 9
     assert model.generate([PROMPTS[0]], 2)
+
+
+def test_a_gpu_that_has_failed_ends_every_request_and_one_without_memory_does_not(
+    engine_of, make_bundle, tmp_path, monkeypatch
+):
+    bundle, gpu = engine_of(make_bundle("llama", cache="in-place"))
+    scheduler = Scheduler(Model(deploy_python(bundle, tmp_path / "out", engine="tiny")).slots(2))
+    copy, no_memory, illegal_access = gpu.cudaMemcpyAsync, (2,), (700,)
+
+    def copy_little(to: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:
+        return copy(to, source, size, kind, stream) if size <= 4 else no_memory
+
+    for name, fails, message in (
+        ("cudaMemcpyAsync", copy_little, r"^TensorRT-RTX cannot run the model \(cudaMemcpyAsync: out of memory\)"),
+        # As one that is told of when it is waited for.
+        ("cudaStreamSynchronize", lambda stream: illegal_access, "^The model cannot be run any more .*illegal memory"),
+    ):
+        assert not scheduler.broken
+        answer = scheduler.submit([5, 6], 20)
+        scheduler.turn()
+        monkeypatch.setattr(gpu, name, fails)
+        while scheduler.busy:
+            scheduler.turn()
+        monkeypatch.setattr(gpu, "cudaMemcpyAsync", copy)
+        with pytest.raises(Failed, match=message):
+            list(answer)
+    assert scheduler.broken
 
 
 def test_adapters_are_published_to_an_engine_with_as_many_slots_as_it_has(engine_of, make_shelf, tmp_path):

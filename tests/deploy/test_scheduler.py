@@ -8,7 +8,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import poison_token, readme_block
+from conftest import lose_device, poison_token, readme_block
 
 from teamlora_export.deploy import scheduler, slots, slots_in_place
 from teamlora_export.deploy.answers import Answer, Failed, Late, Overloaded
+from teamlora_export.deploy.device_tensor import DeviceTensor
 from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
@@ -143,24 +143,73 @@ def test_requests_that_come_at_one_moment_share_their_first_call(open_slots, mon
     assert calls[0] == 3
 
 
-def test_a_device_that_has_failed_ends_every_request_and_takes_no_more(open_slots):
-    """Its memory can be neither read nor written any more."""
-    model = open_slots(cache="on a device", slots=2)
-
-    def fail(*_: object) -> None:
-        raise RuntimeError("CUDA error 700")
-
-    with Scheduler(model) as running:
-        answer = running.submit([5, 6], 60)
-        next(iter(answer))
-        model._call = fail  # type: ignore[method-assign]
-        model.clear = fail  # type: ignore[method-assign]
-        with pytest.raises(Failed, match="CUDA error 700"):
+@pytest.mark.parametrize("cache", ["in-place", "growing", "on a device"])
+def test_a_device_that_has_failed_ends_every_request_and_takes_no_more(cache, open_slots, monkeypatch):
+    """Which is known before the first of them ends: whoever meets that end can act on it."""
+    scheduler, known, end = Scheduler(open_slots(cache=cache, slots=2)), [], Answer.end
+    answers = [scheduler.submit([5 + n, 6], 60) for n in range(3)]
+    scheduler.turn()
+    monkeypatch.setattr(Answer, "end", lambda answer, how: known.append(scheduler.broken) or end(answer, how))
+    lose_device(monkeypatch)
+    finish(scheduler)
+    for answer in answers:
+        with pytest.raises(Failed, match=r"The model cannot be run any more .*CUDA error 700"):
             tokens(answer)
-        while not running._broken:
-            time.sleep(0.001)
+    assert len(known) == 3 and all(known)
+    with pytest.raises(Overloaded, match="cannot be run any more"):
+        scheduler.submit([5, 6], 60)
+
+
+def test_a_row_that_cannot_be_cleared_ends_every_request_and_takes_no_more(open_slots, monkeypatch):
+    model, known, end = open_slots(slots=2), [], Answer.end
+    monkeypatch.setattr(model, "clear", lambda row: 1 // 0)
+    with Scheduler(model) as running:
+        monkeypatch.setattr(Answer, "end", lambda answer, how: known.append(running.broken) or end(answer, how))
+        with pytest.raises(Failed, match="by zero"):
+            tokens(running.submit([5, 6], 2))
+        assert len(known) == 1 and known[0]
         with pytest.raises(Overloaded, match="cannot be run any more"):
-            running.submit([5, 6], 60)
+            running.submit([5, 6], 2)
+
+
+def test_texts_that_cannot_exchange_their_rows_are_all_told(open_slots, monkeypatch):
+    model = open_slots(slots=3, part=4)
+    scheduler = Scheduler(model, reading=4)
+    answers = [scheduler.submit(prompt, 60) for prompt in ([5], [6] * 40, [7])]
+    monkeypatch.setattr(model, "swap", lambda one, other: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        finish(scheduler)
+    scheduler.__exit__()
+    for answer in answers:
+        with pytest.raises(Failed, match="closing"):
+            list(answer.arrived())
+
+
+def test_a_device_that_has_no_memory_for_a_moment_is_not_taken_for_one_that_has_failed(open_slots, monkeypatch):
+    """What a spoilt row is wiped with takes some; while there is none, it costs those whose row that is."""
+    model, wipe, failures = open_slots(cache="on a device", slots=1), DeviceTensor.clear, []
+    (expected,) = greedy(model, [[5, 6]], 8)
+
+    def wipe_or_fail(tensor: DeviceTensor, entry: int) -> None:
+        if failures:
+            raise failures.pop()
+        wipe(tensor, entry)
+
+    monkeypatch.setattr(DeviceTensor, "clear", wipe_or_fail)
+    scheduler = Scheduler(model)
+    spoilt = scheduler.submit([5, 6], 8)
+    scheduler.turn()
+    for value in model._values.values():
+        value.numpy()[0, :, :2] = np.nan
+    # A call that fails is made once more.
+    failures[:] = [RuntimeError("out of memory")] * 3
+    finish(scheduler)
+    with pytest.raises(Failed, match=r"no number \(NaN\)"):
+        tokens(spoilt)
+    with pytest.raises(Failed, match=r"cannot run the model \(out of memory\)"):
+        tokens_after(scheduler, [5, 6], 8)
+    assert tokens_after(scheduler, [5, 6], 8) == expected
+    assert not failures and not scheduler.broken
 
 
 @pytest.mark.parametrize("cache", ["in-place", "growing"])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import lose_device
 
 sys.path.append(str(Path(__file__).parent))
 from triton_server import LoadError, RequestError, Server, edit_config, rows, words
@@ -124,21 +125,29 @@ def test_every_failure_is_counted_by_its_reason(continuous):
     assert server.metrics["teamlora_requests_failed", "m_text", "overloaded"] == 1
 
 
-def test_a_server_whose_model_cannot_be_run_any_more_ends_where_that_is_asked_for(continuous, monkeypatch, capfd):
-    told = []
+def test_a_server_whose_gpu_has_failed_ends_at_the_first_request_where_that_is_asked_for(
+    continuous, monkeypatch, capfd
+):
+    told, given = [], rows({"input_ids": np.array([5, 6, 7], np.int64)})
     monkeypatch.setattr(os, "kill", lambda *given: told.append(given))
-    server, given = Server(continuous / "models"), rows({"input_ids": np.array([5, 6, 7], np.int64)})
-    monkeypatch.setattr(server.models["m_text"].model._scheduler, "_broken", "CUDA error 700.")
-    for wish, times in (("", 0), ("end-server", 1), ("end-server", 1)):
+    for wish in ("", "end-server"):
         monkeypatch.setenv("TEAMLORA_WHEN_BROKEN", wish)
-        with pytest.raises(RequestError, match="UNAVAILABLE: CUDA error 700"):
-            list(server.stream("m_text", given))
-        end = time.monotonic() + 10
-        while len(told) < times and time.monotonic() < end:
-            time.sleep(0.01)
-        assert told == [(os.getppid(), signal.SIGTERM)] * times
-    assert "the server is ended" in capfd.readouterr().err
-    server.models["m_text"].unload()
+        server = Server(continuous / "models")
+        with monkeypatch.context() as patch:
+            lose_device(patch)
+            # Once, however many fail.
+            for code in ("INTERNAL", "UNAVAILABLE", "UNAVAILABLE"):
+                with pytest.raises(RequestError, match=f"{code}: The model cannot be run any more .*CUDA error 700"):
+                    list(server.stream("m_text", given))
+                assert told == ([(os.getppid(), signal.SIGTERM)] if wish else [])
+        server.models["m_text"].unload()
+    assert capfd.readouterr().err.count("the server is ended") == 1
+
+
+def test_an_unknown_wish_for_a_broken_server_keeps_the_model_from_being_loaded(continuous, monkeypatch):
+    monkeypatch.setenv("TEAMLORA_WHEN_BROKEN", "end_server")
+    with pytest.raises(LoadError, match=r"^TEAMLORA_WHEN_BROKEN is 'end_server': give end-server, or leave it out\.$"):
+        Server(continuous / "models")
 
 
 def test_what_neither_thread_nor_tokenizer_can_do_fails_alone_and_makes_room(make_bundle, tmp_path, monkeypatch):

@@ -27,8 +27,8 @@ from slots import open_slots
 from words import StoppedText, TextStream, encode_prompt, encode_text
 
 _DEFAULT_TOKENS = 64
-# A variable of the server's environment: what becomes of it when the model cannot be run any more.
-_WHEN_BROKEN = "TEAMLORA_WHEN_BROKEN"
+# A variable of the server's environment, and its one value: the server ends when the model cannot be run any more.
+_WHEN_BROKEN, _END_SERVER = "TEAMLORA_WHEN_BROKEN", "end-server"
 # Inputs that are fields of `Sampling` as they are.
 _SAMPLING = {
     "temperature": float,
@@ -45,6 +45,8 @@ Given = Mapping[str, np.ndarray]
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        with told_when_loaded():
+            self._ends_server = _is_to_end_server()
         # The files are compared with their hashes there, but for those of adapters.
         parameters, self._settings, self._tokenizer = open_beside(args)
         folder = Path(__file__).resolve().parent
@@ -97,11 +99,11 @@ class TritonPythonModel:
                     client.send(response)
         except Exception as error:
             failure = error
-        # Before the client knows: it may ask again at once.
+        # Before the client knows: it may ask again at once. A server that is to end still sends what it has taken.
         self._places.release()
-        self._end(client, failure)
         if self._scheduler.broken:
             self._end_server()
+        self._end(client, failure)
 
     def _end(self, client: _Client, failure: Exception | None) -> None:
         if failure is not None:
@@ -112,8 +114,8 @@ class TritonPythonModel:
     def _end_server(self) -> None:
         """Where a supervisor starts it anew, as in a pod: a GPU that has failed does nothing more for this process, and
         the server would go on to call a model ready whose requests all fail."""
-        if os.environ.get(_WHEN_BROKEN) == "end-server" and self._ending.acquire(blocking=False):
-            print(f"{self._scheduler.broken} {_WHEN_BROKEN} is end-server: the server is ended.", file=sys.stderr)
+        if self._ends_server and self._ending.acquire(blocking=False):
+            print(f"{self._scheduler.broken} {_WHEN_BROKEN} is {_END_SERVER}: the server is ended.", file=sys.stderr)
             os.kill(os.getppid(), signal.SIGTERM)
 
     def _responses(self, given: Given, client: _Client) -> Iterator[Any]:
@@ -150,6 +152,14 @@ class TritonPythonModel:
             return encode_prompt(self._tokenizer, values[0].decode())
         # The template writes the special tokens itself.
         return encode_text(self._tokenizer, self._chat.text(values[0].decode()), specials=False)
+
+
+def _is_to_end_server() -> bool:
+    """When the model cannot be run any more."""
+    wish = os.environ.get(_WHEN_BROKEN, "")
+    if wish not in ("", _END_SERVER):
+        raise ModelError(f"{_WHEN_BROKEN} is {wish!r:.40}: give {_END_SERVER}, or leave it out.")
+    return wish == _END_SERVER
 
 
 class _Shown:
