@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))
 from triton_server import LoadError, RequestError, Server, edit_config, rows, words
+from waiting import wait_until
 
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.triton import deploy_triton
@@ -115,9 +115,7 @@ def test_every_failure_is_counted_by_its_reason(continuous):
     )
     next(left)
     left.close()
-    end = time.monotonic() + 60
-    while not server.metrics["teamlora_requests_failed", "m_text", "cancelled"]:
-        assert time.monotonic() < end
+    wait_until(lambda: server.metrics["teamlora_requests_failed", "m_text", "cancelled"])
     server.models["m_text"].unload()
     with pytest.raises(RequestError):
         list(server.stream("m_text", rows({"input_ids": ids})))
@@ -133,9 +131,7 @@ def test_a_server_whose_model_cannot_be_run_any_more_ends_where_that_is_asked_fo
         monkeypatch.setenv("TEAMLORA_WHEN_BROKEN", wish)
         with pytest.raises(RequestError, match="UNAVAILABLE: CUDA error 700"):
             list(server.stream("m_text", given))
-        end = time.monotonic() + 10
-        while len(told) < times and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_until(lambda times=times: len(told) >= times)
         assert told == [(os.getppid(), signal.SIGTERM)] * times
     assert "the server is ended" in capfd.readouterr().err
     server.models["m_text"].unload()
