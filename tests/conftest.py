@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Programs run as a user's do: what is left in a buffer at their end must not fail there.
 os.environ.pop("PYTHONUNBUFFERED", None)
 
+import hypothesis
 import numpy as np
 import onnx
 import pytest
@@ -42,6 +43,11 @@ sys.path.append(str(ROOT / "scripts"))
 from get_model import get_model  # noqa: E402
 
 transformers.logging.set_verbosity_error()
+
+# The same examples in each run, so that only a change makes a test fail; --hypothesis-profile=random draws others.
+hypothesis.settings.register_profile("random", derandomize=False)
+hypothesis.settings.register_profile("same", derandomize=True)
+hypothesis.settings.load_profile("same")
 
 _SIZES = {
     "vocab_size": 384,

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +98,8 @@ def test_a_malformed_adapter_is_one_message_and_leaves_nothing(name, adapter, tm
     assert result.stderr.count("Error:") == 1
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == [adapter]
-    assert processor_seconds() - before < 30
+    # A few seconds, of which a busy machine's hyperthreads make more.
+    assert processor_seconds() - before < 120
 
 
 @pytest.mark.parametrize(
@@ -164,30 +164,37 @@ def test_a_changed_bundle_or_adapter_is_refused(adapter, tmp_path, make_bundle):
     assert "is not the adapter" in result.stderr
 
 
+# The command, which gets a signal while the model is traced.
+INTERRUPTED = """
+import os
+from teamlora_export import cli
+from teamlora_export.graph import trace
+
+forward, export = trace.TracedExpertLinear.forward, trace._export
+
+def interrupted(self, x):
+    os.kill(os.getpid(), int(os.environ["KIND"]))
+    return forward(self, x)
+
+def traced(*given):
+    trace.TracedExpertLinear.forward = interrupted
+    return export(*given)
+
+trace._export = traced
+cli.main()
+"""
+
+
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_the_old_bundle(kind, adapter, tmp_path, make_base, make_bundle):
     bundle = tmp_path / "bundle"
     shutil.copytree(make_bundle("llama").folder, bundle)
     before = {path.name: path.read_bytes() for path in bundle.iterdir() if path.is_file()}
-    command = [
-        sys.executable,
-        "-m",
-        "teamlora_export.cli",
-        "onnx",
-        make_base("llama").name,
-        "-a",
-        str(adapter),
-        "-o",
-        str(bundle),
-        "--retrace",
-    ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    # Long enough to have begun, not to have ended: imports and tracing take several seconds.
-    time.sleep(3)
-    process.send_signal(kind)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2, errors
-    assert "Interrupted; nothing was written." in errors
+    words = ["onnx", make_base("llama").name, "-a", adapter, "-o", bundle, "--retrace"]
+    command, environment = [sys.executable, "-c", INTERRUPTED, *words], {**os.environ, "KIND": str(int(kind))}
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "Interrupted; nothing was written." in done.stderr
     assert {path.name: path.read_bytes() for path in bundle.iterdir() if path.is_file()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "bundle"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,14 +30,18 @@ def longest_first(items: list[pytest.Item]) -> None:
 
 
 def made_once(folder: Path, name: str, make: Callable[[Path], object]) -> Path:
-    """`folder`/`name`, which `make` makes unless another worker has; while one does, the others wait."""
-    made, done = folder / name, folder / f"{name}.done"
+    """What `make` makes under a name, unless another worker has; while one does, the others wait.
+
+    It lies in a folder of its own: a worker that was killed may have left compilers that still write into theirs.
+    """
+    done = folder / f"{name}.done"
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
+        if not done.is_symlink():
+            made = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=folder)) / name
             make(made)
-            done.touch()
-    return made
+            done.symlink_to(made)
+    return done.readlink()
 
 
 @contextmanager

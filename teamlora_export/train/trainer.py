@@ -265,7 +265,8 @@ class AdapterTrainer(Trainer):
         else:
             standing.worse += 1
         if self.options.patience and standing.worse >= self.options.patience:
-            standing.stopped = self.control.should_training_stop = True
+            # With a checkpoint of this step, as at every end of a training.
+            standing.stopped = self.control.should_training_stop = self.control.should_save = True
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -215,7 +215,7 @@ def test_an_interruption_ends_every_process_and_leaves_nothing(make_bundle, tmp_
         stop(process)
         assert process.communicate(timeout=60)[1].endswith("Error: Interrupted; nothing was written.\n")
         assert process.returncode == 2
-        assert not psutil.wait_procs(apart, timeout=10)[1]
+        assert not psutil.wait_procs(apart, timeout=60)[1]
         assert list(tmp_path.iterdir()) == [folder]
 
 

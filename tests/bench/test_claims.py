@@ -19,6 +19,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from waiting import SECONDS
 
 from teamlora_export.adapter import BaseSignature, LinearShape, align_with_base, read_adapter
 from teamlora_export.errors import ExportError
@@ -798,11 +801,19 @@ def test_nothing_begins_or_goes_on_after_an_interruption(work, place, monkeypatc
     context = multiprocessing.get_context("fork")
     monkeypatch.setattr(command.multiprocessing, "get_context", lambda _: context)
     monkeypatch.setattr(command, "_work", work)
-    monkeypatch.setattr(command, "_INTERRUPTION_SECONDS", 0.2)
+    # As long as it may take until the interruption is known; those that it did not come to end at once.
+    monkeypatch.setattr(command, "_INTERRUPTION_SECONDS", SECONDS)
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: None))
     elsewhere = dataclasses.replace(place, folder=place.folder / work.__name__)
     elsewhere.folder.mkdir()
     grid = quick_grid([0])
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def late(*given: Any) -> None:
+        """When the end of a worker that it came to before is known."""
+        time.sleep(0.5)
+        signal.default_int_handler(*given)
+
+    before = signal.signal(signal.SIGINT, late)
     try:
         with pytest.raises(KeyboardInterrupt):
             command._run_cells(grid, elsewhere, 1, Reporter(quiet=True))

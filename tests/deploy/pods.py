@@ -21,9 +21,8 @@ from pathlib import Path
 
 import yaml
 from get_triton_server import get_triton_server
-from real_triton import _free_ports
+from real_triton import SECONDS_TO_START, free_ports
 
-_SECONDS_TO_START = 60
 _SECONDS_BETWEEN_PROBES = 0.2
 
 
@@ -37,7 +36,7 @@ class Pod:
     def __init__(self, deployed: Path, scratch: Path) -> None:
         home = get_triton_server()
         triton = home / "server" / "pytriton" / "tritonserver"
-        ports = dict(zip(("http", "grpc", "metrics"), _free_ports(3), strict=True))
+        ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))
         self.http, self.metrics = (f"127.0.0.1:{ports[name]}" for name in ("http", "metrics"))
         command = [triton / "bin" / "tritonserver", *_arguments(deployed), f"--backend-directory={triton / 'backends'}"]
         # Shared memory that a killed server leaves is known by its name.
@@ -64,12 +63,12 @@ class Pod:
             region.unlink()
 
     def is_ready(self) -> bool:
-        with suppress(OSError), urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=5):
+        with suppress(OSError), urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=60):
             return True
         return False
 
     def wait_until_ready(self) -> None:
-        end = time.monotonic() + _SECONDS_TO_START
+        end = time.monotonic() + SECONDS_TO_START
         while not self.is_ready():
             told = self._log.read_text(errors="replace")[-3000:]
             assert self.process.poll() is None and time.monotonic() < end, f"The server is not ready:\n{told}"

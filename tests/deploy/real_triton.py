@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import random
 import signal
 import socket
 import subprocess
@@ -23,9 +24,10 @@ import tritonclient.grpc as grpc
 from get_triton_server import get_triton_server
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-_SECONDS_TO_START = 60
+# Only a hang reaches them, on however busy a machine.
+SECONDS_TO_START = 300
 # It waits for an answer to an idle connection, and for models to be unloaded.
-_SECONDS_TO_STOP = 30
+_SECONDS_TO_STOP, _SECONDS_TO_EXIT = 90, 60
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def running(repository: Path, log: Path, python: Path | None = None) -> Iterator
         RuntimeError: it is not ready in time, or does not stop in time, as one with a request that never ends.
     """
     home = get_triton_server()
-    ports = _free_ports(3)
+    ports = free_ports(3)
     triton = home / "server" / "pytriton" / "tritonserver"
     options = {
         "model-repository": repository,
@@ -75,7 +77,7 @@ def running(repository: Path, log: Path, python: Path | None = None) -> Iterator
         "http-port": ports[0],
         "grpc-port": ports[1],
         "metrics-port": ports[2],
-        "exit-timeout-secs": 20,
+        "exit-timeout-secs": _SECONDS_TO_EXIT,
     }
     environment = {
         # The back end finds Python there, and its library.
@@ -131,7 +133,7 @@ class Connection:
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    end = time.monotonic() + _SECONDS_TO_START
+    end = time.monotonic() + SECONDS_TO_START
     while time.monotonic() < end and process.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{address}/v2/health/ready", timeout=5):
             return
@@ -151,9 +153,17 @@ def _stop(process: subprocess.Popen[bytes], log: Path) -> None:
         raise RuntimeError(f"The server stopped before its models did:\n{told[-3000:]}")
 
 
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback for a server that binds them later: none that the system gives to who asks for any, since
+    it would give them away until then."""
+    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    candidates = range(min(10_000, first_given - 1), first_given)
+    found: set[int] = set()
+    # Other workers look for some at the same time, and may have been seeded alike.
+    drawn = random.SystemRandom()
+    while len(found) < count:
+        port = drawn.choice(candidates) if len(candidates) > 1_000 else 0
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            found.add(one.getsockname()[1])
+    return list(found)

@@ -17,6 +17,7 @@ from shelves import COUNT, PROMPTS
 
 sys.path.append(str(Path(__file__).parent))
 from shelf_rows import open_rows
+from waiting import SECONDS, wait_until
 
 from teamlora_export.bundle import read_bundle
 from teamlora_export.deploy import adapter_slots
@@ -30,8 +31,6 @@ from teamlora_export.deploy.scheduler import Scheduler
 from teamlora_export.deploy.session import Session
 from teamlora_export.deploy.slots import open_slots
 from teamlora_export.shelf import add_adapter, replace_adapter
-
-SECONDS = 20
 
 
 class SlowFiles:
@@ -83,13 +82,6 @@ def finish(scheduler: Scheduler) -> None:
 
 def state(shelf: Adapters) -> tuple[list[object], list[int], list[int]]:
     return list(shelf._content), list(shelf._users), list(shelf._free)
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def settled(shelf: Adapters) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import get_model
 from transformers import AutoTokenizer
+from waiting import SECONDS
 
 from teamlora_export.deploy.chat import Chat, Template
 from teamlora_export.deploy.failure import ModelError
@@ -135,6 +136,7 @@ def test_a_template_that_takes_too_much_is_ended_and_the_next_conversation_is_an
     chat = Chat(folder, seconds=1)
     with pytest.raises(ModelError, match="takes more time or memory than it may"):
         chat.text(json.dumps(MESSAGES))
+    chat._seconds = SECONDS
     assert chat.text(json.dumps(MESSAGES[:1])) == "Be brief."
     chat.close()
 

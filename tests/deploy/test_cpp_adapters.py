@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pytest
 from cpp_programs import as_engine, launches, run
 from shelves import write_family
 from typer.testing import CliRunner
+from waiting import wait_until
 
 from teamlora_export.bundle import read_bundle
 from teamlora_export.cli import app
@@ -326,7 +327,7 @@ def test_a_request_that_waits_for_a_slot_gets_what_its_name_stood_for_though_its
             assert program.hear() == "begun"
         hydra = out / "model" / read_bundle(folder).manifest.shelf["adapters"]["hydra"]["file"]
         program.ask(NAMES[4], PROMPTS[4], "queue")
-        wait_for(lambda: hydra in program.opened())
+        wait_until(lambda: hydra in program.opened())
         replace_adapter(folder, "hydra", shelf_adapters["moe"])
         publish_shelf(read_bundle(folder), out)
         assert not hydra.exists()
@@ -427,8 +428,9 @@ def test_who_finds_no_slot_is_told_when_none_of_the_others_goes_on(model, cpp_pr
             "Others' adapters are in too many of the 3 slots, and none of their requests has gone on for 2 seconds."
         )
         program.ask(NAMES[5], PROMPTS[5], "queue")
-        for _ in range(5):
-            time.sleep(0.5)
+        # Longer than its patience in all, and none of them nearly as long.
+        for _ in range(10):
+            time.sleep(0.24)
             program.say("step")
         program.say("go")
         assert [program.hear() for _ in range(5)] == [
@@ -436,10 +438,3 @@ def test_who_finds_no_slot_is_told_when_none_of_the_others_goes_on(model, cpp_pr
         ]
     done = run(cpp_programs / "tenants", model, COUNT, -1)
     assert "-1 seconds of patience: give 0 or more." in done.stderr
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)

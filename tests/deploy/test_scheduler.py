@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import lose_device, poison_token, readme_block
+from waiting import wait_until
 
 from teamlora_export.deploy import scheduler, slots, slots_in_place
 from teamlora_export.deploy.answers import Answer, Failed, Late, Overloaded
@@ -109,10 +110,17 @@ def test_threads_that_ask_at_once_share_steps_and_get_what_they_get_alone(open_s
     prompts = [[drawn.randrange(3, 384) for _ in range(drawn.randrange(1, 40))] for _ in range(200)]
     expected = greedy(model, prompts, 6)
     shared, read = [], model.read
-    model.read = lambda row, ids: shared.append(len(ids)) or read(row, ids)  # type: ignore[method-assign]
+
+    def watched(row: int, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """The first call is not over before each thread has asked."""
+        wait_until(lambda: shared or sum(map(len, (scheduler._waiting, scheduler._reading, scheduler._writing))) == 8)
+        shared.append(len(ids))
+        return read(row, ids)
+
+    model.read = watched  # type: ignore[method-assign]
     with Scheduler(model, waiting=200) as scheduler, ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda prompt: tokens(scheduler.submit(prompt, 6)), prompts)) == expected
-    assert np.mean(shared) > 1.5
+    assert max(shared) > 4
 
 
 @pytest.mark.parametrize("cache", ["in-place", "growing", "on a device"])
@@ -533,7 +541,16 @@ def test_nothing_stops_the_loop(open_slots, monkeypatch):
 
 
 def test_closing_ends_what_is_not_done_and_takes_no_more(open_slots):
-    scheduler = Scheduler(open_slots(slots=1))
+    model, steps = open_slots(slots=1), []
+    scheduler, read = Scheduler(model), model.read
+
+    def held(row: int, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        """The second call is not over before it is closing."""
+        wait_until(lambda: not steps or scheduler._closing)
+        steps.append(ids)
+        return read(row, ids)
+
+    model.read = held  # type: ignore[method-assign]
     with scheduler:
         answers = [scheduler.submit([5], 120), scheduler.submit([6], 120)]
         next(iter(answers[0]))

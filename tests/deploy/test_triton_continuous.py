@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from conftest import lose_device
 
 sys.path.append(str(Path(__file__).parent))
 from triton_server import LoadError, RequestError, Server, edit_config, rows, words
+from waiting import wait_until
 
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.triton import deploy_triton
@@ -116,9 +116,7 @@ def test_every_failure_is_counted_by_its_reason(continuous):
     )
     next(left)
     left.close()
-    end = time.monotonic() + 60
-    while not server.metrics["teamlora_requests_failed", "m_text", "cancelled"]:
-        assert time.monotonic() < end
+    wait_until(lambda: server.metrics["teamlora_requests_failed", "m_text", "cancelled"])
     server.models["m_text"].unload()
     with pytest.raises(RequestError):
         list(server.stream("m_text", rows({"input_ids": ids})))

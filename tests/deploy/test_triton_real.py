@@ -26,6 +26,7 @@ from get_triton_server import PACKAGE, get_triton_server
 from shelves import COUNT, NAMES
 from shelves import PROMPTS as SHELF_PROMPTS
 from tritonclient.utils import InferenceServerException
+from waiting import wait_until
 
 sys.path.append(str(Path(__file__).parent))
 from real_triton import Addresses, Connection, running
@@ -43,10 +44,12 @@ from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 NAN = 7
 # A model with one slot takes so long for a step, so that there is time to do something meanwhile.
 STEP = 0.05
+# Tokens of a text of that model which takes it longer than a client waits here: what it answers meanwhile had the slot.
+ENDLESS = 4000
 # The same of the one with a shelf, whose texts are to last until others have come.
 SHORT_STEP = 0.01
-# A text that begins so takes so long to be read.
-LONG, READING = "Long", 2.0
+# A text that begins so is read for as long as there is a folder, where it leaves a file of its name.
+LONG, READING = "Long", "reading"
 SUCCESSES, FAILURES = "nv_inference_request_success", "teamlora_requests_failed"
 # In place of the ONNX Runtime back end, which the server lacks: the same model with the same configuration.
 ENCODER = """
@@ -72,6 +75,19 @@ class TritonPythonModel:
         return pb_utils.InferenceResponse(output_tensors=tensors)
 """
 
+READ_FOR_LONG = f"""
+
+def _read_for_long(text, folder):
+    import time
+
+    while text.startswith({LONG!r}) and folder.exists():
+        try:
+            (folder / text).touch()
+        except FileNotFoundError:
+            return
+        time.sleep(0.01)
+"""
+
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 
 
@@ -94,6 +110,10 @@ def deployed(make_bundle, shelf, tmp_path_factory) -> Path:
     poison_token(out / "models" / "m_text" / "1", NAN)
     library = str(build_library().path)
     slow = deploy_triton(bundle, folder / "slow", TritonOptions(name="slow", batch=1, sequences=2, library=library))
+    path = slow / "models" / "slow_text" / "1" / "deploy.json"
+    described = json.loads(path.read_text())
+    described["tokens"] |= {"most": ENDLESS + 96, "stops": []}
+    path.write_text(json.dumps(described))
     shelved = deploy_triton(shelf, folder / "shelf", TritonOptions(name="shelf", batch=4))
     for name, step, made in (("slow", STEP, slow), ("shelf", SHORT_STEP, shelved)):
         program = made / "models" / f"{name}_text" / "1" / "scheduler.py"
@@ -107,8 +127,8 @@ def deployed(make_bundle, shelf, tmp_path_factory) -> Path:
     program = out / "models" / "m_text" / "1" / "words.py"
     text = program.read_text()
     assert "        text.encode()\n" in text
-    text = text.replace("        text.encode()\n", f"        time.sleep({READING} * text.startswith({LONG!r}))\n")
-    program.write_text(text.replace("from typing", "import time\nfrom typing", 1))
+    waits = f"        _read_for_long(text, Path({str(out / READING)!r}))\n"
+    program.write_text(text.replace("        text.encode()\n", f"{waits}        text.encode()\n") + READ_FOR_LONG)
     _add_encoder(make_bundle("bert"), source, folder / "encoder", out)
     return out
 
@@ -246,36 +266,31 @@ def test_a_seed_draws_the_same_and_log_probabilities_come_along(server):
 
 def test_a_request_too_many_is_refused_and_one_that_is_cancelled_makes_room(server, model):
     first = Connection(server)
-    assert next(first.tokens("slow_text", [9], 100))
+    assert next(first.tokens("slow_text", [9], ENDLESS))
     with ThreadPoolExecutor(2) as pool:
         # There is room for one of them to wait.
         asked = {pool.submit(generate, server, "slow", input_ids=[id_], max_tokens=4): id_ for id_ in (10, 11)}
         (refused,), (waiting,) = wait(asked, return_when=FIRST_COMPLETED)
         assert refused.result() == (400, {"error": "1 requests wait already. Try again later."})
-        started = time.monotonic()
         first.close(cancel=True)
         assert waiting.result()[1]["token_ids"] == model.generate([[asked[waiting]]], 4)[0]
-    # The first would have kept its slot for 100 steps.
-    assert time.monotonic() - started < 60 * STEP
 
 
 def test_a_client_that_is_gone_frees_its_slot(server, deployed, model):
     client = deployed.parent / "slow" / "client.py"
-    command = [sys.executable, client, "--url", server.grpc, "--tokens", "100", "The License"]
+    command = [sys.executable, client, "--url", server.grpc, "--tokens", str(ENDLESS), "The License"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.read(len("The License") + 1)
-    started = time.monotonic()
     process.kill()
     process.communicate()
     assert generate(server, "slow", input_ids=[10], max_tokens=4)[1]["token_ids"] == model.generate([[10]], 4)[0]
-    assert time.monotonic() - started < 60 * STEP
 
 
 @pytest.mark.parametrize(("path", "limit"), [("generate_stream", 1000.0), ("generate", 8 * STEP)])
 def test_a_connection_that_is_dropped_frees_its_slot(path, limit, server, model):
     """The server notices it when it writes; where it writes all at the end, the request's time limit does it."""
-    fields = {"input_ids": [9], "max_tokens": 100, "stream": path == "generate_stream", "time_limit": limit}
+    fields = {"input_ids": [9], "max_tokens": ENDLESS, "stream": path == "generate_stream", "time_limit": limit}
     address, port = server.http.split(":")
     connection = http.client.HTTPConnection(address, int(port), timeout=60)
     connection.request("POST", f"/v2/models/slow_text/{path}", json.dumps(fields))
@@ -284,18 +299,14 @@ def test_a_connection_that_is_dropped_frees_its_slot(path, limit, server, model)
     else:
         # Nothing tells a client that its text is being written.
         time.sleep(4 * STEP)
-    started = time.monotonic()
     connection.close()
     assert generate(server, "slow", input_ids=[10], max_tokens=4)[1]["token_ids"] == model.generate([[10]], 4)[0]
-    assert time.monotonic() - started < 60 * STEP
 
 
 def test_a_time_limit_ends_a_request_and_frees_its_slot(server, model):
-    started = time.monotonic()
-    status, late = generate(server, "slow", input_ids=[9], max_tokens=100, time_limit=6 * STEP)
+    status, late = generate(server, "slow", input_ids=[9], max_tokens=ENDLESS, time_limit=6 * STEP)
     assert (status, late["error"]) == (400, "The request took longer than its time limit.")
     assert generate(server, "slow", input_ids=[10], max_tokens=4)[1]["token_ids"] == model.generate([[10]], 4)[0]
-    assert time.monotonic() - started < 60 * STEP
 
 
 def test_requests_are_taken_in_the_form_of_tritons_openai_front_end(server, model):
@@ -342,13 +353,17 @@ def test_requests_are_taken_in_the_form_of_tritons_openai_front_end(server, mode
     assert words(ask(False, **drawn)) == words(ask(True, **drawn)) != expected
 
 
-def test_words_that_take_long_to_be_read_hold_up_nobody(server):
+def test_words_that_take_long_to_be_read_hold_up_nobody(server, deployed, tmp_path):
+    reading, names = deployed / READING, [f"{LONG} {n}" for n in range(2)]
+    reading.mkdir()
     with ThreadPoolExecutor(2) as pool:
-        long = [pool.submit(generate, server, text_input=f"{LONG} {n}", max_tokens=1) for n in range(2)]
-        started = time.monotonic()
-        assert generate(server, input_ids=[9, 10], max_tokens=4)[0] == 200
-        assert time.monotonic() - started < READING
-        assert not any(answer.done() for answer in long)
+        try:
+            long = [pool.submit(generate, server, text_input=name, max_tokens=1) for name in names]
+            wait_until(lambda: sorted(path.name for path in reading.iterdir()) == names)
+            assert generate(server, input_ids=[9, 10], max_tokens=4)[0] == 200
+            assert not any(answer.done() for answer in long)
+        finally:
+            reading.rename(tmp_path / READING)
         assert [answer.result()[0] for answer in long] == [200, 200]
 
 
@@ -388,43 +403,44 @@ def test_a_thousand_requests_over_http_and_grpc_are_right_counted_and_leave_noth
     # has taken it.
     assert server.counted(SUCCESSES, "m_text") - before == 8 * 126
     assert server.counted(FAILURES, "m_text") - failed == 8 * 5
-    # Of threads that come and go, and of the metrics; the caches of these requests alone would be 60 MB.
-    assert held[1] - held[0] < 12e6, held
+    # Of threads that come and go, of clients that are behind the first, and of the metrics; the caches of these
+    # requests alone would be 60 MB.
+    assert held[1] - held[0] < 30e6, held
 
 
 def test_a_model_is_unloaded_under_load_and_loaded_again(server, model):
-    expected, stop, told_off = model.generate([[9, 10]], 6)[0], threading.Event(), threading.Event()
+    expected, stop = model.generate([[9, 10]], 6)[0], threading.Event()
+    # Of each client those of its requests, one after another.
+    statuses: list[list[int]] = [[] for _ in range(8)]
 
-    def client(_: int) -> list[int]:
-        """Statuses of its requests, one after another."""
-        statuses = []
+    def client(told: list[int]) -> None:
         while not stop.is_set():
             status, answer = generate(server, input_ids=[9, 10], max_tokens=6)
             assert status != 200 or answer["token_ids"] == expected
-            statuses.append(status)
+            told.append(status)
             if status != 200:
-                told_off.set()
                 time.sleep(0.02)
-        return statuses
 
     with ThreadPoolExecutor(8) as pool:
-        clients = [pool.submit(client, number) for number in range(8)]
-        time.sleep(0.5)
-        assert post(server, "repository/models/m_text/unload")[0] == 200
-        end = time.monotonic() + 20
-        while generate(server, input_ids=[9])[0] == 200 and time.monotonic() < end:
-            time.sleep(0.1)
-        refused = generate(server, input_ids=[9])[0]
-        told_off.wait(20)
-        loaded = post(server, "repository/models/m_text/load")[0]
-        time.sleep(0.5)
-        stop.set()
-        statuses = [one.result() for one in clients]
+        try:
+            clients = [pool.submit(client, told) for told in statuses]
+            wait_until(lambda: all(statuses), lambda: statuses)
+            assert post(server, "repository/models/m_text/unload")[0] == 200
+            wait_until(lambda: generate(server, input_ids=[9])[0] != 200)
+            refused = generate(server, input_ids=[9])[0]
+            wait_until(lambda: any(refused in told for told in statuses), lambda: statuses)
+            loaded = post(server, "repository/models/m_text/load")[0]
+            # The second of two was sent when the model was there again.
+            wanted = [len(told) + 2 for told in statuses]
+            wait_until(lambda: all(len(told) >= n for told, n in zip(statuses, wanted, strict=True)), lambda: statuses)
+        finally:
+            stop.set()
+        for one in clients:
+            one.result()
     assert (refused >= 400, loaded) == (True, 200)
     # All were answered before and after; between the two they were told that there is no such model, unless their
     # connection shared one of the server's threads with the one that loads.
     assert all(told[0] == told[-1] == 200 and {*told} <= {200, refused} for told in statuses)
-    assert any(refused in told for told in statuses)
 
 
 def test_an_encoders_words_are_read_and_its_steps_are_wired(server, deployed):
@@ -555,30 +571,34 @@ def test_a_shelf_changes_under_load_and_a_text_at_work_keeps_its_adapter(
                 else:
                     told.append((status, "other"))
 
+    def answered_by(whose: str) -> bool:
+        return (200, whose) in told
+
     with ThreadPoolExecutor(8) as pool:
-        clients = [pool.submit(client, number) for number in range(8)]
-        connection = Connection(server)
-        given = {"input_ids": np.array([SHELF_PROMPTS[0]]), "max_tokens": np.array([[100]], np.int32)}
-        working = connection.ask(
-            "shelf_text", adapter=np.array([[b"team"]], np.object_), stream=np.array([[True]]), **given
-        )
-        first = next(working).as_numpy("token_ids")[0].tolist()
-        replace_adapter(shelf.folder, "team", shelf_adapters["small"])
-        add_adapter(shelf.folder, "late", shelf_adapters["lora"])
-        remove_adapter(shelf.folder, "moe")
-        before = len(told)
-        assert publish_shelf(read_bundle(shelf.folder), out) == ["hydra", "late", "lora", "small", "team"]
-        end = time.monotonic() + 20
-        while len(told) < before + 40 and time.monotonic() < end:
-            time.sleep(0.01)
-        rest = [token for answer in working for token in answer.as_numpy("token_ids")[0].tolist()]
-        connection.close()
-        stop.set()
+        try:
+            clients = [pool.submit(client, number) for number in range(8)]
+            wait_until(lambda: answered_by("old"), lambda: told)
+            connection = Connection(server)
+            given = {"input_ids": np.array([SHELF_PROMPTS[0]]), "max_tokens": np.array([[100]], np.int32)}
+            working = connection.ask(
+                "shelf_text", adapter=np.array([[b"team"]], np.object_), stream=np.array([[True]]), **given
+            )
+            first = next(working).as_numpy("token_ids")[0].tolist()
+            replace_adapter(shelf.folder, "team", shelf_adapters["small"])
+            add_adapter(shelf.folder, "late", shelf_adapters["lora"])
+            remove_adapter(shelf.folder, "moe")
+            assert not answered_by("new")
+            before = len(told)
+            assert publish_shelf(read_bundle(shelf.folder), out) == ["hydra", "late", "lora", "small", "team"]
+            wait_until(lambda: answered_by("new") and len(told) >= before + 40, lambda: told)
+            rest = [token for answer in working for token in answer.as_numpy("token_ids")[0].tolist()]
+            connection.close()
+        finally:
+            stop.set()
         for one in clients:
             one.result()
     assert first + rest == long, "it had begun with the old one"
     assert {status for status, _ in told} == {200}
-    assert {"old", "new"} < {whose for _, whose in told}
     assert ask_shelf(server, 1, "team")[1]["token_ids"] == new
     assert ask_shelf(server, 3, "late")[1]["token_ids"] == until_stop(shelf_answers["lora", (5, 6, 7)])
     assert ask_shelf(server, 5, "moe")[0] == 400
@@ -591,10 +611,7 @@ def test_a_shelf_is_unloaded_and_loaded_again_and_a_damaged_adapter_fails_its_ow
     """What was published is there; what is not whole keeps neither the model nor others from being used."""
     folder = deployed.parent / "shelf" / "models" / "shelf_text" / "1"
     assert post(server, "repository/models/shelf_text/unload")[0] == 200
-    end = time.monotonic() + 20
-    while ask_shelf(server, 0, None)[0] == 200 and time.monotonic() < end:
-        time.sleep(0.1)
-    assert ask_shelf(server, 0, None)[0] >= 400
+    wait_until(lambda: ask_shelf(server, 0, None)[0] >= 400)
     damaged = folder / json.loads((folder / "deploy.json").read_text())["shelf"]["adapters"]["hydra"]["file"]
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     assert post(server, "repository/models/shelf_text/load")[0] == 200

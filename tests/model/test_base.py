@@ -198,7 +198,8 @@ def test_a_configuration_that_cannot_be_is_refused_at_once(fields, message, unti
         assert len(str(refusal.value)) < 1000
     else:
         assert open_base(str(untied)).task == "text-generation"
-    assert time.monotonic() - started < 10
+    # What it is refused before would take memory for minutes.
+    assert time.monotonic() - started < 60
 
 
 def test_tables_that_no_memory_holds_are_refused_before_they_are_computed(tmp_path):

@@ -608,9 +608,19 @@ def test_what_a_launcher_asks_for_beside_processes_is_refused(options, monkeypat
     assert train(dataclasses.replace(options, steps=1, validation=None), QUIET).steps == 1
 
 
-def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best(options):
+def test_it_stops_when_the_held_out_loss_rises_and_keeps_the_best(options, monkeypatch):
     rising = dataclasses.replace(options, learning_rate=0.5, warmup=0.0, schedule="constant", steps=60, patience=2)
-    result = train(dataclasses.replace(rising, evaluate_every=2), QUIET)
+    rising = dataclasses.replace(rising, evaluate_every=2, save_every=7)
+    left: list[str] = []
+    work = options.output.with_name("adapter.training")
+    # Killed before it has cleared up.
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "finish", lambda folder: left.extend(path.name for path in folder.iterdir()))
+        result = train(rising, QUIET)
+    assert result.steps % 7 and sorted(left) == [f"checkpoint-{result.steps}", "session.json"]
+    with pytest.raises(ExportError, match="its training has ended"):
+        train(dataclasses.replace(rising, resume=True), QUIET)
+    assert not work.exists()
     record = json.loads((options.output / "training.json").read_text())
     losses = {entry["step"]: entry["eval_loss"] for entry in record["log"] if "eval_loss" in entry}
     assert result.stopped_early and result.steps < 60
