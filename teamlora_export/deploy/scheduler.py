@@ -177,6 +177,10 @@ class Scheduler:
 
     def turn(self) -> None:
         """See the module's own words. Called by the scheduler's own thread, unless that was never started."""
+        if self._broken:
+            # Taken just before that was known.
+            self._end_all(Failed(self._broken))
+            return
         try:
             self._drop()
             if self._writing:

@@ -56,8 +56,9 @@ class Slots(ABC):
         self._session = session
         self.runtime = session.runtime
         try:
-            # Now: when it is called, there may be no memory left.
+            # Now: later there may be no memory left, and one that never worked would tell nothing.
             self._probe = session.probe()
+            self._probe()
         except Exception as error:
             raise ModelError(f"{session.folder}: {session.device[0]} cannot be used ({brief(error)}).") from None
         # Where the model has each row's adapter, and those of texts that have no row yet.
@@ -81,7 +82,8 @@ class Slots(ABC):
         try:
             self._probe()
         except Exception as error:
-            raise DeviceLost(f"{brief(failure)}; its device then: {brief(error)}") from None
+            # Told to everybody: not the words of one request's failure.
+            raise DeviceLost(brief(error)) from failure
 
     def find_adapter(self, name: str | None) -> Shelved | None:
         """What that name stands for now; None stands for the model without an adapter.

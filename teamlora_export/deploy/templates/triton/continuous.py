@@ -101,9 +101,11 @@ class TritonPythonModel:
             failure = error
         # Before the client knows: it may ask again at once. A server that is to end still sends what it has taken.
         self._places.release()
-        if self._scheduler.broken:
-            self._end_server()
-        self._end(client, failure)
+        try:
+            if self._scheduler.broken:
+                self._end_server()
+        finally:
+            self._end(client, failure)
 
     def _end(self, client: _Client, failure: Exception | None) -> None:
         if failure is not None:
@@ -115,8 +117,8 @@ class TritonPythonModel:
         """Where a supervisor starts it anew, as in a pod: a GPU that has failed does nothing more for this process, and
         the server would go on to call a model ready whose requests all fail."""
         if self._ends_server and self._ending.acquire(blocking=False):
-            print(f"{self._scheduler.broken} {_WHEN_BROKEN} is {_END_SERVER}: the server is ended.", file=sys.stderr)
             os.kill(os.getppid(), signal.SIGTERM)
+            print(f"{self._scheduler.broken} {_WHEN_BROKEN} is {_END_SERVER}: the server is ended.", file=sys.stderr)
 
     def _responses(self, given: Given, client: _Client) -> Iterator[Any]:
         if self._adapters is not None and _first(given, "list_adapters", False):
