@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -220,9 +221,10 @@ def held(versions, tmp_path) -> Held:
     deployed, file = Path(shutil.copytree(versions[0].deployed, tmp_path / "deployed")), tmp_path / "held"
     program = deployed / "triton" / "models" / "m_text" / "1" / "scheduler.py"
     text = program.read_text()
-    assert text.count("        self._drop()\n") == 1
-    waits = f"        while __import__('os').path.exists({str(file)!r}):\n            time.sleep(0.01)\n"
-    program.write_text(text.replace("        self._drop()\n", f"{waits}        self._drop()\n"))
+    (step,) = re.findall(r"^ +self\._drop\(\)\n", text, re.MULTILINE)
+    indent = step[: -len(step.lstrip())]
+    waits = f"{indent}while __import__('os').path.exists({str(file)!r}):\n{indent}    time.sleep(0.01)\n"
+    program.write_text(text.replace(step, waits + step))
     return Held(Version(deployed, versions[0].answers), file)
 
 

@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -118,8 +119,8 @@ def deployed(make_bundle, shelf, tmp_path_factory) -> Path:
     for name, step, made in (("slow", STEP, slow), ("shelf", SHORT_STEP, shelved)):
         program = made / "models" / f"{name}_text" / "1" / "scheduler.py"
         text = program.read_text()
-        assert "        self._drop()\n" in text
-        text = text.replace("        self._drop()\n", f"        time.sleep({step})\n        self._drop()\n")
+        text, count = re.subn(r"^( +)(self\._drop\(\)\n)", rf"\1time.sleep({step})\n\1\2", text, flags=re.MULTILINE)
+        assert count == 1
         program.write_text(text)
         # The client and what `adapters publish` looks for stay where they were written.
         os.symlink(made / "models" / f"{name}_text", out / "models" / f"{name}_text")
