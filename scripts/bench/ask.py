@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
 from method.cells import Place, default_folder, hash_of_base, hash_of_questions, score_in_torch
+from method.command import run
 from method.plan import FULL
 from method.report import guessing
 
-from teamlora_export.errors import ExportError
 from teamlora_export.staging import write_aside
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -50,9 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        main()
-    except ExportError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run(main)

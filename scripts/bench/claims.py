@@ -5,6 +5,7 @@
     python scripts/bench/claims.py --cells base '*-k4-ffn' lora-ffn                 one set of targets, three seeds
     python scripts/bench/claims.py --cells teamlora-k4-ffn --seeds 3                a cell with another seed
     python scripts/bench/claims.py ... --with FIGURES.json          with those of another run: a verdict of all seeds
+    python scripts/bench/claims.py --base smollm2-phi3 --cells base teamlora-k4-ffn another architecture
     python scripts/bench/claims.py --parts steps inference          timings, on a machine with nothing else to do
     python scripts/bench/claims.py --parts inference --cells '*-k8-ffn'             of some cells
 
@@ -42,6 +43,7 @@ from method.cells import (
     short_hash,
     whole_version,
 )
+from method.command import run
 from method.figures import read_scores, require_output, write_figures
 from method.plan import BASE, EXPERTS, EXPORTED, FAMILIES, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
 from method.report import tables
@@ -52,6 +54,11 @@ from teamlora_export.errors import ExportError, first_line
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import write_aside
 
+sys.path.append(str(Path(__file__).parents[1]))
+from get_model import get_model
+
+# As `scripts/get_model.py` names them.
+BASES = ("smollm2", "smollm2-phi3")
 # In which an interruption that ended a worker has come to this process as well.
 _INTERRUPTION_SECONDS = 1.0
 PARTS = ("scores", "steps", "inference", "exports")
@@ -143,7 +150,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--turns", type=_count, help="of the timings (default: 9; with --quick 6, the fewest that tell)"
     )
-    parser.add_argument("--base", type=Path, help="a folder (default: SmolLM2-135M-Instruct)")
+    parser.add_argument("--base", default="smollm2", help=f"{' or '.join(BASES)}, or a folder (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=default_folder(), help="where cells are kept")
     parser.add_argument(
         "--with",
@@ -177,13 +184,8 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _base(given: Path | None) -> Path:
-    if given is not None:
-        return given
-    sys.path.append(str(Path(__file__).parents[1]))
-    from get_model import get_model
-
-    return get_model("smollm2")
+def _base(given: str) -> Path:
+    return get_model(given) if given in BASES else Path(given)
 
 
 def _run_cells(cells: Sequence[Cell], place: Place, jobs: int, reporter: Reporter) -> list[str]:
@@ -296,7 +298,10 @@ def _inference(cells: Sequence[Cell], place: Place, given: argparse.Namespace, r
     """Of each group of `cells` once, as a seed makes no difference; each is kept as soon as it is timed."""
     from method.inference import Asked, time_inference
 
-    asked = Asked(count=8 if given.quick else 24, turns=given.turns, trace=not given.quick)
+    if given.quick:
+        asked = Asked(count=8, openings=1, turns=given.turns, trace=False)
+    else:
+        asked = Asked(count=24, openings=given.turns, turns=1, trace=True)
     rows = []
     chosen = {cell.group: cell for cell in cells if cell.family != BASE and cell.share == 1}
     if "inference" in given.parts and not chosen:
@@ -377,12 +382,4 @@ def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        main()
-    except ExportError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from here; timings begin anew.", file=sys.stderr)
-        raise SystemExit(130) from None
+    run(main, "Stopped. The same command goes on from here; timings begin anew.")

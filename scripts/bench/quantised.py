@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from method.cells import hash_of_base
+from method.command import run
 
 from teamlora_export.cache import cache_folder
-from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import write_aside
@@ -97,9 +96,4 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        main()
-    except ExportError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    run(main)

@@ -90,10 +90,15 @@ def take_turns(
     prompts: Sequence[Sequence[int]],
     turns: int,
     clock: Callable[[], float] = time.perf_counter,
+    seed: int = 0,
 ) -> list[Figure]:
-    """The figures of every row, and of the baseline once more (`AGAIN`): prefill, then decode where tokens are made."""
+    """The figures of every row, and of the baseline once more (`AGAIN`): prefill, then decode where tokens are made.
+
+    Args:
+        seed: of the orders in which the rows take their turns.
+    """
     entrants = {**readers, AGAIN: readers[baseline]}
-    orders = np.random.default_rng(0)
+    orders = np.random.default_rng(seed)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in entrants}
     for turn in range(-_WARM_UP, turns):
         for name, taken in _time(entrants, orders, prompts, workload.count, clock).items():

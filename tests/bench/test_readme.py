@@ -78,11 +78,22 @@ def test_the_tables_of_the_method_are_those_of_the_benchmark(lines_of):
     assert len(lines) >= 3 and "\n".join(lines) in README
 
 
-def test_the_table_of_exports_is_that_of_the_benchmark():
-    exports = read(BENCH / "claims" / "figures.json")["exports"]
-    assert len(exports) >= 4
-    for row in exports:
-        assert f" {row['mean']:.1f} | {row['same']:.1f} % |" in README or row["form"] == "PyTorch", row["form"]
+def test_the_table_of_exports_is_that_of_the_benchmark_on_both_bases():
+    llama, phi3 = (read(BENCH / folder / "figures.json")["exports"] for folder in ("claims", "claims_phi3"))
+    assert len(llama) == 4
+    for row, other in zip(llama, phi3, strict=True):
+        assert row["form"] == other["form"]
+        runs_in = "PyTorch, fp32" if row["form"] == "PyTorch" else f"ONNX Runtime, {row['form']}"
+        of = f"{row['mean']:.1f} | {row['same']:.1f} % | {other['mean']:.1f} | {other['same']:.1f} %"
+        assert f"| {runs_in} | {of} |" in README
+
+
+def test_the_second_base_has_its_score_and_size():
+    scores = {result["family"]: result for result in read(BENCH / "claims_phi3" / "figures.json")["scores"]}
+    words = " ".join(README.split())
+    assert (
+        f"{scores['teamlora']['parameters']:,} parameters, and scores {scores['teamlora']['mean']:.1f} in bf16" in words
+    )
 
 
 def test_the_table_of_quantisation_is_that_of_its_script():

@@ -1,14 +1,20 @@
 """Time of each family's layers at inference over the base's: as published in PyTorch, traced as they are, exported.
 
 Every way has a base of its own kind beside it, in the same turns: PyTorch without an adapter, the base traced in the
-same way, the exported graph with its experts bypassed.
+same way, the exported graph with its experts bypassed. Where a model's weights come to lie in memory makes one opening
+of it faster than another, by more than the turns of one opening differ: they are opened several times, each time in a
+process that nothing has run in.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import shutil
+import signal
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +30,8 @@ from method.plan import Cell, options_of
 from teamlora_export.adapter import AdapterSpec, write_adapter
 from teamlora_export.bench.graphs import written_graphs
 from teamlora_export.bench.measure import make_prompts
-from teamlora_export.bench.rows import GraphRow, generate_in_torch
-from teamlora_export.bench.turns import AGAIN, Figure, Reader, Workload, take_turns
+from teamlora_export.bench.rows import GraphRow, Row, generate_in_torch
+from teamlora_export.bench.turns import AGAIN, DECODE, PREFILL, Figure, Reader, Workload, judge, take_turns
 from teamlora_export.cache import cache_folder
 from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.errors import ExportError
@@ -39,6 +45,8 @@ from teamlora_export.train.model import adapt, start_adapter
 TORCH, TRACED, BODY, NATIVE = PUBLISHED, "published, traced as it is", "our export", "our export, native op"
 _BASES = {TORCH: "base, PyTorch", TRACED: "base, traced as it is", BODY: "base, exported", NATIVE: "base, exported"}
 _SPREAD = 0.02
+# By the processes that time: an interruption is their parent's to tell.
+_IGNORED = (signal.SIGINT, signal.SIG_IGN)
 LAYERS: Mapping[str, traced.Layer] = {
     "teamlora": traced.TeamLora,
     "hydralora": traced.HydraLora,
@@ -53,11 +61,14 @@ class Asked:
 
     Attributes:
         length, count: of a prompt's tokens, and of those after it.
+        openings: of all models, in processes of their own.
+        turns: of each opening.
         trace: trace what was not traced before; each takes minutes. Otherwise it is left out.
     """
 
     length: int = 64
     count: int = 24
+    openings: int = 1
     turns: int = 5
     trace: bool = False
 
@@ -74,22 +85,62 @@ def time_inference(place: Place, cell: Cell, asked: Asked, threads: int, reporte
             base.name, Path(folder) / "adapter", Path(folder) / "bundle", cache="in-place", reporter=reporter
         )
         graphs = stack.enter_context(written_graphs(bundle))
-        readers: dict[str, Reader] = {
-            _BASES[BODY]: GraphRow(_BASES[BODY], graphs.bypassed, None, threads).open(),
-            BODY: GraphRow(BODY, graphs.adapted, None, threads).open(),
-        }
+        ways: list[Row] = [
+            GraphRow(_BASES[BODY], graphs.bypassed, None, threads),
+            GraphRow(BODY, graphs.adapted, None, threads),
+        ]
         try:
             library = find_library(None, reporter).path
         except ExportError as error:
             reporter.warn(f"Native op: left out. {error}")
         else:
-            readers[NATIVE] = GraphRow(NATIVE, graphs.adapted, library, threads).open()
-        readers |= _traced(base, adapter, cell, graphs.adapted / MANIFEST_NAME, asked.trace, threads)
-        readers[_BASES[TORCH]] = _torch_reader(base, None, options, threads)
-        readers[TORCH] = _torch_reader(base, adapter, options, threads)
+            ways.append(GraphRow(NATIVE, graphs.adapted, library, threads))
+        ways += _traced(base, adapter, cell, graphs.adapted / MANIFEST_NAME, asked.trace, threads)
+        ways += [
+            _PublishedRow(_BASES[TORCH], base.name, None, options, threads),
+            _PublishedRow(TORCH, base.name, adapter, options, threads),
+        ]
         prompts = make_prompts(workload, base.config.vocab_size)
-        figures = take_turns(readers, _BASES[BODY], workload, prompts, asked.turns)
-    return [row for way in _BASES for row in _rows(way, figures, cell, threads)]
+        found = [_opened(ways, workload, prompts, asked.turns, seed) for seed in range(asked.openings)]
+    figures = _of_all(found, workload)
+    return [row | {"openings": asked.openings} for way in _BASES for row in _rows(way, figures, cell, threads)]
+
+
+def _opened(
+    ways: Sequence[Row], workload: Workload, prompts: Sequence[Sequence[int]], turns: int, seed: int
+) -> list[Figure]:
+    """Figures of models that are opened in a process of their own.
+
+    Raises:
+        ExportError: one cannot be opened or run; or the process was ended.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signal.signal, _IGNORED) as worker:
+        try:
+            return worker.submit(_take_turns, ways, workload, prompts, turns, seed).result()
+        except BrokenProcessPool:
+            raise ExportError("The process that timed inference was ended (out of memory, or by a signal?).") from None
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _take_turns(
+    ways: Sequence[Row], workload: Workload, prompts: Sequence[Sequence[int]], turns: int, seed: int
+) -> list[Figure]:
+    readers = {way.name: way.open() for way in ways}
+    return take_turns(readers, _BASES[BODY], workload, prompts, turns, seed=seed)
+
+
+def _of_all(openings: Sequence[Sequence[Figure]], workload: Workload) -> list[Figure]:
+    """The turns of all openings together."""
+    times: dict[str, dict[str, list[float]]] = {PREFILL: {}, DECODE: {}}
+    for figures in openings:
+        for figure in figures:
+            times[figure.quantity].setdefault(figure.row, []).extend(figure.seconds)
+    return [
+        figure for quantity, of_rows in times.items() for figure in judge(of_rows, _BASES[BODY], quantity, workload)
+    ]
 
 
 def _rows(way: str, figures: Sequence[Figure], cell: Cell, threads: int) -> list[dict[str, Any]]:
@@ -120,25 +171,33 @@ def _rows(way: str, figures: Sequence[Figure], cell: Cell, threads: int) -> list
     return rows
 
 
-def _torch_reader(base: BaseModel, adapter: AdapterSpec | None, options: TrainOptions, threads: int) -> Reader:
-    """The published layer: a product for each expert."""
-    import torch
+@dataclass(frozen=True)
+class _PublishedRow:
+    """The published layer in PyTorch, a product for each expert; without an adapter the base."""
 
-    torch.set_num_threads(threads)
-    model = base.load(torch.float32)
-    if adapter is not None:
-        adapt(model, adapter, dataclasses.replace(options, implementation="published"))
-    model.eval()
+    name: str
+    base: str
+    adapter: AdapterSpec | None
+    options: TrainOptions
+    threads: int
+    libraries: tuple[str, ...] = ("torch", "teamlora_export.model.base", "teamlora_export.train.model")
 
-    def read(prompts: Sequence[Sequence[int]], _count: int) -> Callable[[], object]:
-        return generate_in_torch(model, prompts)
+    def open(self) -> Reader:
+        import torch
 
-    return read
+        torch.set_num_threads(self.threads)
+        model = open_base(self.base, "text-generation").load(torch.float32)
+        if self.adapter is not None:
+            adapt(model, self.adapter, dataclasses.replace(self.options, implementation="published"))
+        model.eval()
+
+        def read(prompts: Sequence[Sequence[int]], _count: int) -> Callable[[], object]:
+            return generate_in_torch(model, prompts)
+
+        return read
 
 
-def _traced(
-    base: BaseModel, adapter: AdapterSpec, cell: Cell, manifest: Path, trace: bool, threads: int
-) -> dict[str, Reader]:
+def _traced(base: BaseModel, adapter: AdapterSpec, cell: Cell, manifest: Path, trace: bool, threads: int) -> list[Row]:
     """The base and the published layers, traced whole; none where they have to be traced and shall not."""
     name = f"traced-{base.folder.name}"
     kept = {
@@ -146,14 +205,14 @@ def _traced(
         TRACED: (f"{name}-{cell.group}-r{adapter.config.r}", adapter.projections, LAYERS[cell.family]),
     }
     if not trace and not all((cache_folder() / "bench" / folder).is_dir() for folder, _, _ in kept.values()):
-        return {}
-    readers = {}
+        return []
+    ways: list[Row] = []
     for row, (folder_name, projections, layer) in kept.items():
         folder = traced.traced_graph(folder_name, base, projections, layer)
         # What the runner knows of the model's tokens.
         shutil.copyfile(manifest, folder / MANIFEST_NAME)
-        readers[row] = GraphRow(row, folder, None, threads).open()
-    return readers
+        ways.append(GraphRow(row, folder, None, threads))
+    return ways
 
 
 def with_random_ups(adapter: AdapterSpec) -> AdapterSpec:

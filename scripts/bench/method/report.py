@@ -141,7 +141,7 @@ def _inference_table(rows: Rows) -> list[str]:
     asked = f"{workload['batch']} x {workload['length']} tokens, {workload['count']} more"
     lines = [
         f"Time over that of the same base without experts, in the same turns ({asked}): median and quartiles. "
-        "Each family was timed with its bases in turns of its own.",
+        f"Each family was timed with its bases in turns of its own, {_openings(rows)}.",
         "",
         f"| | targets | | {' | '.join(ways)} |",
         "|---" * (len(ways) + 3) + "|",
@@ -157,6 +157,13 @@ def _inference_table(rows: Rows) -> list[str]:
         cells = [_ratio(of[way]["over_base"]) if way in of else "-" for way in ways]
         lines.append(f"| {name} | {TARGET_NAMES[targets]} | {quantity} | {' | '.join(cells)} |")
     return lines
+
+
+def _openings(rows: Rows) -> str:
+    """Of how many openings of the models; figures of one differ from another's by more than its quartiles say."""
+    counts = sorted({row.get("openings", 1) for row in rows})
+    told = " or ".join("one opening" if count == 1 else f"{count} openings" for count in counts)
+    return f"of {told} of all models"
 
 
 def _export_table(exports: Rows) -> list[str]:
