@@ -31,7 +31,8 @@ def score_exports(
     """The scores of a cell in PyTorch in fp32 and of its bundles in `forms`, from before or from now; none where the
     cell has not been trained.
 
-    `same` is the share of answers, in percent, that are to the letter what PyTorch answers, right or wrong.
+    `same` is the share of answers, in percent, that are to the letter what PyTorch answers, right or wrong; `right` has
+    a mark for each question, by task, as a cell's result.
     """
     adapter = place.adapter(cell)
     if adapter is None:
@@ -45,7 +46,10 @@ def score_exports(
             found = adapter.parent / f"export-{form}-{whole_version()}.json"
             write_aside(found, json.dumps(row, indent=1) + "\n", result=False)
         rows.append({**json.loads(found.read_text(encoding="utf-8")), "code": found.stem.rpartition("-")[2]})
-    return [{**row, "same": _same(row, rows[0])} for row in rows]
+    expected: dict[str, list[str]] = {}
+    for example in asked_examples(place.settings):
+        expected.setdefault(example.task, []).append(example.answer.strip())
+    return [{**row, "right": _right(row, expected), "same": _same(row, rows[0])} for row in rows]
 
 
 def _kept(folder: Path, form: str, any_version: bool) -> Path | None:
@@ -75,6 +79,13 @@ def _score(cell: Cell, place: Place, adapter: Path, form: str, threads: int, rep
         "answers": found.answers,
         "bytes": size,
         "version": __version__,
+    }
+
+
+def _right(row: Mapping[str, Any], expected: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    return {
+        task: "".join(str(int(said == answer)) for said, answer in zip(answers, expected[task], strict=True))
+        for task, answers in row["answers"].items()
     }
 
 

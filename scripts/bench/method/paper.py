@@ -12,8 +12,8 @@ from method.groups import NAMES, TARGET_NAMES, Rows, groups, name_of
 from method.plan import EXPERTS, FAMILIES
 from method.significance import Gap, Interval, Luck, difference, interval, luck_of, of_common_seeds
 
-# TeamLoRA, arXiv 2408.09856: averages over CME (LoRA's of rank 128; of rank 32 it has 57.44), and time of a training
-# and of an answer (40 % faster) over MoELoRA's.
+# TeamLoRA, arXiv 2408.09856: averages over CME (LoRA's of rank 128, which is of the others' size; of rank 32, a quarter
+# of it, 57.44), and times of a training and of an answer (40 % faster) over MoELoRA's.
 PAPER_SCORES = {"teamlora": 60.29, "moelora": 59.69, "hydralora": 59.06, "lora": 58.81}
 PAPER_TIMES = {2: 0.87, 4: 0.70, 8: 0.63}
 PAPER_INFERENCE = 1 / 1.4
@@ -22,6 +22,13 @@ _READING = " where 40 % faster is 1/1.4, and 0.60 where it is 40 % less time"
 PUBLISHED = "published, PyTorch"
 # The published code has a packed form of teamlora beside its loop (`fast_forward`, lora.py at 8d8c102).
 _LAYERS = {"published": "one by one", "packed": "packed"}
+# A family and its form, over MoELoRA in a form.
+_STEPS = (
+    ("teamlora", "published", "published"),
+    ("teamlora", "packed", "packed"),
+    ("teamlora", "packed", "published"),
+    ("moelora", "packed", "published"),
+)
 
 
 def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
@@ -117,41 +124,49 @@ def _step_verdicts(steps: Rows) -> Iterator[str]:
     seconds = {(row["targets"], row["experts"], row["family"], row["implementation"]): row["seconds"] for row in steps}
     for targets in TARGET_NAMES:
         for experts, paper in PAPER_TIMES.items():
-            for of_team, of_moe in (("published", "published"), ("packed", "packed"), ("packed", "published")):
-                ours = seconds.get((targets, experts, "teamlora", of_team))
+            for family, how, of_moe in _STEPS:
+                ours = seconds.get((targets, experts, family, how))
                 theirs = seconds.get((targets, experts, "moelora", of_moe))
                 if not ours or not theirs:
                     continue
                 found = interval([a / b for a, b in zip(ours, theirs, strict=True)])
-                claimed = paper if targets == "ffn" and of_moe == "published" else None
+                claimed = paper if (family, targets, of_moe) == ("teamlora", "ffn", "published") else None
+                over = f"{NAMES[family]} ({_LAYERS[how]}) over MoELoRA's ({_LAYERS[of_moe]})"
                 where = f"k={experts} on {TARGET_NAMES[targets]}: {_told_of_time(found, claimed)}"
-                yield f"- A training step of TeamLoRA ({_LAYERS[of_team]}) over MoELoRA's ({_LAYERS[of_moe]}), {where}"
+                yield f"- A training step of {over}, {where}"
 
 
 def _inference_verdicts(rows: Rows) -> Iterator[str]:
     """Both over bases of their own; the paper says neither what it timed of inference nor for how many experts."""
-    ratios = {
-        (row["family"], row["quantity"], row["row"]): interval(row["ratios"])
-        for row in rows
-        if (row["experts"], row["targets"]) == (4, "ffn")
-    }
-    alike = (
-        len({(row["code"], row["machine"]["processor"], row["machine"]["cores"]) for row in rows if "code" in row}) < 2
-    )
-    for (family, quantity, way), ours in ratios.items():
-        theirs = ratios.get(("moelora", quantity, way))
-        if family != "teamlora" or theirs is None:
+    by_model: dict[tuple[str, int, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["family"] in ("teamlora", "moelora"):
+            of_model = by_model.setdefault((row["targets"], row["experts"], row["quantity"]), {})
+            of_model.setdefault(row["row"], {})[row["family"]] = row
+    for (targets, experts, quantity), ways in by_model.items():
+        pairs = {way: found for way, found in ways.items() if len(found) == 2}
+        over = {way: _over(found["teamlora"], found["moelora"]) for way, found in pairs.items()}
+        if PUBLISHED not in over:
             continue
-        # Of two intervals of their own, the widest that their ratio has.
-        bounds = None if ours.bounds is None or theirs.bounds is None else (ours.bounds, theirs.bounds)
-        found = Interval(
-            ours.median / theirs.median, bounds and (bounds[0][0] / bounds[1][1], bounds[0][1] / bounds[1][0])
-        )
-        claimed = PAPER_INFERENCE if way == PUBLISHED else None
+        claimed = PAPER_INFERENCE if (targets, experts) == ("ffn", 4) else None
+        told = f"{PUBLISHED} {_told_of_time(over.pop(PUBLISHED), claimed, _READING)}"
+        others = "; ".join(f"{way} {found}" for way, found in over.items())
+        codes = {
+            (row.get("code"), row.get("machine", {}).get("processor")) for of in pairs.values() for row in of.values()
+        }
         yield (
-            f"- Inference with TeamLoRA over MoELoRA's, {quantity}, {way}, k=4 on {TARGET_NAMES['ffn']}: "
-            f"{_told_of_time(found, claimed, _READING)}{'' if alike else ' Rows are of unlike code or machines.'}"
+            f"- Inference with TeamLoRA over MoELoRA's, {quantity}, k={experts} on {TARGET_NAMES[targets]}: {told}"
+            f"{f' {others[0].upper()}{others[1:]}.' if others else ''}"
+            f"{' Rows are of unlike code or machines.' if len(codes) > 1 else ''}"
         )
+
+
+def _over(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Interval:
+    """The ratio of two times over bases of their own. Of two intervals, the widest that their ratio has."""
+    one, other = interval(ours["ratios"]), interval(theirs["ratios"])
+    if one.bounds is None or other.bounds is None:
+        return Interval(one.median / other.median, None)
+    return Interval(one.median / other.median, (one.bounds[0] / other.bounds[1], one.bounds[1] / other.bounds[0]))
 
 
 def _told_of_time(found: Interval, paper: float | None, reading: str = "") -> str:

@@ -13,10 +13,13 @@ from tasks import GUESSED
 from method.groups import NAMES, TARGET_NAMES, Rows, groups, name_of
 from method.paper import verdicts
 from method.plan import BASE
+from method.significance import difference
 
 _TIMED = ("A training step", "Inference")
 # What counts as nothing in a task whose answers cannot be guessed.
 _NOTHING = 0.05
+# What a normal variable exceeds in either direction in 5 % of all cases, in standard deviations.
+_NORMAL = 1.96
 
 
 def tables(found: Mapping[str, Any]) -> str:
@@ -37,14 +40,21 @@ def tables(found: Mapping[str, Any]) -> str:
 
 def _timed_on(rows: Rows) -> list[str]:
     """On which machine and of which code timings were taken, which need not be those of the scores."""
-    told = []
+    loads: dict[str, list[float]] = {}
     for row in rows:
         if "machine" in row:
             machine = row["machine"]
             versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
             of = f", code {row['code']}" if "code" in row else ""
-            told.append(f"Timed on {machine['processor']}, {machine['cores']} cores, with {versions}{of}.")
-    return ["", *dict.fromkeys(told)] if told else []
+            told = f"Timed on {machine['processor']}, {machine['cores']} cores, with {versions}{of}"
+            loads.setdefault(told, []).append(machine["load"])
+    lines = [f"{told}; load before each: {_range(found)}." for told, found in loads.items()]
+    return ["", *lines] if lines else []
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _score_table(scores: Rows) -> list[str]:
@@ -159,6 +169,13 @@ def _inference_table(rows: Rows) -> list[str]:
     return lines
 
 
+def over_pytorch(row: Mapping[str, Any], exports: Rows) -> str:
+    """Points that a bundle has over the same adapter in PyTorch, by question."""
+    (reference,) = (other for other in exports if (other["cell"], other["form"]) == (row["cell"], "PyTorch"))
+    gap = difference([row], [reference])
+    return f"{gap.points:+.1f} ± {_NORMAL * gap.error:.1f}"
+
+
 def _openings(rows: Rows) -> str:
     """Of how many openings of the models; figures of one differ from another's by more than its quartiles say."""
     counts = sorted({row.get("openings", 1) for row in rows})
@@ -169,11 +186,16 @@ def _openings(rows: Rows) -> str:
 def _export_table(exports: Rows) -> list[str]:
     if not exports:
         return []
-    lines = ["| | runs in | size | average score | answers as PyTorch's |", "|---|---|---|---|---|"]
+    lines = [
+        "| | runs in | size | average score | over PyTorch's | answers as PyTorch's |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in exports:
         size = f"{row['bytes'] / 1e6:.0f} MB" if row["bytes"] else "-"
         runs = "PyTorch, fp32" if row["form"] == "PyTorch" else f"ONNX Runtime, {row['form']}"
-        lines.append(f"| {row['cell']} | {runs} | {size} | {row['mean']:.1f} | {row['same']:.1f} % |")
+        over = "-" if row["form"] == "PyTorch" else over_pytorch(row, exports)
+        lines.append(f"| {row['cell']} | {runs} | {size} | {row['mean']:.1f} | {over} | {row['same']:.1f} % |")
+    lines += ["", "±: 95 %, of the questions alone; another training may lose more or less."]
     codes = dict.fromkeys(row["code"] for row in exports if "code" in row)
     return [*lines, "", f"Of code {', '.join(codes)}."] if codes else lines
 
