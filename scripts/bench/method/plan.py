@@ -22,7 +22,7 @@ TARGETS = {"ffn": _FFN, "all": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_pro
 # What the experts' sum is multiplied by where its rank is the grid's. The optimiser moves each of its numbers equally
 # far, so that a sum of a smaller rank moves less: by the rank were all directions to agree, by its root were they
 # independent. Two thirds lie between: the first step moves the sums of all cells about equally far
-# (tests/bench/test_claims.py: none 1.4 times as far as another).
+# (tests/bench/test_claim_cells.py: none 1.4 times as far as another).
 SCALE = 4.0
 _MOVES = 2 / 3
 
