@@ -4,8 +4,11 @@ computes what is trained."""
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,8 @@ from tasks import GUESSED, TASKS, make_examples
 from tiny_cells import TEAM, TINY
 
 from teamlora_export.adapter import align_with_base, read_adapter
+from teamlora_export.bench.turns import Workload
+from teamlora_export.errors import ExportError
 from teamlora_export.model.base import open_base
 from teamlora_export.model.inject import inject
 from teamlora_export.model.layer import ExpertLinear
@@ -99,6 +104,7 @@ def test_exports_have_scores_beside_pytorchs(team, place, monkeypatch):
     assert (in_torch["form"], exported["form"], in_torch["same"], exported["same"]) == ("PyTorch", "fp32", 100, 100)
     assert exported["by_task"] == in_torch["by_task"] == team["by_task"] and exported["bytes"] > 10_000
     assert any(answer for answers in exported["answers"].values() for answer in answers)
+    assert exported["right"] == team["right"] and set("".join(exported["right"].values())) <= {"0", "1"}
     monkeypatch.setattr("method.exports.export_onnx", lambda *_, **__: pytest.fail("exported again"))
     assert score_exports(TEAM, place, ["fp32"], 1, quiet) == [in_torch, exported]
     assert score_exports(dataclasses.replace(TEAM, seed=7), place, ["fp32"], 1, quiet) == []
@@ -143,12 +149,31 @@ def test_layers_that_are_traced_compute_what_is_trained(cell, place):
     assert not torch.allclose(reference, linear(x), atol=0.01)
 
 
-def test_inference_is_timed_beside_a_base_of_each_kind(place):
-    asked = inference.Asked(length=6, count=2, turns=2)
+def test_inference_is_timed_beside_a_base_of_each_kind_in_processes_of_its_own(place):
+    asked = inference.Asked(length=6, count=2, openings=2, turns=1)
     rows = inference.time_inference(place, TEAM, asked, torch.get_num_threads(), Reporter(quiet=True))
     assert {inference.TORCH, inference.BODY} <= {row["row"] for row in rows}
     assert inference.TRACED not in {row["row"] for row in rows}, "nothing was traced before, and nothing shall be"
     for row in rows:
-        assert row["quantity"] in ("prefill", "decode") and len(row["seconds"]) == 2 and min(row["seconds"]) > 0
+        assert row["quantity"] in ("prefill", "decode") and row["openings"] == 2
+        assert len(row["seconds"]) == len(row["ratios"]) == 2 and min(row["seconds"]) > 0
         assert row["over_base"]["low"] <= row["over_base"]["median"] <= row["over_base"]["high"]
         assert row["workload"] == {"batch": 1, "length": 6, "count": 2}
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """A way that ends its process where it is opened, and says which it was."""
+
+    name: str
+    told: Path
+
+    def open(self) -> None:
+        self.told.write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_times_may_be_ended(tmp_path):
+    with pytest.raises(ExportError, match="The process that timed inference was ended"):
+        inference._opened([_Ends("a way", tmp_path / "told")], Workload(1, 6, 2), [[1]], 1, 0)
+    assert int((tmp_path / "told").read_text()) != os.getpid()

@@ -99,6 +99,12 @@ def test_a_seed_that_is_given_twice_counts_once(monkeypatch, capsys):
     assert "expected a whole number from 0" in capsys.readouterr().err
 
 
+def test_a_base_is_one_of_two_by_name_or_a_folder(monkeypatch):
+    monkeypatch.setattr(command, "get_model", lambda name: Path("made", name))
+    assert command._base("smollm2-phi3") == Path("made", "smollm2-phi3")
+    assert command._base("./smollm2-phi3") == Path("smollm2-phi3") and command._base("minilm") == Path("minilm")
+
+
 def test_cells_that_are_missing_are_told_by_group():
     names = ["base", "teamlora-k4-ffn-half-s0", "lora-ffn-s1", "lora-ffn-s2"]
     assert command._by_group(names) == "base, teamlora-k4-ffn-half (seed 0), lora-ffn (seeds 1, 2)"
