@@ -1,6 +1,6 @@
 """Does TeamLoRA keep its promise, and what does it cost? Trains, scores and times all families on one small base.
 
-    python scripts/bench/claims.py --quick                          one seed, a small grid: half an hour (estimated)
+    python scripts/bench/claims.py --quick                          one seed, a small grid: 10 minutes on 2 cores
     python scripts/bench/claims.py                                  everything; hours
     python scripts/bench/claims.py --cells base '*-k4-ffn' lora-ffn                 one set of targets, three seeds
     python scripts/bench/claims.py --cells teamlora-k4-ffn --seeds 3                a cell with another seed
