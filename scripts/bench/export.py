@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from method.command import run as run_command
 from safetensors.numpy import save_file
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
@@ -231,4 +232,4 @@ def write_checkpoint(fields: dict[str, object], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

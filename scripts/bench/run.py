@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 import traced
+from method.command import run as run_command
 from other_rows import GenaiRow, OptimumRow, genai_graph, genai_int4_graph, genai_lora_graph, optimum_graph
 from rich.console import Console
 
@@ -258,5 +258,4 @@ def _neighbour() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    main()
+    run_command(main)

@@ -38,6 +38,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from method.command import run as run_command
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
 from teamlora_export.bundle import Bundle
@@ -334,5 +335,4 @@ def _targets(rows: Rows, quick: bool) -> list[dict[str, object]]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    main()
+    run_command(main)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
 
 import pytest
 
+from teamlora_export.adapter import read_adapter
+from teamlora_export.files import sha256_of
+from teamlora_export.validate.quality import HELD_OUT
+
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "scripts" / "bench"
 sys.path.append(str(BENCH))
 from method.cells import hash_of_questions  # noqa: E402
+from method.figures import listed  # noqa: E402
 from method.groups import NAMES, TARGET_NAMES, groups, name_of  # noqa: E402
 from method.plan import BASE, EXPERTS, FAMILIES, FULL  # noqa: E402
 from method.report import guessing  # noqa: E402
-from quantised import table  # noqa: E402
+from quantised import BASE as BASE_ROW  # noqa: E402
+from quantised import PLAIN, table  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _HOW = ("published", "packed")
@@ -25,6 +32,11 @@ ADAPTER = ROOT / "adapters" / "smollm2-teamlora"
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def words_of(path: Path) -> str:
+    """Without line breaks."""
+    return " ".join(path.read_text(encoding="utf-8").split())
 
 
 def lines_of_scores(found: dict) -> list[str]:
@@ -80,34 +92,118 @@ def test_the_tables_of_the_method_are_those_of_the_benchmark(lines_of):
 
 def test_the_table_of_exports_is_that_of_the_benchmark_on_both_bases():
     llama, phi3 = (read(BENCH / folder / "figures.json")["exports"] for folder in ("claims", "claims_phi3"))
-    assert len(llama) == 4
+    lines = []
     for row, other in zip(llama, phi3, strict=True):
         assert row["form"] == other["form"]
         runs_in = "PyTorch, fp32" if row["form"] == "PyTorch" else f"ONNX Runtime, {row['form']}"
         of = f"{row['mean']:.1f} | {row['same']:.1f} % | {other['mean']:.1f} | {other['same']:.1f} %"
-        assert f"| {runs_in} | {of} |" in README
+        lines.append(f"| {runs_in} | {of} |")
+    assert len(lines) == 4 and "\n".join(lines) in README
+
+
+@pytest.mark.parametrize("folder", ["claims", "claims_phi3"])
+def test_a_folder_of_the_benchmark_is_as_it_was_written(folder):
+    assert listed(BENCH / folder) == {path.name for path in (BENCH / folder).iterdir()}
 
 
 def test_the_second_base_has_its_score_and_size():
     scores = {result["family"]: result for result in read(BENCH / "claims_phi3" / "figures.json")["scores"]}
-    words = " ".join(README.split())
+    words = words_of(ROOT / "README.md")
     assert (
         f"{scores['teamlora']['parameters']:,} parameters, and scores {scores['teamlora']['mean']:.1f} in bf16" in words
     )
 
 
 def test_the_table_of_quantisation_is_that_of_its_script():
-    assert table(read(BENCH / "quantised.json")["rows"]) in README
+    found, words = read(BENCH / "quantised.json"), words_of(ROOT / "README.md")
+    assert table(found) in README
+    rows = {row["weights"]: row for row in found["rows"]}
+    assert f"at {rows['int4']['kl'] / rows['int8']['kl']:.0f} times the KL" in words
+    assert rows["int4"]["perplexity"] < rows["int8"]["perplexity"], "int4 has a lower one"
+    assert f"from {rows[BASE_ROW]['perplexity']:.1f} to {rows[PLAIN]['perplexity']:.1f}." in words
+
+
+def test_the_held_out_text_is_as_long_as_is_said():
+    paragraphs = len((HELD_OUT / "prose.txt").read_text(encoding="utf-8").split("\n\n"))
+    tasks = len(read(HELD_OUT / "tasks.json"))
+    assert tasks == read(BENCH / "quantised.json")["tasks"], "none is too long for the model"
+    assert f"({paragraphs} paragraphs and {tasks} tasks of our own)" in words_of(ROOT / "README.md")
+
+
+def test_figures_of_one_base_and_adapter_stand_together():
+    score, quantised, training = (
+        read(path) for path in (ADAPTER / "score.json", BENCH / "quantised.json", ADAPTER / "training.json")
+    )
+    assert score["base_sha256"] == quantised["base_sha256"] == read(BENCH / "claims" / "figures.json")["base_sha256"]
+    name = "adapter_model.safetensors"
+    adapter = sha256_of(ADAPTER / name)
+    assert score["adapter_sha256"] == quantised["adapter_sha256"] == training["sha256"][name] == adapter
 
 
 def test_the_adapters_card_has_its_score():
-    score, card = read(ADAPTER / "score.json"), " ".join((ADAPTER / "README.md").read_text(encoding="utf-8").split())
+    score, card = read(ADAPTER / "score.json"), words_of(ADAPTER / "README.md")
     assert score["mean"] == statistics.mean(score["by_task"].values())
+    assert score["guessing"] == guessing(list(score["by_task"]))
     assert score["questions_sha256"] == hash_of_questions(FULL) and score["questions"] == 11 * FULL.test
-    assert f"answers {score['mean']:.1f} % to the letter, in {score['dtype']}; guessing gives" in card
+    assert (
+        f"benchmark's {score['questions']:,} test questions it answers {score['mean']:.1f} % to the letter, in "
+        f"{score['dtype']}; guessing gives {score['guessing']:.1f} " in card
+    )
+    weak = [f"{score['by_task'][task]:.0f} %" for task in ("arithmetic", "ordering", "extraction")]
+    guessed = [f"{score['by_task'][task]:.0f} %" for task in ("inference", "paraphrase")]
+    for said, share in zip(
+        ("add up numbers", "put words in order", "rarely extracts", "yes, no or maybe", "same or different"),
+        weak + guessed,
+        strict=True,
+    ):
+        assert f"{said} ({share}" in card
 
 
-def test_the_adapters_card_has_the_losses_of_its_training():
+def test_the_adapters_card_has_what_it_makes_of_prose():
+    rows = {row["weights"]: row["perplexity"] for row in read(BENCH / "quantised.json")["rows"]}
+    assert f"a perplexity of {rows[PLAIN]:.1f}, the base {rows[BASE_ROW]:.1f} " in words_of(ADAPTER / "README.md")
+
+
+def test_the_adapters_card_has_the_figures_of_its_training():
     training, card = read(ADAPTER / "training.json"), (ADAPTER / "README.md").read_text(encoding="utf-8")
     for task, loss in training["held_out_loss"].items():
         assert f"| {task} | {training['held_out_loss_before'][task]:.3f} | {loss:.3f} |" in card, task
+    shares = [100 * share for shares in training["expert_use"].values() for share in shares]
+    words = " ".join(card.split())
+    assert f"Balance loss {training['balance_loss']:.4f} " in words
+    assert f"each expert has {min(shares):.0f} to {max(shares):.0f} % of every task" in words
+
+
+def test_the_adapters_card_has_its_size():
+    adapter, card = read_adapter(ADAPTER), words_of(ADAPTER / "README.md")
+    size = (ADAPTER / "adapter_model.safetensors").stat().st_size
+    assert f"{adapter.num_parameters:,} parameters in fp16, {size / 1e6:.2f} MB" in card
+    least = min(projection.normalizer_floor for projection in adapter.projections.values())
+    assert f"routing normaliser can take is {least:.3f} " in card
+
+
+def test_the_transcript_of_a_training_is_of_the_figures_that_are_kept():
+    training = read(ADAPTER / "training.json")
+    logged: dict[int, dict[str, float]] = {}
+    for entry in training["log"]:
+        logged.setdefault(entry["step"], {}).update(entry)
+    transcript = README.partition("$ teamlora-export train ")[2].partition("```")[0]
+    steps = re.findall(r"^step (\d+) of 300: loss (.+?), balance loss (.+?),", transcript, re.MULTILINE)
+    assert len(steps) == 2
+    for step, loss, balance in steps:
+        entry = logged[int(step)]
+        assert (loss, balance) == (f"{entry['loss']:.4f}", f"{entry['balance_loss']:.4f}")
+    tasks = re.findall(r"^(\w+): held-out loss (.+), of the base (.+)$", transcript, re.MULTILINE)
+    assert len(tasks) == 3
+    for task, loss, before in tasks:
+        found = (training["held_out_loss"][task], training["held_out_loss_before"][task])
+        assert (loss, before) == tuple(f"{value:.4f}" for value in found), task
+    count = len(training["held_out_loss"])
+    for line in (
+        f"{training['rows']:,} rows of {count} tasks, {training['held_out_rows']} rows held out",
+        f"teamlora: {training['trained_parameters']:,} trained parameters on",
+        f"step 300 of 300: held-out loss {logged[300]['eval_loss']:.4f}",
+        f"balance loss: {training['balance_loss']:.4f}",
+        f"seconds a step: {training['seconds_per_step']:.3f}",
+    ):
+        assert f"\n{line}" in transcript

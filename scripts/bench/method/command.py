@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
-from teamlora_export.errors import ExportError
+from teamlora_export.errors import ExportError, printable
 
 
 def run(main: Callable[[], None], stopped: str = "Stopped.") -> None:
-    """Run a command without network; a refusal is one sentence and exit code 2, an interruption `stopped` and 130."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    """Run a command; a refusal, ours or the system's of a file, is one sentence and exit code 2, an interruption
+    `stopped` and 130."""
     try:
         main()
     except ExportError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _end(f"Error: {error}", 2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _end(printable(f"Error: {error.filename}: {error.strerror or error}.", keep=""), 2)
     except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        raise SystemExit(130) from None
+        _end(stopped, 130)
+
+
+def _end(told: str, code: int) -> NoReturn:
+    print(told, file=sys.stderr)
+    raise SystemExit(code) from None
