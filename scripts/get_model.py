@@ -35,7 +35,8 @@ def main() -> None:
     try:
         print(get_model(name))
     except ExportError as error:
-        sys.exit(str(error))
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def get_model(name: str) -> Path:
@@ -51,9 +52,12 @@ def get_model(name: str) -> Path:
             try:
                 {"smollm2": make_smollm2, "smollm2-phi3": make_phi3, "minilm": make_minilm}[name](made)
             except ImportError as error:
-                raise ExportError(f"{name}: {first_line(error)} Run pip install 'teamlora-export[gguf]'.") from None
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(made, folder)
+                raise ExportError(
+                    f"{name}: {first_line(error).rstrip('.')}. Run pip install 'teamlora-export[gguf]'."
+                ) from None
+            if not (folder / "config.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(made, folder)
     return folder
 
 

@@ -57,11 +57,11 @@ def main() -> None:
         "adapter_sha256": adapter.sha256,
         **made,
     }
+    if given.json is not None:
+        write_record(given.json, SCRIPT, found)
     for task, percent in scores.by_task.items():
         print(f"{task:12} {percent:5.1f}")
     print(f"{'average':12} {scores.mean:5.1f}   (guessing: {found['guessing']:.1f})")
-    if given.json is not None:
-        write_record(given.json, SCRIPT, found)
 
 
 def open_adapter(folder: Path, base: Path, reporter: Reporter) -> AdapterSpec:

@@ -25,13 +25,14 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Event
 from typing import Any
 
+from method.apart import own_process
 from method.cells import (
     Place,
     code_version,
@@ -100,14 +101,14 @@ def main() -> None:
         "missing": [cell.name for cell in own if place.find(cell) is None],
         "scores": scores,
         "steps": _steps(place, given, reporter),
-        "inference": _inference(cells, place, given, reporter),
+        "inference": _inference(cells, place, given, failures, reporter),
         "exports": _exports(cells, place, given, reporter),
     }
     found["machine"] = _machine()
     found["notes"] = _notes(found, place, others)
-    print(tables(found), end="")
     if given.output is not None:
         write_figures(found, given.output)
+    print(tables(found), end="")
     if failures:
         raise ExportError("; ".join(failures))
 
@@ -148,7 +149,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"default: {' '.join(PARTS)}")
     parser.add_argument(
-        "--turns", type=_count, help="of the timings (default: 9; with --quick 6, the fewest that tell)"
+        "--turns",
+        type=_count,
+        help="of the timings; at inference each opens the models anew, but for --quick, where all are of one opening "
+        "(default: 9; with --quick 6, the fewest that tell)",
     )
     parser.add_argument("--base", default="smollm2", help=f"{' or '.join(BASES)}, or a folder (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=default_folder(), help="where cells are kept")
@@ -225,7 +229,7 @@ def _alone(cell: Cell, place: Place, threads: int, stopped: Event) -> dict[str, 
     if stopped.is_set():
         raise CancelledError
     try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as worker:
+        with own_process() as worker:
             return worker.submit(_work, cell, place, threads).result()
     except BrokenProcessPool:
         # Of an interruption that came to all processes the worker's end may be known before it: the next cell, which
@@ -294,8 +298,14 @@ def _steps(place: Place, given: argparse.Namespace, reporter: Reporter) -> list[
     return _timed(place, "steps", given, measure)
 
 
-def _inference(cells: Sequence[Cell], place: Place, given: argparse.Namespace, reporter: Reporter) -> list[Any]:
-    """Of each group of `cells` once, as a seed makes no difference; each is kept as soon as it is timed."""
+def _inference(
+    cells: Sequence[Cell], place: Place, given: argparse.Namespace, failures: list[str], reporter: Reporter
+) -> list[Any]:
+    """Of each group of `cells` once, as a seed makes no difference; each is kept as soon as it is timed.
+
+    Args:
+        failures: gets a sentence for each group that cannot be timed.
+    """
     from method.inference import Asked, time_inference
 
     if given.quick:
@@ -312,7 +322,10 @@ def _inference(cells: Sequence[Cell], place: Place, given: argparse.Namespace, r
             with reporter.step(f"Timing inference, {cell.group}"):
                 return time_inference(place, cell, asked, usable_cores(), reporter)
 
-        rows += _timed(place, f"inference-{group}", given, measure)
+        try:
+            rows += _timed(place, f"inference-{group}", given, measure)
+        except ExportError as error:
+            failures.append(f"Inference with {group}: {error}")
     return rows
 
 

@@ -9,11 +9,11 @@ The head is a quarter of what a step reads there, in place of a fiftieth among 3
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 
 import torch
+from method.command import run
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -64,5 +64,4 @@ def _save_base(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    main()
+    run(main)

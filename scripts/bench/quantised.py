@@ -61,9 +61,9 @@ def main() -> None:
         **made,
         **measured,
     }
-    print(table(found))
     if given.json is not None:
         write_record(given.json, SCRIPT, found)
+    print(table(found))
 
 
 def measure(base: Path, adapter: Path, reporter: Reporter) -> dict[str, Any]:

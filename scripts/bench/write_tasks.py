@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from method.command import run
 from tasks import PARTS, TASKS, Example, Part, make_examples
+
+from teamlora_export.errors import ExportError
 
 
 def main() -> None:
@@ -31,9 +33,8 @@ def main() -> None:
         parser.error("give 1 example of each kind at least.")
     try:
         paths = write_tasks(given.output, counts, given.seed)
-    except (ValueError, OSError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except ValueError as error:
+        raise ExportError(str(error)) from None
     for path in paths:
         print(path)
 
@@ -59,4 +60,4 @@ def _line(example: Example) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -4,12 +4,12 @@ computes what is trained."""
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,8 +27,7 @@ from tasks import GUESSED, TASKS, make_examples
 from tiny_cells import TEAM, TINY
 
 from teamlora_export.adapter import align_with_base, read_adapter
-from teamlora_export.bench.turns import Workload
-from teamlora_export.errors import ExportError
+from teamlora_export.bench.turns import AGAIN, Figure, Workload, judge
 from teamlora_export.model.base import open_base
 from teamlora_export.model.inject import inject
 from teamlora_export.model.layer import ExpertLinear
@@ -149,31 +148,39 @@ def test_layers_that_are_traced_compute_what_is_trained(cell, place):
     assert not torch.allclose(reference, linear(x), atol=0.01)
 
 
-def test_inference_is_timed_beside_a_base_of_each_kind_in_processes_of_its_own(place):
-    asked = inference.Asked(length=6, count=2, openings=2, turns=1)
+def test_inference_is_timed_beside_a_base_of_each_kind(place):
+    asked = inference.Asked(length=6, count=2, openings=1, turns=2)
     rows = inference.time_inference(place, TEAM, asked, torch.get_num_threads(), Reporter(quiet=True))
     assert {inference.TORCH, inference.BODY} <= {row["row"] for row in rows}
     assert inference.TRACED not in {row["row"] for row in rows}, "nothing was traced before, and nothing shall be"
     for row in rows:
-        assert row["quantity"] in ("prefill", "decode") and row["openings"] == 2
+        assert row["quantity"] in ("prefill", "decode") and row["openings"] == 1
         assert len(row["seconds"]) == len(row["ratios"]) == 2 and min(row["seconds"]) > 0
         assert row["over_base"]["low"] <= row["over_base"]["median"] <= row["over_base"]["high"]
         assert row["workload"] == {"batch": 1, "length": 6, "count": 2}
+    assert not list(place.folder.glob("*inference*")), "nothing is left of what was written for it"
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """A way that ends its process where it is opened, and says which it was."""
+def test_an_opening_of_the_models_counts_once(place, monkeypatch):
+    """Three turns of each opening; the adapted model takes 1.5 times as long, and in the second opening twice."""
+    opened: list[tuple[int, int]] = []
 
-    name: str
-    told: Path
+    def fake(_run: object, ways: Sequence[Any], workload: Workload, _: object, turns: int, seed: int) -> list[Figure]:
+        opened.append((turns, seed))
+        slowness = {way.name: (2.0 if seed == 1 else 1.5) if way.name == inference.BODY else 1.0 for way in ways}
+        times = {name: [by, by, 100.0] for name, by in {**slowness, AGAIN: 1.0}.items()}
+        return [f for quantity in ("prefill", "decode") for f in judge(times, "base, exported", quantity, workload)]
 
-    def open(self) -> None:
-        self.told.write_text(str(os.getpid()))
-        os.kill(os.getpid(), signal.SIGKILL)
+    monkeypatch.setattr(inference, "run_apart", fake)
+    monkeypatch.setattr(inference, "export_onnx", lambda *_, **__: None)
+    monkeypatch.setattr(
+        inference, "written_graphs", lambda _: nullcontext(SimpleNamespace(**dict.fromkeys(_GRAPHS, Path())))
+    )
+    asked = inference.Asked(length=6, count=2, openings=3, turns=3)
+    rows = inference.time_inference(place, TEAM, asked, 1, Reporter(quiet=True))
+    assert opened == [(3, 0), (3, 1), (3, 2)]
+    (decode,) = (row for row in rows if (row["row"], row["quantity"]) == (inference.BODY, "decode"))
+    assert decode["ratios"] == [1.5, 2.0, 1.5] and decode["openings"] == 3
 
 
-def test_a_process_that_times_may_be_ended(tmp_path):
-    with pytest.raises(ExportError, match="The process that timed inference was ended"):
-        inference._opened([_Ends("a way", tmp_path / "told")], Workload(1, 6, 2), [[1]], 1, 0)
-    assert int((tmp_path / "told").read_text()) != os.getpid()
+_GRAPHS = ("adapted", "bypassed")

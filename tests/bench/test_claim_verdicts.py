@@ -146,12 +146,13 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
         )
     ]
     ratio = {"median": 1.25, "low": 1.2, "high": 1.3}
-    timed = {"experts": 4, "targets": "ffn", "quantity": "decode", "over_base": ratio}
+    timed = {"experts": 4, "targets": "ffn", "quantity": "decode", "over_base": ratio, "openings": 6}
     workload = {"batch": 1, "length": 64, "count": 24}
-    answered = {"PyTorch": {"one": "1111", "two": "1100"}, "int4": {"one": "1110", "two": "1000"}}
+    in_torch = {"one": "1111", "two": "1100"}
+    answered = {"PyTorch": in_torch, "fp32": in_torch, "int4": {"one": "1110", "two": "1000"}}
     exports = [
         {"cell": "c", "form": form, "mean": mean, "same": 90.0, "bytes": size, "right": answered[form]}
-        for form, mean, size in (("PyTorch", 75.0, 0), ("int4", 50.0, 5_000_000))
+        for form, mean, size in (("PyTorch", 75.0, 0), ("fp32", 75.0, 5_000_000), ("int4", 50.0, 5_000_000))
     ]
     found = {
         "title": "A look",
@@ -198,13 +199,19 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
         "decode, k=4 on all projections: published, PyTorch 0.83 (95 %: 0.77 - 0.90). Our export 0.83 (95 %"
         in tables({**found, "inference": elsewhere})
     )
-    assert "with its bases in turns of its own, of one opening of all models." in text
-    opened = tables({**found, "inference": [{**row, "openings": 6} for row in found["inference"]]})
-    assert "in turns of its own, of 6 openings of all models." in opened
+    assert "with its bases in turns of its own, of 6 openings of all models." in text
+    # Another opening differs by more than the turns of one do.
+    opened_once = tables({**found, "inference": [{**row, "openings": 1} for row in found["inference"]]})
+    assert "in turns of its own, of one opening of all models." in opened_once
+    assert "published, PyTorch 0.83 (of too few turns or openings for an interval); the paper 0.71" in opened_once
     assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.25 (1.20 - 1.30) |" in text
-    # By question: of two tasks each loses one of four, so that each has a variance of 25 points squared a question.
-    error = 100 * math.sqrt(2 * 0.25 / 4) / 2
-    assert f"| c | ONNX Runtime, int4 | 5 MB | 50.0 | -25.0 ± {1.96 * error:.1f} | 90.0 % |" in text
+    assert "| c | ONNX Runtime, int4 | 5 MB | 50.0 | -25.0 (0 won, 2 lost) | 90.0 % |" in text
+    assert "| c | ONNX Runtime, fp32 | 5 MB | 75.0 | 0 (the same) | 90.0 % |" in text
+    # By question: each of two tasks loses ten of forty, which has a variance of 3/16 a question (n - 1: 39).
+    many = [{**row, "right": {task: bits * 10 for task, bits in row["right"].items()}} for row in exports]
+    error = 100 * math.sqrt(2 * (3 / 16 * 40 / 39) / 40) / 2
+    told = f"-25.0 ± {student(78) * error:.1f} (0 won, 20 lost)"
+    assert f"| c | ONNX Runtime, int4 | 5 MB | 50.0 | {told} | 90.0 % |" in tables({**found, "exports": many})
     assert "| c | PyTorch, fp32 | - | 75.0 | - | 90.0 % |" in text
     assert "| the base | - | - | 0 | 1 | - | 8.3 | - |" in text
     other_steps = [{**score, "best_step": 100} if score["seed"] == 1 else score for score in scores]
@@ -240,7 +247,7 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
         f"Timed on a processor, 2 cores, with torch 2, code {told}."
         for told in ("0ne; load before each: 0.0 to 2.0", "tw0; load before each: 3.0")
     ]
-    assert "0.90). Rows are of unlike code or machines." in mixed and "unlike code or machines" not in text
+    assert "0.90). Rows are of unlike code, machines or openings." in mixed and "unlike code, machines" not in text
     write_plot(found, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

@@ -338,7 +338,7 @@ def test_inference_is_timed_of_each_group_of_the_chosen_cells_and_kept_group_by_
     given = asked_for("inference")
 
     def groups(cells: list[Cell]) -> list[str]:
-        return [row["group"] for row in command._inference(cells, place, given, Reporter(quiet=True))]
+        return [row["group"] for row in command._inference(cells, place, given, [], Reporter(quiet=True))]
 
     grid = full_grid([0, 1])
     assert groups(command._chosen(grid, ["base", "lora-ffn", "teamlora-k8-ffn*"])) == ["lora-ffn", "teamlora-k8-ffn"]

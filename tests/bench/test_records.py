@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -159,7 +160,7 @@ def test_a_fault_is_no_refusal():
         ("a place", "Not a directory; nothing was written"),
     ],
 )
-def test_a_model_that_cannot_be_made_is_one_sentence(lacks, told, tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_made_is_one_sentence(lacks, told, tmp_path, monkeypatch, capsys):
     cache = tmp_path / "cache"
     monkeypatch.setenv("TEAMLORA_EXPORT_CACHE", str(cache))
     if lacks == "the package":
@@ -173,8 +174,9 @@ def test_a_model_that_cannot_be_made_is_one_sentence(lacks, told, tmp_path, monk
         models.get_model("smollm2")
     assert cache.is_file() or not cache.exists()
     monkeypatch.setattr(sys, "argv", ["get_model.py", "smollm2"])
-    with pytest.raises(SystemExit, match=told):
+    with pytest.raises(SystemExit) as ended:
         models.main()
+    assert ended.value.code == 2 and re.match(f"Error: .*{told}", capsys.readouterr().err)
 
 
 def test_a_model_is_made_once(tmp_path, monkeypatch):
@@ -192,9 +194,20 @@ def test_a_model_is_made_once(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "models").iterdir()] == ["all-MiniLM-L6-v2"]
 
 
-def test_neither_command_asks_the_hub():
-    """It is read when the libraries are imported."""
-    code = "import ask, quantised\nfrom huggingface_hub import constants\nassert constants.HF_HUB_OFFLINE"
+def test_no_command_asks_the_hub():
+    """It is read when the libraries are imported, which what they share does before all."""
+    code = "import os, sys, method.command\nassert os.environ['HF_HUB_OFFLINE'] == '1' and 'torch' not in sys.modules"
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "scripts" / "bench")])
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+def test_who_reads_may_stop_reading():
+    code = "from method.command import run\nrun(lambda: [print('a line', flush=True) for _ in range(100_000)])"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts" / "bench")])}
+    told = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert told.stdout.readline() == b"a line\n"
+    told.stdout.close()
+    assert (told.wait(), told.stderr.read()) == (0, b"")

@@ -77,6 +77,16 @@ def test_every_row_runs_once_a_turn_and_the_baseline_twice_in_another_order_each
     assert len(set(orders)) > 1
 
 
+def test_turns_of_another_seed_come_in_another_order():
+    orders = set()
+    for seed in range(6):
+        world = World()
+        rows = {name: world.row(name, 1.0, 1.0) for name in ("base", "one", "other")}
+        take_turns(rows, "base", WORKLOAD, [[1]], turns=1, clock=lambda world=world: world.now, seed=seed)
+        orders.add(tuple(world.calls))
+    assert len(orders) > 3
+
+
 def test_rows_make_their_tokens_side_by_side_a_few_at_once():
     world = World()
     world.measure({name: world.row(name, 1.0, 1.0) for name in ("base", "other")}, 3, Workload(1, 10, 11))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from method.cells import Place, asked_examples, score_in_torch, whole_version
@@ -14,7 +13,7 @@ from method.score import runner_generate, score, tokenizer_of
 from teamlora_export import __version__
 from teamlora_export.export import export_onnx
 from teamlora_export.progress import Reporter
-from teamlora_export.staging import write_aside
+from teamlora_export.staging import scratch_folder, write_aside
 
 # Options of `export_onnx`; PyTorch is what they are compared with.
 TORCH = "PyTorch"
@@ -66,8 +65,8 @@ def _score(cell: Cell, place: Place, adapter: Path, form: str, threads: int, rep
     if form == TORCH:
         found = score_in_torch(place, adapter, "fp32")
     else:
-        with TemporaryDirectory(dir=place.folder) as folder:
-            bundle = export_onnx(str(place.base), adapter, f"{folder}/bundle", reporter=reporter, **FORMS[form])
+        with scratch_folder(place.folder / "export") as folder:
+            bundle = export_onnx(str(place.base), adapter, folder / "bundle", reporter=reporter, **FORMS[form])
             size = sum(file.stat().st_size for file in bundle.folder.iterdir())
             generate = runner_generate(bundle.folder, threads)
             found = score(generate, tokenizer_of(place.base), asked_examples(place.settings))

@@ -9,21 +9,17 @@ process that nothing has run in.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import shutil
-import signal
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import traced
 
+from method.apart import run_apart
 from method.cells import Place, data_folder
 from method.paper import PUBLISHED
 from method.plan import Cell, options_of
@@ -31,7 +27,7 @@ from teamlora_export.adapter import AdapterSpec, write_adapter
 from teamlora_export.bench.graphs import written_graphs
 from teamlora_export.bench.measure import make_prompts
 from teamlora_export.bench.rows import GraphRow, Row, generate_in_torch
-from teamlora_export.bench.turns import AGAIN, DECODE, PREFILL, Figure, Reader, Workload, judge, take_turns
+from teamlora_export.bench.turns import DECODE, PREFILL, Figure, Reader, Workload, judge, take_turns
 from teamlora_export.cache import cache_folder
 from teamlora_export.engine.onnxruntime_library import find_library
 from teamlora_export.errors import ExportError
@@ -39,14 +35,13 @@ from teamlora_export.export import export_onnx
 from teamlora_export.manifest import MANIFEST_NAME
 from teamlora_export.model.base import BaseModel, open_base
 from teamlora_export.progress import Reporter
+from teamlora_export.staging import scratch_folder
 from teamlora_export.train import TrainOptions
 from teamlora_export.train.model import adapt, start_adapter
 
 TORCH, TRACED, BODY, NATIVE = PUBLISHED, "published, traced as it is", "our export", "our export, native op"
 _BASES = {TORCH: "base, PyTorch", TRACED: "base, traced as it is", BODY: "base, exported", NATIVE: "base, exported"}
 _SPREAD = 0.02
-# By the processes that time: an interruption is their parent's to tell.
-_IGNORED = (signal.SIGINT, signal.SIG_IGN)
 LAYERS: Mapping[str, traced.Layer] = {
     "teamlora": traced.TeamLora,
     "hydralora": traced.HydraLora,
@@ -61,7 +56,7 @@ class Asked:
 
     Attributes:
         length, count: of a prompt's tokens, and of those after it.
-        openings: of all models, in processes of their own.
+        openings: of all models, in processes of their own. Of several, each counts once, by the median of its turns.
         turns: of each opening.
         trace: trace what was not traced before; each takes minutes. Otherwise it is left out.
     """
@@ -74,16 +69,18 @@ class Asked:
 
 
 def time_inference(place: Place, cell: Cell, asked: Asked, threads: int, reporter: Reporter) -> list[dict[str, Any]]:
-    """Rows of one cell's family; its numbers are random, and of no account for speed."""
+    """Rows of one cell's family; its numbers are random, and of no account for speed.
+
+    Raises:
+        ExportError: the models cannot be exported, opened or run.
+    """
     base = open_base(str(place.base), "text-generation")
     workload = Workload(1, asked.length, asked.count)
     options = options_of(cell, place.settings, place.base, data_folder(place), Path("unused"))
     adapter = with_random_ups(start_adapter(base.signature, options))
-    with TemporaryDirectory() as folder, ExitStack() as stack:
-        write_adapter(adapter, Path(folder) / "adapter")
-        bundle = export_onnx(
-            base.name, Path(folder) / "adapter", Path(folder) / "bundle", cache="in-place", reporter=reporter
-        )
+    with scratch_folder(place.folder / "inference") as folder, ExitStack() as stack:
+        write_adapter(adapter, folder / "adapter")
+        bundle = export_onnx(base.name, folder / "adapter", folder / "bundle", cache="in-place", reporter=reporter)
         graphs = stack.enter_context(written_graphs(bundle))
         ways: list[Row] = [
             GraphRow(_BASES[BODY], graphs.bypassed, None, threads),
@@ -101,43 +98,28 @@ def time_inference(place: Place, cell: Cell, asked: Asked, threads: int, reporte
             _PublishedRow(TORCH, base.name, adapter, options, threads),
         ]
         prompts = make_prompts(workload, base.config.vocab_size)
-        found = [_opened(ways, workload, prompts, asked.turns, seed) for seed in range(asked.openings)]
-    figures = _of_all(found, workload)
+        found = [run_apart(_take_turns, ways, workload, prompts, asked.turns, seed) for seed in range(asked.openings)]
+    figures = _of_all(found)
     return [row | {"openings": asked.openings} for way in _BASES for row in _rows(way, figures, cell, threads)]
-
-
-def _opened(
-    ways: Sequence[Row], workload: Workload, prompts: Sequence[Sequence[int]], turns: int, seed: int
-) -> list[Figure]:
-    """Figures of models that are opened in a process of their own.
-
-    Raises:
-        ExportError: one cannot be opened or run; or the process was ended.
-    """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), signal.signal, _IGNORED) as worker:
-        try:
-            return worker.submit(_take_turns, ways, workload, prompts, turns, seed).result()
-        except BrokenProcessPool:
-            raise ExportError("The process that timed inference was ended (out of memory, or by a signal?).") from None
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
 
 
 def _take_turns(
     ways: Sequence[Row], workload: Workload, prompts: Sequence[Sequence[int]], turns: int, seed: int
 ) -> list[Figure]:
-    readers = {way.name: way.open() for way in ways}
+    """In another order each time: what is opened first finds other memory than what comes last."""
+    readers = {ways[i].name: ways[i].open() for i in np.random.default_rng(seed).permutation(len(ways))}
     return take_turns(readers, _BASES[BODY], workload, prompts, turns, seed=seed)
 
 
-def _of_all(openings: Sequence[Sequence[Figure]], workload: Workload) -> list[Figure]:
-    """The turns of all openings together."""
+def _of_all(openings: Sequence[Sequence[Figure]]) -> list[Figure]:
+    """Each opening's median, as the turns of one are alike; of one opening alone its turns."""
+    if len(openings) == 1:
+        return list(openings[0])
     times: dict[str, dict[str, list[float]]] = {PREFILL: {}, DECODE: {}}
     for figures in openings:
         for figure in figures:
-            times[figure.quantity].setdefault(figure.row, []).extend(figure.seconds)
+            times[figure.quantity].setdefault(figure.row, []).append(figure.median)
+    workload = openings[0][0].workload
     return [
         figure for quantity, of_rows in times.items() for figure in judge(of_rows, _BASES[BODY], quantity, workload)
     ]
@@ -150,7 +132,6 @@ def _rows(way: str, figures: Sequence[Figure], cell: Cell, threads: int) -> list
         if figure.row != way:
             continue
         own = next(f for f in figures if f.row == _BASES[way] and f.quantity == figure.quantity)
-        again = next(f for f in figures if f.row == AGAIN and f.quantity == figure.quantity)
         ratios = np.array(figure.seconds) / np.array(own.seconds)
         low, median, high = np.percentile(ratios, (25, 50, 75)).tolist()
         rows.append(
@@ -165,7 +146,6 @@ def _rows(way: str, figures: Sequence[Figure], cell: Cell, threads: int) -> list
                 "seconds": list(figure.seconds),
                 "ratios": ratios.tolist(),
                 "over_base": {"median": median, "low": low, "high": high},
-                "base_over_itself": dataclasses.asdict(again.ratio),
             }
         )
     return rows

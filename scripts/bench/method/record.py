@@ -42,7 +42,7 @@ def write_record(path: Path, script: str, found: Mapping[str, Any]) -> None:
         ExportError: something else is there, or it cannot be written.
     """
     _refuse_other(path, script)
-    write_aside(path, json.dumps({_SIGNATURE: script, **found}, indent=1) + "\n")
+    write_aside(real_path(path), json.dumps({_SIGNATURE: script, **found}, indent=1) + "\n")
 
 
 def made_with(code: str, packages: Sequence[str]) -> dict[str, Any]:

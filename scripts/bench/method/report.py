@@ -13,13 +13,13 @@ from tasks import GUESSED
 from method.groups import NAMES, TARGET_NAMES, Rows, groups, name_of
 from method.paper import verdicts
 from method.plan import BASE
-from method.significance import difference
+from method.significance import difference, student
 
 _TIMED = ("A training step", "Inference")
 # What counts as nothing in a task whose answers cannot be guessed.
 _NOTHING = 0.05
-# What a normal variable exceeds in either direction in 5 % of all cases, in standard deviations.
-_NORMAL = 1.96
+# Answers that change, of which an interval by their variance is too short.
+_FEW = 10
 
 
 def tables(found: Mapping[str, Any]) -> str:
@@ -47,8 +47,8 @@ def _timed_on(rows: Rows) -> list[str]:
             versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
             of = f", code {row['code']}" if "code" in row else ""
             told = f"Timed on {machine['processor']}, {machine['cores']} cores, with {versions}{of}"
-            loads.setdefault(told, []).append(machine["load"])
-    lines = [f"{told}; load before each: {_range(found)}." for told, found in loads.items()]
+            loads.setdefault(told, []).extend([machine["load"]] if machine["load"] is not None else [])
+    lines = [f"{told}{f'; load before each: {_range(of)}' if of else ''}." for told, of in loads.items()]
     return ["", *lines] if lines else []
 
 
@@ -169,12 +169,16 @@ def _inference_table(rows: Rows) -> list[str]:
     return lines
 
 
-def over_pytorch(row: Mapping[str, Any], exports: Rows) -> str:
-    """Points that a bundle has over the same adapter in PyTorch, by question."""
+def _over_pytorch(row: Mapping[str, Any], exports: Rows) -> str:
+    """Points that a bundle has over the same adapter in PyTorch; where few answers make them, how many do."""
     (reference,) = (other for other in exports if (other["cell"], other["form"]) == (row["cell"], "PyTorch"))
+    marks = [pair for task, ours in row["right"].items() for pair in zip(ours, reference["right"][task], strict=True)]
+    won, lost = marks.count(("1", "0")), marks.count(("0", "1"))
     # One training in two forms: which of the seeds it is makes no difference.
     gap = difference([{**row, "seed": 0}], [{**reference, "seed": 0}])
-    return f"{gap.points:+.1f} ± {_NORMAL * gap.error:.1f}"
+    if won + lost < _FEW:
+        return f"{gap.points:+.1f} ({won} won, {lost} lost)" if won + lost else "0 (the same)"
+    return f"{gap.points:+.1f} ± {student(gap.questions_freedom) * gap.error:.1f} ({won} won, {lost} lost)"
 
 
 def _openings(rows: Rows) -> str:
@@ -194,9 +198,9 @@ def _export_table(exports: Rows) -> list[str]:
     for row in exports:
         size = f"{row['bytes'] / 1e6:.0f} MB" if row["bytes"] else "-"
         runs = "PyTorch, fp32" if row["form"] == "PyTorch" else f"ONNX Runtime, {row['form']}"
-        over = "-" if row["form"] == "PyTorch" else over_pytorch(row, exports)
+        over = "-" if row["form"] == "PyTorch" else _over_pytorch(row, exports)
         lines.append(f"| {row['cell']} | {runs} | {size} | {row['mean']:.1f} | {over} | {row['same']:.1f} % |")
-    lines += ["", "±: 95 %, of the questions alone; another training may lose more or less."]
+    lines += ["", "Won and lost: answers. ±: 95 %, of the questions alone; another training may lose more or less."]
     codes = dict.fromkeys(row["code"] for row in exports if "code" in row)
     return [*lines, "", f"Of code {', '.join(codes)}."] if codes else lines
 

@@ -25,7 +25,7 @@ class Interval:
 
     def __str__(self) -> str:
         if self.bounds is None:
-            return f"{self.median:.2f} (too few turns for an interval)"
+            return f"{self.median:.2f} (of too few turns or openings for an interval)"
         return f"{self.median:.2f} (95 %: {self.bounds[0]:.2f} - {self.bounds[1]:.2f})"
 
 
