@@ -39,8 +39,9 @@ def run_apart(function: Callable[..., Result], *arguments: object) -> Result:
         except BrokenProcessPool:
             raise ExportError("its process was ended (out of memory, or by a signal?).") from None
         except (RuntimeError, MemoryError) as error:
-            # Its cause is the traceback that the process made.
-            raise ExportError(f"it cannot be run ({str(error).partition(chr(10))[0]}).") from error
+            # Its cause is the traceback of that process, which says less.
+            told, *_ = str(error).splitlines() or [type(error).__name__]
+            raise ExportError(f"it cannot be run ({told}).") from error
         except KeyboardInterrupt:
             for process in multiprocessing.active_children():
                 process.terminate()
