@@ -197,7 +197,7 @@ def test_a_cell_that_fails_costs_no_other(place, monkeypatch):
             raise ExportError("it diverged")
         return None if cell.family == "lora" else {"mean": 12.34}
 
-    monkeypatch.setattr(command, "ProcessPoolExecutor", lambda jobs, *_, **__: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(command, "own_process", lambda: ThreadPoolExecutor(1))
     monkeypatch.setattr(command, "_work", work)
     told = io.StringIO()
     failures = command._run_cells(quick_grid([0]), place, 2, reporter_into(told))
