@@ -152,7 +152,7 @@ def _arguments() -> argparse.Namespace:
         "--turns",
         type=_count,
         help="of the timings; at inference each opens the models anew, but for --quick, where all are of one opening "
-        "(default: 9; with --quick 6, the fewest that tell)",
+        "(default: 10; with --quick 6, the fewest that tell)",
     )
     parser.add_argument("--base", default="smollm2", help=f"{' or '.join(BASES)}, or a folder (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=default_folder(), help="where cells are kept")
@@ -172,7 +172,7 @@ def _arguments() -> argparse.Namespace:
     given = parser.parse_args()
     given.seeds = list(dict.fromkeys(given.seeds or ([0] if given.quick else [0, 1, 2])))
     given.parts = given.parts or (["scores"] if given.cells else list(PARTS))
-    given.turns = given.turns or (6 if given.quick else 9)
+    given.turns = given.turns or (6 if given.quick else 10)
     return given
 
 
@@ -311,7 +311,7 @@ def _inference(
     if given.quick:
         asked = Asked(count=8, openings=1, turns=given.turns, trace=False)
     else:
-        asked = Asked(count=24, openings=given.turns, turns=1, trace=True)
+        asked = Asked(count=24, openings=given.turns + given.turns % 2, turns=1, trace=True)
     rows = []
     chosen = {cell.group: cell for cell in cells if cell.family != BASE and cell.share == 1}
     if "inference" in given.parts and not chosen:

@@ -184,3 +184,12 @@ def test_an_opening_of_the_models_counts_once(place, monkeypatch):
 
 
 _GRAPHS = ("adapted", "bypassed")
+
+
+def test_models_are_opened_in_an_order_and_its_reverse(monkeypatch):
+    opened: list[str] = []
+    ways = [SimpleNamespace(name=name, open=lambda name=name: opened.append(name)) for name in "abcdefg"]
+    monkeypatch.setattr(inference, "take_turns", lambda readers, *_, **__: list(readers))
+    orders = [inference._take_turns(ways, Workload(1, 6, 2), [[1]], 1, seed) for seed in range(4)]
+    assert orders[1] == orders[0][::-1] and orders[3] == orders[2][::-1] and orders[0] != orders[2]
+    assert opened == [name for order in orders for name in order] and sorted(orders[0]) == list("abcdefg")
