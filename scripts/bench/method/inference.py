@@ -56,7 +56,8 @@ class Asked:
 
     Attributes:
         length, count: of a prompt's tokens, and of those after it.
-        openings: of all models, in processes of their own, 1 or an even number. Of several, each counts once, by the median of its turns.
+        openings: of all models, in processes of their own: 1, or an even number, of which each counts once, by the
+            median of its turns.
         turns: of each opening.
         trace: trace what was not traced before; each takes minutes. Otherwise it is left out.
     """
