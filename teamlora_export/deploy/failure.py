@@ -5,10 +5,6 @@ class ModelError(Exception):
     """The model's folder is not what it should be, or the request is not; the message says what and where."""
 
 
-class DeviceLost(Exception):
-    """The device that a model runs on does nothing more for this process; the message says how that was seen."""
-
-
 def brief(error: BaseException) -> str:
     """The first line of what another library says."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]

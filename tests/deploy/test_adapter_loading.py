@@ -262,7 +262,10 @@ def test_whatever_goes_wrong_where_a_request_is_taken_in_fails_it_alone(make_she
 
     monkeypatch.setattr(slots, "reserve", fail_for_one)
     scheduler = Scheduler(slots)
-    good, bad = (scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter=name) for name in ("team", "moe"))
+    good = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="team")
+    while not slots.lengths[0]:
+        scheduler.turn()
+    bad = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="moe")
     finish(scheduler)
     with pytest.raises(Failed, match="no more"):
         tokens(bad)

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,10 +19,11 @@ import pytest
 from conftest import lose_device, poison_token, readme_block
 from waiting import wait_until
 
-from teamlora_export.deploy import scheduler, slots, slots_in_place
-from teamlora_export.deploy.answers import Answer, Failed, Late, Overloaded
+from teamlora_export.deploy import answers, scheduler, slots, slots_in_place
+from teamlora_export.deploy.answers import Answer, Broken, Failed, Late, Overloaded
 from teamlora_export.deploy.device_tensor import DeviceTensor
 from teamlora_export.deploy.failure import ModelError
+from teamlora_export.deploy.health import HANGS
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.sampling import Sampling
@@ -161,23 +163,79 @@ def test_a_device_that_has_failed_ends_every_request_and_takes_no_more(cache, op
     lose_device(monkeypatch)
     finish(scheduler)
     for answer in answers:
-        with pytest.raises(Failed, match=r"The model cannot be run any more .*CUDA error 700"):
+        with pytest.raises(Broken, match=r"cannot be run any more .*CUDA error 700.* Start its process again"):
             tokens(answer)
     assert len(known) == 3 and all(known)
-    with pytest.raises(Overloaded, match="cannot be run any more"):
+    # It is not one that may be sent again later.
+    with pytest.raises(Broken, match="cannot be run any more"):
         scheduler.submit([5, 6], 60)
+    with pytest.raises(ModelError, match=r"^ONNX Runtime cannot run the model \(CUDA error 700\)\.$"):
+        Scheduler(open_slots(cache=cache, slots=2)).__enter__()
 
 
-def test_a_row_that_cannot_be_cleared_ends_every_request_and_takes_no_more(open_slots, monkeypatch):
+def test_a_row_that_cannot_be_cleared_ends_every_request_and_takes_no_more(open_slots, monkeypatch, capfd):
     model, known, end = open_slots(slots=2), [], Answer.end
-    monkeypatch.setattr(model, "clear", lambda row: 1 // 0)
     with Scheduler(model) as running:
+        monkeypatch.setattr(model, "clear", lambda row: 1 // 0)
         monkeypatch.setattr(Answer, "end", lambda answer, how: known.append(running.broken) or end(answer, how))
-        with pytest.raises(Failed, match="by zero"):
+        with pytest.raises(Broken, match="by zero"):
             tokens(running.submit([5, 6], 2))
         assert len(known) == 1 and known[0]
-        with pytest.raises(Overloaded, match="cannot be run any more"):
+        with pytest.raises(Broken, match="cannot be run any more"):
             running.submit([5, 6], 2)
+    assert capfd.readouterr().err.count("What failed first: The scheduler failed") == 1
+
+
+def test_a_call_that_does_not_come_back_holds_up_nobody_for_ever(open_slots, monkeypatch):
+    for module in (answers, scheduler):
+        monkeypatch.setattr(module, "LOOK_UP", 0.01)
+    model, now, calls, goes_on = open_slots(slots=1), [100.0], [], threading.Event()
+    (expected,) = greedy(model, [[7]], 2)
+    read, running = model.read, Scheduler(model, clock=lambda: now[0])
+
+    def held(row: int, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        calls.append(ids)
+        assert goes_on.wait(60)
+        return read(row, ids)
+
+    model.read = held  # type: ignore[method-assign]
+    try:
+        with running:
+            late, patient = running.submit([5], 2, seconds=5), running.submit([6], 2)
+            wait_until(lambda: calls)
+            now[0] += 6
+            with pytest.raises(Late, match="longer than its time limit"):
+                tokens(late)
+            assert not running.broken
+            now[0] += HANGS
+            with pytest.raises(Broken, match="has not come back from a call"):
+                tokens(patient)
+            with pytest.raises(Broken, match="has not come back from a call"):
+                running.submit([7], 2)
+            # It was long, and no more.
+            goes_on.set()
+            wait_until(lambda: not running.busy)
+            assert (running.broken, late.finish, patient.finish) == ("", "cancelled", "cancelled")
+            assert tokens(running.submit([7], 2)) == expected
+            goes_on.clear()
+            calls.clear()
+            last = running.submit([8], 2)
+            wait_until(lambda: calls)
+            now[0] += HANGS + 1
+        with pytest.raises(Broken, match="has not come back from a call"):
+            tokens(last)
+    finally:
+        goes_on.set()
+
+
+def test_who_keeps_an_answer_keeps_nothing_of_the_model(open_slots):
+    model = open_slots(slots=1)
+    kept, gone = Scheduler(model), weakref.ref(model)
+    answer = kept.submit([5], 2)
+    finish(kept)
+    del model, kept
+    assert gone() is None
+    assert len(tokens(answer)) <= 2
 
 
 def test_texts_that_cannot_exchange_their_rows_are_all_told(open_slots, monkeypatch):

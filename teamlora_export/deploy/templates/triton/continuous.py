@@ -46,7 +46,8 @@ Given = Mapping[str, np.ndarray]
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         with told_when_loaded():
-            self._ends_server = _is_to_end_server()
+            # The process that has started this one, until it is told to end; 0: it is not to be.
+            self._server = os.getppid() if _is_to_end_server() else 0
         # The files are compared with their hashes there, but for those of adapters.
         parameters, self._settings, self._tokenizer = open_beside(args)
         folder = Path(__file__).resolve().parent
@@ -87,6 +88,12 @@ class TritonPythonModel:
                 self._places.release()
                 self._end(client, error)
 
+    def is_ready(self) -> bool:
+        """Servers from 26.04 on ask this for /v2/health/ready; none is sent to a pod that is not."""
+        if is_broken := bool(self._scheduler.broken):
+            self._end_server()
+        return not is_broken
+
     def finalize(self) -> None:
         self._scheduler.__exit__()
         self._chat.close()
@@ -114,11 +121,14 @@ class TritonPythonModel:
         client.end(failure)
 
     def _end_server(self) -> None:
-        """Where a supervisor starts it anew, as in a pod: a GPU that has failed does nothing more for this process, and
-        the server would go on to call a model ready whose requests all fail."""
-        if self._ends_server and self._ending.acquire(blocking=False):
-            os.kill(os.getppid(), signal.SIGTERM)
-            print(f"{self._scheduler.broken} {_WHEN_BROKEN} is {_END_SERVER}: the server is ended.", file=sys.stderr)
+        """Where a supervisor starts it anew, as in a pod: a GPU that has failed does nothing more for this process. It
+        is told once; whoever became this process's parent after its end is not."""
+        with self._ending:
+            if self._server and self._server == os.getppid():
+                os.kill(self._server, signal.SIGTERM)
+                self._server = 0
+                told = f"{self._scheduler.broken} {_WHEN_BROKEN} is {_END_SERVER}: the server is ended."
+                print(told, file=sys.stderr, flush=True)
 
     def _responses(self, given: Given, client: _Client) -> Iterator[Any]:
         if self._adapters is not None and _first(given, "list_adapters", False):
