@@ -251,8 +251,10 @@ def test_a_file_that_is_far_too_large_is_not_read_and_fails_its_request_alone(ma
     assert tokens(good) == shelf_answers["team", tuple(PROMPTS[0])]
 
 
-def test_whatever_goes_wrong_where_a_request_is_taken_in_fails_it_alone(make_shelf, shelf_answers, monkeypatch):
-    slots = open_slots(Session(make_shelf().folder), 3)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_whatever_goes_wrong_where_a_request_is_taken_in_fails_it_alone(rows, make_shelf, shelf_answers, monkeypatch):
+    """Also while there is no other row."""
+    slots = open_slots(Session(make_shelf().folder), rows)
     reserve = slots.reserve
 
     def fail_for_one(adapter: Shelved | None) -> bool:

@@ -23,7 +23,7 @@ from teamlora_export.deploy import answers, scheduler, slots, slots_in_place
 from teamlora_export.deploy.answers import Answer, Broken, Failed, Late, Overloaded
 from teamlora_export.deploy.device_tensor import DeviceTensor
 from teamlora_export.deploy.failure import ModelError
-from teamlora_export.deploy.health import HANGS
+from teamlora_export.deploy.health import HANGS, SHORTAGE
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.sampling import Sampling
@@ -175,12 +175,23 @@ def test_a_device_that_has_failed_ends_every_request_and_takes_no_more(cache, op
 
 def test_a_row_that_cannot_be_cleared_ends_every_request_and_takes_no_more(open_slots, monkeypatch, capfd):
     model, known, end = open_slots(slots=2), [], Answer.end
+    come: list[Answer] = []
+
+    def fail(row: int) -> None:
+        """Others come until the very end."""
+        if len(come) < 3:
+            come.append(running.submit([5, 6], 2))
+        raise ZeroDivisionError("division by zero")
+
     with Scheduler(model) as running:
-        monkeypatch.setattr(model, "clear", lambda row: 1 // 0)
+        monkeypatch.setattr(model, "clear", fail)
         monkeypatch.setattr(Answer, "end", lambda answer, how: known.append(running.broken) or end(answer, how))
-        with pytest.raises(Broken, match="by zero"):
-            tokens(running.submit([5, 6], 2))
-        assert len(known) == 1 and known[0]
+        come.append(running.submit([5, 6], 2))
+        wait_until(lambda: len(known) == 3)
+        assert len(come) == 3 and all(known)
+        for answer in come:
+            with pytest.raises(Broken, match="by zero"):
+                tokens(answer)
         with pytest.raises(Broken, match="cannot be run any more"):
             running.submit([5, 6], 2)
     assert capfd.readouterr().err.count("What failed first: The scheduler failed") == 1
@@ -276,6 +287,23 @@ def test_a_device_that_has_no_memory_for_a_moment_is_not_taken_for_one_that_has_
         tokens_after(scheduler, [5, 6], 8)
     assert tokens_after(scheduler, [5, 6], 8) == expected
     assert not failures and not scheduler.broken
+
+
+def test_a_shortage_of_memory_is_over_with_the_next_step_that_succeeds(open_slots, monkeypatch):
+    model, now = open_slots(slots=1), [100.0]
+    scheduler = Scheduler(model, clock=lambda: now[0])
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "_run", fail)
+            with pytest.raises(Failed, match=r"cannot run the model \(MemoryError\)"):
+                tokens_after(scheduler, [5, 6], 2)
+        assert len(tokens_after(scheduler, [5, 6], 2)) <= 2
+        now[0] += SHORTAGE + 1
+    assert not scheduler.broken
 
 
 @pytest.mark.parametrize("cache", ["in-place", "growing"])
