@@ -409,6 +409,27 @@ def test_a_device_that_is_not_there_is_refused(make_bundle, monkeypatch):
         Model(folder, device="cuda:1")
 
 
+@pytest.mark.parametrize("cache", ["in-place", "growing", "on a device"])
+def test_a_row_that_is_tried_out_keeps_nothing_and_changes_no_other(cache, open_slots):
+    model, prompts = open_slots(cache=cache, slots=3), [[9, 10, 11], [12, 13]]
+    expected = greedy(model, prompts, 8)
+    scheduler = Scheduler(model)
+    answers = [scheduler.submit(prompt, 8) for prompt in prompts]
+    scheduler.turn()
+    model.try_out(2)
+    assert model.lengths[2] == 0
+    finish(scheduler)
+    assert [tokens(answer) for answer in answers] == expected
+    if cache == "in-place":
+        assert not any(buffer.any() for buffer in model._buffers.values())
+    if cache == "growing":
+        assert not model._batches
+    # What is in its way is cleared, as what a failed call leaves.
+    model.read(0, [[5] * 20])
+    model.try_out(0)
+    assert [tokens_after(scheduler, prompt, 8) for prompt in prompts] == expected
+
+
 def test_a_model_that_takes_no_padding_reads_none(open_slots, monkeypatch):
     """As graphs of others: only rows of one length share a call."""
     model, drawn, masks = open_slots("mistral", "growing", slots=4), random.Random(0), []
