@@ -1,8 +1,8 @@
 """Whether a model can be run at all, which is asked when something has failed, and how long it may take.
 
-Whether a request fails alone is found out by the least that can be asked of the model, one token of nobody's text:
-where even that fails, as on a GPU after an illegal access, everything does. But a shortage of memory may pass. And a
-call may not come back at all, which other threads see by the clock.
+Whether a request fails alone is found out by the least that a text asks of the model, in a row of nobody's: where even
+that fails, as on a GPU after an illegal access, everything does. But a shortage of memory may pass. And a call may not
+come back at all, which other threads see by the clock.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Health:
         self._model, self._clock = model, clock
         self._broken = ""
         self._is_served = False
-        # When the turn at work began, and when the model was first found to have no memory for one token.
+        # When the turn at work began, and when the model was first found to have no memory for that.
         self._began: float | None = None
         self._short_since: float | None = None
 

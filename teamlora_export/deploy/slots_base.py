@@ -68,14 +68,17 @@ class Slots(ABC):
             self.release(adapter)
 
     def try_out(self, row: int) -> None:
-        """The least that can be asked of the model, one token, in a row that is cleared before and behind it.
+        """The least that a text asks of the model, in a row that is cleared before and behind it: a prompt of two
+        tokens and a step, which an engine may run in contexts of their own.
 
         Raises:
             Exception: whatever the model raises. Then it fails for every text, or there is no memory at the moment.
         """
         self.clear(row)
         try:
-            self._run(range(row, row + 1), np.zeros((1, 1), np.int64), np.ones(1, np.int64))
+            for count in (min(2, self.part), 1):
+                self._run(range(row, row + 1), np.zeros((1, count), np.int64), np.array([count]))
+                self.lengths[row] += count
         finally:
             self.clear(row)
 

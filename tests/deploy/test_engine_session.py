@@ -28,7 +28,7 @@ from shelf_requests import ask_all, assert_refuses_an_unknown_one
 from triton_server import LoadError, Server
 
 from teamlora_export.bundle import Bundle, read_bundle
-from teamlora_export.deploy.answers import Failed
+from teamlora_export.deploy.answers import Broken, Failed
 from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.kubernetes import deploy_kubernetes
 from teamlora_export.deploy.publish import publish_shelf
@@ -97,27 +97,33 @@ def test_a_gpu_that_has_failed_ends_every_request_and_one_without_memory_does_no
     engine_of, make_bundle, tmp_path, monkeypatch
 ):
     bundle, gpu = engine_of(make_bundle("llama", cache="in-place"))
-    scheduler = Scheduler(Model(deploy_python(bundle, tmp_path / "out", engine="tiny")).slots(2))
-    copy, no_memory, illegal_access = gpu.cudaMemcpyAsync, (2,), (700,)
+    model = Model(deploy_python(bundle, tmp_path / "out", engine="tiny"))
+    scheduler = Scheduler(model.slots(2))
+    no_memory, illegal_access = (2,), (700,)
     for name, fails, message in (
-        (
-            "cudaMemcpyAsync",
-            lambda *_: no_memory,
-            r"^TensorRT-RTX cannot run the model \(.*out of memory",
-        ),
+        ("cudaMemcpyAsync", lambda *_: no_memory, r"^TensorRT-RTX cannot run the model \(.*out of memory"),
         # As one that is told of when it is waited for.
         ("cudaStreamSynchronize", lambda stream: illegal_access, "^The model cannot be run any more .*illegal memory"),
     ):
         assert not scheduler.broken
         answer = scheduler.submit([5, 6], 20)
         scheduler.turn()
-        monkeypatch.setattr(gpu, name, fails)
-        while scheduler.busy:
-            scheduler.turn()
-        monkeypatch.setattr(gpu, "cudaMemcpyAsync", copy)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, name, fails)
+            while scheduler.busy:
+                scheduler.turn()
         with pytest.raises(Failed, match=message):
             list(answer)
     assert scheduler.broken
+    # A context of the engine that fails for ever, on a GPU that works: that of prompts.
+    scheduler, execute = Scheduler(model.slots(2)), StandInContext.execute_async_v3
+    monkeypatch.setattr(
+        StandInContext, "execute_async_v3", lambda given, stream: given._profile and execute(given, stream)
+    )
+    answer = scheduler.submit([5, 6], 20)
+    scheduler.turn()
+    with pytest.raises(Broken, match=r"cannot be run any more \(TensorRT-RTX refuses a step"):
+        list(answer)
 
 
 def test_adapters_are_published_to_an_engine_with_as_many_slots_as_it_has(engine_of, make_shelf, tmp_path):

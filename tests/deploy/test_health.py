@@ -72,7 +72,7 @@ def test_a_shortage_of_memory_may_pass_and_one_that_stays_is_no_more_waited_for(
 
 
 @pytest.mark.parametrize("raised", LOST, ids=str)
-def test_whatever_else_one_token_fails_of_is_the_end_and_the_log_says_once_what_led_there(raised, capfd):
+def test_whatever_else_the_shortest_text_fails_of_is_the_end_and_the_log_says_once_what_led_there(raised, capfd):
     for is_served in (False, True):
         model = Model()
         health = health_of(model, [100.0])
