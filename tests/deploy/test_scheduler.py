@@ -410,7 +410,7 @@ def test_a_device_that_is_not_there_is_refused(make_bundle, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", ["in-place", "growing", "on a device"])
-def test_a_row_that_is_tried_out_keeps_nothing_and_changes_no_other(cache, open_slots):
+def test_a_row_that_is_tried_out_keeps_nothing_and_changes_no_other(cache, open_slots, monkeypatch):
     model, prompts = open_slots(cache=cache, slots=3), [[9, 10, 11], [12, 13]]
     expected = greedy(model, prompts, 8)
     scheduler = Scheduler(model)
@@ -424,9 +424,13 @@ def test_a_row_that_is_tried_out_keeps_nothing_and_changes_no_other(cache, open_
         assert not any(buffer.any() for buffer in model._buffers.values())
     if cache == "growing":
         assert not model._batches
-    # What is in its way is cleared, as what a failed call leaves.
+    # What is in its way is cleared, as what a failed call leaves: nothing takes less.
     model.read(0, [[5] * 20])
-    model.try_out(0)
+    seen, taken = [], model._session.taken
+    with monkeypatch.context() as patch:
+        patch.setattr(model._session, "taken", lambda feeds: seen.append(feeds["attention_mask"].sum()) or taken(feeds))
+        model.try_out(0)
+    assert seen == [2, 3]
     assert [tokens_after(scheduler, prompt, 8) for prompt in prompts] == expected
 
 
