@@ -23,23 +23,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import Shelved
-    from teamlora_export.deploy.answers import LOOK_UP, Answer, Broken, Failed, Overloaded, Token
-    from teamlora_export.deploy.failure import ModelError, brief
+    from teamlora_export.deploy.answers import Answer, Broken, Failed, Overloaded, Token
+    from teamlora_export.deploy.failure import DeviceError, ModelError, brief
     from teamlora_export.deploy.health import Health
     from teamlora_export.deploy.sampling import GREEDY, Sampler, Sampling, log_probability
     from teamlora_export.deploy.slots import Slots
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import Shelved
-    from answers import LOOK_UP, Answer, Broken, Failed, Overloaded, Token
-    from failure import ModelError, brief
+    from answers import Answer, Broken, Failed, Overloaded, Token
+    from failure import DeviceError, ModelError, brief
     from health import Health
     from sampling import GREEDY, Sampler, Sampling, log_probability
     from slots import Slots
@@ -62,7 +61,7 @@ class _Request:
 
     Attributes:
         unread: of the prompt; when all is read, the one token that the next step reads.
-        left: tokens that may follow. stops: ids that end the text. deadline: of the clock.
+        left: tokens that may follow. stops: ids that end the text.
         row: of the cache. adapter: as its name was understood when the request came.
     """
 
@@ -71,7 +70,6 @@ class _Request:
     stops: Collection[int]
     sampler: Sampler
     log_probabilities: bool
-    deadline: float
     abandoned: Callable[[], bool] | None
     answer: Answer
     row: int = -1
@@ -97,7 +95,7 @@ class Scheduler:
         if waiting < 1:
             raise ModelError(f"{waiting} waiting requests: give at least 1.")
         self._model, self._clock, self._most_waiting = model, clock, waiting
-        self._health = Health(model, clock)
+        self._health = Health(model)
         self._most_read = reading or model.part
         self._waiting: deque[_Request] = deque()
         # In a row from the last down, in turns.
@@ -116,7 +114,7 @@ class Scheduler:
         Raises:
             ModelError: the model cannot be run.
         """
-        self._health.require()
+        self._health.require_runs()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
         return self
@@ -126,12 +124,9 @@ class Scheduler:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        while self._thread is not None and self._thread.is_alive():
-            if self._health.hangs:
-                # Who waits for an answer finds that out.
-                return
-            self._thread.join(LOOK_UP)
-        self._end_all(Failed("The server is closing."))
+        if self._thread is not None:
+            self._thread.join()
+        self._close()
 
     def submit(
         self,
@@ -163,11 +158,9 @@ class Scheduler:
         count = self._model.settings.room([prompt], count)
         if not seconds > 0:
             raise ModelError(f"A time limit of {seconds} seconds: give a number above 0.")
-        sampler, deadline = Sampler(sampling, prompt), self._clock() + seconds
+        sampler, answer = Sampler(sampling, prompt), Answer(self._clock() + seconds, self._clock)
         stops = self._model.settings.stops if stops is None else stops
-        # It knows nothing of the scheduler, which ends when nobody else has it.
-        answer = Answer(partial(self._health.overdue, deadline))
-        request = _Request(prompt, count, stops, sampler, log_probabilities, deadline, abandoned, answer)
+        request = _Request(prompt, count, stops, sampler, log_probabilities, abandoned, answer)
         request.adapter = self._model.find_adapter(adapter)
         with self._changed:
             if broken := self.broken:
@@ -185,6 +178,8 @@ class Scheduler:
     @property
     def broken(self) -> str:
         """Why the model cannot be run any more: known before the first request ends of it. Empty: it can."""
+        if self._thread is not None and not (self._closing or self._thread.is_alive()):
+            return "The scheduler's thread has died. Start its process again."
         return self._health.broken
 
     @property
@@ -193,14 +188,13 @@ class Scheduler:
 
     def turn(self) -> None:
         """See the module's own words. Called by the scheduler's own thread, unless that was never started."""
-        with self._health.turn():
-            try:
-                self._drop()
-                if self._writing:
-                    self._read_together(self._writing)
-                self._read_prompts()
-            except Broken as broken:
-                self._end_all(broken)
+        try:
+            self._drop()
+            if self._writing:
+                self._read_together(self._writing)
+            self._read_prompts()
+        except Broken as broken:
+            self._end_all(Failed(str(broken)))
 
     def _run(self) -> None:
         while True:
@@ -208,12 +202,13 @@ class Scheduler:
                 if not self.busy:
                     self._wait_for_first()
                 if self._closing:
-                    return
+                    break
             try:
                 self.turn()
             except Exception as error:
                 # None is known. Those at work may be spoilt by it; those that come are not.
                 self._end_all(Failed(f"The scheduler failed ({brief(error)})."))
+        self._close()
 
     def _wait_for_first(self) -> None:
         """Until there are requests, as many as come at one moment. Called with the lock."""
@@ -241,7 +236,7 @@ class Scheduler:
                 return "cancelled"
         except Exception as error:
             return Failed(f"Whether the request is still wanted cannot be told ({brief(error)}).")
-        return self._health.overdue(request.deadline)
+        return request.answer.overdue()
 
     def _admit(self) -> bool:
         """Free rows to those that wait; whether there are prompts to be read."""
@@ -274,8 +269,8 @@ class Scheduler:
                     self._leave_queue(request)
             except Exception as error:
                 # What fails for one of them fails for it alone, unless everything does; where no row is free to find
-                # that out, the next step of those at work does.
-                if free:
+                # that out, the next step of those at work does. A file that is refused tells nothing of the model.
+                if free and (isinstance(error, DeviceError) or not isinstance(error, ModelError)):
                     self._health.check(min(free), error)
                 self._leave_queue(request)
                 request.answer.end(Failed(str(error) if isinstance(error, ModelError) else brief(error)))
@@ -361,7 +356,7 @@ class Scheduler:
         """What is unread of texts in rows that are neighbours, in one call, and the next token of each."""
         requests = list(given)
         try:
-            rows = self._call(requests[0].row, [request.unread for request in requests])
+            rows = self._model.read(requests[0].row, [request.unread for request in requests])
         except Exception:
             # What fails for one of them fails for it alone.
             for request in requests:
@@ -379,16 +374,11 @@ class Scheduler:
             Broken: nor can any other's; nobody has been told yet.
         """
         try:
-            return self._call(request.row, [ids])[0]
+            return self._model.read(request.row, [ids])[0]
         except Exception as error:
             self._health.check(request.row, error)
             self._retire(request, Failed(f"{self._model.runtime} cannot run the model ({brief(error)})."))
             return None
-
-    def _call(self, row: int, ids: Sequence[Sequence[int]]) -> np.ndarray:
-        logits = self._model.read(row, ids)
-        self._health.answered()
-        return logits
 
     def _take(self, request: _Request, logits: np.ndarray) -> None:
         """The text's next token, and its end where that is one."""
@@ -424,14 +414,17 @@ class Scheduler:
             self._writing.pop()
         request.answer.end(how)
 
-    def _end_all(self, how: Exception) -> None:
+    def _close(self) -> None:
+        self._end_all(Failed("The server is closing."))
+
+    def _end_all(self, how: Failed) -> None:
         try:
             for row in range(self._model.slots):
                 self._model.clear(row)
         except Exception as error:
             # What a row holds would reach the next text.
-            if not isinstance(how, Broken):
-                how = self._health.lose(error, how)
+            self._health.lose(error, how)
+            how = Failed(self.broken)
         # Nobody comes behind this where the model is broken.
         with self._changed:
             requests = [*self._writing, *self._reading, *self._waiting]

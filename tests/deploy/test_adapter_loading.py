@@ -193,7 +193,7 @@ def test_a_scheduler_that_is_closed_or_dropped_leaves_no_slot_taken(make_shelf, 
 
 
 def test_an_adapter_that_cannot_be_read_is_its_requests_sentence_and_what_was_in_the_slot_is_kept(
-    make_shelf, shelf_answers, slow_files, tmp_path
+    make_shelf, shelf_answers, slow_files, tmp_path, monkeypatch
 ):
     folder = Path(shutil.copytree(make_shelf().folder, tmp_path / "bundle"))
     damaged = folder / read_bundle(folder).manifest.shelf["adapters"]["moe"]["file"]
@@ -203,8 +203,10 @@ def test_an_adapter_that_cannot_be_read_is_its_requests_sentence_and_what_was_in
     for name in ("team", "lora", "small"):
         adapters.give(adapters.take(adapters.find(name)))
     settled(adapters)
-    before, files = state(adapters), slow_files("moe")
-    scheduler = Scheduler(open_slots(session, 3))
+    before, files, slots = state(adapters), slow_files("moe"), open_slots(session, 3)
+    # A file tells nothing of the model, which is not tried out.
+    monkeypatch.setattr(slots, "try_out", lambda row: 1 // 0)
+    scheduler = Scheduler(slots)
     bad = [scheduler.submit(PROMPTS[5], COUNT, adapter="moe") for _ in range(2)]
     good = scheduler.submit(PROMPTS[3], COUNT, stops=(), adapter="lora")
     turns_until(scheduler, lambda: good.finish)
@@ -262,7 +264,9 @@ def test_whatever_goes_wrong_where_a_request_is_taken_in_fails_it_alone(rows, ma
             raise MemoryError("no more")
         return reserve(adapter)
 
+    tried, try_out = [], slots.try_out
     monkeypatch.setattr(slots, "reserve", fail_for_one)
+    monkeypatch.setattr(slots, "try_out", lambda row: tried.append(row) or try_out(row))
     scheduler = Scheduler(slots)
     good = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="team")
     while not slots.lengths[0]:
@@ -271,7 +275,9 @@ def test_whatever_goes_wrong_where_a_request_is_taken_in_fails_it_alone(rows, ma
     finish(scheduler)
     with pytest.raises(Failed, match="no more"):
         tokens(bad)
+    # Others' adapters are theirs while a row is tried out, and nobody's later.
     assert tokens(good) == shelf_answers["team", tuple(PROMPTS[0])]
+    assert (len(tried), set(slots._session.adapters._users)) == (rows - 1 and 1, {0})
 
 
 def test_requests_of_one_adapter_share_its_open_file(make_shelf):

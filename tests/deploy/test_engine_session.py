@@ -28,7 +28,7 @@ from shelf_requests import ask_all, assert_refuses_an_unknown_one
 from triton_server import LoadError, Server
 
 from teamlora_export.bundle import Bundle, read_bundle
-from teamlora_export.deploy.answers import Broken, Failed
+from teamlora_export.deploy.answers import Failed
 from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.kubernetes import deploy_kubernetes
 from teamlora_export.deploy.publish import publish_shelf
@@ -122,7 +122,7 @@ def test_a_gpu_that_has_failed_ends_every_request_and_one_without_memory_does_no
     )
     answer = scheduler.submit([5, 6], 20)
     scheduler.turn()
-    with pytest.raises(Broken, match=r"cannot be run any more \(TensorRT-RTX refuses a step"):
+    with pytest.raises(Failed, match=r"cannot be run any more \(TensorRT-RTX refuses a step"):
         list(answer)
 
 

@@ -88,9 +88,9 @@ def test_every_manifest_is_valid_by_the_schemas_of_its_api(model, source, bundle
         "Service",
     }
     (container,) = pod_of(out)["containers"]
-    # A new server is a new chance for a GPU alone.
+    # The model that batches continuously alone reads it.
     ends = [entry["value"] for entry in container["env"] if entry["name"] == "TEAMLORA_WHEN_BROKEN"]
-    assert ends == (["end-server"] if model == "on a GPU" else [])
+    assert ends == ([] if model == "encoder" else ["end-server"])
     limits = container["resources"]["limits"]
     assert limits.get("nvidia.com/gpu") == (1 if model == "on a GPU" else None)
     assert_names_no_place(out, given)

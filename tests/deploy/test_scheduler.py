@@ -8,9 +8,9 @@ import random
 import subprocess
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +19,10 @@ import pytest
 from conftest import lose_device, poison_token, readme_block
 from waiting import wait_until
 
-from teamlora_export.deploy import answers, scheduler, slots, slots_in_place
-from teamlora_export.deploy.answers import Answer, Broken, Failed, Late, Overloaded
+from teamlora_export.deploy import scheduler, slots, slots_in_place
+from teamlora_export.deploy.answers import Answer, Broken, Failed, Late, Overloaded, Token
 from teamlora_export.deploy.device_tensor import DeviceTensor
 from teamlora_export.deploy.failure import ModelError
-from teamlora_export.deploy.health import HANGS, SHORTAGE
 from teamlora_export.deploy.python import deploy_python
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.sampling import Sampling
@@ -163,7 +162,7 @@ def test_a_device_that_has_failed_ends_every_request_and_takes_no_more(cache, op
     lose_device(monkeypatch)
     finish(scheduler)
     for answer in answers:
-        with pytest.raises(Broken, match=r"cannot be run any more .*CUDA error 700.* Start its process again"):
+        with pytest.raises(Failed, match=r"cannot be run any more .*CUDA error 700.* Start its process again"):
             tokens(answer)
     assert len(known) == 3 and all(known)
     # It is not one that may be sent again later.
@@ -190,63 +189,102 @@ def test_a_row_that_cannot_be_cleared_ends_every_request_and_takes_no_more(open_
         wait_until(lambda: len(known) == 3)
         assert len(come) == 3 and all(known)
         for answer in come:
-            with pytest.raises(Broken, match="by zero"):
+            with pytest.raises(Failed, match=r"cannot be run any more .*by zero"):
                 tokens(answer)
         with pytest.raises(Broken, match="cannot be run any more"):
             running.submit([5, 6], 2)
-    assert capfd.readouterr().err.count("What failed first: The scheduler failed") == 1
+    # It is closed after that, when no row can be cleared either.
+    logged = capfd.readouterr().err
+    assert logged.count("What failed first") == logged.count("What failed first: The scheduler failed") == 1
 
 
-def test_a_call_that_does_not_come_back_holds_up_nobody_for_ever(open_slots, monkeypatch):
-    for module in (answers, scheduler):
-        monkeypatch.setattr(module, "LOOK_UP", 0.01)
-    model, now, calls, goes_on = open_slots(slots=1), [100.0], [], threading.Event()
+def test_a_call_that_does_not_come_back_holds_up_nobody_beyond_a_time_limit(open_slots):
+    model, calls, goes_on = open_slots(slots=1), [], threading.Event()
     (expected,) = greedy(model, [[7]], 2)
-    read, running = model.read, Scheduler(model, clock=lambda: now[0])
+    read, running = model.read, Scheduler(model)
 
     def held(row: int, ids: Sequence[Sequence[int]]) -> np.ndarray:
         calls.append(ids)
         assert goes_on.wait(60)
         return read(row, ids)
 
-    model.read = held  # type: ignore[method-assign]
     try:
         with running:
-            late, patient = running.submit([5], 2, seconds=5), running.submit([6], 2)
+            model.read = held  # type: ignore[method-assign]
+            late, polled = running.submit([5], 2, seconds=0.2), running.submit([6], 2, seconds=0.2)
+            patient = running.submit([7], 2)
             wait_until(lambda: calls)
-            now[0] += 6
             with pytest.raises(Late, match="longer than its time limit"):
                 tokens(late)
-            assert not running.broken
-            now[0] += HANGS
-            with pytest.raises(Broken, match="has not come back from a call"):
-                tokens(patient)
-            with pytest.raises(Broken, match="has not come back from a call"):
-                running.submit([7], 2)
-            # It was long, and no more.
+            # Nobody waits for it.
+            with pytest.raises(Late):
+                list(polled.arrived())
+            assert list(patient.arrived()) == []
             goes_on.set()
-            wait_until(lambda: not running.busy)
-            assert (running.broken, late.finish, patient.finish) == ("", "cancelled", "cancelled")
-            assert tokens(running.submit([7], 2)) == expected
-            goes_on.clear()
-            calls.clear()
-            last = running.submit([8], 2)
-            wait_until(lambda: calls)
-            now[0] += HANGS + 1
-        with pytest.raises(Broken, match="has not come back from a call"):
-            tokens(last)
+            assert tokens(patient) == expected
+            # What has come behind its end is not its.
+            assert (late.finish, polled.finish, running.broken) == ("", "", "")
+            for _ in range(2):
+                with pytest.raises(Late):
+                    tokens(late)
     finally:
         goes_on.set()
 
 
-def test_who_keeps_an_answer_keeps_nothing_of_the_model(open_slots):
-    model = open_slots(slots=1)
-    kept, gone = Scheduler(model), weakref.ref(model)
-    answer = kept.submit([5], 2)
-    finish(kept)
-    del model, kept
-    assert gone() is None
-    assert len(tokens(answer)) <= 2
+def test_an_answer_has_one_end_and_what_came_before_it():
+    now = [0.0]
+    for late_first in (True, False):
+        answer = Answer(now[0] + 5, lambda: now[0])
+        answer.put(Token(3, None))
+        assert list(answer.arrived()) == [Token(3, None)]
+        answer.put(Token(4, None))
+        now[0] += 6
+        if not late_first:
+            answer.end("length")
+        # What is there is given although it is late.
+        given = iter(answer)
+        assert next(given) == Token(4, None)
+        if late_first:
+            with pytest.raises(Late):
+                next(given)
+        answer.put(Token(5, None))
+        answer.end("stop")
+        for _ in range(2):
+            with pytest.raises(Late) if late_first else nullcontext():
+                assert list(answer) == []
+        assert answer.finish == ("" if late_first else "length")
+
+
+def test_whose_scheduler_is_left_in_a_hurry_is_told_when_its_call_comes_back(open_slots, monkeypatch):
+    model, goes_on = open_slots(slots=1), threading.Event()
+    read, running = model.read, Scheduler(model).__enter__()
+    model.read = lambda row, ids: goes_on.wait(60) and read(row, ids)  # type: ignore[method-assign]
+    answers, thread = [running.submit([token], 100) for token in (5, 6)], running._thread
+    with monkeypatch.context() as patch:
+        # As by Ctrl-C.
+        patch.setattr(thread, "join", lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            running.__exit__()
+    goes_on.set()
+    for answer in answers:
+        with pytest.raises(Failed, match="closing"):
+            tokens(answer)
+    running.__exit__()
+
+
+def test_a_scheduler_whose_thread_has_died_takes_no_more(open_slots, monkeypatch):
+    # What a thread cannot do is told by Python.
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with Scheduler(open_slots(slots=1)) as running:
+        with monkeypatch.context() as patch:
+            for name in ("_drop", "_end_all"):
+                patch.setattr(running, name, lambda *_: 1 // 0)
+            left = running.submit([5], 2)
+            wait_until(lambda: not running._thread.is_alive())
+        with pytest.raises(Broken, match="thread has died"):
+            running.submit([5], 2)
+    with pytest.raises(Failed, match="closing"):
+        tokens(left)
 
 
 def test_texts_that_cannot_exchange_their_rows_are_all_told(open_slots, monkeypatch):
@@ -289,21 +327,21 @@ def test_a_device_that_has_no_memory_for_a_moment_is_not_taken_for_one_that_has_
     assert not failures and not scheduler.broken
 
 
-def test_a_shortage_of_memory_is_over_with_the_next_step_that_succeeds(open_slots, monkeypatch):
-    model, now = open_slots(slots=1), [100.0]
-    scheduler = Scheduler(model, clock=lambda: now[0])
+def test_a_model_that_is_short_of_memory_for_whatever_is_asked_of_it_goes_on_when_there_is_some(
+    open_slots, monkeypatch
+):
+    model = open_slots(slots=1)
+    scheduler = Scheduler(model)
 
     def fail(*_: object) -> None:
         raise MemoryError
 
-    for _ in range(2):
-        with monkeypatch.context() as patch:
-            patch.setattr(model, "_run", fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_run", fail)
+        for _ in range(2):
             with pytest.raises(Failed, match=r"cannot run the model \(MemoryError\)"):
                 tokens_after(scheduler, [5, 6], 2)
-        assert len(tokens_after(scheduler, [5, 6], 2)) <= 2
-        now[0] += SHORTAGE + 1
-    assert not scheduler.broken
+    assert tokens_after(scheduler, [5, 6], 2) == greedy(model, [[5, 6]], 2)[0]
 
 
 @pytest.mark.parametrize("cache", ["in-place", "growing"])
@@ -418,6 +456,17 @@ def test_a_row_that_is_tried_out_keeps_nothing_and_changes_no_other(cache, open_
     scheduler.turn()
     model.try_out(2)
     assert model.lengths[2] == 0
+    run, calls = model._run, []
+
+    def fail_then(*given: Any) -> np.ndarray:
+        calls.append(run(*given))
+        return calls[-1] if len(calls) == 1 else 1 // 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_run", fail_then)
+        with pytest.raises(ZeroDivisionError):
+            model.try_out(2)
+    assert (len(calls), model.lengths[2]) == (2, 0)
     finish(scheduler)
     assert [tokens(answer) for answer in answers] == expected
     if cache == "in-place":

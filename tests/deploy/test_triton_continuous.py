@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,33 +144,22 @@ def test_a_server_whose_gpu_has_failed_ends_at_the_first_request_where_that_is_a
         assert model.is_ready()
         with monkeypatch.context() as patch:
             lose_device(patch)
-            # Once, however many fail, and of those whom it could not tell the next tells it; nobody else is told, who
-            # is the parent behind its end.
-            for number in range(4):
-                patch.setattr(os, "getppid", lambda number=number: 1 if number == 1 else parent)
-                with pytest.raises(RequestError, match=r"INTERNAL: The model cannot be run any more .*CUDA error 700"):
+            # Once, however many fail. Where it could not be told, it is by whoever asks next, be it for a model that is
+            # ready; nobody else is told, who is the parent behind its end.
+            for code, seen, count in (("INTERNAL", parent, 1), ("UNAVAILABLE", 1, 1), ("UNAVAILABLE", parent, 2)):
+                patch.setattr(os, "getppid", lambda seen=seen: seen)
+                if count == 2:
+                    assert not model.is_ready()
+                    assert len(told) == (2 if wish else 0)
+                with pytest.raises(RequestError, match=f"{code}: The model cannot be run any more .*CUDA error 700"):
                     list(server.stream("m_text", given))
-                assert told == ([(parent, signal.SIGTERM)] * (1 if number < 2 else 2) if wish else [])
+                assert told == ([(parent, signal.SIGTERM)] * count if wish else [])
             assert not model.is_ready()
         counted = [server.metrics["teamlora_requests_failed", "m_text", reason] for reason in ("failed", "overloaded")]
-        assert counted == [4, 0]
+        assert counted == [3, 0]
         server.models["m_text"].unload()
     logged = capfd.readouterr().err
     assert (logged.count("the server is ended"), logged.count("What failed first: CUDA error 700")) == (1, 2)
-
-
-def test_a_server_that_is_asked_whether_it_is_ready_ends_where_a_call_does_not_come_back(continuous, monkeypatch):
-    told: list[tuple[int, ...]] = []
-    monkeypatch.setattr(os, "kill", lambda *given: told.append(given))
-    monkeypatch.setenv("TEAMLORA_WHEN_BROKEN", "end-server")
-    server = Server(continuous / "models")
-    model = server.models["m_text"].model
-    with monkeypatch.context() as patch:
-        patch.setattr(model._scheduler._health, "_began", time.monotonic() - 301)
-        for _ in range(2):
-            assert model.is_ready() is False
-    assert told == [(os.getppid(), signal.SIGTERM)]
-    server.models["m_text"].unload()
 
 
 def test_an_unknown_wish_for_a_broken_server_keeps_the_model_from_being_loaded(continuous, monkeypatch):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from answers import Answer, Late, Overloaded, Token
+from answers import Answer, Broken, Late, Overloaded, Token
 from chat import Chat
 from engine_session import open_session
 from failure import ModelError
@@ -68,7 +68,7 @@ class TritonPythonModel:
             )
             self._adapters = session.adapters
             slots = open_slots(session, numbers["slots"], numbers["part"], numbers["capacity"] or None)
-            # There is room for all that have a place.
+            # There is room for all that have a place, but while a call does not come back, whose late ones have none.
             self._scheduler = Scheduler(slots, numbers["slots"] + numbers["waiting"]).__enter__()
         self._waiting = _Waiting(parameters["model"], numbers["slots"])
         self._failures = Failures(parameters["model"])
@@ -89,7 +89,7 @@ class TritonPythonModel:
                 self._end(client, error)
 
     def is_ready(self) -> bool:
-        """Servers from 26.04 on ask this for /v2/health/ready; none is sent to a pod that is not."""
+        """Servers from 26.04 on ask this for /v2/health/ready; no request is sent to a pod that is not."""
         if is_broken := bool(self._scheduler.broken):
             self._end_server()
         return not is_broken
@@ -245,7 +245,7 @@ class _Client:
             if failure is None:
                 self._sender.send(flags=last)
                 return
-            busy = isinstance(failure, (Overloaded, Late))
+            busy = isinstance(failure, (Broken, Overloaded, Late))
             self._sender.send(refusal(failure, pb_utils.TritonError.UNAVAILABLE if busy else None), flags=last)
 
     def is_gone(self) -> bool:
