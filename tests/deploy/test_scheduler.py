@@ -10,7 +10,6 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -211,7 +210,7 @@ def test_a_call_that_does_not_come_back_holds_up_nobody_beyond_a_time_limit(open
     try:
         with running:
             model.read = held  # type: ignore[method-assign]
-            late, polled = running.submit([5], 2, seconds=0.2), running.submit([6], 2, seconds=0.2)
+            polled, late = running.submit([5], 2, seconds=0.2), running.submit([6], 2, seconds=0.2)
             patient = running.submit([7], 2)
             wait_until(lambda: calls)
             with pytest.raises(Late, match="longer than its time limit"):
@@ -231,35 +230,36 @@ def test_a_call_that_does_not_come_back_holds_up_nobody_beyond_a_time_limit(open
         goes_on.set()
 
 
-def test_an_answer_has_one_end_and_what_came_before_it():
-    now = [0.0]
-    for late_first in (True, False):
-        answer = Answer(now[0] + 5, lambda: now[0])
-        answer.put(Token(3, None))
-        assert list(answer.arrived()) == [Token(3, None)]
-        answer.put(Token(4, None))
-        now[0] += 6
-        if not late_first:
-            answer.end("length")
-        # What is there is given although it is late.
-        given = iter(answer)
-        assert next(given) == Token(4, None)
-        if late_first:
-            with pytest.raises(Late):
-                next(given)
+def test_an_answer_that_is_late_stays_so_whatever_comes_behind_it():
+    now = [100.0]
+    answer = Answer(105, lambda: now[0])
+    answer.put(Token(4, None))
+    now[0] += 6
+    given = iter(answer)
+    # What is there is given.
+    assert next(given).id == 4
+    for again in (given, answer, answer.arrived()):
+        with pytest.raises(Late):
+            list(again)
         answer.put(Token(5, None))
         answer.end("stop")
-        for _ in range(2):
-            with pytest.raises(Late) if late_first else nullcontext():
-                assert list(answer) == []
-        assert answer.finish == ("" if late_first else "length")
+    assert answer.finish == ""
+
+
+def test_an_answer_that_has_ended_is_not_late():
+    now = [100.0]
+    answer = Answer(105, lambda: now[0])
+    answer.put(Token(4, None))
+    answer.end("length")
+    now[0] += 6
+    assert [tokens(answer), tokens(answer), answer.finish] == [[4], [], "length"]
 
 
 def test_whose_scheduler_is_left_in_a_hurry_is_told_when_its_call_comes_back(open_slots, monkeypatch):
     model, goes_on = open_slots(slots=1), threading.Event()
     read, running = model.read, Scheduler(model).__enter__()
     model.read = lambda row, ids: goes_on.wait(60) and read(row, ids)  # type: ignore[method-assign]
-    answers, thread = [running.submit([token], 100) for token in (5, 6)], running._thread
+    answers, thread = [running.submit([token], 100, seconds=60) for token in (5, 6)], running._thread
     with monkeypatch.context() as patch:
         # As by Ctrl-C.
         patch.setattr(thread, "join", lambda: 1 // 0)
@@ -279,7 +279,7 @@ def test_a_scheduler_whose_thread_has_died_takes_no_more(open_slots, monkeypatch
         with monkeypatch.context() as patch:
             for name in ("_drop", "_end_all"):
                 patch.setattr(running, name, lambda *_: 1 // 0)
-            left = running.submit([5], 2)
+            left = running.submit([5], 2, seconds=60)
             wait_until(lambda: not running._thread.is_alive())
         with pytest.raises(Broken, match="thread has died"):
             running.submit([5], 2)

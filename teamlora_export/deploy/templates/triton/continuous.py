@@ -68,7 +68,7 @@ class TritonPythonModel:
             )
             self._adapters = session.adapters
             slots = open_slots(session, numbers["slots"], numbers["part"], numbers["capacity"] or None)
-            # There is room for all that have a place, but while a call does not come back, whose late ones have none.
+            # There is room for all that have a place; those that are late in a call that does not come back have none.
             self._scheduler = Scheduler(slots, numbers["slots"] + numbers["waiting"]).__enter__()
         self._waiting = _Waiting(parameters["model"], numbers["slots"])
         self._failures = Failures(parameters["model"])
