@@ -16,7 +16,8 @@ a new one is of no use before it is listed there.
                       (device_tensor.py, cuda_memory.py: memory of a GPU; cores.py: threads)
     adapter_slots.py  the adapters of a shelf, in memory
     slots.py          rows of texts, each with its place in the cache (slots_*.py: by where that is)
-    scheduler.py      requests share those rows; answers.py is what they get, sampling.py chooses tokens
+    scheduler.py      requests share those rows; answers.py is what they get, sampling.py chooses tokens, health.py
+                      tells whether there is any use in going on
     words.py          words to tokens and back; chat.py messages to words
     runner.py         the program, and what `generate` and `embed` run
 """

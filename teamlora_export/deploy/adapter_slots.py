@@ -31,11 +31,11 @@ import numpy as np
 
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.device_tensor import DeviceTensor
-    from teamlora_export.deploy.failure import ModelError
+    from teamlora_export.deploy.failure import DeviceError, ModelError
 else:
     # Deployed: the files lie beside one another.
     from device_tensor import DeviceTensor
-    from failure import ModelError
+    from failure import DeviceError, ModelError
 
 # Of the input that has each row's slot, and what it is where a row has no adapter.
 ADAPTER, NO_ADAPTER = "adapter", -1
@@ -73,12 +73,13 @@ class _Load:
 
     Attributes:
         before: what is in the slot until the first number is written, by its key.
-        failure: why it cannot be read; empty while that is not known.
+        failure: why it cannot be read; empty while that is not known. error: what that is.
     """
 
     adapter: Shelved
     before: tuple[Path, str] | None
     failure: str = ""
+    error: type[ModelError] = ModelError
 
 
 class Adapters:
@@ -207,13 +208,14 @@ class Adapters:
 
         Raises:
             ModelError: its file is not what belongs there; the slot is given back, and what was in it is.
+            DeviceError: it cannot be written there.
         """
         with self._changed:
             load = self._loads.get(slot)
             if load is None or not load.failure:
                 return load is None
             self.give(slot)
-            raise ModelError(load.failure)
+            raise load.error(load.failure)
 
     def wait(self, slot: int) -> None:
         """Until `is_filled`; raises as that does."""
@@ -280,7 +282,7 @@ class Adapters:
         try:
             # Read and looked at as a whole before the first number is written.
             tensors = read_slot(load.adapter, self.memory, self._check)
-            load.before = None
+            load.before, load.error = None, DeviceError
             for name, array in tensors.items():
                 self.memory[name][slot] = array
         except ModelError as error:

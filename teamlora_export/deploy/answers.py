@@ -5,17 +5,24 @@ The scheduler puts them there, by its own thread; any other may wait for them.
 
 from __future__ import annotations
 
+import math
 import queue
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 
 class Overloaded(Exception):
-    """So many requests wait already that no more are taken."""
+    """So many requests wait already, or the server is closing: no more are taken."""
 
 
 class Failed(Exception):
     """A request that was taken cannot be answered; the message says why."""
+
+
+class Broken(Exception):
+    """The model cannot be run any more, whoever asks: no more are taken. The message says how that was seen."""
 
 
 class Late(Failed):
@@ -37,44 +44,70 @@ class Token:
 class Answer:
     """The tokens of a request, one by one as they come; the one that ends the text is left out.
 
-    Iterating raises `Failed` where the answer cannot be completed.
+    Iterating raises `Failed` where the answer cannot be completed; whoever iterates again meets the same end. Who waits
+    is told at the deadline that the request is late, also while the scheduler is in a call that does not come back.
 
-    Attributes:
-        finish: why it ended: "stop" (the model ended its text), "length", "cancelled", or "" (it has not, or failed).
+    Args:
+        deadline: of the clock, which is in seconds.
     """
 
-    def __init__(self) -> None:
-        self.finish = ""
+    def __init__(self, deadline: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
         self.cancelled = False
-        self._events: queue.SimpleQueue[Token | Exception | str] = queue.SimpleQueue()
+        self._deadline, self._clock = deadline, clock
+        # None wakes who waits for a token that does not come.
+        self._tokens: queue.SimpleQueue[Token | None] = queue.SimpleQueue()
+        # Set once, behind the last token.
+        self._end: str | Exception | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def finish(self) -> str:
+        """Why it ended: "stop" (the model ended its text), "length", "cancelled", or "" (it has not, or failed)."""
+        return self._end if isinstance(self._end, str) else ""
 
     def __iter__(self) -> Iterator[Token]:
-        return self._tokens(wait=True)
+        return self._until_end(wait=True)
 
     def arrived(self) -> Iterator[Token]:
         """Those that are there already."""
-        return self._tokens(wait=False)
+        return self._until_end(wait=False)
 
-    def _tokens(self, wait: bool) -> Iterator[Token]:
-        while wait or not self._events.empty():
-            event = self._events.get()
-            if isinstance(event, Token):
-                yield event
+    def _until_end(self, wait: bool) -> Iterator[Token]:
+        while True:
+            # If so, all its tokens are there.
+            is_over = self._end is not None
+            left = min(max(0.0, self._deadline - self._clock()), threading.TIMEOUT_MAX)
+            try:
+                token = self._tokens.get(wait and not is_over, left)
+            except queue.Empty:
+                if is_over:
+                    break
+                if (late := self.overdue()) is not None:
+                    self.end(late)
+                elif not wait:
+                    return
                 continue
-            # Whoever iterates again meets the same end.
-            self._events.put(event)
-            if isinstance(event, Exception):
-                raise event
-            return
+            if token is not None:
+                yield token
+        if isinstance(self._end, Exception):
+            raise self._end
+
+    def overdue(self) -> Late | None:
+        """What it ends with after its deadline; None: before that."""
+        return Late("The request took longer than its time limit.") if self._clock() > self._deadline else None
 
     def cancel(self) -> None:
         """No more tokens are wanted; the request's row is free at the next turn."""
         self.cancelled = True
 
     def put(self, token: Token) -> None:
-        self._events.put(token)
+        with self._lock:
+            if self._end is None:
+                self._tokens.put(token)
 
     def end(self, how: str | Exception) -> None:
-        if isinstance(how, str):
-            self.finish = how
-        self._events.put(how)
+        """The first end is the one that counts."""
+        with self._lock:
+            if self._end is None:
+                self._end = how
+                self._tokens.put(None)

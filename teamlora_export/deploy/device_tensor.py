@@ -67,18 +67,6 @@ class DeviceTensor:
     def __setitem__(self, entry: int, numbers: np.ndarray) -> None:
         if not 0 <= entry < self.shape[0] or numbers.shape != self.shape[1:] or numbers.dtype != self.dtype:
             raise ValueError(f"{numbers.dtype} {list(numbers.shape)} is no entry {entry} of {list(self.shape)}")
-        self._write(entry, numbers)
-
-    def touch(self) -> None:
-        """Write zeros to its first entry, and read all of it back: whether the device still does that.
-
-        Raises:
-            Exception: ONNX Runtime's own, where it does not.
-        """
-        self._write(0, np.zeros(self.shape[1:], self.dtype))
-        self.numpy()
-
-    def _write(self, entry: int, numbers: np.ndarray) -> None:
         count = math.prod(self.shape[1:])
         binding = self._copier.io_binding()
         binding.bind_cpu_input("x", np.ascontiguousarray(numbers).reshape(count))

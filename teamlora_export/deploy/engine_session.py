@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,17 +138,6 @@ class EngineSession(ModelSession):
 
     def cache_memory(self, shape: tuple[int, ...], kind: type) -> CudaTensor:
         return self._cuda.tensor(shape, kind)
-
-    def probe(self) -> Callable[[], object]:
-        cuda, number = self._cuda, np.zeros(1, np.float32)
-        memory, stream = cuda.tensor(number.shape, np.float32), Stream(cuda)
-
-        def touch() -> None:
-            cuda.up(memory.address, number, stream)
-            cuda.down(number, memory.address, stream)
-            stream.wait()
-
-        return touch
 
     def bound(self, caches: Mapping[str, Place]) -> Call:
         def call(feeds: Mapping[str, np.ndarray], adapters: Memory) -> np.ndarray:

@@ -5,8 +5,8 @@ class ModelError(Exception):
     """The model's folder is not what it should be, or the request is not; the message says what and where."""
 
 
-class DeviceLost(Exception):
-    """The device that a model runs on does nothing more for this process; the message says how that was seen."""
+class DeviceError(ModelError):
+    """A device does not take what is written to it, and perhaps nothing more."""
 
 
 def brief(error: BaseException) -> str:

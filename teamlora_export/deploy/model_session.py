@@ -98,16 +98,6 @@ class ModelSession(ABC):
         """
 
     @abstractmethod
-    def probe(self) -> Callable[[], object]:
-        """What writes a number to the device and reads it back, whenever it is called, in memory that is taken now.
-
-        Called, it raises the runtime's own exception where the device does nothing more for this process.
-
-        Raises:
-            Exception: the runtime's own, where there is not so much memory.
-        """
-
-    @abstractmethod
     def bound(self, caches: Mapping[str, Place]) -> Call:
         """Calls with the caches at these places, at both ends of the model."""
 

@@ -25,7 +25,7 @@ OPENING = (
 )
 ROWS = ("slots_base.py", "slots_in_place.py", "slots_on_device.py", "slots_growing.py", "slots.py")
 ENGINE = ("cuda_memory.py", "engine_session.py")
-SCHEDULING = ("sampling.py", *ROWS, "answers.py", "scheduler.py", *ENGINE)
+SCHEDULING = ("sampling.py", *ROWS, "answers.py", "health.py", "scheduler.py", *ENGINE)
 PROGRAM = (*OPENING, *SCHEDULING, "runner.py")
 # The oldest that run what we write: ONNX Runtime 1.26 takes one overload of a function for all of them, and refuses a
 # model with two forms of the op.

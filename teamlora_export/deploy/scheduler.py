@@ -12,8 +12,8 @@ The model's cache has a row for each text at work. A turn of the scheduler
    token; short prompts that wait together share a call.
 
 A request fails alone: rows of a batch do not see one another, a step that fails is tried again for each row by itself,
-and a row that is left is cleared. One whose adapter is being read waits, and those behind it do not. After a failure
-the device is asked whether it still works; where it does not, all requests fail, and no more are taken.
+and a row that is left is cleared. One whose adapter is being read waits, and those behind it do not. Where the model
+cannot be run any more (`health.py`), all requests fail, and no more are taken.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import Shelved
-    from teamlora_export.deploy.answers import Answer, Failed, Late, Overloaded, Token
-    from teamlora_export.deploy.failure import DeviceLost, ModelError, brief
+    from teamlora_export.deploy.answers import Answer, Broken, Failed, Overloaded, Token
+    from teamlora_export.deploy.failure import DeviceError, ModelError, brief
+    from teamlora_export.deploy.health import Health
     from teamlora_export.deploy.sampling import GREEDY, Sampler, Sampling, log_probability
     from teamlora_export.deploy.slots import Slots
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import Shelved
-    from answers import Answer, Failed, Late, Overloaded, Token
-    from failure import DeviceLost, ModelError, brief
+    from answers import Answer, Broken, Failed, Overloaded, Token
+    from failure import DeviceError, ModelError, brief
+    from health import Health
     from sampling import GREEDY, Sampler, Sampling, log_probability
     from slots import Slots
 
@@ -59,7 +61,7 @@ class _Request:
 
     Attributes:
         unread: of the prompt; when all is read, the one token that the next step reads.
-        left: tokens that may follow. stops: ids that end the text. deadline: of the clock.
+        left: tokens that may follow. stops: ids that end the text.
         row: of the cache. adapter: as its name was understood when the request came.
     """
 
@@ -68,9 +70,8 @@ class _Request:
     stops: Collection[int]
     sampler: Sampler
     log_probabilities: bool
-    deadline: float
     abandoned: Callable[[], bool] | None
-    answer: Answer = field(default_factory=Answer)
+    answer: Answer
     row: int = -1
     adapter: Shelved | None = None
 
@@ -94,6 +95,7 @@ class Scheduler:
         if waiting < 1:
             raise ModelError(f"{waiting} waiting requests: give at least 1.")
         self._model, self._clock, self._most_waiting = model, clock, waiting
+        self._health = Health(model)
         self._most_read = reading or model.part
         self._waiting: deque[_Request] = deque()
         # In a row from the last down, in turns.
@@ -104,11 +106,15 @@ class Scheduler:
         self._closing = False
         # When requests were first found to have no slot, where nothing is at work here.
         self._full_since: float | None = None
-        # Why the model cannot be run any more: known before the first request ends of it.
-        self._broken = ""
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Scheduler:
+        """A thread of its own answers requests from now on.
+
+        Raises:
+            ModelError: the model cannot be run.
+        """
+        self._health.require_runs()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
         return self
@@ -120,7 +126,7 @@ class Scheduler:
             self._changed.notify()
         if self._thread is not None:
             self._thread.join()
-        self._end_all(Failed("The server is closing."))
+        self._close()
 
     def submit(
         self,
@@ -146,30 +152,35 @@ class Scheduler:
         Raises:
             ModelError: the prompt is empty, too long, or holds what is no token's id; or there is no such adapter.
             Overloaded: too many requests wait.
+            Broken: the model cannot be run any more.
         """
         prompt = self._model.settings.require_ids(prompt)
         count = self._model.settings.room([prompt], count)
         if not seconds > 0:
             raise ModelError(f"A time limit of {seconds} seconds: give a number above 0.")
-        sampler, deadline = Sampler(sampling, prompt), self._clock() + seconds
+        sampler, answer = Sampler(sampling, prompt), Answer(self._clock() + seconds, self._clock)
         stops = self._model.settings.stops if stops is None else stops
-        request = _Request(prompt, count, stops, sampler, log_probabilities, deadline, abandoned)
+        request = _Request(prompt, count, stops, sampler, log_probabilities, abandoned, answer)
         request.adapter = self._model.find_adapter(adapter)
         with self._changed:
-            if self._closing or self._broken:
-                raise Overloaded(self._broken or "The server is closing.")
+            if broken := self.broken:
+                raise Broken(broken)
+            if self._closing:
+                raise Overloaded("The server is closing.")
             # Some of those that wait may have rows already at the next turn.
             beyond = len(self._waiting) + len(self._reading) + len(self._writing) - self._model.slots
             if beyond >= self._most_waiting:
                 raise Overloaded(f"{beyond} requests wait already. Try again later.")
             self._waiting.append(request)
             self._changed.notify()
-        return request.answer
+        return answer
 
     @property
     def broken(self) -> str:
-        """Why the model cannot be run any more, in this process; empty: it can."""
-        return self._broken
+        """Why the model cannot be run any more: known before the first request ends of it. Empty: it can."""
+        if self._thread is not None and not (self._closing or self._thread.is_alive()):
+            return "The scheduler's thread has died. Start its process again."
+        return self._health.broken
 
     @property
     def busy(self) -> bool:
@@ -177,18 +188,13 @@ class Scheduler:
 
     def turn(self) -> None:
         """See the module's own words. Called by the scheduler's own thread, unless that was never started."""
-        if self._broken:
-            # Taken just before that was known.
-            self._end_all(Failed(self._broken))
-            return
         try:
             self._drop()
             if self._writing:
                 self._read_together(self._writing)
             self._read_prompts()
-        except DeviceLost as lost:
-            self._broken = f"The model cannot be run any more ({lost}). Load it again."
-            self._end_all(Failed(self._broken))
+        except Broken as broken:
+            self._end_all(Failed(str(broken)))
 
     def _run(self) -> None:
         while True:
@@ -196,12 +202,13 @@ class Scheduler:
                 if not self.busy:
                     self._wait_for_first()
                 if self._closing:
-                    return
+                    break
             try:
                 self.turn()
             except Exception as error:
                 # None is known. Those at work may be spoilt by it; those that come are not.
                 self._end_all(Failed(f"The scheduler failed ({brief(error)})."))
+        self._close()
 
     def _wait_for_first(self) -> None:
         """Until there are requests, as many as come at one moment. Called with the lock."""
@@ -229,7 +236,7 @@ class Scheduler:
                 return "cancelled"
         except Exception as error:
             return Failed(f"Whether the request is still wanted cannot be told ({brief(error)}).")
-        return Late("The request took longer than its time limit.") if self._clock() > request.deadline else None
+        return request.answer.overdue()
 
     def _admit(self) -> bool:
         """Free rows to those that wait; whether there are prompts to be read."""
@@ -261,8 +268,10 @@ class Scheduler:
                     self._reading.append(request)
                     self._leave_queue(request)
             except Exception as error:
-                # What fails for one of them fails for it alone, unless the device has failed.
-                self._model.check_device(error)
+                # What fails for one of them fails for it alone, unless everything does; where no row is free to find
+                # that out, the next step of those at work does. A file that is refused tells nothing of the model.
+                if free and (isinstance(error, DeviceError) or not isinstance(error, ModelError)):
+                    self._health.check(min(free), error)
                 self._leave_queue(request)
                 request.answer.end(Failed(str(error) if isinstance(error, ModelError) else brief(error)))
         if self._waiting and not self._reading and not self._writing:
@@ -362,12 +371,12 @@ class Scheduler:
         """The logits after more tokens of one text; None where they cannot be read, which ends the request.
 
         Raises:
-            DeviceLost: nor can any other's; nobody has been told yet.
+            Broken: nor can any other's; nobody has been told yet.
         """
         try:
             return self._model.read(request.row, [ids])[0]
         except Exception as error:
-            self._model.check_device(error)
+            self._health.check(request.row, error)
             self._retire(request, Failed(f"{self._model.runtime} cannot run the model ({brief(error)})."))
             return None
 
@@ -405,18 +414,22 @@ class Scheduler:
             self._writing.pop()
         request.answer.end(how)
 
-    def _end_all(self, how: Exception) -> None:
+    def _close(self) -> None:
+        self._end_all(Failed("The server is closing."))
+
+    def _end_all(self, how: Failed) -> None:
+        try:
+            for row in range(self._model.slots):
+                self._model.clear(row)
+        except Exception as error:
+            # What a row holds would reach the next text.
+            self._health.lose(error, how)
+            how = Failed(self.broken)
+        # Nobody comes behind this where the model is broken.
         with self._changed:
             requests = [*self._writing, *self._reading, *self._waiting]
             for held in (self._writing, self._reading, self._waiting):
                 held.clear()
         for request in requests:
             self._model.release(request.adapter)
-        try:
-            for row in range(self._model.slots):
-                self._model.clear(row)
-        except Exception as error:
-            # What a row holds would reach the next text.
-            self._broken = self._broken or f"The model cannot be run any more ({brief(error)}). Load it again."
-        for request in requests:
             request.answer.end(how)

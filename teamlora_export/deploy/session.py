@@ -6,7 +6,7 @@ It needs onnxruntime and numpy alone; so do the files beside it, which are deplo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,10 +161,6 @@ class Session(ModelSession):
                     "a newer one, or a model with a growing cache."
                 )
         return self._on_device(shape, kind)
-
-    def probe(self) -> Callable[[], object]:
-        # By a session's call, which is made on the session's device; a copy by hand is made on the thread's.
-        return self._on_device((1, 1), np.float32).touch
 
     def bound(self, caches: Mapping[str, Place]) -> BoundCall:
         return BoundCall(self, caches)

@@ -12,12 +12,12 @@ import numpy as np
 
 if TYPE_CHECKING or __package__:
     from teamlora_export.deploy.adapter_slots import ADAPTER, NO_ADAPTER, Shelved, rows_adapter
-    from teamlora_export.deploy.failure import DeviceLost, ModelError, brief
+    from teamlora_export.deploy.failure import ModelError
     from teamlora_export.deploy.model_session import ModelSession
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import ADAPTER, NO_ADAPTER, Shelved, rows_adapter
-    from failure import DeviceLost, ModelError, brief
+    from failure import ModelError
     from model_session import ModelSession
 
 MOST_SLOTS = 1024
@@ -55,12 +55,6 @@ class Slots(ABC):
         self.padding = MOST_PADDING if self.settings.padded else 0
         self._session = session
         self.runtime = session.runtime
-        try:
-            # Now: later there may be no memory left, and one that never worked would tell nothing.
-            self._probe = session.probe()
-            self._probe()
-        except Exception as error:
-            raise ModelError(f"{session.folder}: {session.device[0]} cannot be used ({brief(error)}).") from None
         # Where the model has each row's adapter, and those of texts that have no row yet.
         self._adapters = [NO_ADAPTER] * slots
         self._reserved: dict[Shelved, int] = {}
@@ -73,17 +67,20 @@ class Slots(ABC):
         for adapter in list(getattr(self, "_reserved", ())):
             self.release(adapter)
 
-    def check_device(self, failure: Exception) -> None:
-        """After something has failed: that the device still works. One that has run out of memory does.
+    def try_out(self, row: int) -> None:
+        """The least that a text asks of the model, in a row that is cleared before and behind it: a prompt of two
+        tokens and a step, which an engine may run in contexts of their own.
 
         Raises:
-            DeviceLost: it does not; whatever is asked of it from now on fails, too.
+            Exception: whatever the model raises. Then it fails for every text, or there is no memory at the moment.
         """
+        self.clear(row)
         try:
-            self._probe()
-        except Exception as error:
-            # Told to everybody: not the words of one request's failure.
-            raise DeviceLost(brief(error)) from failure
+            for count in (min(2, self.part), 1):
+                self._run(range(row, row + 1), np.zeros((1, count), np.int64), np.array([count]))
+                self.lengths[row] += count
+        finally:
+            self.clear(row)
 
     def find_adapter(self, name: str | None) -> Shelved | None:
         """What that name stands for now; None stands for the model without an adapter.

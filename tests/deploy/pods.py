@@ -29,11 +29,14 @@ _SECONDS_BETWEEN_PROBES = 0.2
 class Pod:
     """A server of what `deploy kubernetes` has written into a folder; it is started, and not yet ready.
 
+    Args:
+        variables: of the environment, beside those that it needs here.
+
     Attributes:
         http, metrics: where it listens, as HOST:PORT.
     """
 
-    def __init__(self, deployed: Path, scratch: Path) -> None:
+    def __init__(self, deployed: Path, scratch: Path, **variables: str) -> None:
         home = get_triton_server()
         triton = home / "server" / "pytriton" / "tritonserver"
         ports = dict(zip(("http", "grpc", "metrics"), free_ports(3), strict=True))
@@ -49,6 +52,7 @@ class Pod:
             "PATH": f"{home / 'python' / 'bin'}:{os.environ['PATH']}",
             "LD_LIBRARY_PATH": sysconfig.get_config_var("LIBDIR"),
             "HOME": str(scratch),
+            **variables,
         }
         self._log = scratch / f"{ports['http']}.log"
         with self._log.open("wb") as told:
@@ -62,6 +66,10 @@ class Pod:
         for region in Path("/dev/shm").glob(f"{self._shared}*"):
             region.unlink()
 
+    def told(self) -> str:
+        """What the server has written."""
+        return self._log.read_text(errors="replace")
+
     def is_ready(self) -> bool:
         with suppress(OSError), urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=60):
             return True
@@ -70,8 +78,8 @@ class Pod:
     def wait_until_ready(self) -> None:
         end = time.monotonic() + SECONDS_TO_START
         while not self.is_ready():
-            told = self._log.read_text(errors="replace")[-3000:]
-            assert self.process.poll() is None and time.monotonic() < end, f"The server is not ready:\n{told}"
+            ends = self.process.poll() is not None or time.monotonic() > end
+            assert not ends, f"The server is not ready:\n{self.told()[-3000:]}"
             time.sleep(_SECONDS_BETWEEN_PROBES)
 
 

@@ -193,7 +193,7 @@ def test_a_scheduler_that_is_closed_or_dropped_leaves_no_slot_taken(make_shelf, 
 
 
 def test_an_adapter_that_cannot_be_read_is_its_requests_sentence_and_what_was_in_the_slot_is_kept(
-    make_shelf, shelf_answers, slow_files, tmp_path
+    make_shelf, shelf_answers, slow_files, tmp_path, monkeypatch
 ):
     folder = Path(shutil.copytree(make_shelf().folder, tmp_path / "bundle"))
     damaged = folder / read_bundle(folder).manifest.shelf["adapters"]["moe"]["file"]
@@ -203,8 +203,10 @@ def test_an_adapter_that_cannot_be_read_is_its_requests_sentence_and_what_was_in
     for name in ("team", "lora", "small"):
         adapters.give(adapters.take(adapters.find(name)))
     settled(adapters)
-    before, files = state(adapters), slow_files("moe")
-    scheduler = Scheduler(open_slots(session, 3))
+    before, files, slots = state(adapters), slow_files("moe"), open_slots(session, 3)
+    # A file tells nothing of the model, which is not tried out.
+    monkeypatch.setattr(slots, "try_out", lambda row: 1 // 0)
+    scheduler = Scheduler(slots)
     bad = [scheduler.submit(PROMPTS[5], COUNT, adapter="moe") for _ in range(2)]
     good = scheduler.submit(PROMPTS[3], COUNT, stops=(), adapter="lora")
     turns_until(scheduler, lambda: good.finish)
@@ -251,8 +253,10 @@ def test_a_file_that_is_far_too_large_is_not_read_and_fails_its_request_alone(ma
     assert tokens(good) == shelf_answers["team", tuple(PROMPTS[0])]
 
 
-def test_whatever_goes_wrong_where_a_request_is_taken_in_fails_it_alone(make_shelf, shelf_answers, monkeypatch):
-    slots = open_slots(Session(make_shelf().folder), 3)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_whatever_goes_wrong_where_a_request_is_taken_in_fails_it_alone(rows, make_shelf, shelf_answers, monkeypatch):
+    """Also while there is no other row."""
+    slots = open_slots(Session(make_shelf().folder), rows)
     reserve = slots.reserve
 
     def fail_for_one(adapter: Shelved | None) -> bool:
@@ -260,13 +264,20 @@ def test_whatever_goes_wrong_where_a_request_is_taken_in_fails_it_alone(make_she
             raise MemoryError("no more")
         return reserve(adapter)
 
+    tried, try_out = [], slots.try_out
     monkeypatch.setattr(slots, "reserve", fail_for_one)
+    monkeypatch.setattr(slots, "try_out", lambda row: tried.append(row) or try_out(row))
     scheduler = Scheduler(slots)
-    good, bad = (scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter=name) for name in ("team", "moe"))
+    good = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="team")
+    while not slots.lengths[0]:
+        scheduler.turn()
+    bad = scheduler.submit(PROMPTS[0], COUNT, stops=(), adapter="moe")
     finish(scheduler)
     with pytest.raises(Failed, match="no more"):
         tokens(bad)
+    # Others' adapters are theirs while a row is tried out, and nobody's later.
     assert tokens(good) == shelf_answers["team", tuple(PROMPTS[0])]
+    assert (len(tried), set(slots._session.adapters._users)) == (int(rows > 1), {0})
 
 
 def test_requests_of_one_adapter_share_its_open_file(make_shelf):

@@ -97,27 +97,33 @@ def test_a_gpu_that_has_failed_ends_every_request_and_one_without_memory_does_no
     engine_of, make_bundle, tmp_path, monkeypatch
 ):
     bundle, gpu = engine_of(make_bundle("llama", cache="in-place"))
-    scheduler = Scheduler(Model(deploy_python(bundle, tmp_path / "out", engine="tiny")).slots(2))
-    copy, no_memory, illegal_access = gpu.cudaMemcpyAsync, (2,), (700,)
-
-    def copy_little(to: int, source: int, size: int, kind: int, stream: int) -> tuple[int]:
-        return copy(to, source, size, kind, stream) if size <= 4 else no_memory
-
+    model = Model(deploy_python(bundle, tmp_path / "out", engine="tiny"))
+    scheduler = Scheduler(model.slots(2))
+    no_memory, illegal_access = (2,), (700,)
     for name, fails, message in (
-        ("cudaMemcpyAsync", copy_little, r"^TensorRT-RTX cannot run the model \(cudaMemcpyAsync: out of memory\)"),
+        ("cudaMemcpyAsync", lambda *_: no_memory, r"^TensorRT-RTX cannot run the model \(.*out of memory"),
         # As one that is told of when it is waited for.
         ("cudaStreamSynchronize", lambda stream: illegal_access, "^The model cannot be run any more .*illegal memory"),
     ):
         assert not scheduler.broken
         answer = scheduler.submit([5, 6], 20)
         scheduler.turn()
-        monkeypatch.setattr(gpu, name, fails)
-        while scheduler.busy:
-            scheduler.turn()
-        monkeypatch.setattr(gpu, "cudaMemcpyAsync", copy)
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, name, fails)
+            while scheduler.busy:
+                scheduler.turn()
         with pytest.raises(Failed, match=message):
             list(answer)
     assert scheduler.broken
+    # A context of the engine that fails for ever, on a GPU that works: that of prompts.
+    scheduler, execute = Scheduler(model.slots(2)), StandInContext.execute_async_v3
+    monkeypatch.setattr(
+        StandInContext, "execute_async_v3", lambda given, stream: given._profile and execute(given, stream)
+    )
+    answer = scheduler.submit([5, 6], 20)
+    scheduler.turn()
+    with pytest.raises(Failed, match=r"cannot be run any more \(TensorRT-RTX refuses a step"):
+        list(answer)
 
 
 def test_adapters_are_published_to_an_engine_with_as_many_slots_as_it_has(engine_of, make_shelf, tmp_path):

@@ -50,7 +50,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Held:
-    """What runs an adapter, and the file for which its texts wait."""
+    """What runs an adapter, and the file for whose sake its texts wait, or its calls fail."""
 
     version: Version
     file: Path
@@ -90,8 +90,8 @@ def start(tmp_path) -> Iterator:
         pytest.skip(f"{PACKAGE}, which has the server, cannot be fetched")
     started: list[Pod] = []
 
-    def start(version: Version, count: int = 1) -> list[Pod]:
-        pods = [Pod(version.deployed, tmp_path) for _ in range(count)]
+    def start(version: Version, count: int = 1, **variables: str) -> list[Pod]:
+        pods = [Pod(version.deployed, tmp_path, **variables) for _ in range(count)]
         started.extend(pods)
         for pod in pods:
             pod.wait_until_ready()
@@ -252,8 +252,20 @@ def test_a_server_that_stops_hangs_up_on_who_comes_anew(held, start):
     assert [first, *tokens] == answer
 
 
-def test_the_metric_that_scales_counts_who_waits_and_no_client_administers(versions, start):
-    (pod,) = start(versions[0])
+@pytest.fixture
+def losable(versions, tmp_path) -> Held:
+    """The first version, whose model is lost as soon as there is a file."""
+    deployed, file = Path(shutil.copytree(versions[0].deployed, tmp_path / "deployed")), tmp_path / "lost"
+    program = deployed / "triton" / "models" / "m_text" / "1" / "session.py"
+    text, call = program.read_text(), "        self._session.onnx.run_with_iobinding(self.binding)\n"
+    assert text.count(call) == 1
+    lost = f"        if __import__('os').path.exists({str(file)!r}):\n"
+    program.write_text(text.replace(call, f"{lost}            raise RuntimeError('CUDA error 700')\n{call}"))
+    return Held(Version(deployed, versions[0].answers), file)
+
+
+def test_a_metric_counts_who_waits_no_client_administers_and_a_lost_model_ends_its_server(versions, losable, start):
+    (pod,) = start(losable.version, TEAMLORA_WHEN_BROKEN="end-server")
     rule = yaml.safe_load((versions[0].deployed / "adapter.yaml").read_text())["rules"]["custom"][0]
     series = rule["seriesQuery"].partition("{")[0]
 
@@ -277,3 +289,10 @@ def test_the_metric_that_scales_counts_who_waits_and_no_client_administers(versi
     for path in ("repository/models/m_text/unload", "repository/index", "systemsharedmemory/region/x/register"):
         assert post(pod.http, path)[0] == 403
     assert post(pod.http, "models/m_text/generate", input_ids=[9], max_tokens=1)[0] == 200
+    losable.file.touch()
+    status, told = post(pod.http, "models/m_text/generate", input_ids=[9], max_tokens=1)
+    assert status >= 400 and b"cannot be run any more (CUDA error 700)" in told, told
+    # It was the server that the model's process has told to end, and it ended well, within its exit timeout.
+    assert pod.process.wait(130) == 0
+    logged = [pod.told().count(said) for said in ("What failed first: CUDA error 700", "the server is ended")]
+    assert logged == [1, 1], pod.told()[-3000:]

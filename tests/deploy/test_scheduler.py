@@ -19,7 +19,7 @@ from conftest import lose_device, poison_token, readme_block
 from waiting import wait_until
 
 from teamlora_export.deploy import scheduler, slots, slots_in_place
-from teamlora_export.deploy.answers import Answer, Failed, Late, Overloaded
+from teamlora_export.deploy.answers import Answer, Broken, Failed, Late, Overloaded, Token
 from teamlora_export.deploy.device_tensor import DeviceTensor
 from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.python import deploy_python
@@ -161,23 +161,130 @@ def test_a_device_that_has_failed_ends_every_request_and_takes_no_more(cache, op
     lose_device(monkeypatch)
     finish(scheduler)
     for answer in answers:
-        with pytest.raises(Failed, match=r"The model cannot be run any more .*CUDA error 700"):
+        with pytest.raises(Failed, match=r"cannot be run any more .*CUDA error 700.* Start its process again"):
             tokens(answer)
     assert len(known) == 3 and all(known)
-    with pytest.raises(Overloaded, match="cannot be run any more"):
+    # It is not one that may be sent again later.
+    with pytest.raises(Broken, match="cannot be run any more"):
         scheduler.submit([5, 6], 60)
+    with pytest.raises(ModelError, match=r"^ONNX Runtime cannot run the model \(CUDA error 700\)\.$"):
+        Scheduler(open_slots(cache=cache, slots=2)).__enter__()
 
 
-def test_a_row_that_cannot_be_cleared_ends_every_request_and_takes_no_more(open_slots, monkeypatch):
+def test_a_row_that_cannot_be_cleared_ends_every_request_and_takes_no_more(open_slots, monkeypatch, capfd):
     model, known, end = open_slots(slots=2), [], Answer.end
-    monkeypatch.setattr(model, "clear", lambda row: 1 // 0)
+    come: list[Answer] = []
+
+    def fail(row: int) -> None:
+        """Others come until the very end."""
+        if len(come) < 3:
+            come.append(running.submit([5, 6], 2))
+        raise ZeroDivisionError("division by zero")
+
     with Scheduler(model) as running:
+        monkeypatch.setattr(model, "clear", fail)
         monkeypatch.setattr(Answer, "end", lambda answer, how: known.append(running.broken) or end(answer, how))
-        with pytest.raises(Failed, match="by zero"):
-            tokens(running.submit([5, 6], 2))
-        assert len(known) == 1 and known[0]
-        with pytest.raises(Overloaded, match="cannot be run any more"):
+        come.append(running.submit([5, 6], 2))
+        wait_until(lambda: len(known) == 3)
+        assert len(come) == 3 and all(known)
+        for answer in come:
+            with pytest.raises(Failed, match=r"cannot be run any more .*by zero"):
+                tokens(answer)
+        with pytest.raises(Broken, match="cannot be run any more"):
             running.submit([5, 6], 2)
+    # It is closed after that, when no row can be cleared either.
+    logged = capfd.readouterr().err
+    assert logged.count("What failed first") == logged.count("What failed first: The scheduler failed") == 1
+
+
+def test_a_call_that_does_not_come_back_holds_up_nobody_beyond_a_time_limit(open_slots):
+    model, calls, goes_on = open_slots(slots=1), [], threading.Event()
+    (expected,) = greedy(model, [[7]], 2)
+    read, running = model.read, Scheduler(model)
+
+    def held(row: int, ids: Sequence[Sequence[int]]) -> np.ndarray:
+        calls.append(ids)
+        assert goes_on.wait(60)
+        return read(row, ids)
+
+    try:
+        with running:
+            model.read = held  # type: ignore[method-assign]
+            polled, late = running.submit([5], 2, seconds=0.2), running.submit([6], 2, seconds=0.2)
+            patient = running.submit([7], 2)
+            wait_until(lambda: calls)
+            with pytest.raises(Late, match="longer than its time limit"):
+                tokens(late)
+            # Nobody waits for it.
+            with pytest.raises(Late):
+                list(polled.arrived())
+            assert list(patient.arrived()) == []
+            goes_on.set()
+            assert tokens(patient) == expected
+            # What has come behind its end is not its.
+            assert (late.finish, polled.finish, running.broken) == ("", "", "")
+            for _ in range(2):
+                with pytest.raises(Late):
+                    tokens(late)
+    finally:
+        goes_on.set()
+
+
+def test_an_answer_that_is_late_stays_so_whatever_comes_behind_it():
+    now = [100.0]
+    answer = Answer(105, lambda: now[0])
+    answer.put(Token(4, None))
+    now[0] += 6
+    given = iter(answer)
+    # What is there is given.
+    assert next(given).id == 4
+    for again in (given, answer, answer.arrived()):
+        with pytest.raises(Late):
+            list(again)
+        answer.put(Token(5, None))
+        answer.end("stop")
+    assert answer.finish == ""
+
+
+def test_an_answer_that_has_ended_is_not_late():
+    now = [100.0]
+    answer = Answer(105, lambda: now[0])
+    answer.put(Token(4, None))
+    answer.end("length")
+    now[0] += 6
+    assert [tokens(answer), tokens(answer), answer.finish] == [[4], [], "length"]
+
+
+def test_whose_scheduler_is_left_in_a_hurry_is_told_when_its_call_comes_back(open_slots, monkeypatch):
+    model, goes_on = open_slots(slots=1), threading.Event()
+    read, running = model.read, Scheduler(model).__enter__()
+    model.read = lambda row, ids: goes_on.wait(60) and read(row, ids)  # type: ignore[method-assign]
+    answers, thread = [running.submit([token], 100, seconds=60) for token in (5, 6)], running._thread
+    with monkeypatch.context() as patch:
+        # As by Ctrl-C.
+        patch.setattr(thread, "join", lambda: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            running.__exit__()
+    goes_on.set()
+    for answer in answers:
+        with pytest.raises(Failed, match="closing"):
+            tokens(answer)
+    running.__exit__()
+
+
+def test_a_scheduler_whose_thread_has_died_takes_no_more(open_slots, monkeypatch):
+    # What a thread cannot do is told by Python.
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with Scheduler(open_slots(slots=1)) as running:
+        with monkeypatch.context() as patch:
+            for name in ("_drop", "_end_all"):
+                patch.setattr(running, name, lambda *_: 1 // 0)
+            left = running.submit([5], 2, seconds=60)
+            wait_until(lambda: not running._thread.is_alive())
+        with pytest.raises(Broken, match="thread has died"):
+            running.submit([5], 2)
+    with pytest.raises(Failed, match="closing"):
+        tokens(left)
 
 
 def test_texts_that_cannot_exchange_their_rows_are_all_told(open_slots, monkeypatch):
@@ -218,6 +325,23 @@ def test_a_device_that_has_no_memory_for_a_moment_is_not_taken_for_one_that_has_
         tokens_after(scheduler, [5, 6], 8)
     assert tokens_after(scheduler, [5, 6], 8) == expected
     assert not failures and not scheduler.broken
+
+
+def test_a_model_that_is_short_of_memory_for_whatever_is_asked_of_it_goes_on_when_there_is_some(
+    open_slots, monkeypatch
+):
+    model = open_slots(slots=1)
+    scheduler = Scheduler(model)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_run", fail)
+        for _ in range(2):
+            with pytest.raises(Failed, match=r"cannot run the model \(MemoryError\)"):
+                tokens_after(scheduler, [5, 6], 2)
+    assert tokens_after(scheduler, [5, 6], 2) == greedy(model, [[5, 6]], 2)[0]
 
 
 @pytest.mark.parametrize("cache", ["in-place", "growing"])
@@ -321,6 +445,42 @@ def test_a_device_that_is_not_there_is_refused(make_bundle, monkeypatch):
     )
     with pytest.raises(ModelError, match=r"--device cuda:1: ONNX Runtime .* cannot use it"):
         Model(folder, device="cuda:1")
+
+
+@pytest.mark.parametrize("cache", ["in-place", "growing", "on a device"])
+def test_a_row_that_is_tried_out_keeps_nothing_and_changes_no_other(cache, open_slots, monkeypatch):
+    model, prompts = open_slots(cache=cache, slots=3), [[9, 10, 11], [12, 13]]
+    expected = greedy(model, prompts, 8)
+    scheduler = Scheduler(model)
+    answers = [scheduler.submit(prompt, 8) for prompt in prompts]
+    scheduler.turn()
+    model.try_out(2)
+    assert model.lengths[2] == 0
+    run, calls = model._run, []
+
+    def fail_then(*given: Any) -> np.ndarray:
+        calls.append(run(*given))
+        return calls[-1] if len(calls) == 1 else 1 // 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_run", fail_then)
+        with pytest.raises(ZeroDivisionError):
+            model.try_out(2)
+    assert (len(calls), model.lengths[2]) == (2, 0)
+    finish(scheduler)
+    assert [tokens(answer) for answer in answers] == expected
+    if cache == "in-place":
+        assert not any(buffer.any() for buffer in model._buffers.values())
+    if cache == "growing":
+        assert not model._batches
+    # What is in its way is cleared, as what a failed call leaves: nothing takes less.
+    model.read(0, [[5] * 20])
+    seen, taken = [], model._session.taken
+    with monkeypatch.context() as patch:
+        patch.setattr(model._session, "taken", lambda feeds: seen.append(feeds["attention_mask"].sum()) or taken(feeds))
+        model.try_out(0)
+    assert seen == [2, 3]
+    assert [tokens_after(scheduler, prompt, 8) for prompt in prompts] == expected
 
 
 def test_a_model_that_takes_no_padding_reads_none(open_slots, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,20 +127,39 @@ def test_every_failure_is_counted_by_its_reason(continuous):
 def test_a_server_whose_gpu_has_failed_ends_at_the_first_request_where_that_is_asked_for(
     continuous, monkeypatch, capfd
 ):
-    told, given = [], rows({"input_ids": np.array([5, 6, 7], np.int64)})
-    monkeypatch.setattr(os, "kill", lambda *given: told.append(given))
+    told, given, parent = [], rows({"input_ids": np.array([5, 6, 7], np.int64)}), os.getppid()
+
+    def kill(*told_of: int) -> None:
+        told.append(told_of)
+        if len(told) == 1:
+            raise PermissionError("not yet")
+
+    monkeypatch.setattr(os, "kill", kill)
+    # What a thread cannot do is told by Python.
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
     for wish in ("", "end-server"):
         monkeypatch.setenv("TEAMLORA_WHEN_BROKEN", wish)
         server = Server(continuous / "models")
+        model = server.models["m_text"].model
+        assert model.is_ready()
         with monkeypatch.context() as patch:
             lose_device(patch)
-            # Once, however many fail.
-            for code in ("INTERNAL", "UNAVAILABLE", "UNAVAILABLE"):
+            # Once, however many fail. Where it could not be told, it is by whoever asks next, be it for a model that is
+            # ready; nobody else is told, who is the parent behind its end.
+            for code, seen, count in (("INTERNAL", parent, 1), ("UNAVAILABLE", 1, 1), ("UNAVAILABLE", parent, 2)):
+                patch.setattr(os, "getppid", lambda seen=seen: seen)
+                if count == 2:
+                    assert not model.is_ready()
+                    assert len(told) == (2 if wish else 0)
                 with pytest.raises(RequestError, match=f"{code}: The model cannot be run any more .*CUDA error 700"):
                     list(server.stream("m_text", given))
-                assert told == ([(os.getppid(), signal.SIGTERM)] if wish else [])
+                assert told == ([(parent, signal.SIGTERM)] * count if wish else [])
+            assert not model.is_ready()
+        counted = [server.metrics["teamlora_requests_failed", "m_text", reason] for reason in ("failed", "overloaded")]
+        assert counted == [3, 0]
         server.models["m_text"].unload()
-    assert capfd.readouterr().err.count("the server is ended") == 1
+    logged = capfd.readouterr().err
+    assert (logged.count("the server is ended"), logged.count("What failed first: CUDA error 700")) == (1, 2)
 
 
 def test_an_unknown_wish_for_a_broken_server_keeps_the_model_from_being_loaded(continuous, monkeypatch):

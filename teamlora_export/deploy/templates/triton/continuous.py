@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from answers import Answer, Late, Overloaded, Token
+from answers import Answer, Broken, Late, Overloaded, Token
 from chat import Chat
 from engine_session import open_session
 from failure import ModelError
@@ -46,7 +46,8 @@ Given = Mapping[str, np.ndarray]
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         with told_when_loaded():
-            self._ends_server = _is_to_end_server()
+            # The process that has started this one, until it is told to end; 0: it is not to be.
+            self._server = os.getppid() if _is_to_end_server() else 0
         # The files are compared with their hashes there, but for those of adapters.
         parameters, self._settings, self._tokenizer = open_beside(args)
         folder = Path(__file__).resolve().parent
@@ -67,7 +68,7 @@ class TritonPythonModel:
             )
             self._adapters = session.adapters
             slots = open_slots(session, numbers["slots"], numbers["part"], numbers["capacity"] or None)
-            # There is room for all that have a place.
+            # There is room for all that have a place; those that are late in a call that does not come back have none.
             self._scheduler = Scheduler(slots, numbers["slots"] + numbers["waiting"]).__enter__()
         self._waiting = _Waiting(parameters["model"], numbers["slots"])
         self._failures = Failures(parameters["model"])
@@ -86,6 +87,12 @@ class TritonPythonModel:
             except Exception as error:
                 self._places.release()
                 self._end(client, error)
+
+    def is_ready(self) -> bool:
+        """Servers from 26.04 on ask this for /v2/health/ready; no request is sent to a pod that is not."""
+        if is_broken := bool(self._scheduler.broken):
+            self._end_server()
+        return not is_broken
 
     def finalize(self) -> None:
         self._scheduler.__exit__()
@@ -114,11 +121,14 @@ class TritonPythonModel:
         client.end(failure)
 
     def _end_server(self) -> None:
-        """Where a supervisor starts it anew, as in a pod: a GPU that has failed does nothing more for this process, and
-        the server would go on to call a model ready whose requests all fail."""
-        if self._ends_server and self._ending.acquire(blocking=False):
-            os.kill(os.getppid(), signal.SIGTERM)
-            print(f"{self._scheduler.broken} {_WHEN_BROKEN} is {_END_SERVER}: the server is ended.", file=sys.stderr)
+        """Where a supervisor starts it anew, as in a pod: a GPU that has failed does nothing more for this process. It
+        is told once; whoever became this process's parent after its end is not."""
+        with self._ending:
+            if self._server and self._server == os.getppid():
+                os.kill(self._server, signal.SIGTERM)
+                self._server = 0
+                told = f"{self._scheduler.broken} {_WHEN_BROKEN} is {_END_SERVER}: the server is ended."
+                print(told, file=sys.stderr, flush=True)
 
     def _responses(self, given: Given, client: _Client) -> Iterator[Any]:
         if self._adapters is not None and _first(given, "list_adapters", False):
@@ -235,7 +245,7 @@ class _Client:
             if failure is None:
                 self._sender.send(flags=last)
                 return
-            busy = isinstance(failure, (Overloaded, Late))
+            busy = isinstance(failure, (Broken, Overloaded, Late))
             self._sender.send(refusal(failure, pb_utils.TritonError.UNAVAILABLE if busy else None), flags=last)
 
     def is_gone(self) -> bool:
