@@ -101,9 +101,29 @@ def test_the_table_of_exports_is_that_of_the_benchmark_on_both_bases():
     assert len(lines) == 4 and "\n".join(lines) in README
 
 
-@pytest.mark.parametrize("folder", ["claims", "claims_phi3"])
+@pytest.mark.parametrize("folder", ["claims", "claims_half_rate", "claims_phi3"])
 def test_a_folder_of_the_benchmark_is_as_it_was_written(folder):
     assert listed(BENCH / folder) == {path.name for path in (BENCH / folder).iterdir()}
+
+
+def test_what_int4_costs_is_by_question():
+    costs = []
+    for folder in ("claims", "claims_phi3"):
+        text = (BENCH / folder / "README.md").read_text(encoding="utf-8")
+        (found,) = re.findall(r"ONNX Runtime, int4 \|.*\| -([0-9.]+ ± [0-9.]+) \(", text)
+        costs.append(found)
+    assert f"int4 costs {costs[0]} points of one base and {costs[1]} of another" in words_of(ROOT / "README.md")
+
+
+def test_half_the_rate_has_its_score():
+    cell = "teamlora-k4-all-s0"
+    half, full = (
+        next(result for result in read(BENCH / folder / "figures.json")["scores"] if result["cell"] == cell)
+        for folder in ("claims_half_rate", "claims")
+    )
+    rates = [result["settings"]["learning_rate"] for result in (half, full)]
+    assert rates[0] == rates[1] / 2
+    assert f"with k=4 has {half['mean']:.1f} in place of {full['mean']:.1f}" in words_of(ROOT / "README.md")
 
 
 def test_the_second_base_has_its_score_and_size():
