@@ -1,8 +1,8 @@
 """Time of each family's layers at inference over the base's: as published in PyTorch, traced as they are, exported.
 
 Every way has a base of its own kind beside it, in the same turns: PyTorch without an adapter, the base traced in the
-same way, the exported graph with its experts bypassed. Where a model's weights come to lie in memory makes one opening
-of it faster than another, by more than the turns of one opening differ: they are opened several times, each time in a
+same way, the exported graph with its experts bypassed. One opening of a model is faster than
+another, by more than the turns of one opening differ (why is not known): they are opened several times, each time in a
 process that nothing has run in.
 """
 
