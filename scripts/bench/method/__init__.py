@@ -1,11 +1,10 @@
 """The method itself, measured: what TeamLoRA and its relatives score, and what they cost.
 
 `plan.py` says what is trained, at which rank; `score.py` asks a model and counts; `cells.py` trains and scores one cell
-of the grid and keeps it; `exports.py` scores what is exported; `steps.py` and `inference.py` time, in strict turns; `apart.py` has processes of
-their own;
-`groups.py` names results, `significance.py` says how sure a difference is, `paper.py` what the paper makes of it, and
-`report.py` shows it all. `claims.py` beside this folder is the command; `ask.py` and `quantised.py` there leave a file
-each (`record.py`), and all of them end alike (`command.py`).
+of the grid and keeps it; `exports.py` scores what is exported; `steps.py` and `inference.py` time, in strict turns;
+`apart.py` has processes of their own; `groups.py` names results, `significance.py` says how sure a difference is,
+`paper.py` what the paper makes of it, and `report.py` shows it all. `claims.py` beside this folder is the command;
+`ask.py` and `quantised.py` there leave a file each (`record.py`), and all of them end alike (`command.py`).
 """
 
 import os

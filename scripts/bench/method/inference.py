@@ -1,9 +1,9 @@
 """Time of each family's layers at inference over the base's: as published in PyTorch, traced as they are, exported.
 
 Every way has a base of its own kind beside it, in the same turns: PyTorch without an adapter, the base traced in the
-same way, the exported graph with its experts bypassed. One opening of a model is faster than
-another, by more than the turns of one opening differ (why is not known): they are opened several times, each time in a
-process that nothing has run in.
+same way, the exported graph with its experts bypassed. One opening of a model is faster than another, by more than the
+turns of one opening differ (why is not known): they are opened several times, each time in a process that nothing has
+run in.
 """
 
 from __future__ import annotations
