@@ -14,8 +14,9 @@ import numpy as np
 from teamlora_export.bench.alone import Alone, measure_alone
 from teamlora_export.bench.floor import Floor, Work, floor
 from teamlora_export.bench.rows import Row
-from teamlora_export.bench.turns import DECODE, Figure, Workload, take_turns
+from teamlora_export.bench.turns import DECODE, Figure, Reader, Workload, take_turns
 from teamlora_export.deploy.cores import usable_cores
+from teamlora_export.deploy.pages import use_large_pages
 from teamlora_export.progress import Reporter
 
 # Quartiles of fewer say nothing, and where the baseline's ratio to itself is farther from 1, the machine is too noisy.
@@ -103,13 +104,24 @@ def measure(
         with reporter.step(f"Load time and memory, {len(rows)} rows, {_LOADS} processes each"):
             alone = measure_alone(rows, make_prompts(smallest, vocabulary), smallest.count, _LOADS)
     with reporter.step(f"Opening {len(rows)} rows"):
-        readers = {row.name: row.open() for row in rows}
+        readers = open_all(rows)
     figures: list[Figure] = []
     for workload in workloads:
         with reporter.step(f"Batch {workload.batch}, {workload.length} tokens, turns of all rows"):
             figures += take_turns(readers, baseline, workload, make_prompts(workload, vocabulary), turns)
     floors = _floors(figures, works, baseline)
     return Benchmark(baseline, turns, threads or machine.cores, machine, tuple(figures), floors, tuple(alone))
+
+
+def open_all(rows: Sequence[Row]) -> dict[str, Reader]:
+    """Open `rows` in their order, for turns in which all have their weights in pages alike.
+
+    Raises:
+        ExportError: a row cannot be opened.
+    """
+    readers = {row.name: row.open() for row in rows}
+    use_large_pages()
+    return readers
 
 
 def make_prompts(workload: Workload, vocabulary: int | None) -> list[list[int]]:

@@ -13,7 +13,8 @@ a new one is of no use before it is listed there.
 
     model_folder.py   what describes a model's folder, its hashes, its shelf; failure.py has what goes wrong in words
     model_session.py  an open model, whatever runs it: session.py on ONNX Runtime, engine_session.py on TensorRT
-                      (device_tensor.py, cuda_memory.py: memory of a GPU; cores.py: threads)
+                      (device_tensor.py, cuda_memory.py: memory of a GPU; cores.py: how many threads;
+                      pages.py: memory's pages)
     adapter_slots.py  the adapters of a shelf, in memory
     slots.py          rows of texts, each with its place in the cache (slots_*.py: by where that is)
     scheduler.py      requests share those rows; answers.py is what they get, sampling.py chooses tokens, health.py

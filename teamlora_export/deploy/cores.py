@@ -43,13 +43,13 @@ def cores_of_quota(root: Path = _ROOT) -> int | None:
 def _core_of(processor: int, root: Path) -> str:
     """The processors of one core, as the system writes them; the processor alone where it does not say."""
     topology = root / f"sys/devices/system/cpu/cpu{processor}/topology"
-    return _read(topology / "thread_siblings_list") or str(processor)
+    return system_text(topology / "thread_siblings_list") or str(processor)
 
 
 def _hierarchies(root: Path) -> Iterator[tuple[Path, str]]:
     """Where groups that may limit processor time lie, and this process's place among them."""
     mounts = root / "sys/fs/cgroup"
-    for line in _read(root / "proc/self/cgroup").splitlines():
+    for line in system_text(root / "proc/self/cgroup").splitlines():
         controllers, _, path = line.partition(":")[2].partition(":")
         if not controllers:
             yield mounts, path
@@ -67,16 +67,16 @@ def _around(mount: Path, path: str) -> Iterator[Path]:
 
 def _quotas(group: Path) -> Iterator[int]:
     """The limit of one group, as version 2 writes it ("max 100000") and as version 1 does (-1 where there is none)."""
-    first = f"{_read(group / 'cpu.cfs_quota_us')} {_read(group / 'cpu.cfs_period_us')}"
-    for text in (_read(group / "cpu.max"), first):
+    first = f"{system_text(group / 'cpu.cfs_quota_us')} {system_text(group / 'cpu.cfs_period_us')}"
+    for text in (system_text(group / "cpu.max"), first):
         quota, period, *_ = (*text.split(), "", "")
         if quota.isdecimal() and int(quota) > 0:
             length = int(period) if period.isdecimal() else 0
             yield -(-int(quota) // (length or _PERIOD))
 
 
-def _read(path: Path) -> str:
-    """A file's text; empty where there is none."""
+def system_text(path: Path) -> str:
+    """Of a file; empty where there is none."""
     try:
         return path.read_text()
     except (OSError, ValueError):

@@ -18,10 +18,10 @@ from teamlora_export.deploy.library import add_library
 from teamlora_export.deploy.render import render
 from teamlora_export.errors import ExportError
 
-# What runs a model, each file on those before it; the first eight read words, the last is a program.
+# What runs a model, each file on those before it; the first nine read words, the last is a program.
 OPENING = (
     *("failure.py", "device_tensor.py", "adapter_slots.py", "model_folder.py"),
-    *("model_session.py", "cores.py", "session.py", "words.py"),
+    *("model_session.py", "cores.py", "pages.py", "session.py", "words.py"),
 )
 ROWS = ("slots_base.py", "slots_in_place.py", "slots_on_device.py", "slots_growing.py", "slots.py")
 ENGINE = ("cuda_memory.py", "engine_session.py")

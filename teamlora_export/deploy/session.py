@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ if TYPE_CHECKING or __package__:
         Place,
         present_of,
     )
+    from teamlora_export.deploy.pages import use_large_pages
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import ADAPTER, Adapters, Memory
@@ -35,6 +37,7 @@ else:
     from failure import ModelError, brief
     from model_folder import check_files, open_adapters, read_bytes, read_settings
     from model_session import NUMBERS, NUMPY, RESULTS, SLOT_TYPES, ModelSession, Place, present_of
+    from pages import use_large_pages
 
 # Programs import these from here; some are of other modules.
 __all__ = ["ModelError", "Session", "bind_inputs", "brief", "ort_value", "read_bytes", "run_once"]
@@ -114,6 +117,7 @@ class Session(ModelSession):
             raise ModelError(
                 f"{self.folder}: ONNX Runtime {ort.__version__} cannot load the model ({brief(error)})."
             ) from None
+        Thread(target=use_large_pages, daemon=True).start()
         # Where a provider cannot start, ONNX Runtime goes on without it.
         if self.device[0] != "cpu" and _CUDA not in self.onnx.get_providers():
             raise ModelError(

@@ -24,7 +24,7 @@ from conftest import (
     readme_block,
 )
 from cpp_programs import AROUND, as_engine, both_forms, build_cpp, generate, run
-from systems import SYSTEMS, write_system
+from systems import HAS_LARGE_PAGES, SYSTEMS, write_areas, write_system
 from typer.testing import CliRunner
 
 from teamlora_export.cli import app
@@ -127,6 +127,14 @@ def test_there_are_no_more_threads_than_the_time_of_a_container_fills(name, cpp_
     cores = write_system(name, tmp_path) or 0
     expected = min(len(os.sched_getaffinity(0)), cores or 64)
     assert run(cpp_programs / "cores", tmp_path).stdout.split() == [str(expected), str(cores)]
+
+
+def test_what_is_in_use_comes_to_lie_in_large_pages(cpp_programs, tmp_path):
+    assert run(cpp_programs / "pages", tmp_path).stdout == ""
+    expected = write_areas(tmp_path)
+    assert run(cpp_programs / "pages", tmp_path).stdout.split() == [f"{start:x}-{end:x}" for start, end in expected]
+    if HAS_LARGE_PAGES:
+        assert int(run(cpp_programs / "pages").stdout) >= 60
 
 
 def test_words_are_streamed_and_batches_printed(runner, cpp_project, smollm2_greedy):

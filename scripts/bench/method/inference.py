@@ -2,8 +2,8 @@
 
 Every way has a base of its own kind beside it, in the same turns: PyTorch without an adapter, the base traced in the
 same way, the exported graph with its experts bypassed. One opening of a model is faster than another, by more than the
-turns of one opening differ (why is not known): they are opened several times, each time in a process that nothing has
-run in.
+turns of one opening differ, even where all have their weights in pages of 2 MB: they are opened several times, each
+time in a process that nothing has run in.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from method.paper import PUBLISHED
 from method.plan import Cell, options_of
 from teamlora_export.adapter import AdapterSpec, write_adapter
 from teamlora_export.bench.graphs import written_graphs
-from teamlora_export.bench.measure import make_prompts
+from teamlora_export.bench.measure import make_prompts, open_all
 from teamlora_export.bench.rows import GraphRow, Row, generate_in_torch
 from teamlora_export.bench.turns import DECODE, PREFILL, Figure, Reader, Workload, judge, take_turns
 from teamlora_export.cache import cache_folder
@@ -107,10 +107,9 @@ def time_inference(place: Place, cell: Cell, asked: Asked, threads: int, reporte
 def _take_turns(
     ways: Sequence[Row], workload: Workload, prompts: Sequence[Sequence[int]], turns: int, seed: int
 ) -> list[Figure]:
-    """Each order of opening is followed by its reverse: of two sessions of ONNX Runtime the one that is opened later is
-    the faster, by some hundredths."""
+    """Each order of opening is followed by its reverse: what is opened later finds memory less scattered."""
     order = np.random.default_rng(seed // 2).permutation(len(ways))
-    readers = {ways[i].name: ways[i].open() for i in (order[::-1] if seed % 2 else order)}
+    readers = open_all([ways[i] for i in (order[::-1] if seed % 2 else order)])
     return take_turns(readers, _BASES[BODY], workload, prompts, turns, seed=seed)
 
 
