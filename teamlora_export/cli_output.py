@@ -30,7 +30,7 @@ from teamlora_export.staging import write_aside
 
 STANDARD_OUTPUT = Path("-")
 # The field by which a result is known again, so that nothing else is ever replaced.
-_SIGNATURE = "written_by"
+SIGNATURE = "written_by"
 
 
 def given_path(value: str | Path) -> Path:
@@ -169,7 +169,7 @@ def write_json(fields: Mapping[str, Any], path: Path | None) -> None:
     """
     if path is None:
         return
-    signed = {_SIGNATURE: f"teamlora-export {__version__}", **_plain(fields)}
+    signed = {SIGNATURE: f"teamlora-export {__version__}", **_plain(fields)}
     text = json_format.dumps(signed, indent=2, allow_nan=False) + "\n"
     if path == STANDARD_OUTPUT:
         with writing_to_standard_output():
@@ -179,8 +179,11 @@ def write_json(fields: Mapping[str, Any], path: Path | None) -> None:
     write_aside(path, text)
 
 
-def refuse_foreign_result(path: Path) -> None:
-    """Refuse to replace a file that `write_json` did not write.
+def refuse_foreign_result(path: Path, writer: str | None = None) -> None:
+    """Refuse to replace a file that is no earlier result.
+
+    Args:
+        writer: whose result; None: any.
 
     Raises:
         ExportError: there is such a file.
@@ -192,8 +195,9 @@ def refuse_foreign_result(path: Path) -> None:
         fields = read_json(path, advice)
     except FileNotFoundError:
         raise ExportError(f"{path}: is a link to nothing. {advice}") from None
-    if _SIGNATURE not in fields:
-        raise ExportError(f"{path}: is no earlier result, and is left as it is. {advice}")
+    if SIGNATURE not in fields or (writer is not None and fields[SIGNATURE] != writer):
+        result = "result" if writer is None else f"result of {writer}"
+        raise ExportError(f"{path}: is no earlier {result}, and is left as it is. {advice}")
 
 
 @contextmanager

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from teamlora_export import __version__
-from teamlora_export.errors import ExportError
-from teamlora_export.files import read_json
+from teamlora_export.cli_output import SIGNATURE, refuse_foreign_result
 from teamlora_export.staging import real_path, scratch_folder, write_aside
-
-_SIGNATURE = "written_by"
 
 
 def require_record(path: Path, script: str) -> None:
@@ -26,7 +22,7 @@ def require_record(path: Path, script: str) -> None:
     Raises:
         ExportError: something else is there, or nothing can be written.
     """
-    _refuse_other(path, script)
+    refuse_foreign_result(path, script)
     place = real_path(path)
     # Folders that are missing are made when there is something to put into them.
     while not place.parent.exists():
@@ -41,8 +37,8 @@ def write_record(path: Path, script: str, found: Mapping[str, Any]) -> None:
     Raises:
         ExportError: something else is there, or it cannot be written.
     """
-    _refuse_other(path, script)
-    write_aside(real_path(path), json.dumps({_SIGNATURE: script, **found}, indent=1) + "\n")
+    refuse_foreign_result(path, script)
+    write_aside(real_path(path), json.dumps({SIGNATURE: script, **found}, indent=1) + "\n")
 
 
 def made_with(code: str, packages: Sequence[str]) -> dict[str, Any]:
@@ -56,15 +52,3 @@ def made_with(code: str, packages: Sequence[str]) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {"code": code, "versions": versions, "threads": torch.get_num_threads()}
-
-
-def _refuse_other(path: Path, script: str) -> None:
-    if not os.path.lexists(path):
-        return
-    advice = "Give another file to --json."
-    try:
-        fields = read_json(path, advice)
-    except FileNotFoundError:
-        raise ExportError(f"{path}: is a link to nothing. {advice}") from None
-    if fields.get(_SIGNATURE) != script:
-        raise ExportError(f"{path}: is no earlier result of {script}, and is left as it is. {advice}")
