@@ -41,6 +41,7 @@ from method.command import run as run_command
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
 from teamlora_export.bundle import Bundle, read_bundle
+from teamlora_export.deploy.pages import use_large_pages
 from teamlora_export.deploy.scheduler import Scheduler
 from teamlora_export.deploy.session import Session
 from teamlora_export.deploy.slots import Slots, open_slots
@@ -96,7 +97,7 @@ class Bench:
         self.single = export_onnx(base.name, self.adapters["a0"], folder / "single", **options)
 
     def open(self, bundle: Bundle) -> Session:
-        return Session(bundle.folder, self.library, check=False, threads=self.given.threads)
+        return _open(bundle.folder, self.library, self.given.threads)
 
 
 def mixed(bench: Bench) -> dict[str, Any]:
@@ -131,6 +132,13 @@ def mixed(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def _open(folder: Path, library: Path | None, threads: int) -> Session:
+    session = Session(folder, library, check=False, threads=threads)
+    # It asks for them too, and does not wait.
+    use_large_pages()
+    return session
+
+
 def _filled(session: Session, adapters: Sequence[str | None]) -> Slots:
     slots = open_slots(session, len(adapters), _PROMPT)
     for row, name in enumerate(adapters):
@@ -154,7 +162,7 @@ def sessions(bench: Bench) -> dict[str, Any]:
 def _serve(folders: list[Path], adapters: list[str | None], library: Path | None, threads: int) -> tuple[int, float]:
     """Memory over the interpreter's, and tokens a second of a text for each of `adapters`."""
     before = _resident()
-    opened = [Session(folder, library, check=False, threads=threads) for folder in folders]
+    opened = [_open(folder, library, threads) for folder in folders]
     if len(opened) == 1:
         groups = [_filled(opened[0], adapters)]
     else:
@@ -310,7 +318,7 @@ def _keep_first(bundle: Bundle, count: int) -> None:
 def _hold(folder: Path, count: int, library: Path | None, threads: int) -> tuple[int, int]:
     """Memory over the interpreter's with `count` adapters in slots, and of one of them."""
     before = _resident()
-    session = Session(folder, library, check=False, threads=threads)
+    session = _open(folder, library, threads)
     adapters = session.adapters
     assert adapters is not None
     for index in range(count):

@@ -76,7 +76,7 @@ def _quotas(group: Path) -> Iterator[int]:
 
 
 def system_text(path: Path) -> str:
-    """Of a file; empty where there is none."""
+    """The text of a file of the system; empty where there is none."""
     try:
         return path.read_text()
     except (OSError, ValueError):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,57 +24,88 @@ else:
     from cores import system_text
 
 _ROOT = Path("/")
-_LARGE_PAGES = "sys/kernel/mm/transparent_hugepage"
-# Of a large page in memory, before it is made one.
+_SETTINGS = "sys/kernel/mm/transparent_hugepage"
+# As much as is looked at, and moved, at once: a process that ends waits for no more.
+_PIECE = 64 << 20
+# Of an area that can be full, over all that the process has in memory. Some reserve a thousand times as much.
+_MOST = 4
+# Of a large page, in memory before it is made one.
 _FULL = 0.9
+# Of a page, in the process's table of them: it is in memory, and no other process shares it.
+_OWN_AND_PRESENT = 1 << 63 | 1 << 56
 _ENTRY = np.dtype("<u8")
-_PRESENT = 63
-# What Linux is advised of memory, by its numbers: to make the pages large in its own time, which is all that those
-# before 6.1 know, and now.
-_HUGEPAGE, _COLLAPSE = 14, 25
+# To move memory into large pages now, as Linux numbers it since 6.1.
+_COLLAPSE = 25
+
+_one_at_a_time = Lock()
 
 
-def use_large_pages(root: Path = _ROOT) -> None:
-    """Lay the memory of this process in large pages, wherever that takes hardly any more of it.
-
-    It takes 0.2 to 3 s for 1 GB, by how much the system has to move. Nothing is done where the system's owner has
-    turned large pages off, or where there are none: they are a matter of speed alone.
+def has_large_pages(root: Path = _ROOT) -> bool:
+    """Whether this system gives large pages to those who ask (Linux from 6.1 on, its setting not "never").
 
     Args:
         root: of the system's files.
     """
-    if not any(on in system_text(root / _LARGE_PAGES / "enabled") for on in ("[madvise]", "[always]")):
+    setting = system_text(root / _SETTINGS / "enabled")
+    return ("[madvise]" in setting or "[always]" in setting) and _madvise()(None, 0, _COLLAPSE) == 0
+
+
+def use_large_pages(root: Path = _ROOT) -> None:
+    """Move this process's memory into large pages, wherever that takes hardly any more of it.
+
+    That takes 0.2 to 3 s for 1 GB, by how scattered what is free lies. Nothing is done where the system has none to
+    give: they are a matter of speed alone.
+
+    Args:
+        root: of the system's files.
+    """
+    if not has_large_pages(root):
         return
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    with suppress(OSError):
+    madvise = _madvise()
+    # Where the system does not tell, there is nothing to be done.
+    with _one_at_a_time, suppress(OSError):
         for start, end in full_areas(root):
-            for advice in (_HUGEPAGE, _COLLAPSE):
-                madvise(start, end - start, advice)
+            madvise(start, end - start, _COLLAPSE)
 
 
 def full_areas(root: Path = _ROOT) -> Iterator[tuple[int, int]]:
-    """Where memory lies that is this process's alone and is in use nearly everywhere, from large page to large page.
+    """Where memory lies that is no file's, this process's alone, and in use nearly everywhere; from large page to large
+    page, in pieces.
 
-    Of a thread's stack, for one, hardly anything is: a large page would take what it does not.
+    Of a thread's stack, for one, hardly anything is in use: a large page would take what it does not.
 
     Raises:
         OSError: the system does not tell.
     """
-    large = int(system_text(root / _LARGE_PAGES / "hpage_pmd_size") or 0)
-    small = mmap.PAGESIZE
-    if large < small:
+    large, small = int(system_text(root / _SETTINGS / "hpage_pmd_size") or 0), mmap.PAGESIZE
+    most = _MOST * small * int((root / "proc/self/statm").read_text().split()[1])
+    if not small < large <= _PIECE:
         return
-    with (root / "proc/self/pagemap").open("rb") as pagemap:
-        for line in system_text(root / "proc/self/maps").splitlines():
+    with (root / "proc/self/pagemap").open("rb", buffering=0) as pagemap:
+        # Names may be of any bytes.
+        for line in (root / "proc/self/maps").read_bytes().split(b"\n")[:-1]:
             # START-END PERMISSIONS OFFSET DEVICE INODE [PATH]; an inode is a file's.
-            addresses, permissions, _, _, inode, *_ = line.split()
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            first, last = -(-start // large), end // large
-            if permissions != "rw-p" or inode != "0" or first >= last:
+            addresses, permissions, _, _, inode = line.split()[:5]
+            start, end = (int(address, 16) for address in addresses.split(b"-"))
+            if permissions != b"rw-p" or inode != b"0" or end - start > most:
                 continue
-            pagemap.seek(first * large // small * _ENTRY.itemsize)
-            entries = np.frombuffer(pagemap.read((last - first) * large // small * _ENTRY.itemsize), _ENTRY)
-            full = (entries.reshape(-1, large // small) >> _PRESENT).mean(axis=1) >= _FULL
-            for begin, beyond in np.flatnonzero(np.diff(full, prepend=False, append=False)).reshape(-1, 2).tolist():
-                yield (first + begin) * large, (first + beyond) * large
+            beyond = end // large * large
+            for piece in range(-(-start // large) * large, beyond, _PIECE):
+                pagemap.seek(piece // small * _ENTRY.itemsize)
+                found = pagemap.read((min(piece + _PIECE, beyond) - piece) // small * _ENTRY.itemsize)
+                for first, last in _full(np.frombuffer(found, _ENTRY), large // small):
+                    yield piece + first * large, piece + last * large
+
+
+def _full(pages: np.ndarray, of_large: int) -> list[tuple[int, int]]:
+    """Runs of large pages, of `of_large` pages each, that are full."""
+    whole = pages[: len(pages) // of_large * of_large].reshape(-1, of_large)
+    full = (whole & _OWN_AND_PRESENT == _OWN_AND_PRESENT).mean(axis=1) >= _FULL
+    changes: list[int] = np.flatnonzero(np.diff(full, prepend=False, append=False)).tolist()
+    return list(zip(changes[::2], changes[1::2], strict=True))
+
+
+def _madvise() -> Callable[[int | None, int, int], Any]:
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return madvise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -117,7 +118,6 @@ class Session(ModelSession):
             raise ModelError(
                 f"{self.folder}: ONNX Runtime {ort.__version__} cannot load the model ({brief(error)})."
             ) from None
-        Thread(target=use_large_pages, daemon=True).start()
         # Where a provider cannot start, ONNX Runtime goes on without it.
         if self.device[0] != "cpu" and _CUDA not in self.onnx.get_providers():
             raise ModelError(
@@ -131,6 +131,10 @@ class Session(ModelSession):
         self.adapters = self._open_adapters(
             check if check_adapters is None else check_adapters, on_device=self.device[0] != "cpu"
         )
+        if self.device[0] == "cpu":
+            # Nothing waits for it, or fails without it.
+            with suppress(RuntimeError):
+                Thread(target=use_large_pages, daemon=True).start()
 
     def _open_adapters(self, check: bool, on_device: bool) -> Adapters | None:
         defaults = {value.name: value for value in self.onnx.get_overridable_initializers()}

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from teamlora_export.deploy.cores import system_text
-
 _GROUPS, _OWN = "sys/fs/cgroup", "proc/self/cgroup"
 _FIRST = "4:memory:/docker/a\n3:cpu,cpuacct:/docker/a\n0::/docker/a\n"
 
@@ -56,9 +54,6 @@ SYSTEMS: Mapping[str, tuple[Mapping[str, str], int | None]] = {
     "a period of nothing": ({_OWN: "0::/\n", f"{_GROUPS}/cpu.max": "300000 0\n"}, 3),
 }
 
-LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
-HAS_LARGE_PAGES = any(on in system_text(LARGE_PAGES / "enabled") for on in ("[madvise]", "[always]"))
-
 
 def write_system(name: str, root: Path) -> int | None:
     """The files of a system below `root`; returns the cores that its limit fills."""
@@ -71,36 +66,45 @@ def write_system(name: str, root: Path) -> int | None:
 
 def write_areas(root: Path, setting: str = "always [madvise] never\n") -> list[tuple[int, int]]:
     """A process's memory below `root`; returns what can be laid in large pages of 2 MB."""
-    large, of_large = 2 << 20, (2 << 20) // mmap.PAGESIZE
-    lines, pages = [], np.zeros(64 * of_large, "<u8")
+    large = 2 << 20
+    of_large = large // mmap.PAGESIZE
+    lines, pages = [], np.zeros(420 * of_large, "<u8")
+    present, own, dirty = 1 << 63, 1 << 56, 1 << 55
 
-    def add(start: float, end: float, rest: str, filled: float = 1.0) -> None:
+    def add(start: float, end: float, rest: str, filled: float = 1.0, marks: int = present | own) -> None:
         """From one large page to another; the first of the pages of each are in memory."""
-        lines.append(f"{int(start * large):x}-{int(end * large):08x} {rest}\n")
+        lines.append(f"{int(start * large):x}-{int(end * large):08x} ".encode() + rest.encode("latin-1") + b"\n")
         for page in range(int(start * of_large), int(end * of_large)):
-            pages[page] = 1 << 63 | 1 << 55 | page if page % of_large < filled * of_large else 1 << 55
+            pages[page] = marks | dirty | page if page % of_large < filled * of_large else dirty
 
     add(1.0, 2.0, "r-xp 00001000 fe:00 4711                       /usr/bin/python3.11")
     add(2.5, 6.25, "rw-p 00000000 00:00 0                          [heap]")
-    add(8.0, 9.0, "rw-p 00000000 fe:00 4712                       /usr/lib/lib of words.so: (deleted)")
+    add(8.0, 9.0, "rw-p 00000000 fe:00 4712                       /usr/lib/one of w\xf6rds\x85 rw-p 0 0 0: (deleted)")
     add(10.0, 12.0, "---p 00000000 00:00 0 ")
-    add(12.0, 14.0, "rw-p 00000000 00:00 0 ", filled=0.88)
-    add(14.0, 16.0, "rw-p 00000000 00:00 0 ", filled=0.92)
+    add(12.0, 14.0, "rw-p 00000000 00:00 0 ", filled=0.7)
+    add(14.0, 16.0, "rw-p 00000000 00:00 0 ", filled=0.95)
     add(16.0, 18.0, "rw-p 00000000 00:00 0 ", filled=0.0)
     # A model's weights beside what is kept for later.
     add(20.0, 30.0, "rw-p 00000000 00:00 0 ")
     pages[23 * of_large : 25 * of_large] = 0
+    # Nothing but zeros that were never written, and what a process before a fork wrote.
+    add(32.0, 34.0, "rw-p 00000000 00:00 0 ", marks=present)
     add(40.0, 40.5, "rw-p 00000000 00:00 0 ")
     add(41.0, 43.0, "rw-s 00000000 00:01 2049                       /dev/zero (deleted)")
     add(44.0, 45.0, "r--p 00000000 00:00 0                          [vvar]")
+    add(50.5, 84.0, "rw-p 00000000 00:00 0 ")
+    # More than four times what is said to be in memory.
+    add(100.0, 100.0 + 4 * 79 + 1, "rw-p 00000000 00:00 0 ")
 
     files = {
-        "proc/self/maps": "".join(lines).encode(),
+        "proc/self/maps": b"".join(lines),
         "proc/self/pagemap": pages.tobytes(),
+        "proc/self/statm": f"{1000 * of_large} {79 * of_large} 9 9 0 9 0\n".encode(),
         "sys/kernel/mm/transparent_hugepage/enabled": setting.encode(),
         "sys/kernel/mm/transparent_hugepage/hpage_pmd_size": f"{large}\n".encode(),
     }
     for file, content in files.items():
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         (root / file).write_bytes(content)
-    return [(start * large, end * large) for start, end in ((3, 6), (14, 16), (20, 23), (25, 30))]
+    areas = ((3, 6), (14, 16), (20, 23), (25, 30), (51, 83), (83, 84))
+    return [(start * large, end * large) for start, end in areas]

@@ -2,73 +2,82 @@
 
 from __future__ import annotations
 
-import mmap
-import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
 
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from systems import HAS_LARGE_PAGES, LARGE_PAGES, write_areas
+from systems import write_areas
 
 from teamlora_export.deploy import session
-from teamlora_export.deploy.pages import full_areas, use_large_pages
+from teamlora_export.deploy.cores import system_text
+from teamlora_export.deploy.pages import full_areas, has_large_pages
 
-_MB = 1 << 20
-needs_large_pages = pytest.mark.skipif(not HAS_LARGE_PAGES, reason="this system has no large pages")
+_SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
+# Of a process that has written 64 MB, a megabyte here and there of 256, and has 64 MB of its parent's: megabytes in
+# large pages and in any, before it asks for large ones, after it does on a system where they are off, and here.
+_PROGRAM = """
+import mmap, os, sys
+from pathlib import Path
+from teamlora_export.deploy.pages import use_large_pages
 
+def told():
+    lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]]
+    sizes = {name: int(size) // 1024 for name, size, _ in lines}
+    print(sizes["AnonHugePages:"], sizes["Rss:"], flush=True)
 
-def megabytes(name: str) -> int:
-    """Of this process's memory: in large pages ("AnonHugePages"), or in any ("Rss")."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith(f"{name}:"))
+def memory(megabytes):
+    return mmap.mmap(-1, megabytes << 20, flags=mmap.MAP_PRIVATE)
 
-
-@pytest.fixture
-def written() -> Iterator[mmap.mmap]:
-    """64 MB in small pages."""
-    with mmap.mmap(-1, 64 * _MB, flags=mmap.MAP_PRIVATE) as memory:
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-        memory.write(b"a" * len(memory))
-        yield memory
+inherited = memory(64)
+inherited.write(b"a" * len(inherited))
+if os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+written, sparse = memory(64), memory(256)
+for place in range(0, len(written), 8):
+    written[place:place + 8] = place.to_bytes(8, "little")
+for place in range(0, len(sparse), 8 << 20):
+    sparse[place] = 1
+told()
+use_large_pages(Path(sys.argv[1]))
+told()
+use_large_pages()
+told()
+assert all(written[place:place + 8] == place.to_bytes(8, "little") for place in range(0, len(written), 8))
+"""
 
 
 def test_areas_that_are_in_use_are_taken_and_no_others(tmp_path):
-    assert list(full_areas(tmp_path)) == []
     expected = write_areas(tmp_path)
     assert list(full_areas(tmp_path)) == expected
+    (tmp_path / "sys/kernel/mm/transparent_hugepage/hpage_pmd_size").unlink()
+    assert list(full_areas(tmp_path)) == []
 
 
-@needs_large_pages
-def test_what_is_in_use_comes_to_lie_in_large_pages_and_takes_no_more_memory(written):
-    with mmap.mmap(-1, 256 * _MB, flags=mmap.MAP_PRIVATE) as sparse:
-        sparse.madvise(mmap.MADV_NOHUGEPAGE)
-        for place in range(0, len(sparse), _MB):
-            sparse[place] = 1
-        large, all_memory = megabytes("AnonHugePages"), megabytes("Rss")
-        use_large_pages()
-        assert megabytes("AnonHugePages") - large >= 60
-        assert megabytes("Rss") - all_memory <= 32
-    assert written[:] == b"a" * len(written)
+@pytest.mark.parametrize("setting", ["always madvise [never]\n", None])
+def test_the_systems_owner_may_turn_them_off(setting, tmp_path):
+    if setting is not None:
+        write_areas(tmp_path, setting)
+    assert not has_large_pages(tmp_path)
 
 
-@needs_large_pages
-def test_nothing_is_done_where_they_are_turned_off(written, tmp_path):
-    settings = tmp_path / "sys/kernel/mm/transparent_hugepage"
+@pytest.mark.skipif(not has_large_pages(), reason="this system gives no large pages")
+def test_what_is_in_use_comes_to_lie_in_large_pages_and_takes_hardly_more_memory(tmp_path):
+    settings = tmp_path / _SETTINGS.relative_to("/")
     settings.mkdir(parents=True)
-    shutil.copyfile(LARGE_PAGES / "hpage_pmd_size", settings / "hpage_pmd_size")
-    (tmp_path / "proc").symlink_to("/proc")
-    before = megabytes("AnonHugePages")
-    use_large_pages(tmp_path)
     (settings / "enabled").write_text("always madvise [never]\n")
-    use_large_pages(tmp_path)
-    assert megabytes("AnonHugePages") <= before
-    (settings / "enabled").write_text("always [madvise] never\n")
-    use_large_pages(tmp_path)
-    assert megabytes("AnonHugePages") - before >= 60
+    (settings / "hpage_pmd_size").write_text(system_text(_SETTINGS / "hpage_pmd_size"))
+    (tmp_path / "proc").symlink_to("/proc")
+    program = [sys.executable, "-c", _PROGRAM, str(tmp_path)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    before, resident, off, _, large, after = (int(size) for size in done.stdout.split())
+    assert off == before
+    assert large >= 48
+    assert after - resident <= 16
 
 
 def test_a_model_that_is_opened_asks_for_them(make_bundle, monkeypatch):
@@ -76,3 +85,15 @@ def test_a_model_that_is_opened_asks_for_them(make_bundle, monkeypatch):
     monkeypatch.setattr(session, "use_large_pages", asked.set)
     session.Session(make_bundle("llama").folder)
     assert asked.wait(60)
+
+
+def test_a_model_opens_where_no_thread_is_left(make_bundle, monkeypatch):
+    class NoThread:
+        def __init__(self, **_):
+            pass
+
+        def start(self):
+            raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(session, "Thread", NoThread)
+    session.Session(make_bundle("llama").folder)

@@ -1,5 +1,5 @@
-// Prints the areas that are full, of the system whose files are in the folder that is given. Without one: of 64 MB that
-// are written here, how many come to lie in pages of 2 MB.
+// Prints the areas that are full, of the system whose files are in the folder that is given. Without one: whether this
+// system gives large pages, and of 64 MB that are written here, how many come to lie in them.
 #include <chrono>
 #include <fstream>
 #include <iostream>
@@ -13,29 +13,30 @@ namespace {
 
 int large_megabytes() {
     std::ifstream lines("/proc/self/smaps_rollup");
-    for (std::string name; lines >> name;) {
+    for (std::string word; lines >> word;) {
         int size = 0;
-        if (name == "AnonHugePages:" && lines >> size) return size / 1024;
+        if (word == "AnonHugePages:" && lines >> size) return size / 1024;
     }
-    return -1;
+    return 0;
 }
 
 }  // namespace
 
 int main(int count, char** words) {
     if (count > 1) {
-        for (const teamlora::Area& area : teamlora::full_areas(words[1])) {
-            std::cout << std::hex << area.start << '-' << area.end << '\n';
-        }
+        const auto print = [](std::uintptr_t start, std::uintptr_t end) {
+            std::cout << std::hex << start << '-' << end << '\n';
+            return true;
+        };
+        teamlora::find_full_areas(print, words[1]);
         return 0;
     }
-    const std::vector<char> written(64 << 20, 1);
-    const int before = large_megabytes();
-    // One that ends at once leaves off where it is.
-    { const teamlora::LargePages ended; }
-    const teamlora::LargePages pages;
-    for (int tries = 0; tries < 1000 && large_megabytes() < before + 60; ++tries) {
+    std::vector<char> written(64 << 20, 1);
+    const teamlora::PageSweep sweep;
+    for (int tries = 0; tries < 500 && large_megabytes() < 48; ++tries) {
         std::this_thread::sleep_for(std::chrono::milliseconds(10));
     }
-    std::cout << large_megabytes() - before << '\n';
+    // One that ends at once leaves off.
+    for (int times = 0; times < 100; ++times) const teamlora::PageSweep ended;
+    std::cout << teamlora::has_large_pages() << ' ' << large_megabytes() << ' ' << int{written.back()} << '\n';
 }

@@ -82,7 +82,7 @@ public:
             session_ = Ort::Session(environment_, folder.model().c_str(), session_options);
             read_ports();
             slots_ = OnnxRuntimeSlots(session_, folder, options);
-            large_pages_.emplace();
+            sweep_.emplace();
         } catch (const Ort::Exception& error) {
             throw Error(folder.model().string() + ": ONNX Runtime " + Ort::GetVersionString() + " cannot load it (" +
                         brief(error) + ").");
@@ -204,7 +204,7 @@ private:
     mutable Ort::Session session_{nullptr};
     std::vector<Port> inputs_, outputs_;
     OnnxRuntimeSlots slots_;
-    std::optional<LargePages> large_pages_;
+    std::optional<PageSweep> sweep_;
 };
 
 // What both ways to keep a cache have in common.

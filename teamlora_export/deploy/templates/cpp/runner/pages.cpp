@@ -6,93 +6,113 @@
 #ifdef __linux__
 #include <sys/mman.h>
 #include <unistd.h>
-#endif
 
 #include <algorithm>
 #include <fstream>
 #include <iterator>
 #include <sstream>
 #include <string>
+#include <system_error>
+#include <vector>
+#endif
 
 namespace teamlora {
+
+#ifdef __linux__
 namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kLargePages = "sys/kernel/mm/transparent_hugepage";
-
-#ifdef __linux__
-// Of a large page in memory, before it is made one, in tenths.
-constexpr std::size_t kFull = 9;
-constexpr unsigned kPresent = 63;
-// A program that ends waits for no more.
-constexpr std::uintptr_t kAtOnce = 64 << 20;
-// As Linux numbers it since 6.1, which headers may not know: to do it now.
+constexpr const char* kSettings = "sys/kernel/mm/transparent_hugepage";
+// As much as is looked at, and moved, at once: a program that ends waits for no more.
+constexpr std::uintptr_t kPiece = 64 << 20;
+// Of an area that can be full, over all that the process has in memory. Some reserve a thousand times as much.
+constexpr std::uintptr_t kMost = 4;
+// Of a large page, in memory before it is made one, in tenths.
+constexpr std::uintptr_t kFull = 9;
+// Of a page, in the process's table of them: it is in memory, and no other process shares it.
+constexpr std::uint64_t kOwnAndPresent = std::uint64_t{1} << 63 | std::uint64_t{1} << 56;
+// To move memory into large pages now, as Linux numbers it since 6.1; headers may not know it.
 constexpr int kCollapse = 25;
 
-bool are_on(const fs::path& root) {
-    std::ifstream file(root / kLargePages / "enabled");
-    const std::string setting{std::istreambuf_iterator<char>(file), {}};
-    return setting.find("[madvise]") != std::string::npos || setting.find("[always]") != std::string::npos;
+bool is_full(const std::uint64_t* pages, std::uintptr_t count) {
+    const auto own = std::count_if(pages, pages + count,
+                                   [](std::uint64_t page) { return (page & kOwnAndPresent) == kOwnAndPresent; });
+    return static_cast<std::uintptr_t>(own) * 10 >= count * kFull;
 }
-#endif
 
 }  // namespace
 
-#ifdef __linux__
-std::vector<Area> full_areas(const fs::path& root) {
-    std::size_t large = 0;
-    std::ifstream(root / kLargePages / "hpage_pmd_size") >> large;
-    const auto small = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-    if (large < small) return {};
-    std::vector<Area> areas;
-    std::vector<std::uint64_t> entries(large / small);
+bool has_large_pages(const fs::path& root) {
+    std::ifstream file(root / kSettings / "enabled");
+    const std::string setting{std::istreambuf_iterator<char>(file), {}};
+    const bool given = setting.find("[madvise]") != std::string::npos || setting.find("[always]") != std::string::npos;
+    return given && madvise(nullptr, 0, kCollapse) == 0;
+}
+
+void find_full_areas(const std::function<bool(std::uintptr_t, std::uintptr_t)>& take, const fs::path& root) {
+    std::uintptr_t large = 0, most = 0;
+    std::ifstream(root / kSettings / "hpage_pmd_size") >> large;
+    std::ifstream(root / "proc/self/statm") >> most >> most;
+    const auto small = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+    if (large <= small || large > kPiece) return;
     std::ifstream lines(root / "proc/self/maps"), pagemap;
     // A buffer's odd length would be refused.
     pagemap.rdbuf()->pubsetbuf(nullptr, 0);
     pagemap.open(root / "proc/self/pagemap", std::ios::binary);
+    std::vector<std::uint64_t> pages(kPiece / small);
+    const std::uintptr_t of_large = large / small;
     for (std::string line, permissions, offset, device, inode; std::getline(lines, line);) {
         // START-END PERMISSIONS OFFSET DEVICE INODE [PATH]; an inode is a file's.
         std::uintptr_t start = 0, end = 0;
         char dash = 0;
         std::istringstream words(line);
         words >> std::hex >> start >> dash >> end >> permissions >> offset >> device >> inode;
-        if (permissions != "rw-p" || inode != "0") continue;
-        for (start = (start + large - 1) / large * large; start + large <= end; start += large) {
-            pagemap.seekg(static_cast<std::streamoff>(start / small * sizeof(std::uint64_t)));
-            pagemap.read(reinterpret_cast<char*>(entries.data()),
-                         static_cast<std::streamsize>(entries.size() * sizeof(std::uint64_t)));
-            if (!pagemap) return areas;
-            const auto present = static_cast<std::size_t>(
-                std::count_if(entries.begin(), entries.end(), [](std::uint64_t entry) { return entry >> kPresent; }));
-            if (present * 10 < entries.size() * kFull) continue;
-            if (areas.empty() || areas.back().end != start) areas.push_back({start, start});
-            areas.back().end = start + large;
-        }
-    }
-    return areas;
-}
-
-LargePages::LargePages(const fs::path& root) {
-    if (!are_on(root)) return;
-    thread_ = std::thread([this, root] {
-        for (const auto [start, end] : full_areas(root)) {
-            for (std::uintptr_t at = start; at < end && !stopped_; at += kAtOnce) {
-                // The first is for the system to do in its own time, which is all that those before 6.1 know.
-                for (const int advice : {MADV_HUGEPAGE, kCollapse}) {
-                    madvise(reinterpret_cast<void*>(at), std::min(kAtOnce, end - at), advice);
-                }
+        if (permissions != "rw-p" || inode != "0" || end - start > kMost * small * most) continue;
+        const std::uintptr_t beyond = end / large * large;
+        for (std::uintptr_t piece = (start + large - 1) / large * large; piece < beyond; piece += kPiece) {
+            const std::uintptr_t count = (std::min(piece + kPiece, beyond) - piece) / large;
+            pagemap.seekg(static_cast<std::streamoff>(piece / small * sizeof(std::uint64_t)));
+            pagemap.read(reinterpret_cast<char*>(pages.data()),
+                         static_cast<std::streamsize>(count * of_large * sizeof(std::uint64_t)));
+            if (!pagemap) return;
+            for (std::uintptr_t first = 0; first < count;) {
+                std::uintptr_t last = first;
+                while (last < count && is_full(&pages[last * of_large], of_large)) ++last;
+                if (last > first && !take(piece + first * large, piece + last * large)) return;
+                first = last + 1;
             }
         }
-    });
+    }
+}
+
+PageSweep::PageSweep() {
+    if (!has_large_pages()) return;
+    const auto sweep = [this] {
+        try {
+            find_full_areas([this](std::uintptr_t start, std::uintptr_t end) {
+                if (!stopped_) madvise(reinterpret_cast<void*>(start), end - start, kCollapse);
+                return !stopped_;
+            });
+        } catch (const std::exception&) {
+            // No memory is left to look at memory with.
+        }
+    };
+    try {
+        thread_ = std::thread(sweep);
+    } catch (const std::system_error&) {
+        // No thread is left, and none is needed.
+    }
 }
 #else
-std::vector<Area> full_areas(const fs::path&) { return {}; }
+bool has_large_pages(const std::filesystem::path&) { return false; }
 
-LargePages::LargePages(const fs::path&) {}
+void find_full_areas(const std::function<bool(std::uintptr_t, std::uintptr_t)>&, const std::filesystem::path&) {}
+
+PageSweep::PageSweep() = default;
 #endif
 
-LargePages::~LargePages() {
+PageSweep::~PageSweep() {
     stopped_ = true;
     if (thread_.joinable()) thread_.join();
 }

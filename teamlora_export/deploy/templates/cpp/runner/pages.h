@@ -4,27 +4,28 @@
 #include <atomic>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <thread>
-#include <vector>
 
 namespace teamlora {
 
-struct Area {
-    std::uintptr_t start, end;
-};
+// Whether this system gives large pages to those who ask (Linux from 6.1 on, its setting not "never"). `root`: of the
+// system's files.
+bool has_large_pages(const std::filesystem::path& root = "/");
 
-// Where memory lies that is this process's alone and is in use nearly everywhere, from large page to large page; nothing
-// where the system does not tell. Of a thread's stack, for one, hardly anything is in use: a large page would take what
-// it does not. `root`: of the system's files.
-std::vector<Area> full_areas(const std::filesystem::path& root = "/");
+// Calls `take` with where memory starts and ends that is no file's, this process's alone, and in use nearly everywhere;
+// from large page to large page, in pieces, until it returns false or the system tells of no more. Of a thread's stack,
+// for one, hardly anything is in use: a large page would take what it does not.
+void find_full_areas(const std::function<bool(std::uintptr_t, std::uintptr_t)>& take,
+                     const std::filesystem::path& root = "/");
 
-// Lays the memory that this process has when it is made in large pages, of 2 MB, wherever that takes hardly any more of
-// it. That takes a thread of its own 0.2 to 3 s for 1 GB, by how much the system has to move. Nothing is done where the
-// system's owner has turned large pages off, or where there are none: they are a matter of speed alone.
-class LargePages {
+// Moves the memory that this process has when it is made into large pages, wherever that takes hardly any more of it.
+// That takes a thread of its own 0.2 to 3 s for 1 GB, by how scattered what is free lies; one that ends earlier leaves
+// off. Nothing is done where the system has none to give: they are a matter of speed alone.
+class PageSweep {
 public:
-    explicit LargePages(const std::filesystem::path& root = "/");
-    ~LargePages();
+    PageSweep();
+    ~PageSweep();
 
 private:
     std::atomic<bool> stopped_{false};
