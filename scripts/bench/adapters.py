@@ -41,7 +41,7 @@ from method.command import run as run_command
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
 from teamlora_export.bundle import Bundle, read_bundle
-from teamlora_export.deploy.pages import use_large_pages
+from teamlora_export.deploy.pages import finish_large_pages
 from teamlora_export.deploy.scheduler import Scheduler
 from teamlora_export.deploy.session import Session
 from teamlora_export.deploy.slots import Slots, open_slots
@@ -134,8 +134,7 @@ def mixed(bench: Bench) -> dict[str, Any]:
 
 def _open(folder: Path, library: Path | None, threads: int) -> Session:
     session = Session(folder, library, check=False, threads=threads)
-    # It asks for them too, and does not wait.
-    use_large_pages()
+    finish_large_pages()
     return session
 
 

@@ -42,6 +42,7 @@ from method.command import run as run_command
 
 from teamlora_export.adapter import AdapterConfig, write_adapter
 from teamlora_export.bundle import Bundle
+from teamlora_export.deploy.pages import finish_large_pages
 from teamlora_export.deploy.runner import Model
 from teamlora_export.deploy.scheduler import Scheduler
 from teamlora_export.deploy.triton import deploy_triton
@@ -107,7 +108,9 @@ class Rows:
         self._bundle: Bundle = export_onnx(base.name, folder / "adapter", folder / "bundle", cache="in-place")
 
     def model(self) -> Model:
-        return Model(self._bundle.folder, check=False, threads=self._threads)
+        model = Model(self._bundle.folder, check=False, threads=self._threads)
+        finish_large_pages()
+        return model
 
     def runner(self, _stack: ExitStack, _clients: int) -> Ask:
         return self.model().stream

@@ -16,7 +16,7 @@ from teamlora_export.bench.floor import Floor, Work, floor
 from teamlora_export.bench.rows import Row
 from teamlora_export.bench.turns import DECODE, Figure, Reader, Workload, take_turns
 from teamlora_export.deploy.cores import usable_cores
-from teamlora_export.deploy.pages import use_large_pages
+from teamlora_export.deploy.pages import finish_large_pages
 from teamlora_export.progress import Reporter
 
 # Quartiles of fewer say nothing, and where the baseline's ratio to itself is farther from 1, the machine is too noisy.
@@ -120,7 +120,7 @@ def open_all(rows: Sequence[Row]) -> dict[str, Reader]:
         ExportError: a row cannot be opened.
     """
     readers = {row.name: row.open() for row in rows}
-    use_large_pages()
+    finish_large_pages()
     return readers
 
 

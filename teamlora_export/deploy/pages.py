@@ -8,12 +8,13 @@ opened, the slower it is. In large pages, of 2 MB, each is faster than the last 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -36,24 +37,24 @@ _OWN_AND_PRESENT = 1 << 63 | 1 << 56
 _ENTRY = np.dtype("<u8")
 # To move memory into large pages now, as Linux numbers it since 6.1.
 _COLLAPSE = 25
-
-_one_at_a_time = Lock()
+_SWEEP = "large pages"
 
 
 def has_large_pages(root: Path = _ROOT) -> bool:
-    """Whether this system gives large pages to those who ask (Linux from 6.1 on, its setting not "never").
+    """Whether this system gives large pages to those who ask: Linux from 6.1 on, where its setting is not "never".
 
     Args:
         root: of the system's files.
     """
     setting = system_text(root / _SETTINGS / "enabled")
-    return ("[madvise]" in setting or "[always]" in setting) and _madvise()(None, 0, _COLLAPSE) == 0
+    given = "[madvise]" in setting or "[always]" in setting
+    return given and mmap.PAGESIZE < _large(root) <= _PIECE and _collapse()(None, 0) == 0
 
 
 def use_large_pages(root: Path = _ROOT) -> None:
     """Move this process's memory into large pages, wherever that takes hardly any more of it.
 
-    That takes 0.2 to 3 s for 1 GB, by how scattered what is free lies. Nothing is done where the system has none to
+    That takes 0.2 to 3 s for 1 GB, by how scattered what is free lies. It leaves off where the system has no more to
     give: they are a matter of speed alone.
 
     Args:
@@ -61,11 +62,26 @@ def use_large_pages(root: Path = _ROOT) -> None:
     """
     if not has_large_pages(root):
         return
-    madvise = _madvise()
+    collapse = _collapse()
     # Where the system does not tell, there is nothing to be done.
-    with _one_at_a_time, suppress(OSError):
+    with suppress(OSError):
         for start, end in full_areas(root):
-            madvise(start, end - start, _COLLAPSE)
+            if collapse(start, end - start) in (errno.ENOMEM, errno.EBUSY):
+                return
+
+
+def start_large_pages() -> None:
+    """The same in a thread of its own, for which nothing waits and without which nothing fails."""
+    with suppress(RuntimeError):
+        threading.Thread(target=use_large_pages, name=_SWEEP, daemon=True).start()
+
+
+def finish_large_pages() -> None:
+    """Wait until all that was started is done, and do the rest; for those who take times."""
+    for thread in threading.enumerate():
+        if thread.name == _SWEEP:
+            thread.join()
+    use_large_pages()
 
 
 def full_areas(root: Path = _ROOT) -> Iterator[tuple[int, int]]:
@@ -77,10 +93,10 @@ def full_areas(root: Path = _ROOT) -> Iterator[tuple[int, int]]:
     Raises:
         OSError: the system does not tell.
     """
-    large, small = int(system_text(root / _SETTINGS / "hpage_pmd_size") or 0), mmap.PAGESIZE
-    most = _MOST * small * int((root / "proc/self/statm").read_text().split()[1])
-    if not small < large <= _PIECE:
+    large, small = _large(root), mmap.PAGESIZE
+    if large == 0:
         return
+    most = _MOST * small * int((root / "proc/self/statm").read_text().split()[1])
     with (root / "proc/self/pagemap").open("rb", buffering=0) as pagemap:
         # Names may be of any bytes.
         for line in (root / "proc/self/maps").read_bytes().split(b"\n")[:-1]:
@@ -105,7 +121,17 @@ def _full(pages: np.ndarray, of_large: int) -> list[tuple[int, int]]:
     return list(zip(changes[::2], changes[1::2], strict=True))
 
 
-def _madvise() -> Callable[[int | None, int, int], Any]:
-    madvise = ctypes.CDLL(None).madvise
+def _large(root: Path) -> int:
+    """Bytes of a large page; 0 where there are none."""
+    return int(system_text(root / _SETTINGS / "hpage_pmd_size") or 0)
+
+
+def _collapse() -> Callable[[int | None, int], int]:
+    """Moves what lies from an address on, of so many bytes; returns what went wrong, or 0."""
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise
+
+    def collapse(start: int | None, size: int) -> int:
+        return 0 if madvise(start, size, _COLLAPSE) == 0 else ctypes.get_errno()
+
+    return collapse

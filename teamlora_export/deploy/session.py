@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +27,7 @@ if TYPE_CHECKING or __package__:
         Place,
         present_of,
     )
-    from teamlora_export.deploy.pages import use_large_pages
+    from teamlora_export.deploy.pages import start_large_pages
 else:
     # Deployed: the files lie beside one another.
     from adapter_slots import ADAPTER, Adapters, Memory
@@ -38,7 +36,7 @@ else:
     from failure import ModelError, brief
     from model_folder import check_files, open_adapters, read_bytes, read_settings
     from model_session import NUMBERS, NUMPY, RESULTS, SLOT_TYPES, ModelSession, Place, present_of
-    from pages import use_large_pages
+    from pages import start_large_pages
 
 # Programs import these from here; some are of other modules.
 __all__ = ["ModelError", "Session", "bind_inputs", "brief", "ort_value", "read_bytes", "run_once"]
@@ -132,9 +130,7 @@ class Session(ModelSession):
             check if check_adapters is None else check_adapters, on_device=self.device[0] != "cpu"
         )
         if self.device[0] == "cpu":
-            # Nothing waits for it, or fails without it.
-            with suppress(RuntimeError):
-                Thread(target=use_large_pages, daemon=True).start()
+            start_large_pages()
 
     def _open_adapters(self, check: bool, on_device: bool) -> Adapters | None:
         defaults = {value.name: value for value in self.onnx.get_overridable_initializers()}

@@ -17,6 +17,7 @@ from teamlora_export.validate.quality import HELD_OUT
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "scripts" / "bench"
 sys.path.append(str(BENCH))
+from large_pages import LARGE, ratio  # noqa: E402
 from method.cells import hash_of_questions  # noqa: E402
 from method.figures import listed  # noqa: E402
 from method.groups import NAMES, TARGET_NAMES, groups, name_of  # noqa: E402
@@ -227,3 +228,16 @@ def test_the_transcript_of_a_training_is_of_the_figures_that_are_kept():
         f"seconds a step: {training['seconds_per_step']:.3f}",
     ):
         assert f"\n{line}" in transcript
+
+
+def test_what_large_pages_are_worth_is_that_of_the_figures():
+    processes = read(BENCH / "large_pages.json")["processes"]
+    one, four = processes["1"], processes["4"]
+    assert len(one) == len(four) == 8
+    text = words_of(ROOT / "README.md")
+    assert f"A step then takes {ratio(one, 'decode', 0, LARGE)} of its time" in text
+    assert f"a prefill of 64 tokens {ratio(one, 'prefill', 0, LARGE)}" in text
+    in_order = ", ".join(ratio(four, "decode", model, LARGE)[:4] for model in range(4))
+    assert f"a step of them, in their order, {in_order}" in text
+    again = [ratio(of, "decode", model)[:4] for of, models in ((one, 1), (four, 4)) for model in range(models)]
+    assert f"once more before, {min(again)} to {max(again)}" in text

@@ -292,7 +292,7 @@ class PythonModel(Model):
         # As the back end does: the version's folder is where it imports from.
         for name in ("opened", "chat", *(Path(file).stem for file in (*OPENING, *SCHEDULING))):
             sys.modules.pop(name, None)
-        sys.path.append(str(path.parent))
+        sys.path.insert(0, str(path.parent))
         try:
             spec = importlib.util.spec_from_file_location(f"model_of_{self.config.name}", path)
             assert spec is not None and spec.loader is not None

@@ -186,10 +186,12 @@ def _told_of_time(found: Interval, paper: float | None, reading: str = "") -> st
     if paper is None:
         return f"{found}."
     told = f"{found}; the paper {paper:.2f}{reading}."
-    if found.bounds is None or found.bounds[0] <= 1 <= found.bounds[1]:
+    if found.bounds is None or found.bounds[0] <= paper < 1 <= found.bounds[1]:
         return f"{told} Cannot tell which takes less."
     if found.bounds[0] > 1:
         return f"{told} Does not agree: it takes more."
+    if found.bounds[1] >= 1:
+        return f"{told} Does not agree: what it saves, if anything, is less."
     if found.bounds[0] <= paper <= found.bounds[1]:
         return f"{told} Agrees."
     return f"{told} Agrees that it takes less, but saves {'less' if found.median > paper else 'more'} of it."

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <fstream>
 #include <iterator>
 #include <sstream>
@@ -35,6 +36,15 @@ constexpr std::uint64_t kOwnAndPresent = std::uint64_t{1} << 63 | std::uint64_t{
 // To move memory into large pages now, as Linux numbers it since 6.1; headers may not know it.
 constexpr int kCollapse = 25;
 
+// Bytes of a large page; 0 where there are none.
+std::uintptr_t large_of(const fs::path& root) {
+    std::uintptr_t large = 0;
+    std::ifstream(root / kSettings / "hpage_pmd_size") >> large;
+    return large;
+}
+
+std::uintptr_t small_page() { return static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE)); }
+
 bool is_full(const std::uint64_t* pages, std::uintptr_t count) {
     const auto own = std::count_if(pages, pages + count,
                                    [](std::uint64_t page) { return (page & kOwnAndPresent) == kOwnAndPresent; });
@@ -47,15 +57,15 @@ bool has_large_pages(const fs::path& root) {
     std::ifstream file(root / kSettings / "enabled");
     const std::string setting{std::istreambuf_iterator<char>(file), {}};
     const bool given = setting.find("[madvise]") != std::string::npos || setting.find("[always]") != std::string::npos;
-    return given && madvise(nullptr, 0, kCollapse) == 0;
+    const std::uintptr_t large = large_of(root);
+    return given && small_page() < large && large <= kPiece && madvise(nullptr, 0, kCollapse) == 0;
 }
 
 void find_full_areas(const std::function<bool(std::uintptr_t, std::uintptr_t)>& take, const fs::path& root) {
-    std::uintptr_t large = 0, most = 0;
-    std::ifstream(root / kSettings / "hpage_pmd_size") >> large;
+    const std::uintptr_t large = large_of(root), small = small_page();
+    if (large == 0) return;
+    std::uintptr_t most = 0;
     std::ifstream(root / "proc/self/statm") >> most >> most;
-    const auto small = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-    if (large <= small || large > kPiece) return;
     std::ifstream lines(root / "proc/self/maps"), pagemap;
     // A buffer's odd length would be refused.
     pagemap.rdbuf()->pubsetbuf(nullptr, 0);
@@ -91,8 +101,8 @@ PageSweep::PageSweep() {
     const auto sweep = [this] {
         try {
             find_full_areas([this](std::uintptr_t start, std::uintptr_t end) {
-                if (!stopped_) madvise(reinterpret_cast<void*>(start), end - start, kCollapse);
-                return !stopped_;
+                const bool moved = madvise(reinterpret_cast<void*>(start), end - start, kCollapse) == 0;
+                return !stopped_ && (moved || (errno != ENOMEM && errno != EBUSY));
             });
         } catch (const std::exception&) {
             // No memory is left to look at memory with.

@@ -9,8 +9,8 @@
 
 namespace teamlora {
 
-// Whether this system gives large pages to those who ask (Linux from 6.1 on, its setting not "never"). `root`: of the
-// system's files.
+// Whether this system gives large pages to those who ask: Linux from 6.1 on, where its setting is not "never". `root`:
+// of the system's files.
 bool has_large_pages(const std::filesystem::path& root = "/");
 
 // Calls `take` with where memory starts and ends that is no file's, this process's alone, and in use nearly everywhere;
@@ -20,8 +20,8 @@ void find_full_areas(const std::function<bool(std::uintptr_t, std::uintptr_t)>& 
                      const std::filesystem::path& root = "/");
 
 // Moves the memory that this process has when it is made into large pages, wherever that takes hardly any more of it.
-// That takes a thread of its own 0.2 to 3 s for 1 GB, by how scattered what is free lies; one that ends earlier leaves
-// off. Nothing is done where the system has none to give: they are a matter of speed alone.
+// That takes a thread of its own 0.2 to 3 s for 1 GB, by how scattered what is free lies. It leaves off where it is to
+// end, and where the system has no more to give: they are a matter of speed alone.
 class PageSweep {
 public:
     PageSweep();
