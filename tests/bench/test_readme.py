@@ -241,3 +241,24 @@ def test_what_large_pages_are_worth_is_that_of_the_figures():
     assert f"a step of them, in their order, {in_order}" in text
     again = [ratio(of, "decode", model)[:4] for of, models in ((one, 1), (four, 4)) for model in range(models)]
     assert f"once more before, {min(again)} to {max(again)}" in text
+
+
+def test_the_table_of_speeds_is_that_of_the_figures():
+    rows = {
+        "TeamLoRA r=8, native op": "TeamLoRA, cache in place, native op",
+        "TeamLoRA r=8, growing, native op": "TeamLoRA, growing cache, native op",
+        "TeamLoRA r=8, body": "TeamLoRA, cache in place, body",
+        "TeamLoRA r=8, growing, body": "TeamLoRA, growing cache, body",
+        "genai, un-adapted": "no adapter, onnxruntime-genai",
+        "genai, LoRA r=8": "plain LoRA r=8, onnxruntime-genai",
+    }
+    found = read(BENCH / "speed.json")
+    assert found["quiet"]
+    ratios = {
+        (figure["row"], figure["quantity"]): "{median:.2f} ({low:.2f} - {high:.2f})".format(**figure["ratio"])
+        for figure in found["figures"]
+    }
+    lines = [f"| {name} | {ratios[row, 'decode']} | {ratios[row, 'prefill']} |" for row, name in rows.items()]
+    assert "\n".join(lines) in README
+    again = [ratios["the baseline again", quantity] for quantity in ("decode", "prefill")]
+    assert f"The baseline over itself was {again[0]} and {again[1]}." in words_of(ROOT / "README.md")
