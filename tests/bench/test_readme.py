@@ -262,3 +262,22 @@ def test_the_table_of_speeds_is_that_of_the_figures():
     assert "\n".join(lines) in README
     again = [ratios["the baseline again", quantity] for quantity in ("decode", "prefill")]
     assert f"The baseline over itself was {again[0]} and {again[1]}." in words_of(ROOT / "README.md")
+
+
+def test_the_headlines_figures_are_those_of_its_file():
+    found = read(BENCH / "headline.json")
+    assert found["quiet"]
+    ratios = {
+        (figure["row"], figure["quantity"]): "{median:.2f} ({low:.2f} - {high:.2f})".format(**figure["ratio"])
+        for figure in found["figures"]
+    }
+    native, body, again = (
+        [ratios[row, quantity] for quantity in ("decode", "prefill")]
+        for row in ("native op", "op's body", "the baseline again")
+    )
+    text = words_of(ROOT / "README.md")
+    assert (
+        f"the native op took {native[0]} of the time of the bypassed graph at decode and {native[1]} at prefill" in text
+    )
+    assert f"the body {body[0]} and {body[1]}, where" in text
+    assert f"the baseline over itself {again[0]} and {again[1]}. Another" in text
