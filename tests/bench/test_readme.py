@@ -243,6 +243,16 @@ def test_what_large_pages_are_worth_is_that_of_the_figures():
     assert f"once more before, {min(again)} to {max(again)}" in text
 
 
+def ratios_of(path: Path) -> dict[tuple[str, str], str]:
+    """Of `teamlora-export bench`'s file: a row's time over the baseline's, by its name and quantity."""
+    found = read(path)
+    assert found["quiet"]
+    return {
+        (figure["row"], figure["quantity"]): "{median:.2f} ({low:.2f} - {high:.2f})".format(**figure["ratio"])
+        for figure in found["figures"]
+    }
+
+
 def test_the_table_of_speeds_is_that_of_the_figures():
     rows = {
         "TeamLoRA r=8, native op": "TeamLoRA, cache in place, native op",
@@ -252,32 +262,20 @@ def test_the_table_of_speeds_is_that_of_the_figures():
         "genai, un-adapted": "no adapter, onnxruntime-genai",
         "genai, LoRA r=8": "plain LoRA r=8, onnxruntime-genai",
     }
-    found = read(BENCH / "speed.json")
-    assert found["quiet"]
-    ratios = {
-        (figure["row"], figure["quantity"]): "{median:.2f} ({low:.2f} - {high:.2f})".format(**figure["ratio"])
-        for figure in found["figures"]
-    }
+    ratios = ratios_of(BENCH / "speed.json")
     lines = [f"| {name} | {ratios[row, 'decode']} | {ratios[row, 'prefill']} |" for row, name in rows.items()]
     assert "\n".join(lines) in README
-    again = [ratios["the baseline again", quantity] for quantity in ("decode", "prefill")]
-    assert f"The baseline over itself was {again[0]} and {again[1]}." in words_of(ROOT / "README.md")
+    decode, prefill = (ratios["the baseline again", quantity] for quantity in ("decode", "prefill"))
+    assert f"The baseline over itself was {decode} and {prefill}." in words_of(ROOT / "README.md")
 
 
 def test_the_headlines_figures_are_those_of_its_file():
-    found = read(BENCH / "headline.json")
-    assert found["quiet"]
-    ratios = {
-        (figure["row"], figure["quantity"]): "{median:.2f} ({low:.2f} - {high:.2f})".format(**figure["ratio"])
-        for figure in found["figures"]
-    }
+    ratios = ratios_of(BENCH / "headline.json")
     native, body, again = (
         [ratios[row, quantity] for quantity in ("decode", "prefill")]
         for row in ("native op", "op's body", "the baseline again")
     )
     text = words_of(ROOT / "README.md")
-    assert (
-        f"the native op took {native[0]} of the time of the bypassed graph at decode and {native[1]} at prefill" in text
-    )
+    assert f"took {native[0]} of the time of the bypassed graph at decode and {native[1]} at prefill" in text
     assert f"the body {body[0]} and {body[1]}, where" in text
     assert f"the baseline over itself {again[0]} and {again[1]}. Another" in text
