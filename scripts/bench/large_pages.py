@@ -23,7 +23,7 @@ from teamlora_export.bench.measure import make_prompts
 from teamlora_export.bench.rows import GraphRow
 from teamlora_export.bench.turns import DECODE, PREFILL, Workload, take_turns
 from teamlora_export.bundle import read_bundle
-from teamlora_export.cli_output import write_json
+from teamlora_export.cli_output import refuse_foreign_result, write_json
 from teamlora_export.deploy import session
 from teamlora_export.deploy.pages import has_large_pages, use_large_pages
 from teamlora_export.engine.onnxruntime_library import find_library
@@ -44,6 +44,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: every core")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    if given.processes < 1 or min(given.models) < 1:
+        raise ExportError("--processes and --models: give 1 or more.")
+    if given.json is not None:
+        refuse_foreign_result(given.json)
     if not has_large_pages():
         raise ExportError("This system gives no large pages (Linux from 6.1 on does, where its setting is not never).")
     vocabulary = read_bundle(given.bundle).manifest.tokens.vocabulary
