@@ -373,9 +373,21 @@ def _notes(found: dict[str, Any], place: Place, others: Sequence[Mapping[str, An
     versions = {", ".join(map(" ".join, r["versions"].items())) for r in found["scores"] if "versions" in r}
     if len(versions) > 1:
         notes.append(f"Trained with unlike versions: {'; '.join(sorted(versions))}.")
+    if len(by_processor := _by_processor(found["scores"])) > 1:
+        told = "; ".join(f"{name}: {_by_group(cells)}" for name, cells in sorted(by_processor.items()))
+        notes.append(f"Trained on unlike processors, which round sums in 16 bits differently. {told}.")
     if found["missing"]:
         notes.append(f"Not run yet: {_by_group(found['missing'])}.")
     return notes
+
+
+def _by_processor(scores: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The cells that were trained on each; of older results it is not known."""
+    found: dict[str, list[str]] = {}
+    for result in scores:
+        if result["family"] != BASE:
+            found.setdefault(result.get("processor", "not known"), []).append(result["cell"])
+    return found
 
 
 def _by_group(names: Sequence[str]) -> str:

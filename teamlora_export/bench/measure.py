@@ -157,10 +157,11 @@ def this_machine() -> Machine:
         except importlib.metadata.PackageNotFoundError:
             continue
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return Machine(_processor(), usable_cores(), load, versions)
+    return Machine(processor(), usable_cores(), load, versions)
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Its name, as Linux gives it, or "unknown"."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

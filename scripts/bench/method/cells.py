@@ -29,6 +29,7 @@ from write_tasks import write_tasks
 import teamlora_export
 from method.plan import BASE, Cell, Settings, options_of
 from method.score import Scores, score, tokenizer_of, torch_generate
+from teamlora_export.bench.measure import processor
 from teamlora_export.cache import cache_folder
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
@@ -142,6 +143,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any] | None:
             **dataclasses.asdict(cell),
             "settings": dataclasses.asdict(place.settings),
             "code": code_version(),
+            "processor": processor(),
             **known_by(cell, place),
             **_run(cell, place, folder),
         }
