@@ -45,7 +45,8 @@ from method.cells import (
     whole_version,
 )
 from method.command import run
-from method.figures import read_scores, require_output, write_figures
+from method.figures import require_output, write_figures
+from method.others import Others, read_others
 from method.plan import BASE, EXPERTS, EXPORTED, FAMILIES, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
 from method.report import tables
 
@@ -58,6 +59,8 @@ from teamlora_export.staging import write_aside
 sys.path.append(str(Path(__file__).parents[1]))
 from get_model import get_model
 
+# By what rows of inference are of the same model.
+_OF_INFERENCE = ("family", "experts", "targets")
 # As `scripts/get_model.py` names them.
 BASES = ("smollm2", "smollm2-phi3")
 # In which an interruption that ended a worker has come to this process as well.
@@ -83,11 +86,14 @@ def main() -> None:
         "questions_sha256": hash_of_questions(place.settings),
         "rows_sha256": hash_of_rows(place),
     }
-    others, told = read_scores(given.pooled, place) if given.pooled is not None else ([], "")
-    there = {result["cell"] for result in others}
+    others = read_others(given.pooled, place) if given.pooled is not None else Others()
+    there = {result["cell"] for result in others.scores}
     own = [cell for cell in cells if cell.name not in there]
     failures = _run_cells(own, place, given.jobs, reporter) if "scores" in given.parts else []
-    scores = [*others, *(_without(result, "answers") for cell in own if (result := place.find(cell)) is not None)]
+    scores = [
+        *others.scores,
+        *(_without(result, "answers") for cell in own if (result := place.find(cell)) is not None),
+    ]
     found = {
         "title": f"{'A quick look at' if given.quick else 'The measure of'} {_families(scores)} of adapters",
         "quick": given.quick,
@@ -96,21 +102,34 @@ def main() -> None:
         "code": code_version(),
         "base": place.base.name,
         **hashes,
-        "seeds": sorted({*given.seeds, *(result["seed"] for result in others)}),
-        "pooled": told,
+        "seeds": sorted({*given.seeds, *(result["seed"] for result in others.scores)}),
+        "pooled": others.told,
         "missing": [cell.name for cell in own if place.find(cell) is None],
         "scores": scores,
-        "steps": _steps(place, given, reporter),
-        "inference": _inference(cells, place, given, failures, reporter),
-        "exports": _exports(cells, place, given, reporter),
+        "steps": _steps(place, given, reporter) or others.steps,
+        "inference": _beside(others.inference, _inference(cells, place, given, failures, reporter), _OF_INFERENCE),
+        "exports": _beside(others.exports, _exports(cells, place, given, reporter), ("cell",)),
     }
     found["machine"] = _machine()
-    found["notes"] = _notes(found, place, others)
+    found["notes"] = _notes(found, place, others.scores)
     if given.output is not None:
         write_figures(found, given.output)
     print(tables(found), end="")
     if failures:
         raise ExportError("; ".join(failures))
+
+
+def _beside(
+    theirs: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]], of: Sequence[str]
+) -> list[Mapping[str, Any]]:
+    """Another run's rows and this one's, which take the place of those that are alike in the fields `of`."""
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for rows in (theirs, ours):
+        by_key: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+        for row in rows:
+            by_key.setdefault(tuple(row[name] for name in of), []).append(row)
+        found.update(by_key)
+    return [row for rows in found.values() for row in rows]
 
 
 def _families(scores: Sequence[Mapping[str, Any]]) -> str:
@@ -161,8 +180,8 @@ def _arguments() -> argparse.Namespace:
         dest="pooled",
         type=Path,
         metavar="FIGURES.json",
-        help="count the cells of another run, of the same settings, base, questions and rows, with those of this one; "
-        "what this code has found of a cell itself comes first",
+        help="count what another run found, of the same settings, base, questions and rows, with what this one does: "
+        "its cells (what this code has found of one itself comes first), and timings and exports that this one has not",
     )
     parser.add_argument("--any-version", action="store_true", help="take what other versions of the code have found")
     parser.add_argument("-o", "--output", type=Path, help="a folder for figures.json, README.md and plot.png")

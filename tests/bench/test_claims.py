@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import io
 import json
-import math
 import multiprocessing
 import os
 import shutil
@@ -29,24 +28,16 @@ BENCH = Path(__file__).parents[2] / "scripts" / "bench"
 sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(BENCH))
 import claims as command  # noqa: E402
-from method import cells as cells_module  # noqa: E402
 from method import inference  # noqa: E402
 from method.cells import Place  # noqa: E402
-from method.figures import read_scores, require_output, write_figures  # noqa: E402
+from method.figures import require_output, write_figures  # noqa: E402
 from method.plan import Cell, full_grid, quick_grid  # noqa: E402
-from tiny_cells import TINY  # noqa: E402
+from tiny_cells import FEW, TINY  # noqa: E402
 
 from teamlora_export.errors import ExportError  # noqa: E402
 from teamlora_export.progress import Reporter  # noqa: E402
 
 pytest_plugins = ["claim_fixtures"]
-# The settings `TINY`, as words of the command.
-FEW = [
-    word
-    for name, value in dataclasses.asdict(TINY).items()
-    if name != "data_seed"
-    for word in (f"--{name.replace('_', '-')}", value)
-]
 
 
 def claims(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -120,73 +111,6 @@ def test_more_questions_or_rows_than_there_are_are_refused_before_a_cell_runs(
     with pytest.raises(ExportError, match=rf"^{part} part has not 250 different examples\. Lower .*{option}"):
         command.main()
     assert not [path for path in tmp_path.rglob("*") if path.name != "data"], "nothing is left of them"
-
-
-def test_cells_of_another_run_count_beside_this_ones_where_all_but_the_seed_is_the_same(
-    team, place, tmp_path, monkeypatch, capsys
-):
-    """Seed 0 is in the cache, seed 1 in the figures of other code: one verdict of both, and nothing is trained."""
-    theirs = {**team, "cell": "teamlora-k4-ffn-s1", "seed": 1, "code": "8aab571b"}
-    figures = {"settings": dataclasses.asdict(TINY), "code": "8aab571b", "scores": [theirs]}
-    path = tmp_path / "figures.json"
-
-    def write(**changed: object) -> Path:
-        path.write_text(json.dumps({**figures, **changed}))
-        return path
-
-    asked = ("--quick", "--base", place.base, "--cache", place.folder, "--cells", "teamlora-k4-ffn", *FEW)
-    ask(monkeypatch, *asked, "--with", write())
-    monkeypatch.setattr(command, "run_cell", lambda *_: pytest.fail("trained"))
-    command.main()
-    told = capsys.readouterr().out
-    assert "| TeamLoRA, k=4 | gate, up, down | 8 | 7,248 | 2 |" in told
-    assert (
-        "From figures.json of code 8aab571b, which does not say of which weights its base was: teamlora-k4-ffn-s1."
-        in told
-    )
-    assert "# A quick look at one family of adapters" in told
-    for changed, refused in (
-        ({"settings": {**figures["settings"], "steps": 3}}, r"was made with steps 3 \(here 2\)"),
-        ({"base_sha256": "0"}, "another base"),
-        ({"scores": [{**theirs, "rank": 4}]}, "has rank 4, alpha .* here it has 8"),
-        ({"scores": [{**theirs, "seed": 2}]}, "is not what its options say"),
-        ({"scores": [{**theirs, "right": {"topic": "01"}}]}, "was asked other questions"),
-        ({"scores": [{**theirs, "right": {**team["right"], "topic": "2?"}}]}, "neither right nor wrong"),
-        ({"scores": [{**theirs, "questions_sha256": "0"}]}, r"-s1 was asked other questions\."),
-        ({"scores": [{**theirs, "rows_sha256": "0"}]}, r"-s1 was trained on other rows\."),
-        ({"questions_sha256": "0", "rows_sha256": "0"}, "made with other questions; other rows to train on"),
-        ({"scores": [{**theirs, "cell": "teamlora-k0-ffn-s1", "experts": 0}]}, "no cell of this grid"),
-        ({"scores": [{**theirs, "cell": "teamlora-k4-mlp-s1", "targets": "mlp"}]}, "no cell of this grid"),
-        ({"scores": [{**theirs, "versions": [1]}]}, "Expected `object`"),
-        ({"scores": []}, "has no scores"),
-        ({"scores": [theirs, theirs]}, "is there twice"),
-        ({"scores": [{"cell": "base"}]}, "missing required field"),
-    ):
-        with pytest.raises(ExportError, match=refused):
-            read_scores(write(**changed), place)
-    hashes = {
-        "base_sha256": cells_module.hash_of_base(place.base),
-        "questions_sha256": theirs["questions_sha256"],
-        "rows_sha256": theirs["rows_sha256"],
-    }
-    known = "From figures.json of code 8aab571b: teamlora-k4-ffn-s1."
-    # What tables read is taken from the answers.
-    assert read_scores(write(**hashes, scores=[{**theirs, "mean": math.nan, "by_task": {}}]), place) == (
-        [theirs],
-        known,
-    )
-    unsaid = {name: value for name, value in theirs.items() if not name.endswith("_sha256")}
-    assert (
-        "not say which questions were asked, which rows were trained on: "
-        in read_scores(write(**hashes, scores=[unsaid]), place)[1]
-    )
-    # Of what this code has found itself, that comes first.
-    turned = {task: right.translate({48: 49, 49: 48}) for task, right in team["right"].items()}
-    scores, told = read_scores(
-        write(**hashes, scores=[{**theirs, "cell": team["cell"], "seed": 0, "right": turned}]), place
-    )
-    assert scores[0]["right"] == team["right"] and scores[0]["code"] == team["code"]
-    assert told == "Of figures.json left out, for results of this code: teamlora-k4-ffn-s0."
 
 
 def test_a_cell_that_fails_costs_no_other(place, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -16,6 +17,13 @@ from method.cells import Place, run_cell
 from method.plan import Cell, Settings
 
 TINY = Settings(rank=8, steps=2, batch=2, train=3, validation=1, test=2, dtype="fp32")
+# The settings `TINY`, as words of the command.
+FEW = [
+    word
+    for name, value in dataclasses.asdict(TINY).items()
+    if name != "data_seed"
+    for word in (f"--{name.replace('_', '-')}", value)
+]
 TEAM, LORA = Cell("teamlora", 4, "ffn", 1.0, 0), Cell("lora", 1, "ffn", 1.0, 0)
 
 

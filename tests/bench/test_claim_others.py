@@ -1,0 +1,174 @@
+"""What another run found, beside what this one does (`claims.py --with`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "scripts" / "bench"
+sys.path.append(str(Path(__file__).parent))
+sys.path.append(str(BENCH))
+import claims as command  # noqa: E402
+from method import cells as cells_module  # noqa: E402
+from method.others import read_others  # noqa: E402
+from tiny_cells import FEW, TINY  # noqa: E402
+
+from teamlora_export.errors import ExportError  # noqa: E402
+
+pytest_plugins = ["claim_fixtures"]
+RATIO = {"median": 1.25, "low": 1.0, "high": 1.5}
+MACHINE = {"processor": "Another", "cores": 2, "load": 0.5, "versions": {"torch": "1"}}
+STEP = {
+    "row": "lora",
+    "family": "lora",
+    "experts": 1,
+    "implementation": "published",
+    "targets": "ffn",
+    "parameters": 7,
+    "seconds": [1.0, 2.0],
+    "over_lora": RATIO,
+    "moved": 0.01,
+    "machine": MACHINE,
+    "code": "0123abcd",
+}
+INFERENCE = {
+    "row": "our export",
+    "family": "lora",
+    "experts": 1,
+    "targets": "ffn",
+    "quantity": "decode",
+    "workload": {"batch": 1, "length": 64, "count": 24},
+    "seconds": [1.0],
+    "ratios": [1.25],
+    "over_base": RATIO,
+    "machine": MACHINE,
+    "code": "0123abcd",
+}
+
+
+@pytest.fixture
+def theirs(team) -> dict[str, Any]:
+    """The cell of the cache, with another seed and of other code."""
+    return {**team, "cell": "teamlora-k4-ffn-s1", "seed": 1, "code": "8aab571b"}
+
+
+@pytest.fixture
+def write(theirs, tmp_path) -> Callable[..., Path]:
+    """Figures with that cell alone, but for what is given; their path."""
+
+    def write(**changed: object) -> Path:
+        path = tmp_path / "figures.json"
+        figures = {"settings": dataclasses.asdict(TINY), "code": "8aab571b", "scores": [theirs]}
+        path.write_text(json.dumps({**figures, **changed}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def asked(place, monkeypatch, capsys) -> Callable[[Path], str]:
+    """What the command tells, asked for the cell of the cache and another run's figures."""
+
+    def asked(path: Path) -> str:
+        words = ("--quick", "--base", place.base, "--cache", place.folder, "--cells", "teamlora-k4-ffn", *FEW)
+        monkeypatch.setattr(sys, "argv", ["claims.py", *map(str, words), "--with", str(path)])
+        monkeypatch.setattr(command, "run_cell", lambda *_: pytest.fail("trained"))
+        command.main()
+        return capsys.readouterr().out
+
+    return asked
+
+
+def export(team: dict[str, Any], form: str, size: int) -> dict[str, Any]:
+    return {"cell": team["cell"], "form": form, "mean": 7.0, "bytes": size, "same": 99.5, "right": team["right"]}
+
+
+def test_their_cells_count_where_all_but_the_seed_is_the_same(write, asked):
+    """Seed 0 is in the cache, seed 1 in the figures: one verdict of both, and nothing is trained."""
+    told = asked(write())
+    assert "| TeamLoRA, k=4 | gate, up, down | 8 | 7,248 | 2 |" in told
+    assert (
+        "From figures.json of code 8aab571b, which does not say of which weights its base was: teamlora-k4-ffn-s1."
+        in told
+    )
+    assert "# A quick look at one family of adapters" in told
+
+
+def test_their_timings_and_exports_come_along(team, write, asked, place, monkeypatch):
+    """With their machine and code; those that this run has itself take the place of theirs, model by model."""
+    other = {**INFERENCE, "family": "teamlora", "experts": 4, "over_base": {**RATIO, "median": 3.0}}
+    exports = [export(team, "PyTorch", 0), export(team, "int4", 3_000_000)]
+    path = write(steps=[STEP], inference=[INFERENCE, other], exports=exports)
+    told = asked(path)
+    assert "| LoRA | - | gate, up, down | 7 | 1.50 | 1.25 (1.00 - 1.50) | 1.00 % |" in told
+    assert "| LoRA | gate, up, down | decode | 1.25 (1.00 - 1.50) |" in told
+    assert "| TeamLoRA, k=4 | gate, up, down | decode | 3.00 (1.00 - 1.50) |" in told
+    assert f"| {team['cell']} | ONNX Runtime, int4 | 3 MB | 7.0 | 0 (the same) | 99.5 % |" in told
+    assert told.count("Timed on Another, 2 cores, with torch 1, code 0123abcd; load before each: 0.5.") == 2
+    ours = {**other, "over_base": {**RATIO, "median": 1.1}}
+    monkeypatch.setattr(command, "_inference", lambda *_: [ours])
+    told = asked(path)
+    assert "| LoRA | gate, up, down | decode | 1.25 (1.00 - 1.50) |" in told
+    assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.10 (1.00 - 1.50) |" in told and "3.00" not in told
+
+
+def test_figures_that_cannot_stand_beside_this_runs_are_refused(team, theirs, write, place):
+    exports = [export(team, "PyTorch", 0), export(team, "int4", 3)]
+    settings = dataclasses.asdict(TINY)
+    for changed, refused in (
+        ({"settings": {**settings, "steps": 3}}, r"was made with steps 3 \(here 2\)"),
+        ({"base_sha256": "0"}, "another base"),
+        ({"scores": [{**theirs, "rank": 4}]}, "has rank 4, alpha .* here it has 8"),
+        ({"scores": [{**theirs, "seed": 2}]}, "is not what its options say"),
+        ({"scores": [{**theirs, "right": {"topic": "01"}}]}, "was asked other questions"),
+        ({"scores": [{**theirs, "right": {**team["right"], "topic": "2?"}}]}, "neither right nor wrong"),
+        ({"scores": [{**theirs, "questions_sha256": "0"}]}, r"-s1 was asked other questions\."),
+        ({"scores": [{**theirs, "rows_sha256": "0"}]}, r"-s1 was trained on other rows\."),
+        ({"questions_sha256": "0", "rows_sha256": "0"}, "made with other questions; other rows to train on"),
+        ({"scores": [{**theirs, "cell": "teamlora-k0-ffn-s1", "experts": 0}]}, "no cell of this grid"),
+        ({"scores": [{**theirs, "cell": "teamlora-k4-mlp-s1", "targets": "mlp"}]}, "no cell of this grid"),
+        ({"scores": [{**theirs, "versions": [1]}]}, "Expected `object`"),
+        ({"scores": []}, "has no scores"),
+        ({"scores": [theirs, theirs]}, "is there twice"),
+        ({"scores": [{"cell": "base"}]}, "missing required field"),
+        ({"steps": [{"row": "lora"}]}, "missing required field"),
+        ({"steps": [{**STEP, "family": "dora"}]}, "Invalid enum value 'dora'"),
+        ({"steps": [STEP, {**STEP, "seconds": [1.0]}]}, "of unlike numbers of turns"),
+        ({"steps": [{**STEP, "seconds": []}]}, "of unlike numbers of turns"),
+        ({"inference": [{**INFERENCE, "ratios": []}]}, "a row of no turn"),
+        ({"inference": [{**INFERENCE, "workload": {}}]}, "missing required field"),
+        ({"exports": exports[1:]}, f"{team['cell']} is exported, and not once scored in PyTorch"),
+        ({"exports": [*exports, exports[0]]}, "not once scored in PyTorch"),
+        ({"exports": [exports[0], {**exports[1], "right": {"topic": "1"}}]}, "int4, was asked other questions"),
+    ):
+        with pytest.raises(ExportError, match=refused):
+            read_others(write(**changed), place)
+
+
+def test_what_is_read_of_their_cells_is_their_answers_and_this_codes_own_come_first(team, theirs, write, place):
+    hashes = {
+        "base_sha256": cells_module.hash_of_base(place.base),
+        "questions_sha256": theirs["questions_sha256"],
+        "rows_sha256": theirs["rows_sha256"],
+    }
+    known = "From figures.json of code 8aab571b: teamlora-k4-ffn-s1."
+    # What tables read is taken from the answers.
+    found = read_others(write(**hashes, scores=[{**theirs, "mean": math.nan, "by_task": {}}]), place)
+    assert (found.scores, found.told) == ([theirs], known)
+    unsaid = {name: value for name, value in theirs.items() if not name.endswith("_sha256")}
+    assert (
+        "not say which questions were asked, which rows were trained on: "
+        in read_others(write(**hashes, scores=[unsaid]), place).told
+    )
+    # Of what this code has found itself, that comes first.
+    turned = {task: right.translate({48: 49, 49: 48}) for task, right in team["right"].items()}
+    found = read_others(write(**hashes, scores=[{**theirs, "cell": team["cell"], "seed": 0, "right": turned}]), place)
+    assert found.scores[0]["right"] == team["right"] and found.scores[0]["code"] == team["code"]
+    assert found.told == "Of figures.json left out, for results of this code: teamlora-k4-ffn-s0."
