@@ -130,6 +130,23 @@ def test_help_and_version_do_not_import_torch():
         assert "| torch" not in re.sub(" +", " ", result.stderr)
 
 
+@pytest.mark.parametrize(("given", "policy"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "active"}, "ACTIVE")])
+def test_threads_wait_asleep_unless_the_user_says_how(given, policy):
+    """As the library that they are of tells when it is loaded."""
+    script = """
+from contextlib import suppress
+from teamlora_export.__main__ import main
+with suppress(SystemExit):
+    main()
+import torch
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    command = [sys.executable, "-c", script, "--version"]
+    asked = {**environment, "OMP_DISPLAY_ENV": "true", **given}
+    ended = subprocess.run(command, env=asked, capture_output=True, text=True, check=True)
+    assert f"OMP_WAIT_POLICY = '{policy}'" in ended.stderr
+
+
 def test_export_validate_and_inspect_tell_their_story(adapter, tmp_path, make_base):
     bundle = tmp_path / "bundle"
     exported = run("onnx", make_base("llama").name, "-a", adapter, "-o", bundle)

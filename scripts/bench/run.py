@@ -15,17 +15,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import traced
 from method.command import run as run_command
+from neighbours import neighbours
 from other_rows import GenaiRow, OptimumRow, genai_graph, genai_int4_graph, genai_lora_graph, optimum_graph
 from rich.console import Console
 
@@ -70,7 +70,7 @@ def main() -> None:
             raise SystemExit(f"--baseline: none of {', '.join(entries)}.")
         rows = [entries[name].make() for name in chosen]
         workloads = [Workload(batch, length, given.count) for batch in given.batch for length in given.lengths]
-        with _neighbour() if given.neighbour else nullcontext():
+        with neighbours(int(given.neighbour)):
             benchmark = measure(
                 rows,
                 given.baseline,
@@ -245,16 +245,6 @@ def _graphs(
 
 def _config(rank: int, experts: int) -> AdapterConfig:
     return AdapterConfig(r=rank, lora_alpha=16.0, lora_nums=experts, target_modules=TARGETS)
-
-
-@contextmanager
-def _neighbour() -> Iterator[None]:
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        yield
-    finally:
-        busy.kill()
-        busy.wait()
 
 
 if __name__ == "__main__":

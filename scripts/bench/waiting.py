@@ -1,0 +1,105 @@
+"""What it costs that PyTorch's threads wait for each other by spinning: `validate` with and without, in turns.
+
+    python scripts/bench/waiting.py                                alone, and beside one and two busy processes
+    python scripts/bench/waiting.py --neighbours 1 --turns 6 --json figures.json
+
+The command has them wait asleep. As they are left to themselves, they spin for 300,000 rounds first, which the same
+command is told here. The model has SmolLM2-135M's sizes and four layers, so that a turn does not take minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from method.command import run
+from neighbours import neighbours
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from teamlora_export.adapter import AdapterConfig, write_adapter
+from teamlora_export.bench.measure import this_machine
+from teamlora_export.cli_output import refuse_foreign_result, write_json
+from teamlora_export.errors import ExportError
+from teamlora_export.export import export_onnx
+from teamlora_export.model.base import open_base
+from teamlora_export.model.initialize import new_adapter
+
+ASLEEP, SPINNING = "asleep", "spinning"
+# As libgomp has it where there are no more threads than processors.
+_ROUNDS = {ASLEEP: {}, SPINNING: {"GOMP_SPINCOUNT": "300000"}}
+_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--neighbours", type=int, nargs="+", default=[0, 1, 2], help="processes that keep a core busy")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if given.turns < 1 or min(given.neighbours) < 0:
+        raise ExportError("--turns: give 1 or more; --neighbours: none or more.")
+    if given.json is not None:
+        refuse_foreign_result(given.json)
+    found: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = _export(Path(folder))
+        for count in given.neighbours:
+            seconds = found[str(count)] = {way: [] for way in _ROUNDS}
+            with neighbours(count):
+                for turn in range(given.turns):
+                    for way in list(_ROUNDS)[:: -1 if turn % 2 else 1]:
+                        seconds[way].append(_validate(bundle, way))
+            print(f"beside {count} busy processes: {told(seconds)}", flush=True)
+    machine = this_machine()
+    of = {"processor": machine.processor, "cores": machine.cores, "versions": machine.versions}
+    write_json({"turns": given.turns, "machine": of, "seconds": found}, given.json)
+
+
+def told(seconds: dict[str, list[float]]) -> str:
+    """Of `validate`: medians of its seconds, and of the ratios turn by turn, with their quartiles."""
+    ratios = [a / b for a, b in zip(seconds[SPINNING], seconds[ASLEEP], strict=True)]
+    low, middle, high = np.percentile(ratios, (25, 50, 75))
+    medians = (f"{statistics.median(seconds[way]):.1f} s {way}" for way in _ROUNDS)
+    return f"{', '.join(medians)}; {middle:.2f} ({low:.2f} - {high:.2f}) times as long"
+
+
+def _export(folder: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=4,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    base = open_base(str(folder / "model"))
+    adapter = AdapterConfig(r=32, lora_alpha=16.0, lora_nums=4, target_modules=_TARGETS)
+    write_adapter(new_adapter(base.signature, adapter, seed=0, spread=0.02), folder / "adapter")
+    return export_onnx(str(folder / "model"), folder / "adapter", folder / "bundle").folder
+
+
+def _validate(bundle: Path, way: str) -> float:
+    """Seconds of the command as a whole."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    command = [sys.executable, "-m", "teamlora_export", "validate", str(bundle)]
+    started = time.perf_counter()
+    ended = subprocess.run(command, env={**kept, **_ROUNDS[way]}, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    if ended.returncode:
+        raise ExportError(f"validate ended with {ended.returncode}: {(ended.stderr or ended.stdout).strip()[-300:]}")
+    return seconds
+
+
+if __name__ == "__main__":
+    run(main)
