@@ -46,7 +46,8 @@ def get_model(name: str) -> Path:
         ExportError: a package that it is made with is not installed, or it cannot be written.
     """
     folder = cache_folder() / "models" / _FOLDERS[name]
-    if not (folder / "config.json").is_file():
+    whole = folder / "config.json"
+    if not whole.is_file():
         with scratch_folder(folder) as staging:
             made = staging / folder.name
             try:
@@ -55,9 +56,14 @@ def get_model(name: str) -> Path:
                 raise ExportError(
                     f"{name}: {first_line(error).rstrip('.')}. Run pip install 'teamlora-export[gguf]'."
                 ) from None
-            if not (folder / "config.json").is_file():
+            if not whole.is_file():
                 shutil.rmtree(folder, ignore_errors=True)
-                os.replace(made, folder)
+                try:
+                    os.replace(made, folder)
+                except OSError:
+                    # Another process may have been faster.
+                    if not whole.is_file():
+                        raise
     return folder
 
 
