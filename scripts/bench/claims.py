@@ -24,7 +24,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from fnmatch import fnmatchcase
@@ -46,8 +46,9 @@ from method.cells import (
 )
 from method.command import run
 from method.figures import require_output, write_figures
-from method.others import Others, read_others
-from method.plan import BASE, EXPERTS, EXPORTED, FAMILIES, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
+from method.notes import notes_of, title_of
+from method.other_run import OtherRun, beside, read_other_run
+from method.plan import BASE, EXPERTS, EXPORTED, FULL, QUICK, TARGETS, Cell, full_grid, quick_grid
 from method.report import tables
 
 from teamlora_export import interrupt
@@ -86,7 +87,7 @@ def main() -> None:
         "questions_sha256": hash_of_questions(place.settings),
         "rows_sha256": hash_of_rows(place),
     }
-    others = read_others(given.pooled, place) if given.pooled is not None else Others()
+    others = read_other_run(given.pooled, place) if given.pooled is not None else OtherRun()
     there = {result["cell"] for result in others.scores}
     own = [cell for cell in cells if cell.name not in there]
     failures = _run_cells(own, place, given.jobs, reporter) if "scores" in given.parts else []
@@ -95,7 +96,7 @@ def main() -> None:
         *(_without(result, "answers") for cell in own if (result := place.find(cell)) is not None),
     ]
     found = {
-        "title": f"{'A quick look at' if given.quick else 'The measure of'} {_families(scores)} of adapters",
+        "title": title_of(scores, given.quick),
         "quick": given.quick,
         "command": shlex.join(["python", "scripts/bench/claims.py", *sys.argv[1:]]),
         "settings": dataclasses.asdict(place.settings),
@@ -106,36 +107,17 @@ def main() -> None:
         "pooled": others.told,
         "missing": [cell.name for cell in own if place.find(cell) is None],
         "scores": scores,
-        "steps": _steps(place, given, reporter) or others.steps,
-        "inference": _beside(others.inference, _inference(cells, place, given, failures, reporter), _OF_INFERENCE),
-        "exports": _beside(others.exports, _exports(cells, place, given, reporter), ("cell",)),
+        "steps": beside(others.steps, _steps(place, given, reporter), ("targets",)),
+        "inference": beside(others.inference, _inference(cells, place, given, failures, reporter), _OF_INFERENCE),
+        "exports": beside(others.exports, _exports(cells, place, given, reporter), ("cell",)),
     }
     found["machine"] = _machine()
-    found["notes"] = _notes(found, place, others.scores)
+    found["notes"] = notes_of(found, place.settings, there)
     if given.output is not None:
         write_figures(found, given.output)
     print(tables(found), end="")
     if failures:
         raise ExportError("; ".join(failures))
-
-
-def _beside(
-    theirs: Sequence[Mapping[str, Any]], ours: Sequence[Mapping[str, Any]], of: Sequence[str]
-) -> list[Mapping[str, Any]]:
-    """Another run's rows and this one's, which take the place of those that are alike in the fields `of`."""
-    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-    for rows in (theirs, ours):
-        by_key: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-        for row in rows:
-            by_key.setdefault(tuple(row[name] for name in of), []).append(row)
-        found.update(by_key)
-    return [row for rows in found.values() for row in rows]
-
-
-def _families(scores: Sequence[Mapping[str, Any]]) -> str:
-    """How many there are in the tables; of timings alone, all."""
-    count = len({result["family"] for result in scores} - {BASE}) or len(FAMILIES)
-    return "one family" if count == 1 else f"{('two', 'three', 'four')[count - 2]} families"
 
 
 def _chosen(grid: Sequence[Cell], asked: Sequence[str]) -> list[Cell]:
@@ -367,58 +349,6 @@ def _machine() -> dict[str, Any]:
     from teamlora_export.bench.measure import this_machine
 
     return dataclasses.asdict(this_machine())
-
-
-def _notes(found: dict[str, Any], place: Place, others: Sequence[Mapping[str, Any]]) -> list[str]:
-    settings, machine = place.settings, found["machine"]
-    notes = [
-        f"Made by `{found['command']}` on {machine['processor']}, {machine['cores']} cores; base {place.base.name}, "
-        f"code {found['code']}.",
-        f"Each training: {settings.steps} steps of {settings.batch} rows, learning rate {settings.learning_rate:g}, "
-        f"base in {settings.dtype}; {settings.train} rows of each of eleven kinds to train on, {settings.test} to be "
-        f"asked, greedily, in {settings.dtype} (beside exports: in fp32); an answer counts when it is right to the "
-        "letter, but for white space around it. The adapter that is asked is that of the lowest held-out loss.",
-    ]
-    if found["quick"]:
-        notes.append("**A quick run: one seed, short trainings, few questions. It shows costs; of scores only hints.**")
-    if found["pooled"]:
-        notes.append(found["pooled"])
-    of_others = {result["cell"] for result in others}
-    own = [result for result in found["scores"] if result["cell"] not in of_others]
-    if older := [f"{result['cell']} ({result['code']})" for result in own if result["code"] != found["code"]]:
-        notes.append(f"From other versions of the code: {', '.join(older)}.")
-    if unsaid := [result["cell"] for result in own if "questions_sha256" not in result]:
-        notes.append(f"Which questions were asked, and which rows trained on, is not known of {', '.join(unsaid)}.")
-    versions = {", ".join(map(" ".join, r["versions"].items())) for r in found["scores"] if "versions" in r}
-    if len(versions) > 1:
-        notes.append(f"Trained with unlike versions: {'; '.join(sorted(versions))}.")
-    if len(by_processor := _by_processor(found["scores"])) > 1:
-        told = "; ".join(f"{name}: {_by_group(cells)}" for name, cells in sorted(by_processor.items()))
-        notes.append(f"Trained on unlike processors, which round sums in 16 bits differently. {told}.")
-    if found["missing"]:
-        notes.append(f"Not run yet: {_by_group(found['missing'])}.")
-    return notes
-
-
-def _by_processor(scores: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """The cells that were trained on each; of older results it is not known."""
-    found: dict[str, list[str]] = {}
-    for result in scores:
-        if result["family"] != BASE:
-            found.setdefault(result.get("processor", "not known"), []).append(result["cell"])
-    return found
-
-
-def _by_group(names: Sequence[str]) -> str:
-    """Cells of a group together: `lora-ffn-s1, lora-ffn-s2` are `lora-ffn (seeds 1, 2)`."""
-    seeds: dict[str, list[str]] = {}
-    for name in names:
-        group, _, seed = (name, "", "") if name == BASE else name.rpartition("-s")
-        seeds.setdefault(group, []).append(seed)
-    return ", ".join(
-        group if group == BASE else f"{group} (seed{'s' if len(of) > 1 else ''} {', '.join(of)})"
-        for group, of in seeds.items()
-    )
 
 
 def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:

@@ -37,7 +37,7 @@ sys.path.append(str(ROOT / "scripts"))
 from get_model import get_model  # noqa: E402
 from others import OTHERS, make_environment  # noqa: E402
 
-COMMAND = (sys.executable, "-m", "teamlora_export.cli")
+COMMAND = (sys.executable, "-m", "teamlora_export")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16"}
 SHAPES = {
@@ -100,7 +100,7 @@ def bench_smollm2(_what: str, folder: Path, repeats: int) -> None:
     ours = [
         sys.executable,
         "-m",
-        "teamlora_export.cli",
+        "teamlora_export",
         "onnx",
         str(model),
         "-a",

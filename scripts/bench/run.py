@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import traced
 from method.command import run as run_command
 from neighbours import neighbours
 from other_rows import GenaiRow, OptimumRow, genai_graph, genai_int4_graph, genai_lora_graph, optimum_graph
 from rich.console import Console
+from traced import Layer, MoeLora, PlainLora, TeamLora, random_projections, traced_graph
 
 from teamlora_export.adapter import AdapterConfig, read_adapter, write_adapter
 from teamlora_export.adapter.spec import ExpertProjection
@@ -171,17 +171,17 @@ def _entries(folder: Path, stack: ExitStack, ranks: list[int], threads: int) -> 
 def _traced_entries(base: BaseModel, ours: Graphs, rank: int, threads: int) -> dict[str, Entry]:
     """The published layers, traced as they are; and the base, traced in the same way."""
     without = ours.bypassed_work
-    experts = traced.random_projections(base, _config(rank, EXPERTS))
-    plain = traced.random_projections(base, _config(rank, 1))
+    experts = random_projections(base, _config(rank, EXPERTS))
+    plain = random_projections(base, _config(rank, 1))
     kinds = (
         ("base, traced as it is", "traced-base", {}, None, without),
-        (f"TeamLoRA r={rank}, traced as it is", f"traced-teamlora{rank}", experts, traced.TeamLora, ours.adapted_work),
-        (f"MoELoRA r={rank}, traced as it is", f"traced-moelora{rank}", experts, traced.MoeLora, ours.adapted_work),
-        (f"LoRA r={rank}, traced as it is", f"traced-lora{rank}", plain, traced.PlainLora, _with_lora(without, plain)),
+        (f"TeamLoRA r={rank}, traced as it is", f"traced-teamlora{rank}", experts, TeamLora, ours.adapted_work),
+        (f"MoELoRA r={rank}, traced as it is", f"traced-moelora{rank}", experts, MoeLora, ours.adapted_work),
+        (f"LoRA r={rank}, traced as it is", f"traced-lora{rank}", plain, PlainLora, _with_lora(without, plain)),
     )
 
-    def make(name: str, kept: str, projections: Mapping[str, ExpertProjection], layer: traced.Layer | None) -> Row:
-        folder = traced.traced_graph(kept, base, projections, layer)
+    def make(name: str, kept: str, projections: Mapping[str, ExpertProjection], layer: Layer | None) -> Row:
+        folder = traced_graph(kept, base, projections, layer)
         # What the runner knows of the model's tokens.
         shutil.copyfile(ours.adapted / MANIFEST_NAME, folder / MANIFEST_NAME)
         return GraphRow(name, folder, None, threads)
@@ -204,7 +204,7 @@ def _other_entries(
         return GenaiRow(name, genai_lora_graph(folder, rank, plain, precision), threads)
 
     for rank in ranks:
-        plain = traced.random_projections(base, _config(rank, 1))
+        plain = random_projections(base, _config(rank, 1))
         for name, precision, work in (
             (f"genai, LoRA r={rank}", "fp32", without),
             (f"genai int4, LoRA r={rank}", "int4", without_int4),

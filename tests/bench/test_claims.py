@@ -96,11 +96,6 @@ def test_a_base_is_one_of_two_by_name_or_a_folder(monkeypatch):
     assert command._base("./smollm2-phi3") == Path("smollm2-phi3") and command._base("minilm") == Path("minilm")
 
 
-def test_cells_that_are_missing_are_told_by_group():
-    names = ["base", "teamlora-k4-ffn-half-s0", "lora-ffn-s1", "lora-ffn-s2"]
-    assert command._by_group(names) == "base, teamlora-k4-ffn-half (seed 0), lora-ffn (seeds 1, 2)"
-
-
 @pytest.mark.parametrize(("option", "part"), [("--test", "code: its test"), ("--validation", "topic: its validation")])
 def test_more_questions_or_rows_than_there_are_are_refused_before_a_cell_runs(
     option, part, base, tmp_path, monkeypatch

@@ -8,6 +8,7 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from teamlora_export.adapter import read_adapter
@@ -238,9 +239,10 @@ def test_what_large_pages_are_worth_is_that_of_the_figures():
     assert f"A step then takes {ratio(one, 'decode', 0, LARGE)} of its time" in text
     assert f"a prefill of 64 tokens {ratio(one, 'prefill', 0, LARGE)}" in text
     in_order = ", ".join(ratio(four, "decode", model, LARGE)[:4] for model in range(4))
-    assert f"a step of them, in their order, {in_order}" in text
-    again = [ratio(of, "decode", model)[:4] for of, models in ((one, 1), (four, 4)) for model in range(models)]
-    assert f"once more before, {min(again)} to {max(again)}" in text
+    assert f"a step of them took, in their order, {in_order}" in text
+    for quantity, told in (("decode", "a step took, once more before,"), ("prefill", "a prefill")):
+        again = [ratio(of, quantity, model)[:4] for of, models in ((one, 1), (four, 4)) for model in range(models)]
+        assert f"{told} {min(again)} to {max(again)}" in text
 
 
 def ratios_of(path: Path) -> dict[tuple[str, str], str]:
@@ -251,6 +253,13 @@ def ratios_of(path: Path) -> dict[tuple[str, str], str]:
         (figure["row"], figure["quantity"]): "{median:.2f} ({low:.2f} - {high:.2f})".format(**figure["ratio"])
         for figure in found["figures"]
     }
+
+
+def over(path: Path, row: str, other: str, quantity: str) -> str:
+    """A row's time over another's, turn by turn: median and quartiles."""
+    seconds = {figure["row"]: figure["seconds"] for figure in read(path)["figures"] if figure["quantity"] == quantity}
+    low, median, high = np.percentile(np.divide(seconds[row], seconds[other]), (25, 50, 75))
+    return f"{median:.2f} ({low:.2f} - {high:.2f})"
 
 
 def test_the_table_of_speeds_is_that_of_the_figures():
@@ -266,7 +275,14 @@ def test_the_table_of_speeds_is_that_of_the_figures():
     lines = [f"| {name} | {ratios[row, 'decode']} | {ratios[row, 'prefill']} |" for row, name in rows.items()]
     assert "\n".join(lines) in README
     decode, prefill = (ratios["the baseline again", quantity] for quantity in ("decode", "prefill"))
-    assert f"The baseline over itself was {decode} and {prefill}." in words_of(ROOT / "README.md")
+    text = words_of(ROOT / "README.md")
+    assert f"The baseline over itself was {decode} and {prefill}, all rows" in text
+    added = over(BENCH / "speed.json", "genai, LoRA r=8", "genai, un-adapted", "decode")
+    assert f"adds {added[2:4]} % to one of onnxruntime-genai's ({added} in turns)" in text
+    ours = [
+        over(BENCH / "speed.json", "TeamLoRA r=8, native op", "genai, LoRA r=8", of) for of in ("decode", "prefill")
+    ]
+    assert ours[0].startswith("1.0") and f"ours {ours[1][:4]} of the time at prefill" in text
 
 
 def test_the_headlines_figures_are_those_of_its_file():

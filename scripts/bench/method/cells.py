@@ -36,7 +36,7 @@ from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
 from teamlora_export.staging import write_aside
 
-RESULT_NAME = "result.json"
+RESULT_NAME, _PROCESSORS_NAME = "result.json", "processors.txt"
 _BASE_FILES = ("*.json", "*.safetensors", "*.bin", "*.gguf", "*.model", "merges.txt", "vocab.txt")
 _WEIGHTS = (".safetensors", ".bin", ".gguf")
 _BENCH = Path(__file__).parents[1]
@@ -143,7 +143,7 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any] | None:
             **dataclasses.asdict(cell),
             "settings": dataclasses.asdict(place.settings),
             "code": code_version(),
-            "processor": processor(),
+            "processor": _processors(folder),
             **known_by(cell, place),
             **_run(cell, place, folder),
         }
@@ -151,6 +151,16 @@ def run_cell(cell: Cell, place: Place) -> dict[str, Any] | None:
         if not cell.keeps_adapter:
             shutil.rmtree(folder / "adapter", ignore_errors=True)
         return result
+
+
+def _processors(folder: Path) -> str:
+    """That which works at the cell now, after those that did before: a cache may move to another machine."""
+    path, now = folder / _PROCESSORS_NAME, processor()
+    known = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    if now not in known:
+        known.append(now)
+        write_aside(path, "\n".join(known) + "\n", result=False)
+    return ", then ".join(known)
 
 
 def _run(cell: Cell, place: Place, folder: Path) -> dict[str, Any]:

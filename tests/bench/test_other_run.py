@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench"
@@ -17,7 +18,8 @@ sys.path.append(str(Path(__file__).parent))
 sys.path.append(str(BENCH))
 import claims as command  # noqa: E402
 from method import cells as cells_module  # noqa: E402
-from method.others import read_others  # noqa: E402
+from method.other_run import beside, read_other_run  # noqa: E402
+from method.rows import Figures, fields_of  # noqa: E402
 from tiny_cells import FEW, TINY  # noqa: E402
 
 from teamlora_export.errors import ExportError  # noqa: E402
@@ -38,6 +40,7 @@ STEP = {
     "machine": MACHINE,
     "code": "0123abcd",
 }
+SHORT = {"batch": 1, "length": 64, "count": 8}
 INFERENCE = {
     "row": "our export",
     "family": "lora",
@@ -79,7 +82,7 @@ def asked(place, monkeypatch, capsys) -> Callable[[Path], str]:
     def asked(path: Path) -> str:
         words = ("--quick", "--base", place.base, "--cache", place.folder, "--cells", "teamlora-k4-ffn", *FEW)
         monkeypatch.setattr(sys, "argv", ["claims.py", *map(str, words), "--with", str(path)])
-        monkeypatch.setattr(command, "run_cell", lambda *_: pytest.fail("trained"))
+        monkeypatch.setattr(command, "_alone", lambda *_: pytest.fail("a cell was given to a process"))
         command.main()
         return capsys.readouterr().out
 
@@ -87,7 +90,7 @@ def asked(place, monkeypatch, capsys) -> Callable[[Path], str]:
 
 
 def export(team: dict[str, Any], form: str, size: int) -> dict[str, Any]:
-    return {"cell": team["cell"], "form": form, "mean": 7.0, "bytes": size, "same": 99.5, "right": team["right"]}
+    return {"cell": team["cell"], "form": form, "mean": math.nan, "bytes": size, "same": 99.5, "right": team["right"]}
 
 
 def test_their_cells_count_where_all_but_the_seed_is_the_same(write, asked):
@@ -103,20 +106,22 @@ def test_their_cells_count_where_all_but_the_seed_is_the_same(write, asked):
 
 def test_their_timings_and_exports_come_along(team, write, asked, place, monkeypatch):
     """With their machine and code; those that this run has itself take the place of theirs, model by model."""
-    other = {**INFERENCE, "family": "teamlora", "experts": 4, "over_base": {**RATIO, "median": 3.0}}
+    other = {**INFERENCE, "family": "teamlora", "experts": 4, "over_base": {**RATIO, "median": 1.4}}
     exports = [export(team, "PyTorch", 0), export(team, "int4", 3_000_000)]
     path = write(steps=[STEP], inference=[INFERENCE, other], exports=exports)
     told = asked(path)
     assert "| LoRA | - | gate, up, down | 7 | 1.50 | 1.25 (1.00 - 1.50) | 1.00 % |" in told
     assert "| LoRA | gate, up, down | decode | 1.25 (1.00 - 1.50) |" in told
-    assert "| TeamLoRA, k=4 | gate, up, down | decode | 3.00 (1.00 - 1.50) |" in told
-    assert f"| {team['cell']} | ONNX Runtime, int4 | 3 MB | 7.0 | 0 (the same) | 99.5 % |" in told
+    assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.40 (1.00 - 1.50) |" in told
+    assert f"| {team['cell']} | ONNX Runtime, int4 | 3 MB | {team['mean']:.1f} | 0 (the same) | 99.5 % |" in told
     assert told.count("Timed on Another, 2 cores, with torch 1, code 0123abcd; load before each: 0.5.") == 2
     ours = {**other, "over_base": {**RATIO, "median": 1.1}}
     monkeypatch.setattr(command, "_inference", lambda *_: [ours])
+    monkeypatch.setattr(command, "_exports", lambda *_: [{**exports[0], "by_task": {}, "mean": 8.0, "bytes": 0}])
     told = asked(path)
+    assert "int4" not in told and f"| {team['cell']} | PyTorch, fp32 | - | 8.0 |" in told
     assert "| LoRA | gate, up, down | decode | 1.25 (1.00 - 1.50) |" in told
-    assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.10 (1.00 - 1.50) |" in told and "3.00" not in told
+    assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.10 (1.00 - 1.50) |" in told and "1.40" not in told
 
 
 def test_figures_that_cannot_stand_beside_this_runs_are_refused(team, theirs, write, place):
@@ -128,28 +133,66 @@ def test_figures_that_cannot_stand_beside_this_runs_are_refused(team, theirs, wr
         ({"scores": [{**theirs, "rank": 4}]}, "has rank 4, alpha .* here it has 8"),
         ({"scores": [{**theirs, "seed": 2}]}, "is not what its options say"),
         ({"scores": [{**theirs, "right": {"topic": "01"}}]}, "was asked other questions"),
-        ({"scores": [{**theirs, "right": {**team["right"], "topic": "2?"}}]}, "neither right nor wrong"),
+        ({"scores": [{**theirs, "right": {**team["right"], "topic": "2?"}}]}, "Expected `str` matching regex"),
         ({"scores": [{**theirs, "questions_sha256": "0"}]}, r"-s1 was asked other questions\."),
         ({"scores": [{**theirs, "rows_sha256": "0"}]}, r"-s1 was trained on other rows\."),
         ({"questions_sha256": "0", "rows_sha256": "0"}, "made with other questions; other rows to train on"),
         ({"scores": [{**theirs, "cell": "teamlora-k0-ffn-s1", "experts": 0}]}, "no cell of this grid"),
         ({"scores": [{**theirs, "cell": "teamlora-k4-mlp-s1", "targets": "mlp"}]}, "no cell of this grid"),
         ({"scores": [{**theirs, "versions": [1]}]}, "Expected `object`"),
-        ({"scores": []}, "has no scores"),
+        ({"scores": []}, "has neither scores nor timings"),
         ({"scores": [theirs, theirs]}, "is there twice"),
         ({"scores": [{"cell": "base"}]}, "missing required field"),
         ({"steps": [{"row": "lora"}]}, "missing required field"),
         ({"steps": [{**STEP, "family": "dora"}]}, "Invalid enum value 'dora'"),
-        ({"steps": [STEP, {**STEP, "seconds": [1.0]}]}, "of unlike numbers of turns"),
-        ({"steps": [{**STEP, "seconds": []}]}, "of unlike numbers of turns"),
-        ({"inference": [{**INFERENCE, "ratios": []}]}, "a row of no turn"),
+        ({"steps": [STEP, {**STEP, "implementation": "packed", "seconds": [1.0]}]}, "of unlike numbers of turns"),
+        ({"steps": [STEP, STEP]}, "lora, 1, ffn, published is there twice"),
+        ({"steps": [{**STEP, "seconds": []}]}, "Expected times above 0, and at least one"),
+        ({"steps": [{**STEP, "seconds": [1.0, 0.0]}]}, "Expected times above 0"),
+        ({"steps": [{**STEP, "over_lora": {**RATIO, "low": 2.0}}]}, "Expected a median between its quartiles"),
+        ({"steps": [{**STEP, "row": "$\\frac$"}]}, "Expected `str` matching regex"),
+        ({"steps": [{**STEP, "machine": None}]}, "Expected `object`, got `null`"),
+        ({"steps": [{**STEP, "machine": {"processor": "Another"}}]}, "missing required field"),
+        ({"inference": [{**INFERENCE, "ratios": [math.nan]}]}, "Expected times above 0"),
         ({"inference": [{**INFERENCE, "workload": {}}]}, "missing required field"),
+        (
+            {"inference": [INFERENCE, {**INFERENCE, "quantity": "prefill", "workload": SHORT}]},
+            "unlike numbers of tokens",
+        ),
+        ({"inference": [INFERENCE, INFERENCE]}, "lora, 1, ffn, our export, decode is there twice"),
         ({"exports": exports[1:]}, f"{team['cell']} is exported, and not once scored in PyTorch"),
         ({"exports": [*exports, exports[0]]}, "not once scored in PyTorch"),
+        ({"exports": [*exports, exports[1]]}, "-s0, int4 is there twice"),
+        ({"exports": [exports[0], {**exports[1], "code": 7}]}, "Expected `str"),
+        ({"scores": [{**theirs, "processor": ["One"]}]}, "Expected `str"),
         ({"exports": [exports[0], {**exports[1], "right": {"topic": "1"}}]}, "int4, was asked other questions"),
     ):
         with pytest.raises(ExportError, match=refused):
-            read_others(write(**changed), place)
+            read_other_run(write(**changed), place)
+
+
+def test_rows_of_committed_figures_are_read_as_they_are():
+    found = 0
+    for path in BENCH.glob("claims*/figures.json"):
+        fields = json.loads(path.read_text())
+        figures = msgspec.convert(fields, Figures)
+        for part in ("steps", "inference", "exports"):
+            assert fields_of(getattr(figures, part)) == fields[part], f"{part} of {path}"
+            found += len(fields[part])
+    assert found > 100
+
+
+def test_timings_alone_are_another_runs_as_well(write, asked):
+    told = asked(write(scores=[], steps=[STEP]))
+    assert "From figures.json of code 8aab571b, which does not say of which weights its base was: steps, where" in told
+    assert "| LoRA | - | gate, up, down | 7 | 1.50 | 1.25 (1.00 - 1.50) | 1.00 % |" in told
+
+
+def test_rows_of_this_run_take_the_place_of_those_that_are_alike():
+    theirs = [{"targets": "ffn", "of": 1}, {"targets": "all", "of": 1}, {"targets": "all", "of": 2}]
+    ours = [{"targets": "all", "of": 3}]
+    assert beside(theirs, ours, ["targets"]) == [theirs[0], *ours]
+    assert beside((), ours, ["targets"]) == ours and beside(theirs, (), ["targets"]) == theirs
 
 
 def test_what_is_read_of_their_cells_is_their_answers_and_this_codes_own_come_first(team, theirs, write, place):
@@ -160,15 +203,17 @@ def test_what_is_read_of_their_cells_is_their_answers_and_this_codes_own_come_fi
     }
     known = "From figures.json of code 8aab571b: teamlora-k4-ffn-s1."
     # What tables read is taken from the answers.
-    found = read_others(write(**hashes, scores=[{**theirs, "mean": math.nan, "by_task": {}}]), place)
+    found = read_other_run(write(**hashes, scores=[{**theirs, "mean": math.nan, "by_task": {}}]), place)
     assert (found.scores, found.told) == ([theirs], known)
     unsaid = {name: value for name, value in theirs.items() if not name.endswith("_sha256")}
     assert (
         "not say which questions were asked, which rows were trained on: "
-        in read_others(write(**hashes, scores=[unsaid]), place).told
+        in read_other_run(write(**hashes, scores=[unsaid]), place).told
     )
     # Of what this code has found itself, that comes first.
     turned = {task: right.translate({48: 49, 49: 48}) for task, right in team["right"].items()}
-    found = read_others(write(**hashes, scores=[{**theirs, "cell": team["cell"], "seed": 0, "right": turned}]), place)
+    found = read_other_run(
+        write(**hashes, scores=[{**theirs, "cell": team["cell"], "seed": 0, "right": turned}]), place
+    )
     assert found.scores[0]["right"] == team["right"] and found.scores[0]["code"] == team["code"]
     assert found.told == "Of figures.json left out, for results of this code: teamlora-k4-ffn-s0."

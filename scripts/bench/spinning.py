@@ -1,15 +1,17 @@
 """What it costs that PyTorch's threads wait for each other by spinning: `validate` with and without, in turns.
 
-    python scripts/bench/waiting.py                                alone, and beside one and two busy processes
-    python scripts/bench/waiting.py --neighbours 1 --turns 6 --json figures.json
+    python scripts/bench/spinning.py                               alone, and beside one and two busy processes
+    python scripts/bench/spinning.py --neighbours 1 --turns 6 --json figures.json
 
-The command has them wait asleep. As they are left to themselves, they spin for 300,000 rounds first, which the same
-command is told here. The model has SmolLM2-135M's sizes and four layers, so that a turn does not take minutes.
+The command has them wait asleep. Left to themselves (libgomp's, which PyTorch has on Linux) they spin for 300,000
+rounds first, which the same command is told here. The model has SmolLM2-135M's sizes and four layers, so that a turn
+does not take minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import subprocess
@@ -35,6 +37,7 @@ from teamlora_export.model.initialize import new_adapter
 ASLEEP, SPINNING = "asleep", "spinning"
 # As libgomp has it where there are no more threads than processors.
 _ROUNDS = {ASLEEP: {}, SPINNING: {"GOMP_SPINCOUNT": "300000"}}
+_READ = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -46,21 +49,22 @@ def main() -> None:
     given = parser.parse_args()
     if given.turns < 1 or min(given.neighbours) < 0:
         raise ExportError("--turns: give 1 or more; --neighbours: none or more.")
+    if "libgomp" not in Path("/proc/self/maps").read_text():
+        raise ExportError("PyTorch's threads are not libgomp's here, and it is not known how they wait.")
     if given.json is not None:
         refuse_foreign_result(given.json)
+    machine = this_machine()
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         bundle = _export(Path(folder))
-        for count in given.neighbours:
+        for count in dict.fromkeys(given.neighbours):
             seconds = found[str(count)] = {way: [] for way in _ROUNDS}
             with neighbours(count):
                 for turn in range(given.turns):
                     for way in list(_ROUNDS)[:: -1 if turn % 2 else 1]:
                         seconds[way].append(_validate(bundle, way))
             print(f"beside {count} busy processes: {told(seconds)}", flush=True)
-    machine = this_machine()
-    of = {"processor": machine.processor, "cores": machine.cores, "versions": machine.versions}
-    write_json({"turns": given.turns, "machine": of, "seconds": found}, given.json)
+    write_json({"turns": given.turns, "machine": dataclasses.asdict(machine), "seconds": found}, given.json)
 
 
 def told(seconds: dict[str, list[float]]) -> str:
@@ -91,7 +95,7 @@ def _export(folder: Path) -> Path:
 
 def _validate(bundle: Path, way: str) -> float:
     """Seconds of the command as a whole."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    kept = {name: value for name, value in os.environ.items() if name not in _READ}
     command = [sys.executable, "-m", "teamlora_export", "validate", str(bundle)]
     started = time.perf_counter()
     ended = subprocess.run(command, env={**kept, **_ROUNDS[way]}, capture_output=True, text=True)
