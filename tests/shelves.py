@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from teamlora_export.bundle import read_bundle
 from teamlora_export.model.base import BaseModel
 
 _PREFIX = "base_model.model."
@@ -75,6 +76,11 @@ def write_shelf(folder: Path, base: BaseModel) -> dict[str, Path]:
         name: write_family(folder / name, base, family, targets, r, k, seed)
         for seed, (name, (family, targets, r, k)) in enumerate(SHELF.items())
     }
+
+
+def names(folder: Path) -> list[str]:
+    """Of the adapters on the shelf of a bundle."""
+    return list(read_bundle(folder).manifest.shelf["adapters"])
 
 
 # Requests of the tiny model, of more adapters than the three slots that there are.

@@ -16,13 +16,14 @@ from conftest import lose_device
 from shelves import COUNT, PROMPTS
 
 sys.path.append(str(Path(__file__).parent))
+from scheduled_texts import tokens
 from shelf_rows import open_rows
 from waiting import SECONDS, wait_until
 
 from teamlora_export.bundle import read_bundle
 from teamlora_export.deploy import adapter_slots
 from teamlora_export.deploy.adapter_slots import Adapters, Shelved
-from teamlora_export.deploy.answers import Answer, Failed, Late
+from teamlora_export.deploy.answers import Failed, Late
 from teamlora_export.deploy.device_tensor import DeviceTensor, DeviceTensors
 from teamlora_export.deploy.failure import ModelError
 from teamlora_export.deploy.python import deploy_python
@@ -63,10 +64,6 @@ def slow_files(monkeypatch) -> Callable[..., SlowFiles]:
         return files
 
     return make
-
-
-def tokens(answer: Answer) -> list[int]:
-    return [token.id for token in answer]
 
 
 def turns_until(scheduler: Scheduler, condition: Callable[[], object]) -> None:

@@ -22,12 +22,7 @@ from teamlora_export.errors import ExportError
 from teamlora_export.export import export_onnx
 from teamlora_export.shelf import add_adapter, remove_adapter, replace_adapter
 
-
-@pytest.fixture
-def bundle(make_shelf, tmp_path) -> Bundle:
-    """One of its own."""
-    shutil.copytree(make_shelf().folder, tmp_path / "bundle")
-    return read_bundle(tmp_path / "bundle")
+pytest_plugins = ["shelf_fixtures"]
 
 
 @pytest.fixture
