@@ -231,6 +231,29 @@ def test_the_transcript_of_a_training_is_of_the_figures_that_are_kept():
         assert f"\n{line}" in transcript
 
 
+def test_what_is_said_of_inference_in_words_is_that_of_the_figures():
+    found = read(BENCH / "claims" / "figures.json")["inference"]
+    rows = [row for row in found if row["quantity"] == "decode"]
+
+    def medians(way: str, targets: str, *without: str) -> list[str]:
+        of = [row for row in rows if (row["row"], row["targets"]) == (way, targets) and row["family"] not in without]
+        sizes = sorted(row["over_base"]["median"] for row in of)
+        return [f"{sizes[0]:.2f}", f"{sizes[-1]:.2f}"]
+
+    native, traced = "our export, native op", "published, traced as it is"
+    single = [ratio for row in rows if row["row"] == native for ratio in row["ratios"]]
+    text = words_of(ROOT / "README.md")
+    on = {targets: " to ".join(medians(native, targets)) for targets in ("ffn", "all")}
+    assert f"takes {on['ffn']} of the base's on the feed-forward layers and {on['all']} on all projections" in text
+    assert f"single ones lie between {min(single):.2f} and {max(single):.2f})" in text
+    experts = " and ".join(" to ".join(medians(traced, targets, "lora")) for targets in ("ffn", "all"))
+    families = [family for family in FAMILIES if family != "lora"]
+    lora = " and ".join(medians(traced, targets, *families)[0] for targets in ("ffn", "all"))
+    assert f"The published layers of experts, traced as they are, take {experts}, and LoRA {lora} (" in text
+    prefills = [row["seconds"] for row in found if row["quantity"] == "prefill"]
+    assert f"took up to {max(max(of) / min(of) for of in prefills):.1f} times another's" in text
+
+
 def test_what_large_pages_are_worth_is_that_of_the_figures():
     processes = read(BENCH / "large_pages.json")["processes"]
     one, four = processes["1"], processes["4"]
