@@ -19,13 +19,12 @@ sys.path.append(str(BENCH))
 import claims as command  # noqa: E402
 from method import cells as cells_module  # noqa: E402
 from method.other_run import beside, read_other_run  # noqa: E402
-from method.rows import Figures, fields_of  # noqa: E402
+from method.rows import Figures, fields_of_exports, fields_of_inference, fields_of_steps  # noqa: E402
 from tiny_cells import FEW, TINY  # noqa: E402
 
 from teamlora_export.errors import ExportError  # noqa: E402
 
 pytest_plugins = ["claim_fixtures"]
-RATIO = {"median": 1.25, "low": 1.0, "high": 1.5}
 MACHINE = {"processor": "Another", "cores": 2, "load": 0.5, "versions": {"torch": "1"}}
 STEP = {
     "row": "lora",
@@ -35,11 +34,12 @@ STEP = {
     "targets": "ffn",
     "parameters": 7,
     "seconds": [1.0, 2.0],
-    "over_lora": RATIO,
     "moved": 0.01,
     "machine": MACHINE,
     "code": "0123abcd",
 }
+TEAM_STEP = {**STEP, "row": "teamlora k=4, packed", "family": "teamlora", "experts": 4, "implementation": "packed"}
+TEAM_STEP["seconds"] = [1.5, 2.0]
 SHORT = {"batch": 1, "length": 64, "count": 8}
 INFERENCE = {
     "row": "our export",
@@ -50,7 +50,6 @@ INFERENCE = {
     "workload": {"batch": 1, "length": 64, "count": 24},
     "seconds": [1.0],
     "ratios": [1.25],
-    "over_base": RATIO,
     "machine": MACHINE,
     "code": "0123abcd",
 }
@@ -106,21 +105,23 @@ def test_their_cells_count_where_all_but_the_seed_is_the_same(write, asked):
 
 def test_their_timings_and_exports_come_along(team, write, asked, place, monkeypatch):
     """With their machine and code; those that this run has itself take the place of theirs, model by model."""
-    other = {**INFERENCE, "family": "teamlora", "experts": 4, "over_base": {**RATIO, "median": 1.4}}
+    other = {**INFERENCE, "family": "teamlora", "experts": 4, "ratios": [1.4], "workload": SHORT}
     exports = [export(team, "PyTorch", 0), export(team, "int4", 3_000_000)]
-    path = write(steps=[STEP], inference=[INFERENCE, other], exports=exports)
+    path = write(steps=[STEP, TEAM_STEP], inference=[INFERENCE, other], exports=exports)
     told = asked(path)
-    assert "| LoRA | - | gate, up, down | 7 | 1.50 | 1.25 (1.00 - 1.50) | 1.00 % |" in told
-    assert "| LoRA | gate, up, down | decode | 1.25 (1.00 - 1.50) |" in told
-    assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.40 (1.00 - 1.50) |" in told
+    assert "| LoRA | - | gate, up, down | 7 | 1.50 | 1.00 (1.00 - 1.00) | 1.00 % |" in told
+    assert "| TeamLoRA, k=4 | packed | gate, up, down | 7 | 1.75 | 1.25 (1.12 - 1.38) | 1.00 % |" in told
+    assert "| LoRA | gate, up, down | decode | 1.25 (1.25 - 1.25) |" in told
+    assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.40 (1.40 - 1.40) |" in told
+    assert "(1 x 64 tokens, 24 more or 1 x 64 tokens, 8 more)" in told
     assert f"| {team['cell']} | ONNX Runtime, int4 | 3 MB | {team['mean']:.1f} | 0 (the same) | 99.5 % |" in told
     assert told.count("Timed on Another, 2 cores, with torch 1, code 0123abcd; load before each: 0.5.") == 2
-    ours = {**other, "over_base": {**RATIO, "median": 1.1}}
+    ours = {**other, "over_base": {"median": 1.1, "low": 1.0, "high": 1.5}}
     monkeypatch.setattr(command, "_inference", lambda *_: [ours])
     monkeypatch.setattr(command, "_exports", lambda *_: [{**exports[0], "by_task": {}, "mean": 8.0, "bytes": 0}])
     told = asked(path)
     assert "int4" not in told and f"| {team['cell']} | PyTorch, fp32 | - | 8.0 |" in told
-    assert "| LoRA | gate, up, down | decode | 1.25 (1.00 - 1.50) |" in told
+    assert "| LoRA | gate, up, down | decode | 1.25 (1.25 - 1.25) |" in told
     assert "| TeamLoRA, k=4 | gate, up, down | decode | 1.10 (1.00 - 1.50) |" in told and "1.40" not in told
 
 
@@ -145,26 +146,32 @@ def test_figures_that_cannot_stand_beside_this_runs_are_refused(team, theirs, wr
         ({"scores": [{"cell": "base"}]}, "missing required field"),
         ({"steps": [{"row": "lora"}]}, "missing required field"),
         ({"steps": [{**STEP, "family": "dora"}]}, "Invalid enum value 'dora'"),
-        ({"steps": [STEP, {**STEP, "implementation": "packed", "seconds": [1.0]}]}, "of unlike numbers of turns"),
+        ({"steps": [STEP, {**TEAM_STEP, "seconds": [1.0]}]}, "or of another number of turns"),
+        ({"steps": [TEAM_STEP]}, "LoRA's steps on the same targets are not there"),
+        ({"steps": [STEP, {**TEAM_STEP, "experts": 3}]}, "has 3 experts, as no cell of this grid"),
         ({"steps": [STEP, STEP]}, "lora, 1, ffn, published is there twice"),
-        ({"steps": [{**STEP, "seconds": []}]}, "Expected times above 0, and at least one"),
-        ({"steps": [{**STEP, "seconds": [1.0, 0.0]}]}, "Expected times above 0"),
-        ({"steps": [{**STEP, "over_lora": {**RATIO, "low": 2.0}}]}, "Expected a median between its quartiles"),
+        ({"steps": [{**STEP, "seconds": []}]}, "Expected `array` of length >= 1"),
+        ({"steps": [{**STEP, "seconds": [1.0, 0.0]}]}, "Expected `float` >= 1e-09"),
         ({"steps": [{**STEP, "row": "$\\frac$"}]}, "Expected `str` matching regex"),
+        ({"steps": [{**STEP, "code": "0123abcd\n"}]}, "Expected `str` matching regex"),
         ({"steps": [{**STEP, "machine": None}]}, "Expected `object`, got `null`"),
         ({"steps": [{**STEP, "machine": {"processor": "Another"}}]}, "missing required field"),
-        ({"inference": [{**INFERENCE, "ratios": [math.nan]}]}, "Expected times above 0"),
+        ({"inference": [{**INFERENCE, "ratios": [math.nan]}]}, "Expected `float` >= 1e-09"),
+        ({"inference": [{**INFERENCE, "ratios": [1e300]}]}, "Expected `float` <= 1000000000"),
+        ({"inference": [{**INFERENCE, "openings": 2}]}, "has 1 ratios of 2 openings"),
         ({"inference": [{**INFERENCE, "workload": {}}]}, "missing required field"),
-        (
-            {"inference": [INFERENCE, {**INFERENCE, "quantity": "prefill", "workload": SHORT}]},
-            "unlike numbers of tokens",
-        ),
+        ({"inference": [{**INFERENCE, "experts": 4}]}, "our export: has 4 experts"),
         ({"inference": [INFERENCE, INFERENCE]}, "lora, 1, ffn, our export, decode is there twice"),
+        ({"exports": [{**exports[0], "cell": "lora-ffn-s0"}]}, "lora-ffn-s0 is not what is exported"),
+        ({"exports": [{**exports[0], "bytes": 10**400}]}, "Expected `int` <= "),
         ({"exports": exports[1:]}, f"{team['cell']} is exported, and not once scored in PyTorch"),
         ({"exports": [*exports, exports[0]]}, "not once scored in PyTorch"),
         ({"exports": [*exports, exports[1]]}, "-s0, int4 is there twice"),
         ({"exports": [exports[0], {**exports[1], "code": 7}]}, "Expected `str"),
-        ({"scores": [{**theirs, "processor": ["One"]}]}, "Expected `str"),
+        ({"scores": [{**theirs, "processor": None}]}, "Expected `str"),
+        ({"scores": [{**theirs, "versions": {"torch\n# A title": "1"}}]}, "Expected `str` matching regex"),
+        ({"scores": [{**theirs, "settings": {**settings, "steps": 3}}]}, "-s1 was trained with other settings"),
+        ({"settings": {"rank": 8}}, "its settings do not say batch, data_seed, dtype"),
         ({"exports": [exports[0], {**exports[1], "right": {"topic": "1"}}]}, "int4, was asked other questions"),
     ):
         with pytest.raises(ExportError, match=refused):
@@ -176,16 +183,17 @@ def test_rows_of_committed_figures_are_read_as_they_are():
     for path in BENCH.glob("claims*/figures.json"):
         fields = json.loads(path.read_text())
         figures = msgspec.convert(fields, Figures)
-        for part in ("steps", "inference", "exports"):
-            assert fields_of(getattr(figures, part)) == fields[part], f"{part} of {path}"
-            found += len(fields[part])
+        assert fields_of_steps(figures.steps) == fields["steps"]
+        assert fields_of_inference(figures.inference) == fields["inference"]
+        assert fields_of_exports(figures.exports) == fields["exports"]
+        found += sum(len(fields[part]) for part in ("steps", "inference", "exports"))
     assert found > 100
 
 
 def test_timings_alone_are_another_runs_as_well(write, asked):
     told = asked(write(scores=[], steps=[STEP]))
     assert "From figures.json of code 8aab571b, which does not say of which weights its base was: steps, where" in told
-    assert "| LoRA | - | gate, up, down | 7 | 1.50 | 1.25 (1.00 - 1.50) | 1.00 % |" in told
+    assert "| LoRA | - | gate, up, down | 7 | 1.50 | 1.00 (1.00 - 1.00) | 1.00 % |" in told
 
 
 def test_rows_of_this_run_take_the_place_of_those_that_are_alike():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from method.cells import Place, asked_examples, score_in_torch, whole_version
+from method.groups import TORCH
 from method.plan import Cell
 from method.score import runner_generate, score, tokenizer_of
 from teamlora_export import __version__
@@ -15,8 +16,7 @@ from teamlora_export.export import export_onnx
 from teamlora_export.progress import Reporter
 from teamlora_export.staging import scratch_folder, write_aside
 
-# Options of `export_onnx`; PyTorch is what they are compared with.
-TORCH = "PyTorch"
+# Options of `export_onnx`.
 FORMS: Mapping[str, Mapping[str, str]] = {
     "fp32": {},
     "fp16": {"dtype": "fp16"},

@@ -9,6 +9,8 @@ from method.plan import BASE
 
 NAMES = {"teamlora": "TeamLoRA", "moelora": "MoELoRA", "hydralora": "HydraLoRA", "lora": "LoRA", BASE: "the base"}
 TARGET_NAMES = {"ffn": "gate, up, down", "all": "all projections"}
+# What exports are compared with.
+TORCH = "PyTorch"
 
 Result = Mapping[str, Any]
 Rows = Sequence[Result]

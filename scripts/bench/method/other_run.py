@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from method.cells import Place, data_folder, hash_of_base, hash_of_questions, hash_of_rows, unlike
-from method.exports import TORCH
-from method.plan import BASE, count_parameters, full_grid, options_of
-from method.rows import Figures, Trained, fields_of, means
+from method.groups import TORCH
+from method.plan import BASE, EXPERTS, EXPORTED, Settings, count_parameters, full_grid, options_of
+from method.rows import Figures, Timed, Trained, fields_of_exports, fields_of_inference, fields_of_steps, means
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_json
 
@@ -46,19 +46,21 @@ def read_other_run(path: Path, place: Place) -> OtherRun:
     What this code has found of a cell itself takes the place of the other's.
 
     Raises:
-        ExportError: it is no such file, or of other settings, questions, rows or another base; each that differs is
-            named.
+        ExportError: it is no such file, or of other settings, questions, rows or another base, each of which is named;
+            or a row of it cannot stand beside this run's.
     """
     advice = "Give a figures.json that this program wrote."
     try:
-        fields = read_json(path, advice)
-        found = msgspec.convert(fields, Figures)
+        given = read_json(path, advice)
+        found = msgspec.convert(given, Figures)
     except FileNotFoundError:
         raise ExportError(f"--with {path}: there is no such file. {advice}") from None
     except msgspec.ValidationError as error:
         raise ExportError(f"--with {path}: {error}. {advice}") from None
     if not (found.scores or found.steps or found.inference or found.exports):
         raise ExportError(f"--with {path}: has neither scores nor timings. {advice}")
+    if lacking := {field.name for field in fields(Settings)} - set(given["settings"]):
+        raise ExportError(f"--with {path}: its settings do not say {', '.join(sorted(lacking))}. {advice}")
     _refuse_another_kind(path, found, place)
     for what in _unlike(found, place):
         raise ExportError(f"--with {path}: {what}")
@@ -67,11 +69,16 @@ def read_other_run(path: Path, place: Place) -> OtherRun:
         {key: value for key, value in mine.items() if key != "answers"}
         if mine is not None
         else {**theirs, **means(theirs["right"])}
-        for mine, theirs in zip(own, fields.get("scores", []), strict=True)
+        for mine, theirs in zip(own, given.get("scores", []), strict=True)
     ]
-    rest = {part: fields_of(getattr(found, part)) for part in ("steps", "inference", "exports")}
     replaced = {mine["cell"] for mine in own if mine is not None}
-    return OtherRun(scores, **rest, told=_told_of(path, found, replaced))
+    return OtherRun(
+        scores,
+        fields_of_steps(found.steps),
+        fields_of_inference(found.inference),
+        fields_of_exports(found.exports),
+        _told_of(path, found, replaced),
+    )
 
 
 def beside(theirs: _Rows, ours: _Rows, of: Sequence[str]) -> list[Mapping[str, Any]]:
@@ -108,15 +115,20 @@ def _unlike(found: Figures, place: Place) -> Iterator[str]:
     for result in found.scores:
         if told := _unlike_cell(result, place):
             yield f"{result.cell} {told}"
-    turns = {row.targets: len(row.seconds) for row in found.steps}
+    turns = {row.targets: len(row.seconds) for row in found.steps if row.family == "lora"}
     for row in found.steps:
-        if len(row.seconds) != turns[row.targets]:
-            yield f"{row.row}: its steps, and others on the same targets, are of unlike numbers of turns."
+        if len(row.seconds) != turns.get(row.targets):
+            yield f"{row.row}: LoRA's steps on the same targets are not there, or of another number of turns."
+    for timed in (*found.steps, *found.inference):
+        if not _is_of_the_grid(timed):
+            yield f"{timed.row}: has {timed.experts} experts, as no cell of this grid."
     for inferred in found.inference:
-        if inferred.workload != found.inference[0].workload:
-            yield f"{inferred.row}: inference is of unlike numbers of tokens."
+        if inferred.openings not in (1, len(inferred.ratios)):
+            yield f"{inferred.row}: has {len(inferred.ratios)} ratios of {inferred.openings} openings."
     references = [row.cell for row in found.exports if row.form == TORCH]
     for export in found.exports:
+        if export.cell.rpartition("-s")[0] != EXPORTED:
+            yield f"{export.cell} is not what is exported, {EXPORTED}."
         if references.count(export.cell) != 1:
             yield f"{export.cell} is exported, and not once scored in {TORCH} beside it."
         if told := unlike({"right": export.right}, place):
@@ -132,6 +144,10 @@ def _unlike(found: Figures, place: Place) -> Iterator[str]:
             yield f"{name if isinstance(name, str) else ', '.join(map(str, name))} is there twice."
 
 
+def _is_of_the_grid(row: Timed) -> bool:
+    return row.experts == 1 if row.family == "lora" else row.experts in EXPERTS
+
+
 def _unlike_cell(result: Trained, place: Place) -> str:
     """In what a cell is not what this code makes of it; empty where it is."""
     cell = result.of
@@ -144,6 +160,8 @@ def _unlike_cell(result: Trained, place: Place) -> str:
         return f"{' and '.join(told)}. Scores of both cannot be compared."
     if cell.family == BASE:
         return ""
+    if result.settings not in (msgspec.UNSET, place.settings):
+        return "was trained with other settings. Scores of both cannot be compared."
     options = options_of(cell, place.settings, place.base, data_folder(place), Path("unused"))
     here = (options.rank, options.used_alpha, count_parameters(options))
     if here == (result.rank, result.alpha, result.parameters):
@@ -159,7 +177,7 @@ def _told_of(path: Path, found: Figures, replaced: Collection[str]) -> str:
     rest = [part for part in ("steps", "inference", "exports") if getattr(found, part)]
     doubts = [
         *(["of which weights its base was"] if found.base_sha256 is None else []),
-        *(["which questions were asked"] if any(result.questions_sha256 is None for result in counted) else []),
+        *(["which questions were asked"] if _is_unsure_of_questions(found, counted) else []),
         *(
             ["which rows were trained on"]
             if any(result.rows_sha256 is None and result.family != BASE for result in counted)
@@ -175,3 +193,8 @@ def _told_of(path: Path, found: Figures, replaced: Collection[str]) -> str:
     if replaced:
         told.append(f"Of {path.name} left out, for results of this code: {', '.join(sorted(replaced))}.")
     return " ".join(told)
+
+
+def _is_unsure_of_questions(found: Figures, counted: Sequence[Trained]) -> bool:
+    unsaid = any(result.questions_sha256 is None for result in counted)
+    return unsaid or (bool(found.exports) and found.questions_sha256 is None)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tasks import GUESSED
 
-from method.groups import NAMES, TARGET_NAMES, Rows, groups, name_of
+from method.groups import NAMES, TARGET_NAMES, TORCH, Rows, groups, name_of
 from method.paper import verdicts
 from method.plan import BASE
 from method.significance import difference, student
@@ -111,7 +111,7 @@ def _is_guessed(scores: Rows, task: str) -> bool:
         errors = statistics.NormalDist().inv_cdf(1 - 0.05 / len(taught))
         if mean > chance + errors * math.sqrt(chance * (1 - chance) / questions):
             return False
-    return True
+    return bool(taught)
 
 
 def guessing(tasks: Sequence[str]) -> float:
@@ -134,8 +134,7 @@ def _step_table(steps: Rows) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for row in steps:
-        name = NAMES[row["family"]] + ("" if row["family"] == "lora" else f", k={row['experts']}")
-        layers = "-" if row["family"] == "lora" else row["implementation"]
+        name, layers = _step_name(row)
         taken = f"{statistics.median(row['seconds']):.2f}"
         timed = (taken, _ratio(row["over_lora"]), f"{100 * row['moved']:.2f} %")
         cells = [name, layers, TARGET_NAMES[row["targets"]], f"{row['parameters']:,}", *timed]
@@ -143,12 +142,19 @@ def _step_table(steps: Rows) -> list[str]:
     return lines
 
 
+def _step_name(row: Mapping[str, Any]) -> tuple[str, str]:
+    """The family with its number of experts, and in which form its layers compute."""
+    if row["family"] == "lora":
+        return NAMES["lora"], "-"
+    return f"{NAMES[row['family']]}, k={row['experts']}", row["implementation"]
+
+
 def _inference_table(rows: Rows) -> list[str]:
     if not rows:
         return []
     ways = list(dict.fromkeys(row["row"] for row in rows))
-    workload = rows[0]["workload"]
-    asked = f"{workload['batch']} x {workload['length']} tokens, {workload['count']} more"
+    workloads = [row["workload"] for row in rows]
+    asked = " or ".join(dict.fromkeys(f"{w['batch']} x {w['length']} tokens, {w['count']} more" for w in workloads))
     lines = [
         f"Time over that of the same base without experts, in the same turns ({asked}): median and quartiles. "
         f"Each family was timed with its bases in turns of its own, {_openings(rows)}.",
@@ -171,12 +177,12 @@ def _inference_table(rows: Rows) -> list[str]:
 
 def _over_pytorch(row: Mapping[str, Any], exports: Rows) -> str:
     """Points that a bundle has over the same adapter in PyTorch; where few answers make them, how many do."""
-    (reference,) = (other for other in exports if (other["cell"], other["form"]) == (row["cell"], "PyTorch"))
+    (reference,) = (other for other in exports if (other["cell"], other["form"]) == (row["cell"], TORCH))
     marks = [pair for task, ours in row["right"].items() for pair in zip(ours, reference["right"][task], strict=True)]
     won, lost = marks.count(("1", "0")), marks.count(("0", "1"))
     # One training in two forms: which of the seeds it is makes no difference.
     gap = difference([{**row, "seed": 0}], [{**reference, "seed": 0}])
-    if won + lost < _FEW:
+    if won + lost < _FEW or not gap.questions_freedom:
         return f"{gap.points:+.1f} ({won} won, {lost} lost)" if won + lost else "0 (the same)"
     return f"{gap.points:+.1f} ± {student(gap.questions_freedom) * gap.error:.1f} ({won} won, {lost} lost)"
 
@@ -197,8 +203,8 @@ def _export_table(exports: Rows) -> list[str]:
     ]
     for row in exports:
         size = f"{row['bytes'] / 1e6:.0f} MB" if row["bytes"] else "-"
-        runs = "PyTorch, fp32" if row["form"] == "PyTorch" else f"ONNX Runtime, {row['form']}"
-        over = "-" if row["form"] == "PyTorch" else _over_pytorch(row, exports)
+        runs = f"{TORCH}, fp32" if row["form"] == TORCH else f"ONNX Runtime, {row['form']}"
+        over = "-" if row["form"] == TORCH else _over_pytorch(row, exports)
         lines.append(f"| {row['cell']} | {runs} | {size} | {row['mean']:.1f} | {over} | {row['same']:.1f} % |")
     lines += ["", "Won and lost: answers. ±: 95 %, of the questions alone; another training may lose more or less."]
     codes = dict.fromkeys(row["code"] for row in exports if "code" in row)
@@ -233,7 +239,9 @@ def write_plot(found: Mapping[str, Any], path: Path) -> None:
         for row in reversed(found["steps"]):
             ratio = row["over_lora"]
             errors = [[ratio["median"] - ratio["low"]], [ratio["high"] - ratio["median"]]]
-            axes.errorbar(ratio["median"], f"{row['row']} ({row['targets']})", xerr=errors, fmt="o", color="#cf222e")
+            name, layers = _step_name(row)
+            label = f"{name}{'' if layers == '-' else f', {layers}'} ({row['targets']})"
+            axes.errorbar(ratio["median"], label, xerr=errors, fmt="o", color="#cf222e")
         axes.axvline(1, color="#57606a", linewidth=1)
         axes.set_xlabel("time of a training step over LoRA's (bars: quartiles)")
     figure.suptitle(found["title"])

@@ -1,21 +1,23 @@
-"""What figures.json holds, as far as tables, verdicts and plots read it: each row of it is checked when it is read."""
+"""What figures.json holds, as far as tables, verdicts and plots read it: each row is checked when it is read, and what
+follows from its figures is computed anew."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta
+import numpy as np
+from msgspec import UNSET, Meta, UnsetType
 
 from method.plan import FAMILIES, TARGETS, Cell, Settings
 from method.score import Scores
 
-# Of which nothing is markup to a table or a plot.
-_Name = Annotated[str, Meta(pattern=r"^[\w ,.:()=+/-]{1,200}$")]
-_Count = Annotated[int, Meta(ge=0)]
-_Right = Mapping[str, Annotated[str, Meta(pattern=r"^[01]*$")]]
+# Nothing in it is markup to a table or a plot, or ends a line.
+_Name = Annotated[str, Meta(pattern=r"\A[^|$<>`\[\]\\\x00-\x1f\x7f-\x9f]{1,200}\Z")]
+_Count = Annotated[int, Meta(ge=0, le=2**53)]
+_Times = Annotated[list[Annotated[float, Meta(ge=1e-9, le=1e9)]], Meta(min_length=1, max_length=1000)]
+_Right = Mapping[str, Annotated[str, Meta(pattern=r"\A[01]*\Z")]]
 
 
 class _Row(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -37,8 +39,9 @@ class Trained(_Row, kw_only=True):
     alpha: float = 0.0
     parameters: _Count = 0
     best_step: _Count | None = None
-    versions: dict[str, str] = {}
-    processor: _Name | None = None
+    settings: Settings | UnsetType = UNSET
+    versions: dict[_Name, _Name] = {}
+    processor: _Name | UnsetType = UNSET
     questions_sha256: str | None = None
     rows_sha256: str | None = None
 
@@ -50,18 +53,8 @@ class Trained(_Row, kw_only=True):
 class Machine(_Row, kw_only=True):
     processor: _Name
     cores: _Count
-    load: float | None
+    load: Annotated[float, Meta(ge=0, le=1e6)] | None
     versions: dict[_Name, _Name]
-
-
-class Ratio(_Row, kw_only=True):
-    median: float
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        if not 0 < self.low <= self.median <= self.high < math.inf:
-            raise ValueError("Expected a median between its quartiles, all above 0")
 
 
 class Timed(_Row, kw_only=True):
@@ -72,18 +65,14 @@ class Timed(_Row, kw_only=True):
     experts: _Count
     targets: Literal[*TARGETS]
     threads: _Count = 0
-    seconds: list[float]
-    machine: Machine | msgspec.UnsetType = msgspec.UNSET
-    code: _Name | msgspec.UnsetType = msgspec.UNSET
-
-    def __post_init__(self) -> None:
-        _require_times(self.seconds)
+    seconds: _Times
+    machine: Machine | UnsetType = UNSET
+    code: _Name | UnsetType = UNSET
 
 
 class Step(Timed, kw_only=True):
-    implementation: _Name
+    implementation: Literal["published", "packed"]
     parameters: _Count
-    over_lora: Ratio
     moved: Annotated[float, Meta(ge=0, le=1e6)]
 
 
@@ -96,13 +85,8 @@ class Workload(_Row, kw_only=True):
 class Inference(Timed, kw_only=True):
     quantity: Literal["prefill", "decode"]
     workload: Workload
-    ratios: list[float]
-    over_base: Ratio
-    openings: Annotated[int, Meta(ge=1)] = 1
-
-    def __post_init__(self) -> None:
-        _require_times(self.seconds)
-        _require_times(self.ratios)
+    ratios: _Times
+    openings: Annotated[int, Meta(ge=1, le=1000)] = 1
 
 
 class Export(_Row, kw_only=True):
@@ -111,8 +95,8 @@ class Export(_Row, kw_only=True):
     bytes: _Count
     same: Annotated[float, Meta(ge=0, le=100)]
     right: _Right
-    version: _Name | msgspec.UnsetType = msgspec.UNSET
-    code: _Name | msgspec.UnsetType = msgspec.UNSET
+    version: _Name | UnsetType = UNSET
+    code: _Name | UnsetType = UNSET
 
 
 class Figures(_Row, kw_only=True):
@@ -127,10 +111,23 @@ class Figures(_Row, kw_only=True):
     rows_sha256: str | None = None
 
 
-def fields_of(rows: Sequence[_Row]) -> list[dict[str, Any]]:
-    """As JSON has them; what answers say is taken from these."""
-    found = [msgspec.to_builtins(row) for row in rows]
-    return [{**fields, **means(fields["right"])} if "right" in fields else fields for fields in found]
+def fields_of_steps(rows: Sequence[Step]) -> list[dict[str, Any]]:
+    """As JSON has them; LoRA's of the same targets has to be among them."""
+    of_lora = {row.targets: row.seconds for row in rows if row.family == "lora"}
+    return [
+        {**msgspec.to_builtins(row), "over_lora": quartiles(np.divide(row.seconds, of_lora[row.targets]))}
+        for row in rows
+    ]
+
+
+def fields_of_inference(rows: Sequence[Inference]) -> list[dict[str, Any]]:
+    """As JSON has them."""
+    return [{**msgspec.to_builtins(row), "over_base": quartiles(row.ratios)} for row in rows]
+
+
+def fields_of_exports(rows: Sequence[Export]) -> list[dict[str, Any]]:
+    """As JSON has them."""
+    return [{**msgspec.to_builtins(row), **means(row.right)} for row in rows]
 
 
 def means(right: Mapping[str, str]) -> dict[str, Any]:
@@ -139,6 +136,6 @@ def means(right: Mapping[str, str]) -> dict[str, Any]:
     return {"mean": scores.mean, "by_task": scores.by_task}
 
 
-def _require_times(values: Sequence[float]) -> None:
-    if not values or not all(0 < value < math.inf for value in values):
-        raise ValueError("Expected times above 0, and at least one")
+def quartiles(ratios: Sequence[float] | np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(ratios, (25, 50, 75)).tolist()
+    return {"median": median, "low": low, "high": high}
