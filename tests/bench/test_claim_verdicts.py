@@ -295,3 +295,33 @@ def test_a_time_has_a_verdict_from_six_turns(ratios, told):
     (line,) = verdicts({"scores": [], "steps": steps, "inference": []})
     assert line.endswith(f"; the paper 0.70. {told}")
     assert interval([3, 1, 2, 4, 9, 5, 8, 7, 6]).bounds == (2, 8)
+
+
+def test_families_are_compared_over_all_numbers_of_experts_where_two_seeds_of_each_tell_it():
+    def results(family: str, right: str, seeds: int, k: int) -> list[dict]:
+        found = []
+        for seed in range(seeds):
+            cell = Cell(family, k, "ffn", 1.0, seed)
+            # Of other answers each, so that trainings have luck.
+            bits = right[seed:] + right[:seed]
+            found.append({**_result(family, bits), **dataclasses.asdict(cell), "cell": cell.name})
+        return found
+
+    def told(ours: int, theirs: int) -> list[str]:
+        scores = []
+        for k, right, other in (
+            (2, "1110111101", "1010011000"),
+            (4, "1111111110", "1010010101"),
+            (8, "1" * 10, "01" * 5),
+        ):
+            scores += [*results("teamlora", right, 3, k), *results("moelora", other, theirs if k == 8 else ours, k)]
+        found = {"scores": scores, "steps": [], "inference": []}
+        return [line for line in verdicts(found) if "together" in line]
+
+    (line,) = told(3, 2)
+    # Of three pairs 40 points, of three more 40, and of two 50.
+    assert line.startswith(
+        "- TeamLoRA over MoELoRA of equal size on gate, up, down, k = 2, 4 and 8 together: +42.5 points"
+    )
+    assert line.endswith("8 trainings of each). Better.")
+    assert not told(3, 1)

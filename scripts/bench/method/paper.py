@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from method.groups import NAMES, TARGET_NAMES, Rows, groups, name_of
+from method.groups import NAMES, TARGET_NAMES, Result, Rows, groups, name_of
 from method.plan import EXPERTS, FAMILIES
 from method.significance import Gap, Interval, Luck, difference, interval, luck_of, of_common_seeds
 
@@ -53,6 +53,7 @@ def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
                 where = f"{whose} on {TARGET_NAMES[targets]}"
                 yield f"- TeamLoRA, k=4, with half the parameters over {where}: {gap}. {_tells(gap)}{codes}"
         yield from _farthest(by_group, targets, luck)
+        yield from _whatever_the_experts(by_group, targets, luck)
         scores = {k: by_group.get(f"teamlora-k{k}-{targets}", []) for k in EXPERTS}
         if all(scores.values()):
             codes = _unlike_codes(*scores.values())
@@ -85,6 +86,27 @@ def _farthest(by_group: Mapping[str, Rows], targets: str, luck: Luck) -> Iterato
             f"- Of {len(found)} pairs of families of equal size, k=4 on {TARGET_NAMES[targets]}, none is farther apart "
             f"than {bound:.1f} points, each by itself at 95 % ({name_of(ours[0])} over {name_of(theirs[0])}: {gap})."
         )
+
+
+def _whatever_the_experts(by_group: Mapping[str, Rows], targets: str, luck: Luck) -> Iterator[str]:
+    """Of the families with experts, over all numbers of them at once, where two seeds of each tell it: more trainings
+    tell a smaller difference."""
+    for family in ("moelora", "hydralora"):
+        sides: tuple[list[Result], list[Result]] = ([], [])
+        for k in EXPERTS:
+            of_both = [by_group.get(f"{name}-k{k}-{targets}", []) for name in ("teamlora", family)]
+            if not all(of_both) or min(map(len, pairs := of_common_seeds(*of_both))) < 2:
+                break
+            for side, results in zip(sides, pairs, strict=True):
+                # A training is compared with that of its own number of experts.
+                side += [{**result, "seed": (k, result["seed"])} for result in results]
+        else:
+            gap = difference(*sides, luck)
+            if gap.margin is not None:
+                over = f"TeamLoRA over {NAMES[family]} of equal size on {TARGET_NAMES[targets]}"
+                numbers = f"{', '.join(map(str, EXPERTS[:-1]))} and {EXPERTS[-1]}"
+                told = f"{gap.points:+.1f} points (± {gap.margin:.1f} at 95 %, {gap.seeds} trainings of each)"
+                yield f"- {over}, k = {numbers} together: {told}. {_tells(gap)}"
 
 
 def _least_told(margins: Sequence[float]) -> str:
