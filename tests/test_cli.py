@@ -131,8 +131,10 @@ def test_help_and_version_do_not_import_torch():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's threads are libgomp's on Linux")
-@pytest.mark.parametrize(("given", "rounds"), [({}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")])
-def test_threads_wait_asleep_unless_the_user_says_how(given, rounds):
+@pytest.mark.parametrize(
+    ("given", "rounds"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, "0")]
+)
+def test_threads_spin_briefly_unless_the_user_says_how_they_wait(given, rounds):
     """As the library that they are of tells when it is loaded; left to themselves they would spin 300,000 rounds."""
     script = """
 from contextlib import suppress

@@ -1,11 +1,11 @@
-"""What it costs that PyTorch's threads wait for each other by spinning: `validate` with and without, in turns.
+"""What it costs how long PyTorch's threads spin while they wait for each other: `validate` in three ways, in turns.
 
     python scripts/bench/spinning.py                               alone, and beside one and two busy processes
     python scripts/bench/spinning.py --neighbours 1 --turns 6 --json figures.json
 
-The command has them wait asleep. Left to themselves (libgomp's, which PyTorch has on Linux) they spin for 300,000
-rounds first, which the same command is told here. The model has SmolLM2-135M's sizes and four layers, so that a turn
-does not take minutes.
+The command has them spin for 1,000 rounds, and sleep then. Left to themselves (libgomp's, which PyTorch has on Linux)
+they spin for 300,000, and by OMP_WAIT_POLICY=passive for none; the same command is told of each. The model has
+SmolLM2-135M's sizes and four layers, so that a turn does not take minutes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from teamlora_export.export import export_onnx
 from teamlora_export.model.base import open_base
 from teamlora_export.model.initialize import new_adapter
 
-ASLEEP, SPINNING = "asleep", "spinning"
-# As libgomp has it where there are no more threads than processors.
-_ROUNDS = {ASLEEP: {}, SPINNING: {"GOMP_SPINCOUNT": "300000"}}
+OURS = "1,000 rounds"
+# Long as libgomp has it where there are no more threads than processors.
+_WAYS = {OURS: {}, "300,000 rounds": {"GOMP_SPINCOUNT": "300000"}, "none": {"OMP_WAIT_POLICY": "passive"}}
 _READ = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -58,21 +58,22 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bundle = _export(Path(folder))
         for count in dict.fromkeys(given.neighbours):
-            seconds = found[str(count)] = {way: [] for way in _ROUNDS}
+            seconds = found[str(count)] = {way: [] for way in _WAYS}
             with neighbours(count):
                 for turn in range(given.turns):
-                    for way in list(_ROUNDS)[:: -1 if turn % 2 else 1]:
+                    for way in list(_WAYS)[:: -1 if turn % 2 else 1]:
                         seconds[way].append(_validate(bundle, way))
             print(f"beside {count} busy processes: {told(seconds)}", flush=True)
     write_json({"turns": given.turns, "machine": dataclasses.asdict(machine), "seconds": found}, given.json)
 
 
 def told(seconds: dict[str, list[float]]) -> str:
-    """Of `validate`: medians of its seconds, and of the ratios turn by turn, with their quartiles."""
-    ratios = [a / b for a, b in zip(seconds[SPINNING], seconds[ASLEEP], strict=True)]
-    low, middle, high = np.percentile(ratios, (25, 50, 75))
-    medians = (f"{statistics.median(seconds[way]):.1f} s {way}" for way in _ROUNDS)
-    return f"{', '.join(medians)}; {middle:.2f} ({low:.2f} - {high:.2f}) times as long"
+    """Of `validate`: medians of its seconds, and of the ratios turn by turn to our way, with their quartiles."""
+    found = [f"{statistics.median(seconds[OURS]):.1f} s with {OURS}"]
+    for way in list(_WAYS)[1:]:
+        low, middle, high = np.percentile(np.divide(seconds[way], seconds[OURS]), (25, 50, 75))
+        found.append(f"{way} {middle:.2f} ({low:.2f} - {high:.2f}) times as long")
+    return ", ".join(found)
 
 
 def _export(folder: Path) -> Path:
@@ -98,7 +99,7 @@ def _validate(bundle: Path, way: str) -> float:
     kept = {name: value for name, value in os.environ.items() if name not in _READ}
     command = [sys.executable, "-m", "teamlora_export", "validate", str(bundle)]
     started = time.perf_counter()
-    ended = subprocess.run(command, env={**kept, **_ROUNDS[way]}, capture_output=True, text=True)
+    ended = subprocess.run(command, env={**kept, **_WAYS[way]}, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     if ended.returncode:
         raise ExportError(f"validate ended with {ended.returncode}: {(ended.stderr or ended.stdout).strip()[-300:]}")

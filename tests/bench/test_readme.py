@@ -26,6 +26,7 @@ from method.plan import BASE, EXPERTS, FAMILIES, FULL  # noqa: E402
 from method.report import guessing  # noqa: E402
 from quantised import BASE as BASE_ROW  # noqa: E402
 from quantised import PLAIN, table  # noqa: E402
+from spinning import OURS  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _HOW = ("published", "packed")
@@ -267,6 +268,16 @@ def test_what_large_pages_are_worth_is_that_of_the_figures():
     for quantity, told in (("decode", "a step took, once more before,"), ("prefill", "a prefill")):
         again = [ratio(of, quantity, model)[:4] for of, models in ((one, 1), (four, 4)) for model in range(models)]
         assert f"{told} {min(again)} to {max(again)}" in text
+
+
+def test_what_spinning_threads_cost_is_that_of_the_figures():
+    seconds = read(BENCH / "spinning.json")["seconds"]
+    times = []
+    for beside in ("0", "1", "2"):
+        left_alone, ours = (seconds[beside][way] for way in ("300,000 rounds", OURS))
+        times.append("{1:.2f} ({0:.2f} - {2:.2f})".format(*np.percentile(np.divide(left_alone, ours), (25, 50, 75))))
+    text = words_of(ROOT / "README.md")
+    assert f"`validate` takes {times[0]} of that time alone, {times[1]} beside one busy process and {times[2]}" in text
 
 
 def ratios_of(path: Path) -> dict[tuple[str, str], str]:

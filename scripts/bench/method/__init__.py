@@ -14,4 +14,4 @@ import os
 # Before transformers is imported, which reads it then: what is measured lies on this machine.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before PyTorch is imported, likewise: as in the command (`teamlora_export/__main__.py`).
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
