@@ -15,7 +15,7 @@ from rich.table import Table
 from teamlora_export.bundle import Bundle
 from teamlora_export.page import render_page, write_report
 from teamlora_export.validate import local
-from teamlora_export.validate.judge import FLOOR
+from teamlora_export.validate.judge import DRAWS, FLOOR
 from teamlora_export.validate.verdict import Judgement, Quality, Verdict
 
 _MOST_DEPARTURES = 10
@@ -60,7 +60,7 @@ def verdict_fields(verdict: Verdict, bundle: Bundle) -> dict[str, Any]:
     return {
         "bundle": bundle.folder.resolve().name,
         "passed": verdict.passed,
-        "rule": {"multiple": verdict.multiple, "floor_in_roundoff": FLOOR},
+        "rule": {"multiple": verdict.multiple, "floor_in_roundoff": FLOOR, "more_draws_at_most": DRAWS},
         "rule_for_modules": {
             "multiple": local.MULTIPLE,
             "floor_in_roundoff": local.FLOOR,

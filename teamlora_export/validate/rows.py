@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from teamlora_export.model.base import BaseModel
 from teamlora_export.model.checkpoint import SafetensorsWeights
 from teamlora_export.ports import Port
 from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
+from teamlora_export.validate.judge import Follower
 from teamlora_export.validate.local import local_judge
 from teamlora_export.validate.onnx_runner import OnnxRunner
 from teamlora_export.validate.sources import torch_dtype
@@ -43,15 +44,35 @@ class RowsApart:
         self._base, self._adapters, self._rows, self._held, self._weights = base, adapters, rows, held, weights
         self._case, self._inputs = case, inputs
 
-    def follow(self, dtypes: Sequence[Any]) -> list[Recorded]:
+    def follow(self, dtypes: Sequence[torch.dtype]) -> list[Recorded]:
         """The steps of the case in each of `dtypes`, along the likeliest tokens of the first, float64."""
-        found: dict[Any, list[list[Feeds]]] = {dtype: [[] for _ in self._rows] for dtype in dtypes}
+        outputs = self._run(lambda name: [self._follower(name, dtype) for dtype in dtypes])
+
+        def again(dtype: torch.dtype, draw: int) -> Recorded:
+            names = list(dict.fromkeys(self._rows))
+            [drawn] = self._run(
+                lambda name: [self._follower(name, dtype).again(len(names) * draw + names.index(name))], outputs[0]
+            )
+            return Recorded(drawn)
+
+        return [Recorded(of, partial(again, dtype)) for dtype, of in zip(dtypes, outputs, strict=True)]
+
+    def _run(
+        self, followers: Callable[[str | None], Sequence[Follower]], leading: Sequence[Feeds] | None = None
+    ) -> list[list[Feeds]]:
+        """All rows as one batch, by follower and step.
+
+        Args:
+            followers: of a row's adapter, as many for each. leading: by step, whose likeliest tokens follow; None: the
+                first follower's.
+        """
+        found: dict[int, list[list[Feeds]]] = {}
         for name in dict.fromkeys(self._rows):
-            runners = {dtype: self._runner(name, dtype) for dtype in dtypes}
+            runners = followers(name)
             for row in [row for row, own in enumerate(self._rows) if own == name]:
-                for dtype, outputs in self._steps(row, runners, plain=name is None).items():
-                    found[dtype][row] = outputs
-        return [Recorded(_joined(found[dtype])) for dtype in dtypes]
+                found[row] = self._steps(row, runners, leading)
+        by_follower = zip(*(found[row] for row in range(len(self._rows))), strict=True)
+        return [_joined(rows) for rows in by_follower]
 
     def locate(self, graph: OnnxRunner, step: Step) -> Iterator[Departure]:
         """Of each row that departs in a step of the whole batch: the first module that does, each judged on what
@@ -59,8 +80,8 @@ class RowsApart:
         manifest = graph.bundle.manifest
         found, dtypes = graph.run_with_taps(step.feeds), (torch.float64, torch_dtype(manifest.dtype))
         for name in dict.fromkeys(self._rows):
-            reference, pytorch = (self._runner(name, dtype) for dtype in dtypes)
-            ours, theirs = (runner if name is not None else _Plain(runner) for runner in (reference, pytorch))
+            reference = self._runner(name, dtypes[0])
+            ours, theirs = _plain(name, reference), self._follower(name, dtypes[1])
             for row in [row for row, own in enumerate(self._rows) if own == name]:
                 of_row = _row_of(found, row, step)
                 judge = local_judge(graph, reference, ours, theirs, of_row)
@@ -77,22 +98,25 @@ class RowsApart:
         adapter = self._adapters[name] if name is not None else next(iter(self._adapters.values()))
         return TorchRunner(self._base, adapter, dtype, self._weights, self._held)
 
-    def _steps(self, row: int, runners: Mapping[Any, TorchRunner], plain: bool) -> dict[Any, list[Feeds]]:
+    def _follower(self, name: str | None, dtype: torch.dtype) -> TorchRunner | _Plain:
+        return _plain(name, self._runner(name, dtype))
+
+    def _steps(self, row: int, runners: Sequence[Follower], leading: Sequence[Feeds] | None) -> list[list[Feeds]]:
+        """A row's outputs, by runner and step."""
         case = replace(self._case, ids=self._case.ids[row : row + 1], mask=self._case.mask[row : row + 1])
-        steps: dict[Any, Step] = dict.fromkeys(runners, first_step(self._inputs, case))
-        found: dict[Any, list[Feeds]] = {dtype: [] for dtype in runners}
-        for remaining in reversed(range(case.calls)):
-            for dtype, runner in runners.items():
-                found[dtype].append(_plain(runner, steps[dtype].feeds) if plain else runner.run(steps[dtype].feeds))
-            logits = next(iter(found.values()))[-1].get("logits")
-            if remaining and logits is not None:
-                steps = {d: next_step(self._inputs, step, found[d][-1], logits) for d, step in steps.items()}
-        return found
+        steps = [first_step(self._inputs, case)] * len(runners)
+        found: list[list[Feeds]] = []
+        for call in range(case.calls):
+            outputs = [runner.run(step.feeds, {}) for runner, step in zip(runners, steps, strict=True)]
+            found.append(outputs)
+            if call + 1 < case.calls:
+                logits = outputs[0]["logits"] if leading is None else leading[call]["logits"][row : row + 1]
+                steps = [next_step(self._inputs, s, o, logits) for s, o in zip(steps, outputs, strict=True)]
+        return [list(of_runner) for of_runner in zip(*found, strict=True)]
 
 
-def _plain(runner: TorchRunner, feeds: Feeds) -> Feeds:
-    with runner.without_experts():
-        return runner.run(feeds)
+def _plain(name: str | None, runner: TorchRunner) -> TorchRunner | _Plain:
+    return _Plain(runner) if name is None else runner
 
 
 def _joined(rows: Sequence[Sequence[Feeds]]) -> list[Feeds]:
@@ -104,20 +128,40 @@ def _joined(rows: Sequence[Sequence[Feeds]]) -> list[Feeds]:
 
 
 class Recorded:
-    """Outputs that were computed before, step by step; for a `Judge`."""
+    """Outputs that were computed before, step by step; for a `Judge`.
 
-    def __init__(self, steps: Sequence[Feeds]) -> None:
-        self._steps = iter(steps)
+    Args:
+        again: what they are with other roundings.
+    """
 
-    def run(self, _feeds: Feeds, _choices: Feeds | None = None) -> Feeds:
+    def __init__(self, steps: Sequence[Feeds], again: Callable[[int], Recorded] | None = None) -> None:
+        self._steps, self._again = iter(steps), again
+
+    def run(self, _feeds: Feeds, _choices: Feeds) -> Feeds:
         return next(self._steps)
+
+    def again(self, draw: int) -> Recorded:
+        assert self._again is not None
+        return self._again(draw)
 
 
 @dataclass(frozen=True)
 class _Plain:
-    """The base alone, followed: experts add nothing."""
+    """The base alone, followed: experts add nothing.
+
+    Attributes:
+        drawn: the runner with other roundings, which runs in its place.
+    """
 
     runner: TorchRunner
+    drawn: Follower | None = None
+
+    def run(self, feeds: Feeds, choices: Feeds) -> Feeds:
+        with self.runner.without_experts():
+            return (self.drawn or self.runner).run(feeds, choices)
+
+    def again(self, draw: int) -> _Plain:
+        return _Plain(self.runner, self.runner.again(draw))
 
     def run_forced(self, feeds: Feeds, taps: Mapping[str, np.ndarray], jitter: bool = False) -> Feeds:
         with self.runner.without_experts():

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -117,7 +117,13 @@ class TorchRunner:
             The model's own: outputs by name, and values by tap, in the order in which they were computed. For a choice,
             the scores of what is best.
         """
-        follower = _Follower(taps, torch.Generator().manual_seed(0) if jitter else None)
+        return self._run_following(feeds, _Follower(taps, torch.Generator().manual_seed(0) if jitter else None))
+
+    def again(self, draw: int) -> Redrawn:
+        """The model with other roundings, which are others for another `draw`."""
+        return Redrawn(self, torch.Generator().manual_seed(1 + draw))
+
+    def _run_following(self, feeds: Feeds, follower: _Follower) -> Feeds:
         try:
             follower.attach(self._model)
             with SeesChoices(self._model, follower.choose):
@@ -199,6 +205,21 @@ class TorchRunner:
             arrays[f"present.{index}.key"] = _to_numpy(layer.keys)
             arrays[f"present.{index}.value"] = _to_numpy(layer.values)
         return arrays
+
+
+@dataclass(frozen=True)
+class Redrawn:
+    """A model that rounds once more, at random, what each module gives."""
+
+    runner: TorchRunner
+    generator: torch.Generator
+
+    def run(self, feeds: Feeds, choices: Mapping[str, np.ndarray] | None = None) -> Feeds:
+        """As `TorchRunner.run`; without other roundings where the model chooses experts by itself, as it would choose
+        others by them."""
+        follower = _Redrawing(choices or {}, self.generator)
+        outputs = self.runner._run_following(feeds, follower)
+        return self.runner.run(feeds, choices) if follower.has_chosen else outputs
 
 
 def _untied(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
@@ -321,12 +342,51 @@ class _Follower:
         return torch.where(torch.isfinite(theirs), theirs, own)
 
 
+class _Redrawing(_Follower):
+    """Hooks that round what each module gives once more. Choices are the candidate's.
+
+    Attributes:
+        has_chosen: where the candidate's choice is not known, the model's own.
+    """
+
+    def __init__(self, choices: Mapping[str, np.ndarray], generator: torch.Generator) -> None:
+        super().__init__(choices, None)
+        self._generator = generator
+        self.has_chosen = False
+
+    def attach(self, model: nn.Module) -> None:
+        for path, module in model.named_modules():
+            if path:
+                self._handles.append(module.register_forward_hook(self._leave(path)))
+
+    def choose(self, path: str, scores: Tensor, top_k: TopK) -> Best:
+        self.has_chosen |= self._numbered(f"{path}/{CHOICE}") not in self._taps
+        return super().choose(path, scores, top_k)
+
+    def _follow(self, name: str, own: Tensor) -> Tensor:
+        own = super()._follow(name, own)
+        return _rounded_again(own, self._generator) if own.is_floating_point() else own
+
+
 def _jittered(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """One of twelve numbers moved to one of its neighbours: a variance of a twelfth of a unit, as rounding has."""
-    bits = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
     drawn = torch.rand(tensor.shape, generator=generator)
-    moved = (bits + (drawn < 1 / 24).to(bits.dtype) - (drawn > 23 / 24).to(bits.dtype)).view(tensor.dtype)
-    return torch.where((tensor != 0) & torch.isfinite(moved), moved, tensor)
+    return _moved(tensor, (drawn < 1 / 24).int() - (drawn > 23 / 24).int())
+
+
+def _rounded_again(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers moved to a neighbour; in each row mostly outwards, or mostly inwards, as if what all are multiplied by (a
+    norm's scale, an expert's share) had been rounded otherwise."""
+    share = torch.rand(tensor.shape[:-1], generator=generator).sub(0.5).unsqueeze(-1)
+    drawn = torch.rand(tensor.shape, generator=generator)
+    return _moved(tensor, (drawn < share).int() - (drawn < -share).int())
+
+
+def _moved(tensor: Tensor, units: Tensor) -> Tensor:
+    """Each number moved by so many units in its last place, away from zero; what is zero or not finite stays."""
+    bits = tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
+    moved = (bits + units.to(bits.dtype)).view(tensor.dtype)
+    return torch.where((tensor != 0) & torch.isfinite(tensor) & torch.isfinite(moved), moved, tensor)
 
 
 def round_experts(layer: ExpertLinear, folded: op.OpWeights, dtype: torch.dtype) -> None:

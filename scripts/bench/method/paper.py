@@ -235,4 +235,4 @@ def _told(gap: Gap, paper: float) -> str:
 def _cannot_tell(gap: Gap) -> str:
     if gap.margin is not None:
         return "Cannot tell: within the error."
-    return f"Cannot tell: {'one seed' if gap.seeds < 2 else 'one question a task'}."
+    return f"Cannot tell: {'fewer than two common seeds' if gap.seeds < 2 else 'one question a task'}."
