@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,24 @@ def next_step(inputs: Sequence[Port], step: Step, outputs: Feeds, logits: np.nda
     presents = {name: value for name, value in outputs.items() if name.startswith("present.")}
     past = {f"past_key_values.{name.removeprefix('present.')}": value for name, value in presents.items()}
     return Step(_common_feeds(inputs, ids, mask) | past, mask, case)
+
+
+def follow_case(
+    inputs: Sequence[Port], case: Case, run: Callable[[int, Sequence[Step]], Sequence[Feeds]], runners: int
+) -> Iterator[tuple[int, Step, Sequence[Feeds]]]:
+    """Each call of a case: its number, the first runner's step, and what all of them give. Each goes on from its own
+    cache, and all with the tokens that are likeliest to the first.
+
+    Args:
+        run: what each of `runners` gives in a call, by its number, and the step of each.
+    """
+    steps = [first_step(inputs, case)] * runners
+    for call in range(case.calls):
+        outputs = run(call, steps)
+        yield call, steps[0], outputs
+        if call + 1 < case.calls:
+            logits = outputs[0]["logits"]
+            steps = [next_step(inputs, step, own, logits) for step, own in zip(steps, outputs, strict=True)]
 
 
 def _common_feeds(inputs: Sequence[Port], ids: np.ndarray, mask: np.ndarray) -> Feeds:

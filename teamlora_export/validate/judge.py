@@ -7,8 +7,8 @@ of `FLOOR` units of roundoff, should PyTorch err less. Errors of a whole model h
 `local.py` judges those.
 
 One step's error is one draw, and where a model makes much of a rounding it may be by luck that PyTorch's is small. So
-before an output is said to depart, PyTorch runs the case up to `DRAWS` times more, each time with other roundings, and
-the worst of its errors counts.
+before an output is said to depart, PyTorch runs the case up to `DRAWS` times more, each time with other roundings (of a
+mixture, where the candidate shows what it chose), and the worst of its errors counts.
 
 Where scores are nearly equal, a router in a low dtype may choose other experts than in float64, and all that follows
 differs. So both PyTorch models take the experts that the candidate took, and its choices are judged by what they lose:
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -28,7 +28,7 @@ import numpy as np
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.graph.choices import chosen_scores, is_choice
 from teamlora_export.ports import Port
-from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
+from teamlora_export.validate.cases import Case, Feeds, Step, follow_case
 from teamlora_export.validate.metrics import ErrorStats, kl_divergence, measure, top5_overlap
 from teamlora_export.validate.verdict import CaseResult, Judgement
 
@@ -40,9 +40,9 @@ MULTIPLE = 10.0
 MULTIPLE_OF_CODES = 30.0
 FLOOR = 4.0
 # Where all of an error comes through one number (a norm's scale, an expert's share), one draw in 16 is more than ten
-# times another; of independent draws, one in 50,000 is so many times the largest of five.
+# times another. Of independent ones, one in 50,000 is so many times the largest of five.
 DRAWS = 4
-# Times what PyTorch's error over all steps allows: an output that errs by more is not asked about again.
+# Times what is allowed: what errs by more with the second draw, too (one in 16,000), is asked about no more.
 _LUCK = 10.0
 # Largest error of a few against the root mean square of all.
 _PEAK = 3.0
@@ -85,6 +85,8 @@ class _Measured:
 
 
 _TokenRow = tuple[np.ndarray, np.ndarray]
+# Of a call: what the reference gave, and what the candidate chose.
+_Known = tuple[Feeds, Feeds]
 
 
 class Judge:
@@ -118,17 +120,15 @@ class Judge:
         path."""
         self._tokens[case.name] = rows = []
         measured: list[_Measured] = []
-        choices: list[Feeds] = []
-        references: list[Feeds] = []
+        known: list[_Known] = []
 
-        def run(call: int, steps: Sequence[Step]) -> Sequence[Feeds]:
+        def run(_call: int, steps: Sequence[Step]) -> Sequence[Feeds]:
             candidate = self._candidate.run(steps[2].feeds)
-            choices.append({name: taken for name, taken in candidate.items() if is_choice(name)})
-            followers = self._reference, self._pytorch
-            return [f.run(s.feeds, choices[call]) for f, s in zip(followers, steps, strict=False)] + [candidate]
+            followers, choices = (self._reference, self._pytorch), _choices(candidate)
+            return [f.run(s.feeds, choices) for f, s in zip(followers, steps, strict=False)] + [candidate]
 
-        for call, step, (reference, pytorch, candidate) in self._steps(case, run, 3):
-            references.append(reference)
+        for call, step, (reference, pytorch, candidate) in follow_case(self._inputs, case, run, 3):
+            known.append((reference, _choices(candidate)))
             candidate = chosen_scores(candidate, reference)
             for name in (name for name in reference if name in candidate):
                 arrays = [step.attended(name, outputs[name]) for outputs in (reference, pytorch, candidate)]
@@ -139,9 +139,11 @@ class Judge:
             if case.steps:
                 rows.append((candidate["logits"][:, -1], reference["logits"][:, -1]))
         for draw in range(DRAWS):
-            if not any(self._may_be_luck(m) for m in measured):
+            asked = [m for m in measured if self._may_be_luck(m, draw)]
+            if not asked:
                 break
-            measured = self._drawn_again(measured, references, choices, self._pytorch.again(draw))
+            worse = self._drawn_again(asked, known, self._pytorch.again(draw))
+            measured = [worse.get((m.call, m.name), m) for m in measured]
         self._measured += measured
 
     def results(self) -> tuple[CaseResult, ...]:
@@ -165,36 +167,40 @@ class Judge:
                 return measured.case.name, measured.step, judgement
         return None
 
-    def _may_be_luck(self, measured: _Measured) -> bool:
-        """It departs by itself, whatever other steps say, but not by far."""
-        theirs = measured.pytorch.rms
-        most = _LUCK * self._allowed(measured, max(theirs, self._pooled(measured.name)))
-        return math.isfinite(theirs) and self._allowed(measured, theirs) < measured.ours.rms <= most
+    def _may_be_luck(self, measured: _Measured, draws: int) -> bool:
+        """It departs by itself, whatever other steps say; and by little, once there were `draws` of PyTorch's error."""
+        ours, theirs = measured.ours.rms, measured.pytorch.rms
+        if not (math.isfinite(ours) and math.isfinite(theirs)):
+            return False
+        most = _LUCK * self._allowed(measured, max(theirs, self._pooled(measured.name))) if draws else math.inf
+        return self._allowed(measured, theirs) < ours <= most
 
     def _drawn_again(
-        self, measured: Sequence[_Measured], references: Sequence[Feeds], choices: Sequence[Feeds], drawn: Follower
-    ) -> list[_Measured]:
-        """All that was measured of a case; what may be luck with the worse of PyTorch's errors.
+        self, asked: Sequence[_Measured], known: Sequence[_Known], drawn: Follower
+    ) -> dict[tuple[int, str], _Measured]:
+        """What was measured in steps of one case, by call and name, with the worse of PyTorch's errors.
 
         Args:
-            references, choices: what the reference gave in each step, and the candidate chose. drawn: PyTorch, again.
+            known: of each call. drawn: PyTorch, with other roundings.
         """
 
         def run(call: int, steps: Sequence[Step]) -> Sequence[Feeds]:
-            return references[call], drawn.run(steps[1].feeds, choices[call])
+            reference, choices = known[call]
+            return reference, drawn.run(steps[1].feeds, choices)
 
-        worse = {(m.call, m.name): m for m in measured if self._may_be_luck(m)}
-        for call, step, outputs in self._steps(measured[0].case, run, 2):
-            for name in (name for name in references[call] if (call, name) in worse):
+        worse = {(m.call, m.name): m for m in asked}
+        for call, step, outputs in follow_case(self._inputs, asked[0].case, run, 2):
+            for name in (name for name in outputs[0] if (call, name) in worse):
                 reference, pytorch = (step.attended(name, of[name]) for of in outputs)
                 found, before = measure(pytorch, reference), worse[call, name]
                 if before.pytorch.rms < found.rms < math.inf:
                     worse[call, name] = replace(before, pytorch=found)
-        return [worse.get((m.call, m.name), m) for m in measured]
+        return worse
 
     def _judge_measured(self, measured: _Measured) -> Judgement:
         # Where PyTorch itself overflows in this dtype, the dtype is at fault, and nothing beyond the floor is allowed.
-        theirs = max(_finite(measured.pytorch.rms), self._pooled(measured.name))
+        theirs = measured.pytorch.rms if math.isfinite(measured.pytorch.rms) else 0.0
+        theirs = max(theirs, self._pooled(measured.name))
         allowed = self._allowed(measured, theirs)
         return Judgement(measured.name, measured.ours, replace(measured.pytorch, rms=theirs), allowed)
 
@@ -210,25 +216,9 @@ class Judge:
         squares = self._pytorch_squares.get(name)
         return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
 
-    def _steps(
-        self, case: Case, run: Callable[[int, Sequence[Step]], Sequence[Feeds]], runners: int
-    ) -> Iterator[tuple[int, Step, Sequence[Feeds]]]:
-        """Each of `runners` decodes from its own cache; the tokens are those of the first, the reference.
 
-        Args:
-            run: what all of them give in one step, which is another for each.
-        """
-        steps = [first_step(self._inputs, case)] * runners
-        for call in range(case.calls):
-            outputs = run(call, steps)
-            yield call, steps[0], outputs
-            if call + 1 < case.calls:
-                logits = outputs[0]["logits"]
-                steps = [next_step(self._inputs, s, o, logits) for s, o in zip(steps, outputs, strict=True)]
-
-
-def _finite(error: float) -> float:
-    return error if math.isfinite(error) else 0.0
+def _choices(outputs: Feeds) -> Feeds:
+    return {name: taken for name, taken in outputs.items() if is_choice(name)}
 
 
 def _token_figures(rows: list[_TokenRow], outputs: dict[str, Judgement]) -> dict[str, float | int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from teamlora_export.adapter import AdapterSpec
 from teamlora_export.model.base import BaseModel
 from teamlora_export.model.checkpoint import SafetensorsWeights
 from teamlora_export.ports import Port
-from teamlora_export.validate.cases import Case, Feeds, Step, first_step, next_step
+from teamlora_export.validate.cases import Case, Feeds, Step, follow_case
 from teamlora_export.validate.judge import Follower
 from teamlora_export.validate.local import local_judge
 from teamlora_export.validate.onnx_runner import OnnxRunner
@@ -44,33 +43,33 @@ class RowsApart:
         self._base, self._adapters, self._rows, self._held, self._weights = base, adapters, rows, held, weights
         self._case, self._inputs = case, inputs
 
-    def follow(self, dtypes: Sequence[torch.dtype]) -> list[Recorded]:
-        """The steps of the case in each of `dtypes`, along the likeliest tokens of the first, float64."""
-        outputs = self._run(lambda name: [self._follower(name, dtype) for dtype in dtypes])
+    def follow(self, dtype: torch.dtype) -> tuple[Recorded, Redrawable]:
+        """The steps of the case in float64 and in `dtype`, along the likeliest tokens of float64."""
+        names = list(dict.fromkeys(self._rows))
+        reference, pytorch = self._run(lambda name: [self._follower(name, kind) for kind in (torch.float64, dtype)])
 
-        def again(dtype: torch.dtype, draw: int) -> Recorded:
-            names = list(dict.fromkeys(self._rows))
-            [drawn] = self._run(
-                lambda name: [self._follower(name, dtype).again(len(names) * draw + names.index(name))], outputs[0]
-            )
-            return Recorded(drawn)
+        def again(draw: int) -> Recorded:
+            def drawn(name: str | None) -> list[Follower]:
+                return [self._follower(name, dtype).again(len(names) * draw + names.index(name))]
 
-        return [Recorded(of, partial(again, dtype)) for dtype, of in zip(dtypes, outputs, strict=True)]
+            return Recorded(self._run(drawn, reference)[1])
+
+        return Recorded(reference), Redrawable(pytorch, again)
 
     def _run(
-        self, followers: Callable[[str | None], Sequence[Follower]], leading: Sequence[Feeds] | None = None
+        self, followers: Callable[[str | None], Sequence[Follower]], leading: Sequence[Feeds] = ()
     ) -> list[list[Feeds]]:
-        """All rows as one batch, by follower and step.
+        """All rows as one batch, by follower and step, along the likeliest tokens of the first.
 
         Args:
-            followers: of a row's adapter, as many for each. leading: by step, whose likeliest tokens follow; None: the
-                first follower's.
+            followers: of a row's adapter, as many for each. leading: the steps of one that goes before them.
         """
         found: dict[int, list[list[Feeds]]] = {}
         for name in dict.fromkeys(self._rows):
             runners = followers(name)
             for row in [row for row, own in enumerate(self._rows) if own == name]:
-                found[row] = self._steps(row, runners, leading)
+                known = [Recorded([_sliced(step, row) for step in leading])] if leading else []
+                found[row] = self._steps(row, [*known, *runners])
         by_follower = zip(*(found[row] for row in range(len(self._rows))), strict=True)
         return [_joined(rows) for rows in by_follower]
 
@@ -101,22 +100,19 @@ class RowsApart:
     def _follower(self, name: str | None, dtype: torch.dtype) -> TorchRunner | _Plain:
         return _plain(name, self._runner(name, dtype))
 
-    def _steps(self, row: int, runners: Sequence[Follower], leading: Sequence[Feeds] | None) -> list[list[Feeds]]:
+    def _steps(self, row: int, runners: Sequence[Follower]) -> list[list[Feeds]]:
         """A row's outputs, by runner and step."""
         case = replace(self._case, ids=self._case.ids[row : row + 1], mask=self._case.mask[row : row + 1])
-        steps = [first_step(self._inputs, case)] * len(runners)
-        found: list[list[Feeds]] = []
-        for call in range(case.calls):
-            outputs = [runner.run(step.feeds, {}) for runner, step in zip(runners, steps, strict=True)]
-            found.append(outputs)
-            if call + 1 < case.calls:
-                logits = outputs[0]["logits"] if leading is None else leading[call]["logits"][row : row + 1]
-                steps = [next_step(self._inputs, s, o, logits) for s, o in zip(steps, outputs, strict=True)]
-        return [list(of_runner) for of_runner in zip(*found, strict=True)]
+
+        def run(_call: int, steps: Sequence[Step]) -> Sequence[Feeds]:
+            return [runner.run(step.feeds, {}) for runner, step in zip(runners, steps, strict=True)]
+
+        calls = [outputs for _, _, outputs in follow_case(self._inputs, case, run, len(runners))]
+        return [list(of_runner) for of_runner in zip(*calls, strict=True)]
 
 
 def _plain(name: str | None, runner: TorchRunner) -> TorchRunner | _Plain:
-    return _Plain(runner) if name is None else runner
+    return _Plain(runner, runner) if name is None else runner
 
 
 def _joined(rows: Sequence[Sequence[Feeds]]) -> list[Feeds]:
@@ -128,37 +124,41 @@ def _joined(rows: Sequence[Sequence[Feeds]]) -> list[Feeds]:
 
 
 class Recorded:
-    """Outputs that were computed before, step by step; for a `Judge`.
+    """Outputs that were computed before, step by step."""
 
-    Args:
-        again: what they are with other roundings.
-    """
-
-    def __init__(self, steps: Sequence[Feeds], again: Callable[[int], Recorded] | None = None) -> None:
-        self._steps, self._again = iter(steps), again
+    def __init__(self, steps: Sequence[Feeds]) -> None:
+        self._steps = iter(steps)
 
     def run(self, _feeds: Feeds, _choices: Feeds) -> Feeds:
         return next(self._steps)
 
-    def again(self, draw: int) -> Recorded:
-        assert self._again is not None
-        return self._again(draw)
+
+class Redrawable(Recorded):
+    """Outputs that were computed before.
+
+    Args:
+        again: computes them with other roundings, which are others for another number.
+    """
+
+    def __init__(self, steps: Sequence[Feeds], again: Callable[[int], Recorded]) -> None:
+        super().__init__(steps)
+        self.again = again
 
 
 @dataclass(frozen=True)
 class _Plain:
     """The base alone, followed: experts add nothing.
 
-    Attributes:
-        drawn: the runner with other roundings, which runs in its place.
+    Args:
+        follower: `runner`, or what runs it with other roundings.
     """
 
     runner: TorchRunner
-    drawn: Follower | None = None
+    follower: Follower
 
     def run(self, feeds: Feeds, choices: Feeds) -> Feeds:
         with self.runner.without_experts():
-            return (self.drawn or self.runner).run(feeds, choices)
+            return self.follower.run(feeds, choices)
 
     def again(self, draw: int) -> _Plain:
         return _Plain(self.runner, self.runner.again(draw))
@@ -181,7 +181,11 @@ class _Shown:
 
 def _row_of_step(step: Step, row: int) -> Step:
     case = replace(step.case, ids=step.case.ids[row : row + 1], mask=step.case.mask[row : row + 1])
-    return Step({name: array[row : row + 1] for name, array in step.feeds.items()}, step.mask[row : row + 1], case)
+    return Step(_sliced(step.feeds, row), step.mask[row : row + 1], case)
+
+
+def _sliced(batch: Feeds, row: int) -> Feeds:
+    return {name: array[row : row + 1] for name, array in batch.items()}
 
 
 def _row_of(values: Feeds, row: int, step: Step) -> _Shown:

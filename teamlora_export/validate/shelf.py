@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-import torch
 
 from teamlora_export.adapter import AdapterSpec, align_with_base, read_adapter
 from teamlora_export.bundle import Bundle
@@ -120,7 +119,7 @@ def judge_mixed(
         with reporter.step(f"Batch: {case.name}"):
             runner.seat(given)
             apart = RowsApart(base, adapters, rows, case, manifest.inputs, held, weights)
-            reference, pytorch = apart.follow((torch.float64, torch_dtype(manifest.dtype)))
+            reference, pytorch = apart.follow(torch_dtype(manifest.dtype))
             judge = Judge(manifest.dtype, reference, pytorch, runner, manifest.inputs, multiple)
             judge.add_case(case)
             results += judge.results()

@@ -209,7 +209,8 @@ class TorchRunner:
 
 @dataclass(frozen=True)
 class Redrawn:
-    """A model that rounds once more, at random, what each module gives."""
+    """A model that gives what each of its modules gives a rounding or two off, at random: its error is then mostly 1.1
+    to 1.7 times its own."""
 
     runner: TorchRunner
     generator: torch.Generator
@@ -343,7 +344,7 @@ class _Follower:
 
 
 class _Redrawing(_Follower):
-    """Hooks that round what each module gives once more. Choices are the candidate's.
+    """Hooks that move what each module gives by a rounding. Choices are the candidate's.
 
     Attributes:
         has_chosen: where the candidate's choice is not known, the model's own.
@@ -365,7 +366,7 @@ class _Redrawing(_Follower):
 
     def _follow(self, name: str, own: Tensor) -> Tensor:
         own = super()._follow(name, own)
-        return _rounded_again(own, self._generator) if own.is_floating_point() else own
+        return _shifted(own, self._generator) if own.is_floating_point() else own
 
 
 def _jittered(tensor: Tensor, generator: torch.Generator) -> Tensor:
@@ -374,9 +375,11 @@ def _jittered(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return _moved(tensor, (drawn < 1 / 24).int() - (drawn > 23 / 24).int())
 
 
-def _rounded_again(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Numbers moved to a neighbour; in each row mostly outwards, or mostly inwards, as if what all are multiplied by (a
-    norm's scale, an expert's share) had been rounded otherwise."""
+def _shifted(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Up to half of a row's numbers moved to a neighbour, in a row all outwards or all inwards, as if what they were
+    multiplied by (a norm's scale) had been rounded otherwise, too."""
+    if not tensor.ndim:
+        return tensor
     share = torch.rand(tensor.shape[:-1], generator=generator).sub(0.5).unsqueeze(-1)
     drawn = torch.rand(tensor.shape, generator=generator)
     return _moved(tensor, (drawn < share).int() - (drawn < -share).int())
