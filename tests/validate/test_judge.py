@@ -115,7 +115,7 @@ def test_other_roundings_are_as_large_as_a_models_own(name, dtype, make_base):
 
         def run(of: TorchRunner | Redrawn, feeds: Feeds = feeds, mask: np.ndarray = case.mask) -> np.ndarray:
             output = next(iter(of.run(feeds).items()))
-            return attended(*output, mask, mask.shape[1])
+            return attended(*output, mask, mask.shape[1]).astype(np.float64)
 
         reference, before = run(exact), run(runner)
         drawn = [run(runner.again(draw)) for draw in range(DRAWS)]
