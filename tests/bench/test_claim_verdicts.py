@@ -217,7 +217,7 @@ def test_the_tables_say_what_agrees_with_the_paper_and_what_does_not(tmp_path):
     assert "| the base | - | - | 0 | 1 | - | 8.3 | - |" in text
     other_steps = [{**score, "best_step": 100} if score["seed"] == 1 else score for score in scores]
     assert "| 3 | 100, 300 | " in tables({**found, "scores": other_steps}) and "100, 300" not in text
-    assert "pooled over all trainings of this run (8 degrees of" in text
+    assert " points on gate, up, down (8 degrees of freedom)." in text
     # A comparison of two versions of the code says so in its own line.
     assert "Of unlike code" not in text
     mixed = [{**score, "code": "0c0de"} if score["family"] == "moelora" else score for score in scores]
@@ -326,3 +326,25 @@ def test_families_are_compared_over_all_numbers_of_experts_where_two_seeds_of_ea
     )
     assert line.endswith("8 trainings of each). Better.")
     assert not told(3, 1)
+
+
+def test_luck_is_that_of_trainings_on_the_same_targets():
+    """One that is large on all projections takes nothing from what is told of the feed-forward layers."""
+
+    def margins(scores: list[dict]) -> list[str]:
+        lines = verdicts({"scores": scores, "steps": [], "inference": []})
+        return [line.partition("(")[2].partition(" at")[0] for line in lines if "gate, up, down: +" in line]
+
+    def results(family: str, targets: str, rights: list[str]) -> list[dict]:
+        cells = [Cell(family, 4, targets, 1.0, seed) for seed in range(len(rights))]
+        return [
+            {**_result(family, right, cell.seed), **dataclasses.asdict(cell), "cell": cell.name}
+            for cell, right in zip(cells, rights, strict=True)
+        ]
+
+    steady = results("teamlora", "ffn", ["1" * 11 + "0", "1" * 12]) + results("moelora", "ffn", ["01" * 6, "0110" * 3])
+    unsteady = results("teamlora", "all", ["1" * 12, "0" * 12]) + results("moelora", "all", ["0" * 12, "1" * 12])
+    [alone], [beside] = margins(steady), margins([*steady, *unsteady])
+    assert alone == beside
+    told = [line for line in verdicts({"scores": [*steady, *unsteady], "steps": [], "inference": []}) if "luck" in line]
+    assert "on gate, up, down (2 degrees of freedom), 70.7 points on all projections (2 degrees of freedom)." in told[0]

@@ -34,8 +34,9 @@ _STEPS = (
 def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
     """A line for each claim of the paper that was looked at."""
     by_group, gaps = groups(found["scores"]), list[Gap]()
-    luck = luck_of(by_group.values())
-    for targets in TARGET_NAMES:
+    # What is right for a few layers may be too much for all of them, and luck larger there.
+    luck_on = {targets: luck_of(_with(targets, by_group)) for targets in TARGET_NAMES}
+    for targets, luck in luck_on.items():
         ours = by_group.get(f"teamlora-k4-{targets}")
         for family in ("moelora", "hydralora", "lora"):
             theirs = by_group.get(f"{family}-{targets}" if family == "lora" else f"{family}-k4-{targets}")
@@ -60,15 +61,23 @@ def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
             yield f"- TeamLoRA by number of experts on {TARGET_NAMES[targets]}: {_told_of_experts(scores, luck)}{codes}"
     if margins := [gap.margin for gap in gaps if gap.margin is not None]:
         yield _least_told(margins)
+        told = (
+            f"{math.sqrt(luck.variance):.1f} points on {TARGET_NAMES[targets]} ({luck.freedom} degrees of freedom)"
+            for targets, luck in luck_on.items()
+            if luck.freedom
+        )
         yield (
-            f"- The luck of a training, a standard deviation of {math.sqrt(luck.variance):.1f} points in the average "
-            f"score, is pooled over all trainings of this run ({luck.freedom} degrees of freedom), as if it were the "
-            "same for each; verdicts depend on it. All were of one draw of rows, and the questions of a task have few "
-            "sentence frames: what another draw or other frames would change is not counted. No verdict is corrected "
-            "for the number of them."
+            "- The luck of a training, a standard deviation of the average score, is pooled over all trainings of this "
+            f"run on the same targets, as if it were the same for each, and verdicts depend on it: {', '.join(told)}. "
+            "All were of one draw of rows, and the questions of a task have few sentence frames: what another draw or "
+            "other frames would change is not counted. No verdict is corrected for the number of them."
         )
     yield from _step_verdicts(found["steps"])
     yield from _inference_verdicts(found["inference"])
+
+
+def _with(targets: str, by_group: Mapping[str, Rows]) -> list[Rows]:
+    return [results for results in by_group.values() if results[0]["targets"] == targets]
 
 
 def _farthest(by_group: Mapping[str, Rows], targets: str, luck: Luck) -> Iterator[str]:

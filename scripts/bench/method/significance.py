@@ -132,7 +132,7 @@ def difference(ours: Rows, theirs: Rows, luck: Luck | None = None) -> Gap:
     them; with one seed nothing is told.
 
     Args:
-        luck: of all groups of the run; None: of these two.
+        luck: of all groups with the same targets; None: of these two.
     """
     luck = luck or luck_of([ours, theirs])
     ours, theirs = of_common_seeds(ours, theirs)
