@@ -79,6 +79,8 @@ def judge_attached(
         for case in [case for case in make_cases(base.config, base.task) if case.mask.all()]:
             with reporter.step(f"Case: {case.name}"):
                 judge.add_case(case)
+        if not departures:
+            judge.draw_again()
         results += judge.results()
         graph.forget()
         # Its norms and the experts are of the graph's type; what it holds as codes stays.

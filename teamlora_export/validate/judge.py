@@ -7,8 +7,8 @@ of `FLOOR` units of roundoff, should PyTorch err less. Errors of a whole model h
 `local.py` judges those.
 
 One step's error is one draw, and where a model makes much of a rounding it may be by luck that PyTorch's is small. So
-before an output is said to depart, PyTorch runs the case up to `DRAWS` times more, each time with other roundings (of a
-mixture, where the candidate shows what it chose), and the worst of its errors counts.
+before an output is said to depart where nothing else is wrong, PyTorch runs the case up to `DRAWS` times more, each
+time with other roundings (of a mixture, where the candidate shows what it chose), and the worst of its errors counts.
 
 Where scores are nearly equal, a router in a low dtype may choose other experts than in float64, and all that follows
 differs. So both PyTorch models take the experts that the candidate took, and its choices are judged by what they lose:
@@ -114,6 +114,8 @@ class Judge:
         self._measured: list[_Measured] = []
         self._tokens: dict[str, list[_TokenRow]] = {}
         self._pytorch_squares: dict[str, list[float]] = defaultdict(list)
+        # By case, where an output may depart.
+        self._known: dict[str, list[_Known]] = {}
 
     def add_case(self, case: Case) -> None:
         """Run a case through prefill and, where it has steps, token-by-token decoding along the reference's greedy
@@ -138,13 +140,21 @@ class Judge:
                     self._pytorch_squares[name].append(stats[1].rms ** 2)
             if case.steps:
                 rows.append((candidate["logits"][:, -1], reference["logits"][:, -1]))
-        for draw in range(DRAWS):
-            asked = [m for m in measured if self._may_be_luck(m, draw)]
-            if not asked:
-                break
-            worse = self._drawn_again(asked, known, self._pytorch.again(draw))
-            measured = [worse.get((m.call, m.name), m) for m in measured]
+        if any(m.ours.rms > self._allowed(m, m.pytorch.rms) for m in measured):
+            self._known[case.name] = known
         self._measured += measured
+
+    def draw_again(self) -> None:
+        """Where an output departs by little, have PyTorch run its case again, with other roundings: the worst of its
+        errors counts from now on."""
+        for name, known in self._known.items():
+            for draw in range(DRAWS):
+                asked = [m for m in self._measured if m.case.name == name and self._may_be_luck(m, draw)]
+                if not asked:
+                    break
+                worse = self._drawn_again(asked, known, self._pytorch.again(draw))
+                self._measured = [worse.get(id(m), m) for m in self._measured]
+        self._known.clear()
 
     def results(self) -> tuple[CaseResult, ...]:
         """The verdict on each case that was added."""
@@ -168,17 +178,16 @@ class Judge:
         return None
 
     def _may_be_luck(self, measured: _Measured, draws: int) -> bool:
-        """It departs by itself, whatever other steps say; and by little, once there were `draws` of PyTorch's error."""
-        ours, theirs = measured.ours.rms, measured.pytorch.rms
-        if not (math.isfinite(ours) and math.isfinite(theirs)):
-            return False
-        most = _LUCK * self._allowed(measured, max(theirs, self._pooled(measured.name))) if draws else math.inf
-        return self._allowed(measured, theirs) < ours <= most
+        """It departs; and by little, once there were `draws` of PyTorch's error."""
+        judgement = self._judge_measured(measured)
+        most = _LUCK * judgement.allowed if draws else math.inf
+        is_known = math.isfinite(measured.ours.rms) and math.isfinite(measured.pytorch.rms)
+        return is_known and not judgement.passed and measured.ours.rms <= most
 
     def _drawn_again(
         self, asked: Sequence[_Measured], known: Sequence[_Known], drawn: Follower
-    ) -> dict[tuple[int, str], _Measured]:
-        """What was measured in steps of one case, by call and name, with the worse of PyTorch's errors.
+    ) -> dict[int, _Measured]:
+        """What was measured in steps of one case, each by its identity, with the worse of PyTorch's errors.
 
         Args:
             known: of each call. drawn: PyTorch, with other roundings.
@@ -188,13 +197,13 @@ class Judge:
             reference, choices = known[call]
             return reference, drawn.run(steps[1].feeds, choices)
 
-        worse = {(m.call, m.name): m for m in asked}
+        by_place, worse = {(m.call, m.name): m for m in asked}, dict[int, _Measured]()
         for call, step, outputs in follow_case(self._inputs, asked[0].case, run, 2):
-            for name in (name for name in outputs[0] if (call, name) in worse):
+            for name in (name for name in outputs[0] if (call, name) in by_place):
                 reference, pytorch = (step.attended(name, of[name]) for of in outputs)
-                found, before = measure(pytorch, reference), worse[call, name]
+                found, before = measure(pytorch, reference), by_place[call, name]
                 if before.pytorch.rms < found.rms < math.inf:
-                    worse[call, name] = replace(before, pytorch=found)
+                    worse[id(before)] = replace(before, pytorch=found)
         return worse
 
     def _judge_measured(self, measured: _Measured) -> Judgement:

@@ -201,6 +201,8 @@ def _judge_export(
     of_graph = not engine or engine.facts.adapter_sha256 == manifest.adapter["sha256"]
     if of_graph:
         inside.judge(max(cases, key=lambda case: len(case.mask)), reporter)
+    if not inside.departures:
+        judge.draw_again()
     return Verdict(
         dtype=dtype,
         cases=judge.results(),

@@ -122,11 +122,15 @@ def judge_mixed(
             reference, pytorch = apart.follow(torch_dtype(manifest.dtype))
             judge = Judge(manifest.dtype, reference, pytorch, runner, manifest.inputs, multiple)
             judge.add_case(case)
+            failure = judge.first_failure()
+            # An engine shows nothing of its inside.
+            located = list(apart.locate(graph, failure[1])) if failure is not None and engine is None else []
+            if not located:
+                judge.draw_again()
             results += judge.results()
         if (failure := judge.first_failure()) is not None:
-            _, step, judgement = failure
-            # An engine shows nothing of its inside.
-            departures += apart.locate(graph, step) if engine is None else ()
+            judgement = failure[2]
+            departures += located
             reason = f"errs by {judgement.error.rms:.2e}, allowed is {judgement.allowed:.2e} ({case.name})"
             node = graph.producer_of(judgement.name)
             departures.append(Departure("rows", judgement.name, node, f"{judgement.name} {reason}"))

@@ -53,6 +53,7 @@ class Erring:
 def judged(candidate: Erring, pytorch: Erring, case: Case = SQUARE) -> Judge:
     judge = Judge("fp32", Erring(**dict.fromkeys(candidate.errors, 0.0)), pytorch, candidate, INPUTS)
     judge.add_case(case)
+    judge.draw_again()
     return judge
 
 
