@@ -92,7 +92,8 @@ _Known = tuple[Feeds, Feeds]
 class Judge:
     """Compares `candidate` with `reference` (float64) and `pytorch` (the candidate's dtype) over cases.
 
-    `inputs` are the candidate's, with the sizes of its cache. Run all cases with `add_case`, then ask for `results`.
+    `inputs` are the candidate's, with the sizes of its cache. Run all cases with `add_case`, where all else is right
+    `draw_again`, then ask for `results`.
 
     Args:
         multiple: of PyTorch's error, that is allowed.
@@ -145,8 +146,8 @@ class Judge:
         self._measured += measured
 
     def draw_again(self) -> None:
-        """Where an output departs by little, have PyTorch run its case again, with other roundings: the worst of its
-        errors counts from now on."""
+        """Where an output departs, have PyTorch run its case again with other roundings; from now on the worst of its
+        errors counts."""
         for name, known in self._known.items():
             for draw in range(DRAWS):
                 asked = [m for m in self._measured if m.case.name == name and self._may_be_luck(m, draw)]

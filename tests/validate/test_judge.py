@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_adapter
+from faults import Fault, ignore_the_mask, plant
+from faults import judged as judge_bundle
 
 from teamlora_export.bundle import read_bundle
 from teamlora_export.dtypes import DTYPES
@@ -155,6 +157,16 @@ def test_a_mixture_is_drawn_again_where_its_choices_are_known(make_base):
     assert choices and same.keys() == drawn.keys()
     error = np.abs(drawn["logits"] - same["logits"]).max()
     assert 0 < error < 50 * DTYPES["fp16"].roundoff * np.abs(same["logits"]).max()
+
+
+def test_of_what_is_located_nothing_is_drawn_again(make_bundle, tmp_path, monkeypatch):
+    def run(*_: object) -> Feeds:
+        raise AssertionError
+
+    monkeypatch.setattr(Redrawn, "run", run)
+    fault = {"mask ignored": Fault(ignore_the_mask, ".")}
+    verdict = judge_bundle(plant(make_bundle("llama"), tmp_path / "bundle", fault))
+    assert verdict.departures and not all(case.passed for case in verdict.cases)
 
 
 @pytest.fixture
