@@ -209,8 +209,8 @@ class TorchRunner:
 
 @dataclass(frozen=True)
 class Redrawn:
-    """A model that gives what each of its modules gives a rounding or two off, at random: its error is then mostly 1.1
-    to 1.7 times its own."""
+    """A model that gives what each of its modules gives a rounding or two off, at random. As its own roundings stay, it
+    errs by somewhat more than without."""
 
     runner: TorchRunner
     generator: torch.Generator
