@@ -79,11 +79,6 @@ def validate_command(
     """Compare a bundle with PyTorch; exit with 1 where it departs, and say which module does."""
     from teamlora_export.bundle import read_bundle
     from teamlora_export.page import refuse_foreign_report, refuse_same_file
-    from teamlora_export.progress import Reporter
-    from teamlora_export.validate.lm_eval_tasks import LmEval
-    from teamlora_export.validate.report import print_verdict, verdict_fields, write_html
-    from teamlora_export.validate.run import validate_bundle
-    from teamlora_export.validate.verdict import thresholds_of
 
     if engine == "":
         # A variable that a script forgot to set: not the wish to judge the graph.
@@ -94,6 +89,14 @@ def validate_command(
     if report is not None:
         refuse_foreign_report(report)
     refuse_same_file(report, json)
+
+    # With them come seconds of PyTorch.
+    from teamlora_export.progress import Reporter
+    from teamlora_export.validate.lm_eval_tasks import LmEval
+    from teamlora_export.validate.report import print_verdict, verdict_fields, write_html
+    from teamlora_export.validate.run import validate_bundle
+    from teamlora_export.validate.verdict import thresholds_of
+
     verdict = validate_bundle(
         opened,
         base_source=base,

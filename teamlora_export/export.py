@@ -64,6 +64,7 @@ from teamlora_export.origin import (
     warn_of_kernels,
     warn_of_normalizers,
 )
+from teamlora_export.ports import refuse_unknown_task
 from teamlora_export.progress import Reporter
 from teamlora_export.shelf import fit_adapter, refuse_overrides, require_name, shelve, slot_file, some_names
 from teamlora_export.staging import real_path, refuse_foreign, require_space, staged
@@ -106,7 +107,7 @@ def export_onnx(
         slot_rank, slot_experts: what each slot has room for at least, beside the adapters of the export (`Room`).
         slot_targets: endings of names of modules that have slots as well, as large as those of others.
         dtype: fp32, fp16 or bf16: the type of weights and activations.
-        task: auto, or one of `model.base.TASKS`.
+        task: auto, or one of `ports.TASKS`.
         op_form: "function" keeps the op, with its body in the model; "standard" inlines the body.
         cache: how a text generator keeps keys and values: "growing" gives back a longer cache on every call, "in-place"
             writes into one buffer for each layer.
@@ -128,6 +129,7 @@ def export_onnx(
         raise ExportError(f"--op {op_form}: unknown. Use {' or '.join(OP_FORMS)}.")
     if cache not in CACHE_FORMS:
         raise ExportError(f"--cache {cache}: unknown. Use {' or '.join(CACHE_FORMS)}.")
+    refuse_unknown_task(task)
     quantise = _quantiser(weights_form, head_form, zero_points)
     narrow = narrowing(adapter_dtype, dtype)
     room = Room(slot_rank or 0, slot_experts or 0)

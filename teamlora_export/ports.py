@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from teamlora_export.dtypes import DTYPES
+from teamlora_export.errors import ExportError
 
 # Names of the dynamic axes.
 BATCH, SEQUENCE, PAST, TOTAL, CAPACITY = (
@@ -29,6 +30,7 @@ _RESULTS = {
     "feature-extraction": ("last_hidden_state",),
     "sentence-embedding": ("sentence_embedding",),
 }
+TASKS = tuple(_RESULTS)
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,15 @@ class Port:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+def refuse_unknown_task(task: str) -> None:
+    """
+    Raises:
+        ExportError: it is neither "auto" nor one of `TASKS`.
+    """
+    if task not in (*TASKS, "auto"):
+        raise ExportError(f"--task {task}: unknown. Use auto, {', '.join(TASKS[:-1])} or {TASKS[-1]}.")
 
 
 def keeps_in_place(inputs: Sequence[Port]) -> bool:

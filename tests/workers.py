@@ -20,6 +20,7 @@ _LONG = {
     "test_cpp.py",
     "test_genai.py",
     "test_genai_folder.py",
+    "test_mixtures.py",
 }
 
 

@@ -14,6 +14,9 @@ constants in every rule that is left.)
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 from onnxscript.optimizer import fold_constants
@@ -29,6 +32,20 @@ def _exactly(number: int) -> pattern.Constant:
 
 def _unchanged(op, x, **_):  # type: ignore[no-untyped-def]
     return op.Identity(x)
+
+
+def _of_slices(rule: pattern.RewriteRule) -> pattern.RewriteRule:
+    """A rule whose pattern begins with a Slice, tried on those alone.
+
+    As its pattern has two outputs, the library goes through all nodes each time it is tried, whatever it is tried on.
+    """
+    try_rewrite, limited = rule.try_rewrite, copy.copy(rule)
+
+    def try_on_slice(model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node, **options: Any) -> Any:
+        return try_rewrite(model, graph, node, **options) if node.op_type == "Slice" else None
+
+    limited.try_rewrite = try_on_slice  # type: ignore[method-assign]
+    return limited
 
 
 _NO_OPS = (
@@ -50,7 +67,7 @@ EXACT_RULES: tuple[pattern.RewriteRule, ...] = (
     rules.no_op_expand_rule,
     rules.flatten_to_reshape_rule,
     rules.reshape_reshape_rule,
-    rules.slice_split_rule,
+    _of_slices(rules.slice_split_rule),
     rules.no_op_transpose_rule,
     rules.transpose_transpose_rule,
     rules.unsqueeze_unsqueeze_rule,

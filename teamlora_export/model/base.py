@@ -34,8 +34,8 @@ from teamlora_export.model.checkpoint import NOT_FLOAT, is_weight, missing_text,
 from teamlora_export.model.configuration import check_config
 from teamlora_export.model.inject import signature_of
 from teamlora_export.model.source import BaseSource, find_base
+from teamlora_export.ports import refuse_unknown_task
 
-TASKS = ("text-generation", "feature-extraction", "sentence-embedding", "text-classification")
 _AUTO_CLASSES: dict[str, Any] = {
     "text-generation": AutoModelForCausalLM,
     "feature-extraction": AutoModel,
@@ -48,7 +48,7 @@ _LARGEST_TABLES = 2 << 30
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model whose configuration transformers has read, for one of `TASKS`."""
+    """A base model whose configuration transformers has read, for one of the tasks."""
 
     source: BaseSource
     config: Any
@@ -244,8 +244,7 @@ def open_base(name: str | BaseSource, task: str = "auto") -> BaseModel:
     Raises:
         ExportError: it is not there, is not a model that transformers knows, or cannot do the task.
     """
-    if task not in (*TASKS, "auto"):
-        raise ExportError(f"--task {task}: unknown. Use auto, {', '.join(TASKS[:-1])} or {TASKS[-1]}.")
+    refuse_unknown_task(task)
     source = find_base(name) if isinstance(name, str) else name
     config = _read_config(source)
     if getattr(config, "is_encoder_decoder", False):

@@ -19,10 +19,11 @@ import pytest
 from conftest import GREEDY_TOKENS
 from cpp_programs import as_engine, build_cpp, endless, generate, generate_and_tell, launches, run
 
-from teamlora_export.bundle import Bundle
+from teamlora_export.bundle import Bundle, read_bundle
 from teamlora_export.deploy.cpp import deploy_cpp
 from teamlora_export.deploy.runner import Model
 from teamlora_export.engine.build import BuildOptions, build_engine
+from teamlora_export.engine.facts import find_engine
 from teamlora_export.engine.toolchain import find_toolchain
 from teamlora_export.errors import ExportError
 from teamlora_export.files import sha256_of
@@ -209,10 +210,21 @@ def test_the_tensorrt_back_end_keeps_the_cache_as_the_model_needs_it(
     assert (launches(done.stderr) == 0) == grows
 
 
-def test_the_tensorrt_project_is_compiled_linked_and_runs_up_to_the_missing_driver(make_bundle, plugin, tmp_path):
-    source = make_bundle("llama")
-    bundle = Bundle(Path(shutil.copytree(source.folder, tmp_path / "bundle")), source.manifest)
-    build_engine(bundle, BuildOptions(dtype="fp16", runtime="rtx", capabilities=("8.9",)), None)
+@pytest.fixture(scope="module")
+def made(make_bundle, tmp_path_factory) -> Path:
+    """The folder of a bundle with an engine in float16."""
+    folder = Path(shutil.copytree(make_bundle("llama").folder, tmp_path_factory.mktemp("made") / "bundle"))
+    build_engine(read_bundle(folder), BuildOptions(dtype="fp16", runtime="rtx", capabilities=("8.9",)), None)
+    return folder
+
+
+@pytest.fixture
+def bundle(made, tmp_path) -> Bundle:
+    """A copy of it."""
+    return read_bundle(shutil.copytree(made, tmp_path / "bundle"))
+
+
+def test_the_tensorrt_project_is_compiled_linked_and_runs_up_to_the_missing_driver(bundle, plugin, tmp_path):
     project = deploy_cpp(bundle, tmp_path / "project", engine="fp16-rtx")
     assert not (project / "model" / "model.onnx").exists()
     include = f"-DTENSORRT_INCLUDE_DIR={find_toolchain().tensorrt_include}"
@@ -241,10 +253,8 @@ def test_the_tensorrt_project_is_compiled_linked_and_runs_up_to_the_missing_driv
         deploy_cpp(bundle, tmp_path / "other", engine="none")
 
 
-def test_an_engine_and_a_plugin_that_do_not_belong_are_refused(make_bundle, plugin, tmp_path):
-    source = make_bundle("llama")
-    bundle = Bundle(Path(shutil.copytree(source.folder, tmp_path / "bundle")), source.manifest)
-    engine, _ = build_engine(bundle, BuildOptions(dtype="fp16", runtime="rtx", capabilities=("8.9",)), None)
+def test_an_engine_and_a_plugin_that_do_not_belong_are_refused(bundle, plugin, tmp_path):
+    engine = find_engine(bundle, "fp16-rtx")
     facts = json.loads(engine.with_suffix(".json").read_text())
 
     def deploy(**changes: object) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import json
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -108,10 +110,23 @@ def test_a_cache_in_place_gives_the_tokens_of_one_that_grows(part, make_bundle, 
     assert list(in_place.stream(prompts[0], 12)) == list(growing.stream(prompts[0], 12))
 
 
+@pytest.fixture(scope="module")
+def long_texts(make_base, make_adapter) -> Callable[[str], tuple[list[list[int]], list[list[int]]]]:
+    """Prompts for a tiny model, and what PyTorch writes after each; made once."""
+
+    @functools.cache
+    def make(name: str) -> tuple[list[list[int]], list[list[int]]]:
+        rng = np.random.default_rng(7)
+        prompts = [rng.integers(3, 384, length).tolist() for length in (37, 2, 21)]
+        return prompts, [pytorch_greedy(make_base(name), make_adapter(name), prompt, 60) for prompt in prompts]
+
+    return make
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3"])
 @pytest.mark.parametrize("part", [5, 512])
 def test_text_of_many_windows_equals_pytorchs_and_a_window_is_kept_no_longer(
-    name, part, make_bundle, make_base, make_adapter, monkeypatch, rng
+    name, part, make_bundle, long_texts, monkeypatch
 ):
     """A window has six tokens; a ring has room for it and a part, or for the text where that is shorter, with what is
     in front of it: the prompt of 21 tokens shares a call with that of 37."""
@@ -121,8 +136,7 @@ def test_text_of_many_windows_equals_pytorchs_and_a_window_is_kept_no_longer(
     monkeypatch.setattr(slots, "InPlaceSlots", lambda *given: made.append(InPlaceSlots(*given)) or made[-1])
     bundle = make_bundle(name, cache="in-place")
     model = Model(bundle.folder)
-    prompts = [rng.integers(3, 384, length).tolist() for length in (37, 2, 21)]
-    expected = [pytorch_greedy(make_base(name), make_adapter(name), prompt, 60) for prompt in prompts]
+    prompts, expected = long_texts(name)
     stops = bundle.manifest.tokens.stops
     until_stop = [list(itertools.takewhile(lambda token: token not in stops, answer)) for answer in expected]
     for prompt, answer in zip(prompts, until_stop, strict=True):
@@ -154,7 +168,7 @@ def test_the_program_needs_its_requirements_alone_and_streams_words(deployed, sm
 
 def test_its_readme_works_to_the_letter(deployed, tmp_path):
     folder = Path(shutil.copytree(deployed, tmp_path / "copy"))
-    environment = {**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
+    environment = {**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PIP_NO_COMPILE": "1"}
     environment.pop("VIRTUAL_ENV", None)
     commands = ["sh", "-e", "-c", readme_block(folder, "sh")]
     done = subprocess.run(commands, capture_output=True, text=True, cwd=folder, env=environment)

@@ -202,7 +202,9 @@ def test_every_planted_fault_is_located_where_each_layer_amplifies_rounding(grou
     named = [d for d in verdict.departures if "read by nothing" not in d.reason]
     assert all("/" in d.node for d in named), "a node is named after its output and type"
     if group == "weights":
-        assert_located(verdict, faults, "weights")
+        # By each alone: weights of which no source is known are judged by what comes of them.
+        for check in ("weights", "modules"):
+            assert_located(verdict, faults, check)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -231,13 +233,6 @@ def test_rings_that_do_not_wrap_are_found(model, planted):
     faults = {"linear": Fault(take_rings_for_buffers, "")}
     with pytest.raises(ExportError, match="TensorScatter"):
         judged(planted(faults, model, "fp32", "function", "in-place"))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_modules_show_what_is_wrong_with_their_weights(dtype, planted, monkeypatch):
-    """Values alone, as if the weights could not be compared with their sources."""
-    monkeypatch.setattr("teamlora_export.validate.run.judge_weights", lambda *_: ())
-    assert_located(judged(planted(IN_WEIGHTS, "amplifying", dtype)), IN_WEIGHTS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
