@@ -44,7 +44,7 @@ def _of_slices(rule: pattern.RewriteRule) -> pattern.RewriteRule:
     def try_on_slice(model: ir.Model, graph: ir.Graph | ir.Function, node: ir.Node, **options: Any) -> Any:
         return try_rewrite(model, graph, node, **options) if node.op_type == "Slice" else None
 
-    limited.try_rewrite = try_on_slice  # type: ignore[method-assign]
+    limited.try_rewrite = try_on_slice  # type: ignore[assignment, method-assign]
     return limited
 
 
