@@ -1,4 +1,4 @@
-"""What a model's inputs and outputs are called, and the axes that they have."""
+"""What a model's inputs and outputs are called for each task, and the axes that they have."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _NUMBERS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 # What each task is asked for.
 _RESULTS = {
     "text-generation": ("logits",),
-    "text-classification": ("logits",),
     "feature-extraction": ("last_hidden_state",),
     "sentence-embedding": ("sentence_embedding",),
+    "text-classification": ("logits",),
 }
 TASKS = tuple(_RESULTS)
 

@@ -340,7 +340,7 @@ PROMPTS = (
     "Text: Ada, who is 36, moved to Oslo last year.\nJSON:",
     "Once upon a time, in a small village by the sea,",
 )
-GREEDY_TOKENS = 32
+GREEDY_TOKENS = 64
 
 
 @pytest.fixture(scope="session")

@@ -39,9 +39,7 @@ def build_cpp(source: Path, folder: Path, *options: str, targets: Sequence[str] 
 @pytest.fixture(scope="session")
 def cpp_programs(run_folder) -> Path:
     """The folder of the programs around the project that `deploy cpp` writes; built once for all that run tests."""
-    # Compiled in half the time of a release, which is built where the README is followed.
-    options = (f"-DDEPLOYED={SOURCES}", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1")
-    return made_once(run_folder, "cpp_programs", lambda folder: build_cpp(AROUND, folder, *options))
+    return made_once(run_folder, "cpp_programs", lambda folder: build_cpp(AROUND, folder, f"-DDEPLOYED={SOURCES}"))
 
 
 @pytest.fixture(scope="session")

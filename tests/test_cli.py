@@ -122,10 +122,11 @@ def test_wrong_arguments_exit_with_2(arguments, message, adapter, tmp_path, make
     assert not (tmp_path / "out").exists()
 
 
-def test_help_and_version_do_not_import_torch():
-    for flag in ("--help", "--version"):
-        result = run(flag, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
-        assert result.returncode == 0
+def test_help_and_what_is_plainly_wrong_do_not_import_torch(adapter, tmp_path, make_base):
+    task = ("onnx", make_base("llama").name, "-a", adapter, "-o", tmp_path / "out", "--task", "dancing")
+    for words, status in ((("--help",), 0), (("--version",), 0), (task, 2), (("validate", adapter), 2)):
+        result = run(*words, env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"})
+        assert result.returncode == status
         assert "| typer" in re.sub(" +", " ", result.stderr), "imports are listed, indented by who imports them"
         assert "| torch" not in re.sub(" +", " ", result.stderr)
 

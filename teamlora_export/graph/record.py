@@ -19,14 +19,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import transformers.exporters.exporter_onnx  # noqa: F401  (registers the patches)
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.export._trace import _compiling_state_context
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, DynamicCache
-from transformers.exporters.utils import apply_patches
 
 from teamlora_export.graph.silence import silenced
 
@@ -116,6 +113,11 @@ def record(
 @contextmanager
 def _exporting(model: nn.Module) -> Iterator[None]:
     """The state that the exporter traces in; afterwards the modules have their own attributes and buffers again."""
+    # Two seconds of imports, which only what follows a model needs. The first registers patches.
+    import transformers.exporters.exporter_onnx  # noqa: F401
+    from torch.export._trace import _compiling_state_context
+    from transformers.exporters.utils import apply_patches
+
     kept = [(vars(module), dict(vars(module)), module._buffers, dict(module._buffers)) for module in model.modules()]
     with ExitStack() as stack:
         stack.enter_context(silenced())

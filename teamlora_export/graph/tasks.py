@@ -1,6 +1,6 @@
 """What each task's graph takes and gives: sample inputs for tracing, dynamic axes, the ecosystem's names, the forward.
 
-To add a task: its sample and forward here, its outputs in `ports.py`.
+To add a task: its sample and forward here, its outputs in `ports.py`, its class in `model/base.py`.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def test_the_program_needs_its_requirements_alone_and_streams_words(deployed, sm
 
 def test_its_readme_works_to_the_letter(deployed, tmp_path):
     folder = Path(shutil.copytree(deployed, tmp_path / "copy"))
-    environment = {**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PIP_NO_COMPILE": "1"}
+    environment = {**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt")}
     environment.pop("VIRTUAL_ENV", None)
     commands = ["sh", "-e", "-c", readme_block(folder, "sh")]
     done = subprocess.run(commands, capture_output=True, text=True, cwd=folder, env=environment)

@@ -157,7 +157,7 @@ def test_an_engine_is_judged_on_a_gpu_only(built):
         (["--strip-weights"], "builds such engines on a GPU"),
     ],
 )
-def test_wrong_options_are_one_message_and_write_nothing(arguments, message, bundle, tmp_path, monkeypatch):
+def test_wrong_options_are_refused_and_write_nothing(arguments, message, bundle, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ExportError, WRONG_USAGE)) as refusal:
         app(["trt", str(bundle.folder), *arguments], standalone_mode=False)

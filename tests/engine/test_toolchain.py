@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -15,11 +14,10 @@ import pytest
 from teamlora_export.engine import plugin as plugins
 from teamlora_export.engine import toolchain
 from teamlora_export.engine.gpu import Gpu
-from teamlora_export.engine.plugin import build_plugin, find_plugin, plugin_of_engine, read_plugin
+from teamlora_export.engine.plugin import build_plugin, find_plugin, plugin_of_engine, read_plugin, sources_sha256
 from teamlora_export.engine.runtime import TensorRT
 from teamlora_export.engine.toolchain import (
     TENSORRT_HEADER,
-    Toolchain,
     find_tensorrt_include,
     find_toolchain,
     tensorrt_version,
@@ -98,9 +96,9 @@ def test_headers_of_another_major_version_are_refused_with_both_versions(install
         find_toolchain()
 
 
-def test_an_older_compiler_builds_what_it_knows_and_says_what_it_leaves_out(monkeypatch, tmp_path, capsys):
-    """The compiler of the packages, as where there is no CUDA toolkit, behind a script that lists one GPU alone; what
-    it is asked for is not compiled (scripts/build_native.py does, for all GPUs)."""
+def test_an_older_compiler_is_asked_for_what_it_knows_and_what_is_left_out_is_said(monkeypatch, tmp_path, capsys):
+    """The compiler of the packages, as where there is no CUDA toolkit, behind a script that lists one GPU alone. CMake
+    is a stand-in: scripts/build_native.py compiles the plugin itself."""
     packaged = next(file.locate() for file in files("nvidia-cuda-nvcc") if file.name == "nvcc")
     nvcc = tmp_path / "nvcc"
     nvcc.write_text(f'#!/bin/sh\ntest "$1" = --list-gpu-code && echo sm_90 && exit\nexec {packaged} "$@"\n')
@@ -109,17 +107,27 @@ def test_an_older_compiler_builds_what_it_knows_and_says_what_it_leaves_out(monk
     monkeypatch.setenv("TEAMLORA_EXPORT_CACHE", str(tmp_path / "cache"))
     tools = find_toolchain()
     assert tools.nvcc == nvcc
-
-    def compile_for(folder: Path, given: Toolchain, architectures: Sequence[str], build: str) -> Path:
-        assert given == tools
-        says = {"build": build, "tensorrt": tools.tensorrt_version, "architectures": ",".join(architectures)}
-        return compile_library(folder / plugins.LIBRARY_NAME, json.dumps({**json.loads(f"{{{_SAYS}}}"), **says})[1:-1])
-
-    monkeypatch.setattr(plugins, "_compile", compile_for)
     assert (tools.cuda_include / "cuda_fp16.h").is_file()
     with pytest.raises(ExportError, match=r"--arch 120: CUDA .* does not build for it. It knows 90"):
         build_plugin(("90", "120"))
-    library = build_plugin()
+    commands, run = [], subprocess.run
+
+    def stand_in(command: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:
+        if command[0] != str(tools.cmake):
+            return run(command, **options)  # type: ignore[call-overload]
+        commands.append(command)
+        if "--build" in command:
+            says = _SAYS.replace('"80"', '"90"').replace("10.14.1", tools.tensorrt_version)
+            compile_library(Path(command[2]) / plugins.LIBRARY_NAME, says.replace('"b"', f'"{sources_sha256()}"'))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", stand_in)
+        library = build_plugin()
+    configure, build = commands
+    assert f"-DCMAKE_CUDA_COMPILER={nvcc}" in configure
+    assert [option for option in configure if "ARCHITECTURES" in option] == ["-DCMAKE_CUDA_ARCHITECTURES=90"]
+    assert build[-1] == "teamlora_tensorrt"
     assert library.path.is_relative_to(tmp_path)
     assert library.architectures == ("90",)
     told = capsys.readouterr().err

@@ -92,6 +92,27 @@ def test_a_double_is_rounded_as_often_as_the_model_rounds_it():
     assert not np.array_equal(expected, x.astype(np.float16)), "it makes a difference"
 
 
+def halves(width: int) -> ir.Model:
+    """A graph that swaps the two parts of a row of `width`, of which the first has half of it, rounded down."""
+    body = "".join(
+        f"{name} = Constant <value = int64[1] {{{number}}}> () "
+        for name, number in (("begin", 0), ("middle", width // 2), ("end", width), ("axis", -1))
+    )
+    # The rule that makes one Split of them looks at pairs whose second half comes first alone.
+    body += "b = Slice(x, middle, end, axis) a = Slice(x, begin, middle, axis) y = Concat <axis = -1> (b, a)"
+    text = f'<ir_version: 10, opset_import: ["" : 20]> g (float[n, {width}] x) => (float[n, {width}] y) {{ {body} }}'
+    return ir.from_proto(onnx.parser.parse_model(text))
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_halves_of_a_row_stay_what_they_are(width):
+    """Of an odd size, Split's first part is the larger one."""
+    x = np.arange(2 * width, dtype=np.float32).reshape(2, width)
+    plain, optimized = halves(width), halves(width)
+    optimize(optimized)
+    assert np.array_equal(run(optimized, x), run(plain, x))
+
+
 def test_no_rule_compares_a_number_within_a_tolerance():
     for rule in EXACT_RULES:
         for value in constants_of(rule):
