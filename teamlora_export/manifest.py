@@ -18,7 +18,7 @@ import msgspec
 from teamlora_export.dtypes import DTYPES
 from teamlora_export.errors import ExportError
 from teamlora_export.files import read_record
-from teamlora_export.ports import Port
+from teamlora_export.ports import TASKS, Port
 from teamlora_export.staging import write_aside
 from teamlora_export.tokens import Tokens
 
@@ -34,9 +34,7 @@ MOST_SLOTS = 4096
 
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 Dtype = Annotated[str, msgspec.Meta(pattern=f"^({'|'.join(DTYPES)})$")]
-Task = Annotated[
-    str, msgspec.Meta(pattern="^(text-generation|feature-extraction|sentence-embedding|text-classification)$")
-]
+Task = Annotated[str, msgspec.Meta(pattern=f"^({'|'.join(TASKS)})$")]
 
 
 class BaseOrigin(TypedDict):

@@ -3,7 +3,9 @@
 These are onnxscript's own folder and rules, in the order of its `optimize_ir`, with those left out that are not exact
 for every graph (onnxscript 0.7):
 
-    x * 1, x / 1, x + 0, x - 0, Dropout(0)   take 1.00001 for 1 and 1e-8 for 0: put in exactly, below
+    x * 1, x / 1, x + 0, x - 0               take 1.00001 for 1 and 1e-8 for 0: put in exactly, below; zeros for whole
+                                             numbers alone, as -0.0 + 0.0 is 0.0
+    Dropout(0)                               takes 1e-8 for 0, too
     Cast of Cast                             also from double and int64, which float32 rounds first
     Min, Max, Clip, Relu of one another      exchange the bounds where they cross
     BatchNormalization into Conv and Gemm    rounds the weights anew
@@ -16,10 +18,10 @@ for every graph (onnxscript 0.7):
     two Slices into a Split                  takes an odd size for an even one, and time: it goes through all nodes for
                                              each
 
-What is folded is computed by numpy: of a sine or a power, the last bit may be another than the runtime's. (The
-constants of the library's patterns match within 1e-5 and 1e-8 unless told otherwise; a test looks for such constants in
-every rule that is left. Of the last six, and of zeros that are floats, none applied to an architecture of our tests,
-but for two Reshapes and two zeros of a mixture.)
+What is folded is computed by numpy: of a sum, a sine or a power of constants the last bit may be another than the
+runtime's, and of a number that does not fit a type, all of it. (The constants of the library's patterns match within
+1e-5 and 1e-8 unless told otherwise; a test looks for such constants in every rule that is left. Of the last six, and of
+zeros that are floats, none applied to an architecture of our tests, but for two Reshapes and two zeros of a mixture.)
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def _unchanged(op, x, **_):  # type: ignore[no-untyped-def]
 
 
 def _is_whole(_context, x: ir.Value, **_) -> bool:  # type: ignore[no-untyped-def]
-    """Of floats, -0.0 + 0.0 is 0.0, whose reciprocal is another."""
+    """Of floats, zeros have signs."""
     return x.dtype is not None and x.dtype.is_integer()
 
 

@@ -1,6 +1,7 @@
 """What each task's graph takes and gives: sample inputs for tracing, dynamic axes, the ecosystem's names, the forward.
 
-To add a task: its sample and forward here, its outputs in `ports.py`, its class in `model/base.py`.
+To add a task: its sample, forward and outputs here, what is asked of it in `ports.py`, its class in `model/base.py`, a
+word in the help of `cli_export.py`.
 """
 
 from __future__ import annotations

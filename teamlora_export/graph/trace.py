@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.export._trace import _compiling_state_context  # noqa: F401  (`record.py` takes it: if missing, said here)
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
 from teamlora_export.adapter.spec import AdapterSpec, ExpertProjection

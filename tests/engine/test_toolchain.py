@@ -115,6 +115,7 @@ def test_an_older_compiler_is_asked_for_what_it_knows_and_what_is_left_out_is_sa
     def stand_in(command: Sequence[str], **options: object) -> subprocess.CompletedProcess[str]:
         if command[0] != str(tools.cmake):
             return run(command, **options)  # type: ignore[call-overload]
+        assert options["env"] == tools.environment()
         commands.append(command)
         if "--build" in command:
             says = _SAYS.replace('"80"', '"90"').replace("10.14.1", tools.tensorrt_version)
@@ -127,6 +128,8 @@ def test_an_older_compiler_is_asked_for_what_it_knows_and_what_is_left_out_is_sa
     configure, build = commands
     assert f"-DCMAKE_CUDA_COMPILER={nvcc}" in configure
     assert [option for option in configure if "ARCHITECTURES" in option] == ["-DCMAKE_CUDA_ARCHITECTURES=90"]
+    assert f"-DTENSORRT_INCLUDE_DIR={tools.tensorrt_include}" in configure
+    assert f"-DTEAMLORA_BUILD_ID={sources_sha256()}" in configure
     assert build[-1] == "teamlora_tensorrt"
     assert library.path.is_relative_to(tmp_path)
     assert library.architectures == ("90",)
