@@ -247,12 +247,15 @@ def _holds_secret(path: Path) -> bool:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every path under `folder` with what it is: kind, size and hash, or where a link leads."""
+    """Every path under `folder` with what it is: kind, size and hash, or where a link leads. What Python compiles of a
+    program that runs is no part of it."""
     return dict(_entries(folder, ""))
 
 
 def _entries(folder: Path, prefix: str) -> Iterator[tuple[str, str]]:
     for entry in os.scandir(folder):
+        if entry.name == "__pycache__":
+            continue
         name = f"{prefix}{entry.name}"
         if entry.is_symlink():
             yield name, f"link to {os.readlink(entry.path)}"

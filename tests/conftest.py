@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -43,6 +44,8 @@ sys.path.append(str(ROOT / "scripts"))
 from get_model import get_model  # noqa: E402
 
 transformers.logging.set_verbosity_error()
+# Behind a shell's & it is ignored, and so it would be by every program that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in each run, so that only a change makes a test fail; --hypothesis-profile=random draws others.
 hypothesis.settings.register_profile("random", derandomize=False)
@@ -435,13 +438,14 @@ def list_again(folder: Path) -> Bundle:
 
 
 def assert_names_no_place(folder: Path, bundle: Bundle) -> None:
-    """No file in `folder` names where on this machine the bundle, what it was made of, or this checkout lies."""
+    """No file in `folder`, but for what Python compiles when it is run, names where on this machine the bundle, what
+    it was made of, or this checkout lies."""
     shelf = bundle.manifest.shelf
     origins = [shelved["origin"] for shelved in shelf["adapters"].values()] if shelf else [bundle.manifest.adapter]
     sources = (Path(str(made_of["source"])) for made_of in (bundle.manifest.base, *origins))
     places = {ROOT, Path.home(), bundle.folder, *sources} - {Path("/")}
     for path in folder.rglob("*"):
-        if path.is_file() and path.suffix != ".data":
+        if path.is_file() and path.suffix not in (".data", ".pyc"):
             content = path.read_bytes()
             assert not [place for place in places if os.fsencode(place) in content], path
 

@@ -97,7 +97,6 @@ def test_the_inlined_form_equals_pytorch_and_holds_standard_ops_only(make_bundle
     ("name", "in_place", "traced"),
     [
         ("gpt2", False, "2 of 4 layers"),
-        ("qwen2_moe", False, "2 of 4 layers"),
         # Of two kinds of layers two each.
         ("gemma3", True, "4 of 7 layers"),
     ],
