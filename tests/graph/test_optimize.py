@@ -103,7 +103,7 @@ SHAPES = {
     "a ScatterND of rows that are not counted": "g (float[n, 3] x) => (float[n, 3] y) "
     "{ i = Constant <value = int64[2, 1] {0, 1}> () y = ScatterND (x, i, x) }",
     "a ScatterND of fewer rows than there are": "g (float[n, m, 4] x, float[4, 3] t, float[m, 3] u) => (float[4, 3] y) "
-    "{ s = Shape <start = 0, end = 2> (x) last = Constant <value = int64 {-1}> () d = Gather (s, last) "
+    "{ s = Shape <start = 0, end = 2> (x) last = Constant <value = int64 {-1}> () d = Gather <axis = 0> (s, last) "
     "zero = Constant <value = int64 {0}> () one = Constant <value = int64 {1}> () r = Range (zero, d, one) "
     'l = Constant <value = int64[1] {-1}> () i = Unsqueeze (r, l) y = ScatterND <reduction = "none"> (t, i, u) }',
     "a number that a float rounds": "g (float[n, 3] x) => (float[n, 3] y) { s = Shape (x) "
