@@ -113,7 +113,7 @@ def record(
 @contextmanager
 def _exporting(model: nn.Module) -> Iterator[None]:
     """The state that the exporter traces in; afterwards the modules have their own attributes and buffers again."""
-    # Two seconds of imports, which only what follows a model needs. The first registers patches.
+    # Seconds of imports, which only what follows a model needs. The first registers patches.
     import transformers.exporters.exporter_onnx  # noqa: F401
     from torch.export._trace import _compiling_state_context
     from transformers.exporters.utils import apply_patches
